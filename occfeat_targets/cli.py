@@ -1,0 +1,279 @@
+"""The command line: occfeat-targets synth, build, status, info, verify, preview.
+
+Exit codes: 0 all is well; 1 an error, or a failed build or check; 2 wrong usage; 3 a cache that is sound but has
+skipped keyframes or is not finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import LABEL_KINDS
+
+EXIT_INCOMPLETE = 3
+
+
+class Size(click.ParamType[tuple[int, ...]]):
+    """Numbers joined by x, such as 224x392."""
+
+    def __init__(self, metavar: str) -> None:
+        self.name = metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(n) for n in str(value).lower().split("x"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != self.name.count("x") + 1 or min(numbers, default=0) < 1:
+            self.fail(
+                f"{value!r} is not of the form {self.name}, such as {'x'.join(['224', '392', '8'][: len(numbers) or 2])}"
+            )
+        return numbers
+
+
+class ShardOf(click.ParamType[tuple[int, int]]):
+    """k/n, counted from 0."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        k, _, n = str(value).partition("/")
+        if not (k.isdigit() and n.isdigit() and int(k) < int(n)):
+            self.fail(f"{value!r} is not K/N with 0 <= K < N, such as 0/3 for the first of three array tasks")
+        return int(k), int(n)
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what the user can mend as one line and exit 1; OCCFEAT_TRACEBACK=1 shows where it came from."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as err:
+            if os.environ.get("OCCFEAT_TRACEBACK"):
+                raise
+            click.echo(f"error: {err}", err=True)
+            sys.exit(1)
+
+    return wrapper
+
+
+def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--split", required=True, help="Split of the devkit: train, val, test, mini_train, mini_val."
+    )(command)
+    return click.option(
+        "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
+        help="Directory of caches; a split lies in CACHE/SPLIT.zarr.",
+    )(command)  # fmt: skip
+
+
+def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--dataroot", type=click.Path(path_type=Path), default=Path("data/nuscenes"), show_default=True,
+        envvar="NUSCENES_ROOT", help="Where nuScenes was unpacked.",
+    )(command)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="occfeat")
+def main() -> None:
+    """From a nuScenes dataroot to a cache of OccFeat targets: voxel occupancy, DINOv2 features, images, labels."""
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New directory for the data set.")
+@click.option("--scenes", default=2, show_default=True, help="Training scenes.")
+@click.option("--val-scenes", default=0, show_default=True, help="Validation scenes, in streets of their own.")
+@click.option("--keyframes", default=10, show_default=True, help="Keyframes a scene, at 2 Hz.")
+@click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="900x1600", show_default=True)
+@click.option("--sweeps", default=10, show_default=True, help="LiDAR sweeps a keyframe, at up to 20 Hz.")
+@click.option("--version", default=None, help="v1.0-mini or v1.0-trainval; the smaller that has enough scene names.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--workers", default=None, type=int, help="Threads; as many as cores by default.")
+@reports_errors
+def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: tuple[int, int], sweeps: int,
+          version: str | None, seed: int, workers: int | None) -> None:  # fmt: skip
+    """Write a licence-free synthetic city as a nuScenes data set."""
+    from occfeat_targets.synth import write_city
+
+    write_city(
+        out, scenes=scenes, val_scenes=val_scenes, keyframes=keyframes, image_size=image_size,
+        sweeps_per_keyframe=sweeps, version=version, seed=seed, workers=workers,
+    )  # fmt: skip
+
+
+@main.command()
+@dataroot_option
+@cache_options
+@click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; found from the split by default.")
+@click.option(
+    "--grid",
+    "grid_shape",
+    type=Size("ZxHxW"),
+    default="8x200x200",
+    show_default=True,
+    help="Voxels up, forward, right.",
+)
+@click.option("--range", "grid_range", type=float, nargs=6, default=(-5, 5, -50, 50, -50, 50), show_default=True,
+              metavar="U0 U1 F0 F1 R0 R1", help="Bounds [m] up, forward, right, about the grid's origin.")  # fmt: skip
+@click.option("--frames", type=click.Choice(["ego", "cameras", "both"]), default="ego", show_default=True,
+              help="Frames that carry a grid: the ego's, each camera's (Simple-BEV's protocol), or both.")  # fmt: skip
+@click.option("--sweeps", default=1, show_default=True, help="LiDAR sweeps in the occupancy, the keyframe's included.")
+@click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Student images.")
+@click.option("--teacher", default="facebook/dinov2-small", show_default=True,
+              help="Hub id or local folder of a DINOv2 or DINOv3; random:ID for random weights; none for no features.")  # fmt: skip
+@click.option("--teacher-layer", type=click.Choice(["post-norm", "pre-norm"]), default="post-norm", show_default=True)
+@click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+              help="auto: bfloat16 where the hardware multiplies it natively.")  # fmt: skip
+@click.option(
+    "--teacher-batch", type=click.IntRange(1), default=None, help="Keyframes at once; 1 on a CPU, 8 on a GPU."
+)
+@click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
+              help="Teacher input, exact patch multiples; the largest within 224x400 by default.")  # fmt: skip
+@click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
+@click.option("--labels", default=None, help="vehicles,map or one of them; whatever the data set has by default.")
+@click.option("--no-labels", is_flag=True, help="No label arrays.")
+@click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
+              help="Map layers of the divider class.")  # fmt: skip
+@click.option(
+    "--compat", type=click.Choice(["simple-bev"]), default=None, help="Draw vehicle labels as Simple-BEV does."
+)
+@click.option("--workers", type=click.IntRange(0), default=None,
+              help="Local processes; one a core by default, 0 for this one alone.")  # fmt: skip
+@click.option("--scheduler", default=None, metavar="TCP://...", help="A Dask cluster that someone else started.")
+@click.option("--shard", type=ShardOf(), default=None, help="Build every N-th shard from the K-th, in this process.")
+@click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes a shard.")
+@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What to do with a keyframe that cannot be built; skip records and masks it, and exits 3.")  # fmt: skip
+@click.option("--retry-skipped", is_flag=True, help="Build finished shards with skipped keyframes again.")
+@click.option("--device", default="auto", show_default=True, help="Of the teacher: auto, cpu, cuda, cuda:1.")
+@reports_errors
+def build(
+    dataroot: Path, cache: Path, split: str, version: str | None, grid_shape: tuple[int, int, int],
+    grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
+    teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
+    feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, workers: int | None,
+    scheduler: str | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
+    device: str,
+) -> None:  # fmt: skip
+    """Build the cache of a split, or continue it. Killed at any moment, the same command resumes it."""
+    from occfeat_targets.build import default_workers, run
+    from occfeat_targets.plan import BuildOptions, make_plan
+    from occfeat_targets.report import describe_outcome, describe_plan
+
+    if sum(x is not None for x in (workers, scheduler, shard)) > 1:
+        raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one")
+    if no_labels and labels is not None:
+        raise click.UsageError("--labels and --no-labels contradict each other")
+    started = time.monotonic()
+    click.echo(f"reading the tables of {dataroot} ...")
+    plan = make_plan(
+        BuildOptions(
+            dataroot=dataroot, cache=cache, split=split, version=version,
+            grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
+            frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
+            teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
+            feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(labels), dividers=dividers,
+            compat=compat, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
+            device=device, keyframes_per_batch=teacher_batch,
+        )
+    )  # fmt: skip
+    if shard is not None:
+        workers = 0
+    elif workers is None:
+        workers = default_workers()
+    click.echo("\n".join(describe_plan(plan, workers=workers, scheduler=scheduler)))
+    outcome = run(plan, workers=workers, scheduler=scheduler, say=click.echo)
+    click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
+    if outcome.failed:
+        sys.exit(1)
+    if any(record["skipped"] for record in plan.cache.finished_shards().values()):
+        sys.exit(EXIT_INCOMPLETE)
+
+
+def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
+    if labels is None:
+        return None
+    kinds = tuple(kind.strip() for kind in labels.split(","))
+    if not set(kinds) <= set(LABEL_KINDS):
+        raise click.UsageError(f"--labels {labels}: some of {','.join(LABEL_KINDS)} expected, joined by commas")
+    return kinds
+
+
+def _open(cache: Path, split: str) -> Any:
+    from occfeat_targets.store import open_cache
+
+    return open_cache(cache / f"{split}.zarr")
+
+
+@main.command()
+@cache_options
+@reports_errors
+def status(cache: Path, split: str) -> None:
+    """Say what of a cache is finished, failed, skipped and missing. Exits 3 unless all of it is there."""
+    from occfeat_targets.report import describe_status, is_complete
+
+    opened = _open(cache, split)
+    click.echo("\n".join(describe_status(opened)))
+    if not is_complete(opened):
+        sys.exit(EXIT_INCOMPLETE)
+
+
+@main.command()
+@cache_options
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@reports_errors
+def info(cache: Path, split: str, as_json: bool) -> None:
+    """Say what a cache holds, how it was made, and from what."""
+    from occfeat_targets.report import describe_info, info_as_json
+
+    opened = _open(cache, split)
+    click.echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
+
+
+@main.command()
+@cache_options
+@click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
+              help="The data set; where the cache was built from by default.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Random keyframes to recompute from the data set by slow code; 0: checksums only.")  # fmt: skip
+@click.option("--seed", default=None, type=int, help="Of the choice of keyframes; another choice each time by default.")
+@reports_errors
+def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
+    """Read every byte of a cache against its checksums, and recompute random keyframes from the data set."""
+    from occfeat_targets.report import warn_simulated
+    from occfeat_targets.verify import verify_checksums, verify_source
+
+    opened = _open(cache, split)
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "little")
+    findings = [verify_checksums(opened)]
+    click.echo("\n".join([*findings[0].notes, *findings[0].problems]))
+    if samples and not findings[0].problems:
+        source = dataroot or Path(opened.provenance["dataroot"])
+        if not source.is_dir():
+            raise ValueError(f"the data set is not at {source}: pass --dataroot, or --samples 0 for checksums only")
+        click.echo(f"recomputing {samples} keyframes from {source} (--seed {seed}) ...")
+        findings.append(verify_source(opened, source, samples, seed, click.echo))
+    click.echo("\n".join(warn_simulated(opened)), nl=bool(opened.simulated))
+    problems = [problem for found in findings for problem in found.problems]
+    if problems:
+        click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
+        click.echo(f"{len(problems)} problems found", err=True)
+        sys.exit(1)
+    pending = opened.pending_shards()
+    if pending:
+        click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet")
+        sys.exit(EXIT_INCOMPLETE)
+    click.echo(f"{opened.path} is sound")

@@ -1,0 +1,103 @@
+"""Rigid transforms and the pinhole camera.
+
+A 4x4 transform is called ``a_from_b`` and maps column vectors of frame b to frame a, so that adjacent names in a
+product match: ``cam_from_ego @ ego_from_lidar``.
+
+Pixels are continuous: pixel ``i`` covers ``[i, i + 1)``, an image of width W spans ``[0, W)`` and its first pixel's
+centre lies at 0.5. In this convention a resize scales intrinsics with no half-pixel term, and the reference code's
+``fx * s, cx * s`` is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Matrix = NDArray[np.float64]
+
+# (right, forward, up) from a frame's own axes: nuScenes' ego frame (x forward, y left, z up) with the grid's origin
+# 0.5 m above the ego's; a camera (x right, y down, z forward) with the origin 1 m below it, which is Simple-BEV's centroid.
+GRID_FROM_EGO_AXES: Matrix = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, -0.5], [0, 0, 0, 1]], np.float64)
+GRID_FROM_CAMERA_AXES: Matrix = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]], np.float64)
+
+
+def rotation_matrix(quaternion: ArrayLike) -> Matrix:
+    """(3, 3) rotation of a quaternion (w, x, y, z); it is normalised first.
+
+    Raises ValueError if it holds a NaN or infinity, or has no length.
+    """
+    q = np.asarray(quaternion, np.float64)
+    norm = np.sqrt((q * q).sum()) if q.shape == (4,) else np.nan
+    if not (np.isfinite(norm) and norm > 1e-6):
+        raise ValueError(f"rotation {np.asarray(quaternion).tolist()} is no quaternion (w, x, y, z)")
+    w, x, y, z = q / norm
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def rigid(rotation: ArrayLike, translation: ArrayLike) -> Matrix:
+    """(4, 4) transform from a quaternion (w, x, y, z) and a translation [m].
+
+    Raises ValueError on a NaN, an infinity or a zero quaternion.
+    """
+    t = np.asarray(translation, np.float64)
+    if t.shape != (3,) or not np.isfinite(t).all():
+        raise ValueError(f"translation {np.asarray(translation).tolist()} is not three finite numbers")
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation_matrix(rotation)
+    matrix[:3, 3] = t
+    return matrix
+
+
+def inverse_rigid(a_from_b: Matrix) -> Matrix:
+    """(..., 4, 4) -> its inverse, exact for a rotation and a translation."""
+    inverse = np.zeros_like(a_from_b)
+    rotation_t = np.swapaxes(a_from_b[..., :3, :3], -1, -2)
+    inverse[..., :3, :3] = rotation_t
+    inverse[..., :3, 3] = -(rotation_t @ a_from_b[..., :3, 3, None])[..., 0]
+    inverse[..., 3, 3] = 1
+    return inverse
+
+
+def transform(a_from_b: NDArray[Any], points_b: NDArray[Any]) -> NDArray[Any]:
+    """(4, 4) and (..., 3) points in frame b -> (..., 3) points in frame a [m]."""
+    return points_b @ a_from_b[:3, :3].T + a_from_b[:3, 3]
+
+
+def scale_intrinsics(intrinsics: NDArray[Any], scale_x: float, scale_y: float) -> NDArray[Any]:
+    """(..., 3, 3) intrinsics of an image after it was resized by (scale_x, scale_y)."""
+    return intrinsics * np.array([[scale_x], [scale_y], [1.0]], intrinsics.dtype)
+
+
+def crop_intrinsics(intrinsics: NDArray[Any], left: float, top: float) -> NDArray[Any]:
+    """(..., 3, 3) intrinsics of an image after `left` and `top` pixels were cut off (negative: added)."""
+    cropped = intrinsics.copy()
+    cropped[..., 0, 2] -= left
+    cropped[..., 1, 2] -= top
+    return cropped
+
+
+def project(
+    intrinsics: NDArray[Any], points_cam: NDArray[Any], image_size: Sequence[int]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Pinhole projection (paper 3.3: a projection is valid if it falls inside the image, in front of the camera).
+
+    intrinsics: (3, 3) of the image; points_cam: (..., 3) in camera axes [m]; image_size: (height, width).
+    Returns pixels (..., 2) as (u, v), depth (...) [m], is_valid (...). Pixels of points that are not in front are 0.
+    """
+    depth = points_cam[..., 2]
+    in_front = depth > 0
+    homogeneous = points_cam @ intrinsics.T
+    pixels = np.where(in_front[..., None], homogeneous[..., :2] / np.where(in_front, depth, 1)[..., None], 0)
+    height, width = image_size
+    u, v = pixels[..., 0], pixels[..., 1]
+    is_valid = in_front & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    return pixels, depth, is_valid

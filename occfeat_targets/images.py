@@ -1,0 +1,191 @@
+"""Camera JPEGs -> the sizes that the student and the teacher take. Stands between `nuscenes`, which names the files,
+and `teacher` and `build`.
+
+A JPEG is decoded once, by libjpeg's scaled inverse DCT, to half (quarter, eighth) of its size where that leaves enough
+pixels, and resized to every size asked for with an antialiased bilinear (triangle) filter. Training never decodes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+STUDENT_SIZE = (270, 480)  # 1600x900 times exactly 0.3; Simple-BEV's augmentation resizes to at most 268x480
+TEACHER_SIZE = (224, 392)  # multiples of the patch size 14
+
+# The scaled DCT has cut off frequencies that the triangle would only have attenuated. Narrowed a little, the triangle
+# meets the full decode's result to 53-55 dB at 5/3 and 2 decoded pixels per output pixel; with fewer it can't.
+_MIN_OVERSAMPLING = 1.6
+_SCALED_SUPPORT = 0.92
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of a JPEG from its header alone, which is what intrinsics are scaled from.
+
+    Raises ValueError, naming the file, if it is missing or no JPEG.
+    """
+    with _open(path) as image:
+        return image.height, image.width
+
+
+def load_image(
+    path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]], *, expected_size: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], ...]:
+    """Decodes a JPEG once and resizes it to each of `sizes`.
+
+    sizes: (height, width) in pixels, each within the source's. Axes are scaled independently: scale intrinsics by
+        width / source width and height / source height.
+    expected_size: (height, width) the data set says the file has; any other is an error.
+    Returns one (height, width, 3) uint8 RGB array per size; the same bytes on every machine with the same libjpeg.
+    Raises ValueError, naming the file and the remedy, if it is missing, no JPEG, cut short, damaged where libjpeg
+        notices it (damage it decodes to grey shows only in the file's checksum), or of another size.
+    """
+    with _open(path) as image:
+        source = (image.height, image.width)
+        _check_sizes(path, source, sizes, expected_size)
+        scale = _decoding_scale(source, sizes)
+        image.draft("RGB", (source[1] // scale, source[0] // scale))
+        scale = -(-source[1] // image.width)  # libjpeg rounds up; a format without scaled decoding stays at 1
+        pixels = _decode(path, image)
+    resized = []
+    for height, width in sizes:
+        out = np.empty((height, width, 3), np.uint8)
+        _resize(pixels, *_taps(source[0], height, scale), *_taps(source[1], width, scale), out)
+        resized.append(out)
+    return tuple(resized)
+
+
+def load_image_reference(
+    path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.uint8], ...]:
+    """`load_image`'s slow twin: full decode, then Pillow's antialiased bilinear resize to each size."""
+    with _open(path) as image:
+        _check_sizes(path, (image.height, image.width), sizes, None)
+        full = Image.fromarray(_decode(path, image))
+    return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    try:
+        return Image.open(path, formats=("JPEG",))
+    except FileNotFoundError as err:
+        raise ValueError(f"image {path} is missing: check the dataroot, or download its blob again") from err
+    except (OSError, SyntaxError) as err:
+        size = os.path.getsize(path) if os.path.isfile(path) else None
+        seen = "is no regular file" if size is None else f"({size} bytes) has no JPEG header"
+        raise ValueError(f"image {path} {seen}; expected a JPEG: restore the file") from err
+
+
+def _decode(path: str | os.PathLike[str], image: Image.Image) -> NDArray[np.uint8]:
+    try:
+        return np.asarray(image.convert("RGB"))  # no copy if it is RGB already
+    except (OSError, SyntaxError) as err:
+        raise ValueError(
+            f"image {path} ({os.path.getsize(path)} bytes) is cut short or damaged ({err}); expected a whole JPEG of "
+            f"{image.width}x{image.height}: restore the file"
+        ) from err
+
+
+def _check_sizes(
+    path: str | os.PathLike[str],
+    source: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+    expected: tuple[int, int] | None,
+) -> None:
+    if expected is not None and source != tuple(expected):
+        raise ValueError(
+            f"image {path} is {source[1]}x{source[0]}; the tables say {expected[1]}x{expected[0]}, and intrinsics "
+            "belong to that size: restore the original file"
+        )
+    for height, width in sizes:
+        if not (0 < height <= source[0] and 0 < width <= source[1]):
+            raise ValueError(
+                f"image {path} is {source[1]}x{source[0]}; {width}x{height} was asked for, and images are only made "
+                "smaller: ask for a size within it"
+            )
+
+
+def _decoding_scale(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
+    """The largest of libjpeg's 1/8, 1/4, 1/2 that leaves enough pixels on both axes for every size, else 1."""
+    for scale in (8, 4, 2):
+        if all(n / scale >= _MIN_OVERSAMPLING * m for size in sizes for n, m in zip(source, size, strict=True)):
+            return scale
+    return 1
+
+
+@lru_cache(maxsize=64)
+def _taps(source: int, target: int, scale: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """One axis of the filter, source -> target pixels, on an image decoded at 1/scale.
+
+    Returns the first decoded pixel (target,) and the weights (target, taps) of each output pixel: Pillow's triangle
+    on the source's pixels, summed over the `scale` of them that a decoded pixel covers.
+    """
+    ratio = source / target
+    support = ratio * (1.0 if scale == 1 else _SCALED_SUPPORT)
+    centers = (np.arange(target)[:, None] + 0.5) * ratio
+    weights = np.maximum(0, 1 - np.abs(np.arange(source) + 0.5 - centers) / support)
+    weights = np.pad(weights, ((0, 0), (0, -source % scale))).reshape(target, -1, scale).sum(axis=2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    used = weights > 0
+    taps = int((weights.shape[1] - used[:, ::-1].argmax(axis=1) - used.argmax(axis=1)).max())
+    first = np.minimum(used.argmax(axis=1), weights.shape[1] - taps)
+    return first, np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1).astype(np.float32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _resize(
+    source: NDArray[np.uint8],  # (H, W, 3)
+    first_row: NDArray[np.int64],  # (h,)
+    row_weights: NDArray[np.float32],  # (h, taps)
+    first_column: NDArray[np.int64],  # (w,)
+    column_weights: NDArray[np.float32],  # (w, taps)
+    out: NDArray[np.uint8],  # (h, w, 3)
+) -> None:
+    """Rows, then columns, in float32, rounded once.
+
+    Two output rows at a time share the column weights. A pixel is summed and stored as four lanes, of which the fourth
+    is the next pixel's first and gets overwritten: four is what vectorises.
+    """
+    height, width = out.shape[0], out.shape[1]
+    pixels = source.reshape(source.shape[0], -1)
+    target = out.reshape(height, -1)
+    n, one, two, three = pixels.shape[1], np.uint32(1), np.uint32(2), np.uint32(3)
+    rows = np.zeros((2, n + 1), np.float32)
+    sums = np.empty((2, 3 * width + 1), np.float32)
+    upper, lower, upper_sums, lower_sums = rows[0], rows[1], sums[0], sums[1]
+    for y in range(0, height, 2):
+        for k in range(min(2, height - y)):
+            row = rows[k]
+            weight, line = row_weights[y + k, 0], pixels[first_row[y + k]]
+            for i in range(n):
+                row[i] = weight * np.float32(line[i])
+            for tap in range(1, row_weights.shape[1]):
+                weight, line = row_weights[y + k, tap], pixels[first_row[y + k] + tap]
+                for i in range(n):
+                    row[i] += weight * np.float32(line[i])
+        for x in range(width):
+            j = np.uint32(3 * first_column[x])
+            a = b = c = d = e = f = g = h = np.float32(0.5)
+            for tap in range(column_weights.shape[1]):
+                weight = column_weights[x, tap]
+                a += weight * upper[j]
+                b += weight * upper[j + one]
+                c += weight * upper[j + two]
+                d += weight * upper[j + three]
+                e += weight * lower[j]
+                f += weight * lower[j + one]
+                g += weight * lower[j + two]
+                h += weight * lower[j + three]
+                j = np.uint32(j + three)
+            at = np.uint32(3 * x)
+            upper_sums[at], upper_sums[at + one], upper_sums[at + two], upper_sums[at + three] = a, b, c, d
+            lower_sums[at], lower_sums[at + one], lower_sums[at + two], lower_sums[at + three] = e, f, g, h
+        for k in range(min(2, height - y)):
+            for i in range(3 * width):
+                target[y + k, i] = np.uint8(sums[k, i])

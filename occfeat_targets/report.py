@@ -1,0 +1,175 @@
+"""What the command line says about a plan, a build and a cache, as lines of text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from occfeat_targets.build import Outcome
+from occfeat_targets.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.schema import LABEL_KINDS, TargetSpec
+from occfeat_targets.store import Cache
+
+
+def describe_spec(spec: TargetSpec) -> list[str]:
+    """The spec in a few lines."""
+    lines = [f"grid {spec.grid}, in {', '.join(spec.frames)}; sweeps a keyframe: {spec.num_sweeps}"]
+    lines.append(f"images {spec.image_size[0]}x{spec.image_size[1]} of {len(spec.cameras)} cameras")
+    if spec.teacher is None:
+        lines.append("teacher: none, no features")
+    else:
+        t = spec.teacher
+        lines.append(
+            f"teacher {t.name} ({t.revision}), {t.input_size[0]}x{t.input_size[1]} -> {t.map_size[0]}x{t.map_size[1]} "
+            f"tokens of {t.dim}, {t.layer}, computed in {t.dtype}, stored as {spec.feature_dtype}"
+        )
+    lines.append(f"labels: {', '.join(spec.labels) or 'none'}" + (f" ({spec.compat})" if spec.compat else ""))
+    return lines
+
+
+def warn_simulated(cache: Cache) -> list[str]:
+    """A line that says what is not real, if anything is not."""
+    return [f"SIMULATED: {' and '.join(cache.simulated)}"] if cache.simulated else []
+
+
+def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
+    """What is about to be built, where, how large and for how long."""
+    split, cache, spec = plan.split, plan.cache, plan.cache.spec
+    scenes = Counter(k.scene for k in split.keyframes)
+    lines = [f"{split.name} of {split.version}: {len(cache)} keyframes of {len(scenes)} scenes"]
+    if split.missing_scenes:
+        lines.append(
+            f"  {len(split.missing_scenes)} of the split's {len(scenes) + len(split.missing_scenes)} scenes are not in this "
+            f"data set and are left out ({', '.join(split.missing_scenes[:3])}{', ...' if len(split.missing_scenes) > 3 else ''})"
+        )
+    if plan.options.labels is None:
+        reasons = {
+            "vehicles": f"{split.version} has no annotations",
+            "map": f"no map expansion in {split.dataroot / 'maps' / 'expansion'}",
+        }
+        lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
+    lines += [f"  {line}" for line in describe_spec(spec)]
+    lines += warn_simulated(cache)
+    done = cache.num_shards - len(cache.pending_shards())
+    lines.append(
+        f"{cache.path} [{spec.fingerprint}]: {cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes, "
+        f"{done} finished; to build here: {len(plan.shards)} shards, {plan.num_keyframes} keyframes"
+    )
+    if plan.shards:
+        size = spec.bytes_per_keyframe * plan.num_keyframes
+        where = f"on {scheduler}" if scheduler else f"with {workers} workers" if workers else "in this process"
+        lines.append(
+            f"size: {format_bytes(spec.bytes_per_keyframe)} a keyframe, {format_bytes(size)} in all "
+            f"({format_bytes(free_bytes(cache.path))} free); "
+            f"time: about {format_seconds(estimate_seconds(plan, max(workers, 1)))} {where}"
+            + (", were it as fast as this machine" if scheduler else "")
+        )
+    return lines
+
+
+def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
+    """What was built, what the time went to, what failed, and how to go on."""
+    cache = plan.cache
+    lines = []
+    if outcome.num_keyframes:
+        rate = outcome.num_keyframes / seconds
+        lines.append(
+            f"built {outcome.num_keyframes} keyframes in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
+        )
+        stages = sorted(outcome.seconds.items(), key=lambda item: -item[1])
+        spent = ", ".join(f"{stage} {s / outcome.num_keyframes * 1e3:.1f}" for stage, s in stages)
+        lines.append(f"  ms a keyframe and worker: {spent} (wait: for images, sweeps and labels to be read)")
+    cosines = [r.cosine for r in outcome.reports if r.cosine is not None]
+    if cosines:
+        mean, low = (f(c[i] for c in cosines) for i, f in ((0, lambda v: math.fsum(v) / len(cosines)), (1, min)))
+        lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
+    if outcome.skipped:
+        lines.append(
+            f"  skipped {len(outcome.skipped)} keyframes: see 'occfeat-targets status'; --retry-skipped tries again"
+        )
+    pending = cache.pending_shards()
+    lines += warn_simulated(cache)
+    if outcome.failed:
+        lines.append(
+            f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, and "
+            "run the same command again: it continues"
+        )
+    elif pending:
+        lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
+    else:
+        lines.append(f"{cache.path} is complete: {len(cache)} keyframes, {format_bytes(bytes_on_disk(cache))}")
+    return lines
+
+
+def describe_status(cache: Cache) -> list[str]:
+    """What is done, failed, skipped and missing."""
+    finished, failed = cache.finished_shards(), cache.failed_shards()
+    keyframes = sum(len(cache.shard_range(shard)) for shard in finished)
+    lines = [
+        f"{cache.path} [{cache.spec.fingerprint}]",
+        *warn_simulated(cache),
+        f"finished: {len(finished)} of {cache.num_shards} shards, {keyframes} of {len(cache)} keyframes, "
+        f"{format_bytes(bytes_on_disk(cache))}",
+    ]
+    missing = [shard for shard in range(cache.num_shards) if shard not in finished]
+    if missing:
+        lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build again")
+    lines += [f"failed: shard {shard}: {record['error']}" for shard, record in failed.items()]
+    lines += [f"skipped: {why}" for record in finished.values() for why in record["skipped"].values()]
+    return lines
+
+
+def is_complete(cache: Cache) -> bool:
+    """Every shard is finished and no keyframe was skipped."""
+    finished = cache.finished_shards()
+    return len(finished) == cache.num_shards and not any(record["skipped"] for record in finished.values())
+
+
+def describe_info(cache: Cache) -> list[str]:
+    """What a cache holds and where it came from."""
+    spec, origin = cache.spec, cache.provenance
+    scenes = len(set(cache.identity.scenes))
+    lines = [
+        f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
+        *warn_simulated(cache),
+        f"{len(cache)} keyframes of {scenes} scenes: {origin['split']} of {origin['version']} at {origin['dataroot']}",
+        *describe_spec(spec),
+        f"{cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes",
+    ]
+    for array in spec.arrays():
+        shape = "x".join(map(str, array.shape)) or "1"
+        lines.append(f"  {array.name:22} {shape:>20} {array.dtype:8} {array.description}")
+    cosines = [record["cosine"] for record in cache.finished_shards().values() if record["cosine"]]
+    if cosines:
+        lines.append(f"int8 features: cosine to float16 {min(c[1] for c in cosines):.6f} at worst")
+    lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))
+    return lines
+
+
+def info_as_json(cache: Cache) -> str:
+    """The same for programs."""
+    data: dict[str, Any] = {
+        "path": str(cache.path),
+        "fingerprint": cache.spec.fingerprint,
+        "num_keyframes": len(cache),
+        "finished_shards": sorted(cache.finished_shards()),
+        "num_shards": cache.num_shards,
+        "spec": cache.spec.to_dict(),
+        "provenance": dict(cache.provenance),
+    }
+    return json.dumps(data, indent=2)
+
+
+def bytes_on_disk(cache: Cache) -> int:
+    return sum(p.stat().st_size for p in Path(cache.path).rglob("*") if p.is_file())
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 -> 1-3, 7."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(spans[:8]) + (", ..." if len(spans) > 8 else "")

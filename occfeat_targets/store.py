@@ -1,0 +1,337 @@
+"""A cache on disk: creating it, writing whole shards, and the records that say which of them are finished.
+
+One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into the same shards of K keyframes, and one
+task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
+when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
+the shard. Whatever else a killed build left behind is cleared when that shard is built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from occfeat_targets.schema import ArraySpec, TargetSpec
+
+KEYFRAME_DIM = "keyframe"
+PROGRESS = "progress"
+CREATED = "created"
+
+
+class CacheError(ValueError):
+    """A cache that is absent, incomplete, damaged or of another kind; the message says which, and what to do."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the keyframes are, in the split's order. tokens, scenes: (N,) strings; timestamps_us: (N,) int64."""
+
+    tokens: tuple[str, ...]
+    scenes: tuple[str, ...]
+    timestamps_us: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An existing cache.
+
+    provenance: what made it (versions, data set, whether anything is simulated); not part of the fingerprint.
+    """
+
+    path: Path
+    spec: TargetSpec
+    identity: Identity
+    keyframes_per_shard: int
+    provenance: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self) // self.keyframes_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """Indices of the shard's keyframes."""
+        start = shard * self.keyframes_per_shard
+        return range(start, min(start + self.keyframes_per_shard, len(self)))
+
+    @property
+    def simulated(self) -> list[str]:
+        """What in this cache is not real, one phrase each; empty for real data and a real teacher."""
+        return list(self.provenance.get("simulated", []))
+
+    def finished_shards(self) -> dict[int, dict[str, Any]]:
+        """{shard: its record}. Raises CacheError on a damaged record."""
+        return {int(p.stem): read_record(p) for p in sorted(self._progress.glob("[0-9]*.json")) if p.stem.isdigit()}
+
+    def failed_shards(self) -> dict[int, dict[str, Any]]:
+        """{shard: why its last attempt failed}."""
+        return {int(p.name.split(".")[0]): read_record(p) for p in sorted(self._progress.glob("*.failed.json"))}
+
+    def pending_shards(self) -> list[int]:
+        finished = self.finished_shards()
+        return [shard for shard in range(self.num_shards) if shard not in finished]
+
+    @property
+    def _progress(self) -> Path:
+        return self.path / PROGRESS
+
+    def _record_path(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.json"
+
+    def write_shard(self, shard: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> None:
+        """Write one shard of every array, flush it, and only then record it as done.
+
+        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: kept in the record.
+        Raises CacheError when the disk is full or not writable; nothing is recorded then.
+        """
+        keyframes = self.shard_range(shard)
+        span = slice(keyframes.start, keyframes.stop)
+        for array in self.spec.arrays():  # checked in full before the first byte is written
+            expected = (len(keyframes), *array.shape)
+            values = arrays[array.name]
+            assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
+        with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
+            self.clear_shard(shard)
+            files = {}
+            for array in self.spec.arrays():
+                # An absent chunk must always mean "never written", also where a keyframe holds zeros.
+                with zarr.config.set({"array.write_empty_chunks": True}):
+                    writable = zarr.open_array(self.path / array.name, mode="r+")
+                writable[span] = arrays[array.name]
+                file = shard_file(self.path, array, shard)
+                files[str(file.relative_to(self.path))] = sync_and_digest(file)
+            record = {"shard": shard, "keyframes": [span.start, span.stop], "files": files, **notes}
+            write_record(self._record_path(shard), record)
+            self._failed_path(shard).unlink(missing_ok=True)
+
+    def _failed_path(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.failed.json"
+
+    def record_failure(self, shard: int, error: str) -> None:
+        """Remember why a shard failed, for `status`; the next successful build of it forgets."""
+        with writing(f"the failure of shard {shard}"):
+            write_record(self._failed_path(shard), {"shard": shard, "error": error})
+
+    def clear_shard(self, shard: int) -> None:
+        """Remove every trace of a shard, its record first, so that it is never recorded without its files."""
+        self._record_path(shard).unlink(missing_ok=True)
+        for array in self.spec.arrays():
+            chunk = self.path / array.name / "c" / str(shard)
+            if chunk.is_dir():
+                shutil.rmtree(chunk)
+            for file in chunk.parent.glob(f"{shard}.*.partial"):
+                file.unlink()
+            chunk.unlink(missing_ok=True)
+
+
+def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
+    """The one file that holds a shard of an array."""
+    return path / array.name / "c" / "/".join([str(shard)] + ["0"] * len(array.shape))
+
+
+def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array), name
+    return array
+
+
+def create_cache(
+    path: Path, spec: TargetSpec, identity: Identity, *, keyframes_per_shard: int, provenance: Mapping[str, Any]
+) -> Cache:
+    """Make an empty cache, or open the one that stands there if it is for exactly these keyframes and this spec.
+
+    Several processes may call this at once (array jobs): the group is made under another name and renamed when whole.
+    Raises CacheError if what stands at `path` is something else, naming both fingerprints.
+    """
+    if keyframes_per_shard < 1:
+        raise ValueError(f"{keyframes_per_shard} keyframes per shard: at least 1 expected")
+    if len(identity) == 0:
+        raise ValueError("no keyframes to build a cache of")
+    wanted = Cache(path, spec, identity, keyframes_per_shard, provenance)
+    if path.exists():
+        return _open_matching(wanted)
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.creating-{os.getpid()}")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            _write_skeleton(draft, wanted)
+            draft.rename(path)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not path.exists():
+                raise
+    return _open_matching(wanted)
+
+
+def _write_skeleton(draft: Path, cache: Cache) -> None:
+    spec, n, k = cache.spec, len(cache), cache.keyframes_per_shard
+    attributes = {
+        "occfeat": {
+            "fingerprint": spec.fingerprint,
+            "spec": spec.to_dict(),
+            "keyframes_per_shard": k,
+            "provenance": dict(cache.provenance),
+        }
+    }
+    group = zarr.create_group(draft, zarr_format=3, attributes=attributes)
+    group.create_group(PROGRESS, attributes={"description": "one record a finished shard; see occfeat-targets status"})
+    identity: list[tuple[str, Sequence[Any], Any]] = [
+        ("sample_token", cache.identity.tokens, str),
+        ("scene", cache.identity.scenes, str),
+        ("timestamp_us", cache.identity.timestamps_us, np.int64),
+    ]
+    for name, values, dtype in identity:
+        array = group.create_array(
+            name, shape=(n,), chunks=(n,), dtype=dtype, dimension_names=[KEYFRAME_DIM], compressors=(Crc32cCodec(),)
+        )
+        array[:] = np.array(values, dtype=object if dtype is str else dtype)
+    if spec.labels:
+        group.create_group("labels")
+    for spec_array in spec.arrays():
+        shape = spec_array.shape
+        codecs = (ZstdCodec(level=3), Crc32cCodec()) if spec_array.compress else (Crc32cCodec(),)
+        group.create_array(
+            spec_array.name,
+            shape=(n, *shape),
+            chunks=(1, *shape) if spec_array.per_keyframe else (k, *shape),
+            shards=(k, *shape) if spec_array.per_keyframe else None,
+            dtype=spec_array.dtype,
+            dimension_names=[KEYFRAME_DIM, *spec_array.dims],
+            compressors=codecs,
+            fill_value=0,
+            attributes={"description": spec_array.description},
+        )
+    with warnings.catch_warnings():  # zarr warns that the v3 specification does not name consolidated metadata yet
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(draft)
+    files = {str(f.relative_to(draft)): sync_and_digest(f) for f in sorted(draft.rglob("*")) if f.is_file()}
+    write_record(draft / PROGRESS / f"{CREATED}.json", {"files": files})
+
+
+def _open_matching(wanted: Cache) -> Cache:
+    found = open_cache(wanted.path)
+    if found.spec != wanted.spec:
+        raise CacheError(
+            f"cache {wanted.path} has fingerprint {found.spec.fingerprint}, this build has {wanted.spec.fingerprint} "
+            f"({'; '.join(found.spec.differences(wanted.spec))} [cache != build]): "
+            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
+        )
+    if found.identity != wanted.identity:
+        raise CacheError(
+            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set and split: "
+            "point --dataroot at the data set it was built from, choose another --cache, or delete it to rebuild"
+        )
+    if found.keyframes_per_shard != wanted.keyframes_per_shard:
+        raise CacheError(
+            f"cache {wanted.path} has {found.keyframes_per_shard} keyframes per shard, "
+            f"this build asks for {wanted.keyframes_per_shard}: pass --shard-size {found.keyframes_per_shard}"
+        )
+    return found
+
+
+def open_cache(path: Path) -> Cache:
+    """Open what create_cache made, finished or not. Raises CacheError if there is none, or its metadata is damaged."""
+    path = Path(path)
+    if not (path / "zarr.json").is_file():
+        there = sorted(p.name for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
+        raise CacheError(
+            f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
+            + ": build it with 'occfeat-targets build', or correct --cache and --split"
+        )  # fmt: skip
+    created = read_record(path / PROGRESS / f"{CREATED}.json")
+    for name, sha256 in created["files"].items():
+        if not (path / name).is_file() or digest(path / name) != sha256:
+            raise CacheError(
+                f"{path / name} is missing or was changed since the cache was created: restore or rebuild it"
+            )
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    about: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
+    identity = Identity(
+        tuple(str(t) for t in np.asarray(_zarr_array(group, "sample_token")[:])),
+        tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
+        tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
+    )
+    spec = TargetSpec.from_dict(about["spec"])
+    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"])
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hex. (Not CRC-32C: a file that ends in its own CRC-32C always has the same one.)"""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_and_digest(file: Path) -> str:
+    """Flush a file to the disk, then the SHA-256 of what it holds."""
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+    return digest(file)
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record with its own checksum; it appears whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with partial.open("wb") as f:
+        f.write(_record_bytes(record))
+        f.flush()
+        os.fsync(f.fileno())
+    partial.replace(file)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record that write_record wrote. Raises CacheError if it is absent or a byte of it changed."""
+    try:
+        data = file.read_bytes()
+        record: dict[str, Any] = json.loads(data)
+        record.pop("crc32c")
+        if _record_bytes(record) == data:
+            return record
+    except FileNotFoundError:
+        raise CacheError(f"{file} is missing: this cache was not made by occfeat-targets, or lost files") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' makes that shard again")
+
+
+def _record_bytes(record: Mapping[str, Any]) -> bytes:
+    body = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return (
+        json.dumps({"crc32c": google_crc32c.value(body.encode()), **record}, sort_keys=True, indent=1).encode() + b"\n"
+    )
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn the operating system's refusals into an error that says what was being written and what to do."""
+    try:
+        yield
+    except OSError as err:
+        raise CacheError(
+            f"could not write {what}: {err.strerror or err}. Finished shards are intact: free space or permissions, "
+            "then run the same build again and it continues"
+        ) from err

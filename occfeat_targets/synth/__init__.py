@@ -1,0 +1,1 @@
+"""A synthetic city written as a nuScenes dataroot."""

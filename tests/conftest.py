@@ -1,0 +1,93 @@
+"""Fixtures: the real keyframe where there is one, a small synthetic city, a tiny teacher, and small caches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import TargetSpec, TeacherSpec
+from occfeat_targets.store import Cache, Identity, create_cache
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_sample() -> Path:
+    """One real nuScenes keyframe as a dataroot (v1.0-mini, mini_train); its licence keeps it out of this repository."""
+    path = Path(os.environ.get("OCCFEAT_REAL_SAMPLE", REPOSITORY.parent / "shared" / "nuscenes-real-sample"))
+    if not path.is_dir():
+        pytest.skip(f"no real nuScenes keyframe at {path}: set OCCFEAT_REAL_SAMPLE to a v1.0-mini dataroot")
+    return path
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic city: two training scenes of 5 keyframes, one of validation, images of 192x320."""
+    from occfeat_targets.synth import write_city
+
+    out = tmp_path_factory.mktemp("data") / "city"
+    write_city(
+        out, scenes=2, val_scenes=1, keyframes=5, image_size=(192, 320), sweeps_per_keyframe=3, seed=3, progress=False
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A local folder with a DINOv2 of two layers and 32 channels, so that builds take no time."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-dinov2"
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+SMALL_GRID = VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6))
+
+
+def small_spec(**changes: object) -> TargetSpec:
+    """A spec whose keyframes are a few kilobytes."""
+    values: dict[str, object] = {
+        "grid": SMALL_GRID,
+        "image_size": (16, 24),
+        "teacher": TeacherSpec("tiny", "r0", (28, 42), 14, 8),
+        **changes,
+    }
+    return TargetSpec(**values)  # type: ignore[arg-type]
+
+
+def small_identity(n: int = 7) -> Identity:
+    return Identity(tuple(f"token{i}" for i in range(n)), ("scene-0061",) * n, tuple(range(0, n * 500_000, 500_000)))
+
+
+def random_arrays(cache: Cache, shard: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Contents for a shard that depend on nothing but its number."""
+    rng = np.random.default_rng((seed, shard))
+    n = len(cache.shard_range(shard))
+    arrays = {}
+    for array in cache.spec.arrays():
+        values = rng.integers(0, 100, (n, *array.shape)).astype(array.dtype)
+        arrays[array.name] = np.ones(n, np.bool_) if array.name == "is_valid" else values
+    return arrays
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path) -> Cache:
+    """A created, still empty cache of 7 keyframes in shards of 3."""
+    return create_cache(
+        tmp_path / "train.zarr", small_spec(), small_identity(), keyframes_per_shard=3, provenance={"simulated": []}
+    )
+
+
+@pytest.fixture
+def finished_cache(small_cache: Cache) -> Cache:
+    for shard in range(small_cache.num_shards):
+        small_cache.write_shard(shard, random_arrays(small_cache, shard), {"skipped": {}, "cosine": None})
+    return small_cache

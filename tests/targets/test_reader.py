@@ -1,0 +1,92 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from occfeat_targets.reader import CacheReader
+from occfeat_targets.store import CacheError, shard_file
+from tests.conftest import random_arrays
+
+
+def array_named(cache, name):
+    return next(a for a in cache.spec.arrays() if a.name == name)
+
+
+def test_reader_gives_what_was_written_for_every_array_and_keyframe(finished_cache):
+    reader = CacheReader(finished_cache.path)
+    for shard in range(finished_cache.num_shards):
+        expected = random_arrays(finished_cache, shard)
+        for row, keyframe in enumerate(finished_cache.shard_range(shard)):
+            for name, values in reader.read_all(list(expected), keyframe).items():
+                np.testing.assert_array_equal(values, expected[name][row], err_msg=f"{name} {keyframe}")
+
+
+def test_reader_fills_the_array_it_is_given(finished_cache):
+    batch = np.zeros((4, 6, 2, 3, 8), np.float16)
+    reader = CacheReader(finished_cache)
+    out = reader.read("features", 5, out=batch[1])
+    assert np.shares_memory(out, batch)
+    np.testing.assert_array_equal(batch[1], random_arrays(finished_cache, 1)["features"][2])
+    assert not batch[[0, 2, 3]].any()
+    with pytest.raises(ValueError, match="C-contiguous"):
+        reader.read("features", 5, out=batch[0].astype(np.float32))
+
+
+def test_reader_survives_pickling(finished_cache):
+    reader = CacheReader(finished_cache)
+    reader.read("features", 0)
+    again = pickle.loads(pickle.dumps(reader))
+    np.testing.assert_array_equal(again.read("images", 6), reader.read("images", 6))
+
+
+def test_an_unfinished_cache_is_refused_unless_asked_for(small_cache):
+    small_cache.write_shard(0, random_arrays(small_cache, 0), {"skipped": {}})
+    with pytest.raises(CacheError, match="2 of 3 shards are missing"):
+        CacheReader(small_cache)
+    reader = CacheReader(small_cache, allow_incomplete=True)
+    assert reader.read("features", 2).any()
+    with pytest.raises(CacheError, match="damaged at keyframe 3"):
+        reader.read("features", 3)
+
+
+@pytest.mark.parametrize("name", ["features", "images", "occupancy", "labels/map"])
+def test_a_flipped_byte_anywhere_in_a_shard_is_never_read_as_data(finished_cache, name):
+    file = shard_file(finished_cache.path, array_named(finished_cache, name), 1)
+    good = file.read_bytes()
+    expected = [CacheReader(finished_cache).read(name, k) for k in (3, 4, 5)]
+    for position in np.random.default_rng(0).integers(0, len(good), 40):
+        damaged = bytearray(good)
+        damaged[position] ^= 0x10
+        file.write_bytes(damaged)
+        errors = 0
+        for keyframe, values in zip((3, 4, 5), expected, strict=True):
+            try:
+                np.testing.assert_array_equal(CacheReader(finished_cache).read(name, keyframe), values)
+            except CacheError as error:
+                assert f"keyframe {keyframe}" in str(error)
+                assert f"token{keyframe}" in str(error)
+                errors += 1
+        assert errors >= 1
+
+
+def test_a_truncated_shard_is_an_error_naming_file_and_sample(finished_cache):
+    file = shard_file(finished_cache.path, array_named(finished_cache, "images"), 2)
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(CacheError, match=r"images/c/2/0/0/0/0 is damaged at keyframe 6 \(sample token6\)"):
+        CacheReader(finished_cache).read("images", 6)
+
+
+def test_unchecked_reading_is_faster_and_gives_the_same(finished_cache):
+    np.testing.assert_array_equal(
+        CacheReader(finished_cache, check=False).read("features", 4), CacheReader(finished_cache).read("features", 4)
+    )
+
+
+def test_unknown_arrays_and_keyframes_are_refused(finished_cache):
+    reader = CacheReader(finished_cache)
+    with pytest.raises(CacheError, match="no array 'depth'"):
+        reader.read("depth", 0)
+    with pytest.raises(IndexError, match="keyframe 7 of a cache of 7"):
+        reader.read("images", 7)
+    assert len(reader) == 7
+    assert reader.is_valid.all()

@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.labels import MAP_CLASSES as DRAWN_CLASSES
+from occfeat_targets.schema import CAMERAS, MAP_CLASSES, TargetSpec, TeacherSpec
+
+TEACHER = TeacherSpec("facebook/dinov2-small", "abc", (224, 392), 14, 384)
+
+
+def test_a_spec_survives_json_with_its_fingerprint():
+    spec = TargetSpec(teacher=TEACHER, frames=("ego", *CAMERAS), feature_dtype="int8")
+    again = TargetSpec.from_dict(spec.to_dict())
+    assert again == spec
+    assert again.fingerprint == spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": VoxelGrid((4, 200, 200))},
+        {"frames": ("CAM_FRONT",)},
+        {"image_size": (448, 800)},
+        {"teacher": None},
+        {"teacher": dataclasses.replace(TEACHER, revision="abd")},
+        {"teacher": dataclasses.replace(TEACHER, layer="pre-norm")},
+        {"feature_dtype": "int8"},
+        {"num_sweeps": 2},
+        {"ego_box": 2.0},
+        {"labels": ("map",)},
+        {"dividers": "road+lane"},
+        {"compat": "simple-bev"},
+    ],
+)
+def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
+    spec = TargetSpec(teacher=TEACHER)
+    changed = dataclasses.replace(spec, **change)
+    assert changed.fingerprint != spec.fingerprint
+    (difference,) = spec.differences(changed)
+    assert difference.startswith(next(iter(change)))
+
+
+def test_bytes_of_the_papers_feature_maps_are_as_designed():
+    features = next(a for a in TargetSpec(teacher=TEACHER).arrays() if a.name == "features")
+    assert features.shape == (6, 16, 28, 384)
+    assert features.nbytes == 2_064_384
+
+
+def test_teacher_input_that_is_no_patch_multiple_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="--feature-size 224x392"):
+        TeacherSpec("x", "r", (224, 400), 14, 384)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"frames": ()},
+        {"frames": ("lidar",)},
+        {"frames": ("ego", "ego")},
+        {"feature_dtype": "float32"},
+        {"num_sweeps": 0},
+        {"labels": ("boxes",)},
+        {"dividers": "lane"},
+        {"compat": "lss"},
+        {"image_size": (4, 4)},
+        {"format_version": 2},
+    ],
+)
+def test_a_spec_that_cannot_be_built_is_refused(bad):
+    with pytest.raises(ValueError, match="expected|release"):
+        TargetSpec(**bad)
+
+
+def test_map_label_channels_are_the_classes_that_are_drawn():
+    assert tuple(DRAWN_CLASSES) == MAP_CLASSES
+
+
+def test_a_spec_without_teacher_or_labels_has_no_such_arrays():
+    names = [a.name for a in TargetSpec(labels=()).arrays()]
+    assert names == ["is_valid", "intrinsics", "cam_from_ego", "grid_from_ego", "images", "occupancy"]

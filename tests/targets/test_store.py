@@ -1,0 +1,202 @@
+import multiprocessing
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray
+import zarr
+
+from occfeat_targets import store
+from occfeat_targets.schema import TargetSpec
+from occfeat_targets.store import CacheError, create_cache, open_cache, read_record, write_record
+from tests.conftest import random_arrays, small_identity, small_spec
+
+NOTES = {"skipped": {}, "cosine": None}
+
+
+def contents(path: Path) -> dict[str, np.ndarray]:
+    group = zarr.open_group(path, mode="r")
+    return {name: array[:] for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)}
+
+
+def create(path: Path, **changes):
+    arguments = {"spec": small_spec(), "identity": small_identity(), "keyframes_per_shard": 3, **changes}
+    return create_cache(path, provenance={"simulated": []}, **arguments)
+
+
+def test_what_is_written_is_what_zarr_and_xarray_read(finished_cache):
+    expected = {a.name: [] for a in finished_cache.spec.arrays()}
+    for shard in range(finished_cache.num_shards):
+        for name, values in random_arrays(finished_cache, shard).items():
+            expected[name].append(values)
+    found = contents(finished_cache.path)
+    dataset = xarray.open_zarr(finished_cache.path)
+    labels = xarray.open_zarr(finished_cache.path, group="labels")
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], np.concatenate(values))
+        opened = labels[name.removeprefix("labels/")] if name.startswith("labels/") else dataset[name]
+        np.testing.assert_array_equal(opened.values, np.concatenate(values))
+    assert dataset["sample_token"].values.tolist() == list(finished_cache.identity.tokens)
+    assert dataset["features"].dims == ("keyframe", "camera", "token_y", "token_x", "channel")
+
+
+def test_every_chunk_is_checksummed_and_a_shard_is_one_file(finished_cache):
+    for array in finished_cache.spec.arrays():
+        metadata = (finished_cache.path / array.name / "zarr.json").read_text()
+        assert "crc32c" in metadata, array.name
+        for shard in range(finished_cache.num_shards):
+            assert store.shard_file(finished_cache.path, array, shard).is_file()
+
+
+def test_reopening_gives_the_same_cache(small_cache):
+    again = open_cache(small_cache.path)
+    assert again == small_cache
+    assert again.pending_shards() == [0, 1, 2]
+
+
+def test_a_finished_shard_is_not_pending_and_its_record_names_its_files(small_cache):
+    small_cache.write_shard(1, random_arrays(small_cache, 1), NOTES)
+    assert small_cache.pending_shards() == [0, 2]
+    record = small_cache.finished_shards()[1]
+    assert record["keyframes"] == [3, 6]
+    assert set(record["files"]) == {str(store.shard_file(Path(), array, 1)) for array in small_cache.spec.arrays()}
+
+
+def test_keyframes_of_zeros_are_written_not_left_out(small_cache):
+    arrays = {name: np.zeros_like(values) for name, values in random_arrays(small_cache, 2).items()}
+    small_cache.write_shard(2, arrays, NOTES)
+    for array in small_cache.spec.arrays():
+        assert store.shard_file(small_cache.path, array, 2).stat().st_size > 0
+
+
+def test_a_shard_without_its_record_is_pending_and_is_cleared_before_it_is_written_again(small_cache, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_record", die)
+    with pytest.raises(KeyboardInterrupt):
+        small_cache.write_shard(0, random_arrays(small_cache, 0, seed=1), NOTES)
+    monkeypatch.undo()
+    left = store.shard_file(small_cache.path, small_cache.spec.arrays()[0], 0)
+    assert left.is_file()
+    partial = left.with_name("0.0123abcd.partial")  # as zarr leaves behind when it is killed while writing
+    partial.write_bytes(b"half")
+    assert small_cache.pending_shards() == [0, 1, 2]
+    small_cache.write_shard(0, random_arrays(small_cache, 0), NOTES)
+    assert not partial.exists()
+    np.testing.assert_array_equal(contents(small_cache.path)["features"][:3], random_arrays(small_cache, 0)["features"])
+
+
+def test_another_fingerprint_is_refused_with_both_named(small_cache):
+    other = small_spec(num_sweeps=3)
+    with pytest.raises(CacheError) as error:
+        create(small_cache.path, spec=other)
+    assert other.fingerprint in str(error.value)
+    assert small_cache.spec.fingerprint in str(error.value)
+    assert "num_sweeps: 1 != 3" in str(error.value)
+
+
+def test_other_keyframes_and_another_shard_size_are_refused(small_cache):
+    with pytest.raises(CacheError, match="other keyframes"):
+        create(small_cache.path, identity=small_identity(8))
+    with pytest.raises(CacheError, match="--shard-size 3"):
+        create(small_cache.path, keyframes_per_shard=4)
+
+
+def test_no_keyframes_and_no_shard_size_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no keyframes"):
+        create(tmp_path / "x.zarr", identity=small_identity(0))
+    with pytest.raises(ValueError, match="at least 1"):
+        create(tmp_path / "x.zarr", keyframes_per_shard=0)
+
+
+def test_an_absent_cache_is_reported_with_those_that_are_there(small_cache):
+    with pytest.raises(CacheError, match=r"no cache at .*val\.zarr \(found there: train\.zarr\)"):
+        open_cache(small_cache.path.with_name("val.zarr"))
+
+
+def _create_in_process(path: Path, barrier) -> None:
+    barrier.wait()
+    create(path)
+
+
+def test_processes_that_create_one_cache_at_once_all_get_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=_create_in_process, args=(tmp_path / "t.zarr", barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["t.zarr"]
+    assert len(open_cache(tmp_path / "t.zarr")) == 7
+
+
+def test_changed_metadata_is_noticed_on_opening(small_cache):
+    metadata = small_cache.path / "features" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace("float16", "float32"))
+    with pytest.raises(CacheError, match="features/zarr.json is missing or was changed"):
+        open_cache(small_cache.path)
+
+
+def test_a_record_with_any_byte_changed_is_damaged(tmp_path):
+    file = tmp_path / "r.json"
+    write_record(file, {"shard": 3, "files": {"a": "b"}})
+    good = file.read_bytes()
+    assert read_record(file) == {"shard": 3, "files": {"a": "b"}}
+    for position in range(len(good)):
+        damaged = bytearray(good)
+        damaged[position] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(CacheError, match="damaged"):
+            read_record(file)
+
+
+def test_a_failure_is_remembered_until_the_shard_succeeds(small_cache):
+    small_cache.record_failure(1, "no such sweep")
+    assert small_cache.failed_shards()[1]["error"] == "no such sweep"
+    small_cache.write_shard(1, random_arrays(small_cache, 1), NOTES)
+    assert small_cache.failed_shards() == {}
+
+
+def test_a_full_disk_is_an_error_that_leaves_finished_shards_intact(tmp_path):
+    """A real one: a small tmpfs, where this may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("a tmpfs can't be mounted here")
+    try:
+        cache = create(disk / "t.zarr", spec=small_spec(image_size=(64, 256)))
+        cache.write_shard(0, random_arrays(cache, 0), NOTES)
+        before = contents(cache.path)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 200_000))
+        with pytest.raises(CacheError, match=r"shard 1 .*No space left.*Finished shards are intact"):
+            cache.write_shard(1, random_arrays(cache, 1), NOTES)
+        assert open_cache(cache.path).pending_shards() == [1, 2]
+        np.testing.assert_array_equal(contents(cache.path)["images"][:3], before["images"][:3])
+        (disk / "filler").unlink()
+        cache.write_shard(1, random_arrays(cache, 1), NOTES)
+        assert cache.pending_shards() == [2]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_contract_modules_import_nothing_but_numpy_and_zarr():
+    """The trainer runs where no devkit, Dask, numba or torch is."""
+    code = (
+        "import sys\n"
+        "import occfeat_targets.grid, occfeat_targets.geometry, occfeat_targets.schema\n"
+        "import occfeat_targets.store, occfeat_targets.reader\n"
+        "bad = {'nuscenes', 'dask', 'distributed', 'numba', 'torch', 'transformers', 'cv2', 'shapely', 'PIL'}\n"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
