@@ -34,9 +34,7 @@ class Size(click.ParamType[tuple[int, ...]]):
         except ValueError:
             numbers = ()
         if len(numbers) != self.name.count("x") + 1 or min(numbers, default=0) < 1:
-            self.fail(
-                f"{value!r} is not of the form {self.name}, such as {'x'.join(['224', '392', '8'][: len(numbers) or 2])}"
-            )
+            self.fail(f"{value!r} is not of the form {self.name}: whole numbers joined by x expected")
         return numbers
 
 
@@ -132,7 +130,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--sweeps", default=1, show_default=True, help="LiDAR sweeps in the occupancy, the keyframe's included.")
 @click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Student images.")
 @click.option("--teacher", default="facebook/dinov2-small", show_default=True,
-              help="Hub id or local folder of a DINOv2 or DINOv3; random:ID for random weights; none for no features.")  # fmt: skip
+              help="Hub id or folder of a DINOv2 or DINOv3; random:ID for random weights; none.")  # fmt: skip
 @click.option("--teacher-layer", type=click.Choice(["post-norm", "pre-norm"]), default="post-norm", show_default=True)
 @click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="auto: bfloat16 where the hardware multiplies it natively.")  # fmt: skip
@@ -155,7 +153,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--shard", type=ShardOf(), default=None, help="Build every N-th shard from the K-th, in this process.")
 @click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes a shard.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="What to do with a keyframe that cannot be built; skip records and masks it, and exits 3.")  # fmt: skip
+              help="A keyframe that cannot be built: stop, or record and mask it and exit 3.")  # fmt: skip
 @click.option("--retry-skipped", is_flag=True, help="Build finished shards with skipped keyframes again.")
 @click.option("--device", default="auto", show_default=True, help="Of the teacher: auto, cpu, cuda, cuda:1.")
 @reports_errors
@@ -277,3 +275,24 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
         click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet")
         sys.exit(EXIT_INCOMPLETE)
     click.echo(f"{opened.path} is sound")
+
+
+@main.command()
+@cache_options
+@click.option("--out", type=click.Path(path_type=Path), default=Path("preview"), show_default=True)
+@click.option("--keyframes", "numbers", default=None, metavar="0,5,9", help="Which; else --samples, evenly spread.")
+@click.option("--token", "tokens", multiple=True, help="A keyframe by its sample token; may be repeated.")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--frame", default=None, help="Reference frame of the grid to show; the cache's first by default.")
+@click.option("--points", is_flag=True, help="Also project the LiDAR returns, read from the data set.")
+@click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
+              help="The data set; where the cache was built from by default.")  # fmt: skip
+@reports_errors
+def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool, dataroot: Path | None,
+            **choice: Any) -> None:  # fmt: skip
+    """Draw keyframes: voxels on the images, features, occupancy and labels from above; PNGs and an index.html."""
+    from occfeat_targets.preview import choose_keyframes, write_preview
+
+    opened = _open(cache, split)
+    chosen = choose_keyframes(opened, **choice)
+    click.echo(f"see {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")

@@ -34,8 +34,8 @@ def run_on_dask(
     """Build shards on `workers` local processes, or on the cluster at `scheduler`; reports come as shards finish.
 
     A worker that dies takes its shard with it, and the shard is tried again elsewhere, three times at most.
-    When `keep_going` says no, nothing more is begun and what is under way is still reported. Raises ValueError if the scheduler is not reached,
-    or has no workers within a minute.
+    When `keep_going` says no, nothing more is begun and what is under way is still reported.
+    Raises ValueError if the scheduler is not reached, or has no workers within a minute.
     """
     import dask
     from distributed import Client, LocalCluster, as_completed

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 Matrix = NDArray[np.float64]
 
 # (right, forward, up) from a frame's own axes: nuScenes' ego frame (x forward, y left, z up) with the grid's origin
-# 0.5 m above the ego's; a camera (x right, y down, z forward) with the origin 1 m below it, which is Simple-BEV's centroid.
+# 0.5 m above the ego's; a camera (x right, y down, z forward) with the origin 1 m below it, Simple-BEV's centroid.
 GRID_FROM_EGO_AXES: Matrix = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, -0.5], [0, 0, 0, 1]], np.float64)
 GRID_FROM_CAMERA_AXES: Matrix = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]], np.float64)
 

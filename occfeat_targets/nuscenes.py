@@ -288,5 +288,6 @@ def _vehicles(
         corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
     if not np.isfinite(corners).all():
         raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
-    visibility = np.array([int(box["visibility_token"] or 0) for box in boxes], np.uint8)
+    # A box without a visibility token counts as visible: it is scored like any other.
+    visibility = np.array([int(box["visibility_token"] or 4) for box in boxes], np.uint8)
     return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility

@@ -99,7 +99,7 @@ def read_source(
                 for record in sweeps
             ],
             vehicle_corners=np.array([_corners(box, global_from_ego) for box in boxes[token]]).reshape(-1, 8, 3),
-            visibility=np.array([int(box["visibility_token"]) for box in boxes[token]], np.uint8),
+            visibility=np.array([int(box["visibility_token"] or 4) for box in boxes[token]], np.uint8),
         )
     return found
 

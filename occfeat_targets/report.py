@@ -41,9 +41,10 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     scenes = Counter(k.scene for k in split.keyframes)
     lines = [f"{split.name} of {split.version}: {len(cache)} keyframes of {len(scenes)} scenes"]
     if split.missing_scenes:
+        missing = split.missing_scenes
         lines.append(
-            f"  {len(split.missing_scenes)} of the split's {len(scenes) + len(split.missing_scenes)} scenes are not in this "
-            f"data set and are left out ({', '.join(split.missing_scenes[:3])}{', ...' if len(split.missing_scenes) > 3 else ''})"
+            f"  {len(missing)} of the split's {len(scenes) + len(missing)} scenes are not in this data set and are left out "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
     if plan.options.labels is None:
         reasons = {
@@ -94,8 +95,8 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     lines += warn_simulated(cache)
     if outcome.failed:
         lines.append(
-            f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, and "
-            "run the same command again: it continues"
+            f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, "
+            "and run the same command again: it continues"
         )
     elif pending:
         lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")

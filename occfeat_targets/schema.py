@@ -1,7 +1,7 @@
 """What a cache holds: the TargetSpec that decides its bytes, and the arrays that follow from it.
 
 The spec is a value. It is validated before a byte is written, stored in the cache's attributes, and hashed into the
-fingerprint that a build, a resume and a training run compare. Two caches with one fingerprint hold interchangeable targets.
+fingerprint that a build, a resume and a training run compare. Caches of one fingerprint hold interchangeable targets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TeacherSpec:
 
     name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture.
     revision: hub commit, or a hash of the weights: which weights the name stood for.
-    layer: ``post-norm`` (the output of the final LayerNorm, as x_norm_patchtokens) or ``pre-norm`` (its input, as ScaLR).
+    layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens), or ``pre-norm``, its input (as ScaLR).
     input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: what it computes in.
     mean, std: of RGB in [0, 1], as the model was trained (ImageNet's, unless its own processor says otherwise).
     """
@@ -74,7 +74,7 @@ class TeacherSpec:
 class ArraySpec:
     """One Zarr array of N keyframes. shape, dims: of one keyframe. compress: zstd, for bits that are mostly zero.
 
-    per_keyframe: one inner chunk a keyframe inside the shard (random reads); otherwise one chunk a shard (small arrays).
+    per_keyframe: an inner chunk a keyframe inside the shard (random reads); otherwise a chunk a shard (small arrays).
     """
 
     name: str
@@ -171,7 +171,7 @@ class TargetSpec:
         h_b, row = grid.map_shape[0], grid.map_row_bytes
         small = {"per_keyframe": False}
         specs = [
-            ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped on an error and holds zeros", **small),
+            ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
             ArraySpec(
                 "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
                 "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
@@ -185,7 +185,8 @@ class TargetSpec:
                 "(right, forward, up) of each reference frame's grid from the ego frame at LiDAR time [m]", **small,
             ),
             ArraySpec(
-                "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8", "student images, RGB"
+                "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8",
+                "student images, RGB",
             ),
         ]  # fmt: skip
         if self.teacher is not None:
@@ -194,7 +195,7 @@ class TargetSpec:
             specs.append(
                 ArraySpec(
                     "features", (cams, h, w, self.teacher.dim), (*dims, "channel"), self.feature_dtype,
-                    "teacher patch tokens; token (y, x) is centred at ((y + 0.5) * H / h, (x + 0.5) * W / w) of the image",
+                    "teacher patch tokens; (y, x) is centred at ((y + 0.5) * H / h, (x + 0.5) * W / w) of the image",
                 )
             )  # fmt: skip
             if self.feature_dtype == "int8":

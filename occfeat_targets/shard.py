@@ -21,7 +21,7 @@ from occfeat_targets.keyframe import KeyframeError, KeyframeTargets, Seconds, bu
 from occfeat_targets.labels import MapGeometry
 from occfeat_targets.nuscenes import Keyframe
 from occfeat_targets.schema import TargetSpec
-from occfeat_targets.store import Cache, open_cache
+from occfeat_targets.store import open_cache
 
 logger = logging.getLogger(__name__)
 

@@ -238,7 +238,7 @@ def _open_matching(wanted: Cache) -> Cache:
         )
     if found.identity != wanted.identity:
         raise CacheError(
-            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set and split: "
+            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
             "point --dataroot at the data set it was built from, choose another --cache, or delete it to rebuild"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:

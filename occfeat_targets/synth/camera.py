@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from occfeat_targets.geometry import Matrix
 from occfeat_targets.synth.ground import kernel
-from occfeat_targets.synth.materials import ground_surface, noise2, surface
+from occfeat_targets.synth.materials import LEAF, ground_surface, leaf_normal, noise2, surface
 from occfeat_targets.synth.raycast import FAR, GROUND, SKY, hit_object, normal_at, trace
 from occfeat_targets.synth.world import World
 
 # Samples per object and camera when its visible share is counted.
 _VISIBILITY_SAMPLES = 400
-_HAZE_DISTANCE = 420.0
+_EDGE_CONTRAST = 20.0
+_HAZE_DISTANCE = 750.0
 
 
 class Light(NamedTuple):
@@ -71,6 +72,9 @@ def _shade(ox, oy, oz, dx, dy, dz, t, k, j, foot, w, light):  # type: ignore[no-
         rx, ry = x - o[0], y - o[1]
         lx, ly, lz = c * rx + sn * ry - s[5], c * ry - sn * rx - s[6], z - o[2] - s[7]
         mx, my, nz = normal_at(lx, ly, lz, s)
+        if int(s[1]) == LEAF:
+            # Leaves face every way: a bumpy normal breaks up the smooth lobes.
+            mx, my, nz = leaf_normal(mx, my, nz, lx, ly, lz, foot)
         nx, ny = c * mx - sn * my, sn * mx + c * my
         slant = foot / max(0.1, -(nx * dx + ny * dy + nz * dz))
         r, g, b, _, gloss = surface(
@@ -100,41 +104,59 @@ def _shade(ox, oy, oz, dx, dy, dz, t, k, j, foot, w, light):  # type: ignore[no-
 
 
 @kernel
-def _byte(value):  # type: ignore[no-untyped-def]
-    """Linear 0..1 -> display 0..255, with a soft shoulder instead of clipping."""
-    v = value * 1.25
-    v = v / (1.0 + 0.25 * v)
-    return np.uint8(min(255.0, 255.0 * np.sqrt(max(v, 0.0)) + 0.5))
+def _display(value):  # type: ignore[no-untyped-def]
+    """Linear light -> display 0..255: a soft shoulder instead of clipping, deep shadows."""
+    v = np.sqrt(max(value, 0.0) * 1.3 / (1.0 + 0.3 * value))
+    return min(255.0, 255.0 * v * (0.82 + 0.18 * min(v, 1.0)))
+
+
+@kernel
+def _sample(u, v, pose, k, w, light):  # type: ignore[no-untyped-def]
+    """One ray through image position (u, v) -> display r, g, b (0..255), depth, object."""
+    cx, cy = (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
+    n = 1.0 / np.sqrt(cx * cx + cy * cy + 1.0)
+    dx = (pose[0, 0] * cx + pose[0, 1] * cy + pose[0, 2]) * n
+    dy = (pose[1, 0] * cx + pose[1, 1] * cy + pose[1, 2]) * n
+    dz = (pose[2, 0] * cx + pose[2, 1] * cy + pose[2, 2]) * n
+    ox, oy, oz = pose[0, 3], pose[1, 3], pose[2, 3]
+    t, hit, solid = trace(ox, oy, oz, dx, dy, dz, FAR, False, w)
+    if hit == SKY:
+        r, g, b = _sky(dx, dy, dz, light)
+        t = np.inf
+    else:
+        r, g, b = _shade(ox, oy, oz, dx, dy, dz, t, hit, solid, t / k[0, 0], w, light)
+    return _display(r), _display(g), _display(b), t * n, hit
 
 
 @kernel
 def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-def]
     height, width = depth.shape
-    ox, oy, oz = pose[0, 3], pose[1, 3], pose[2, 3]
-    pixel = 1.0 / k[0, 0]
+    centre = np.empty((height, width, 3), np.float32)
     for row in range(height):
-        cy = (row + 0.5 - k[1, 2]) / k[1, 1]
         for col in range(width):
-            cx = (col + 0.5 - k[0, 2]) / k[0, 0]
-            n = 1.0 / np.sqrt(cx * cx + cy * cy + 1.0)
-            dx = (pose[0, 0] * cx + pose[0, 1] * cy + pose[0, 2]) * n
-            dy = (pose[1, 0] * cx + pose[1, 1] * cy + pose[1, 2]) * n
-            dz = (pose[2, 0] * cx + pose[2, 1] * cy + pose[2, 2]) * n
-            t, hit, solid = trace(ox, oy, oz, dx, dy, dz, FAR, False, w)
-            objects[row, col] = hit
-            if hit == SKY:
-                depth[row, col] = np.inf
-                r, g, b = _sky(dx, dy, dz, light)
-            else:
-                depth[row, col] = t * n
-                r, g, b = _shade(ox, oy, oz, dx, dy, dz, t, hit, solid, t * pixel, w, light)
-            rgb[row, col, 0], rgb[row, col, 1], rgb[row, col, 2] = _byte(r), _byte(g), _byte(b)
+            r, g, b, depth[row, col], objects[row, col] = _sample(col + 0.5, row + 0.5, pose, k, w, light)
+            centre[row, col, 0], centre[row, col, 1], centre[row, col, 2] = r, g, b
+    # Edges get four more rays each: where green differs from a neighbour's, a single ray would leave stairs.
+    for row in range(height):
+        for col in range(width):
+            here = centre[row, col, 1]
+            contrast = max(abs(here - centre[max(row - 1, 0), col, 1]), abs(here - centre[row, max(col - 1, 0), 1]))
+            contrast = max(contrast, abs(here - centre[min(row + 1, height - 1), col, 1]))
+            contrast = max(contrast, abs(here - centre[row, min(col + 1, width - 1), 1]))
+            r, g, b = centre[row, col]
+            if contrast > _EDGE_CONTRAST:
+                for n in range(4):
+                    u, v = col + (0.125, 0.375, 0.625, 0.875)[n], row + (0.625, 0.125, 0.875, 0.375)[n]
+                    sr, sg, sb, _, _ = _sample(u, v, pose, k, w, light)
+                    r, g, b = r + sr, g + sg, b + sb
+                r, g, b = 0.2 * r, 0.2 * g, 0.2 * b
+            rgb[row, col, 0], rgb[row, col, 1], rgb[row, col, 2] = np.uint8(r + 0.5), np.uint8(g + 0.5), np.uint8(b + 0.5)
 
 
 def render(
     global_from_camera: Matrix, intrinsics: Matrix, image_size: tuple[int, int], world: World, light: Light
 ) -> Picture:
-    """The picture of a pinhole camera: one ray through each pixel's centre, a second one to the sun."""
+    """The picture of a pinhole camera: a ray through each pixel's centre, from what it meets one to the sun, more at edges."""
     rgb = np.empty((*image_size, 3), np.uint8)
     depth = np.empty(image_size, np.float32)
     objects = np.empty(image_size, np.int32)

@@ -11,12 +11,9 @@ from occfeat_targets.synth import shapes
 from occfeat_targets.synth.layout import (
     BAY_DEPTH,
     BAY_WIDTH,
-    CORNER_RADIUS,
     CROSSING_BAND,
     LANE_WIDTH,
-    LAWN,
     PARKING_WIDTH,
-    PLAZA,
     STOP_BAND,
     WALKWAY_WIDTH,
     District,
@@ -189,10 +186,8 @@ def walking(
             motion = walk(district, _across(district, rng), speed)
             motion = motion.shifted(float(rng.uniform(-0.6, 0.3)) * motion.times[-1])
         elif attempt % 5 == 1:
-            spots = [b for b in district.blocks if b.surface in (LAWN, PLAZA)] or list(district.blocks)
-            rect = spots[rng.integers(len(spots))].rect.grown(-CORNER_RADIUS)
-            uv = (float(rng.uniform(rect.u0, rect.u1)), float(rng.uniform(rect.v0, rect.v1)))
-            motion = _resting(district, uv, (float(rng.normal()), float(rng.normal())))
+            u, v = _around(district, rng, 0.0)[0]
+            motion = _resting(district, (float(u), float(v)), (float(rng.normal()), float(rng.normal())))
             attribute = "pedestrian.standing"
         else:
             motion = walk(district, _around(district, rng, speed * (duration + 2)), speed).shifted(-1.0)

@@ -26,7 +26,7 @@ NO_RETURN, EGO = -3, -4
 # The ego's roof and the rack the LiDAR stands on, as boxes in the ego frame: low x, y, z, high x, y, z [m].
 _EGO_BODY = np.array([[-0.15, -0.46, 1.35, 1.75, 0.46, 1.52], [0.80, -0.30, 1.52, 1.08, 0.30, 1.60]])
 # A pulse is lost when reflectivity * cos(incidence) / range^2 falls below this.
-_SENSITIVITY = 1.1e-5
+_SENSITIVITY = 1.5e-6
 
 
 class Sweep(NamedTuple):

@@ -87,6 +87,7 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
     if region == YARD:
         c = 0.27 + 0.06 * coarse + 0.04 * fine
         return c, 0.96 * c, 0.90 * c, 0.13, 0.0
+    fine += 0.8 * _detail(u, v, 0.035, 8, foot)
     # Asphalt: lighter and cracked in car parks, with darker tyre tracks and patches on the road.
     c = 0.13 + 0.035 * coarse + 0.05 * fine + 0.02 * _detail(u, v, 0.9, 6, foot)
     if region == CAR_PARK or region == DRIVEWAY:
@@ -94,6 +95,18 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
     elif hash3(np.int64(np.floor(u / 9.0)), np.int64(np.floor(v / 7.0)), 7) > 0.9:
         c *= 0.75
     return c, c, 1.04 * c, 0.06 + 0.12 * c, 0.0
+
+
+@kernel
+def leaf_normal(nx, ny, nz, lx, ly, lz, foot):  # type: ignore[no-untyped-def]
+    """The normal of a crown, ruffled by its leaves."""
+    ruffle = 1.9 * max(0.0, 1.0 - foot / 0.4)
+    p, q = lx + 0.8 * lz, ly - 0.6 * lz
+    nx += ruffle * (noise2(4.1 * p, 4.1 * q, 21) - 0.5) + 0.7 * ruffle * (noise2(9.7 * p, 9.7 * q, 24) - 0.5)
+    ny += ruffle * (noise2(4.1 * q, 4.1 * (p + lz), 22) - 0.5)
+    nz += ruffle * (noise2(3.7 * (p - q), 3.7 * lz, 23) - 0.5)
+    n = 1.0 / np.sqrt(nx * nx + ny * ny + nz * nz + 1e-9)
+    return nx * n, ny * n, nz * n
 
 
 @kernel
@@ -121,6 +134,11 @@ def _facade(s, z, height, seed, r, g, b, foot):  # type: ignore[no-untyped-def]
         return c, 1.1 * c, 1.25 * c, 0.02, 0.45
     if fz < 0.06:
         grime *= 0.8
+    elif foot < 0.04 and r > 1.5 * b:
+        # Red walls are brick: courses of 75 mm, every other one shifted.
+        course = np.int64(np.floor(z / 0.075))
+        brick = np.int64(np.floor(s / 0.24 + 0.5 * (course % 2)))
+        grime *= 0.88 + 0.24 * hash3(brick, course, seed) if z / 0.075 - course > 0.12 else 1.12
     return r * grime, g * grime, b * grime, 0.15 + 0.2 * g, 0.0
 
 

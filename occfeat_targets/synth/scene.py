@@ -47,6 +47,13 @@ class Scene:
         raised = classify_points(np.ascontiguousarray(poses[:, :2]), self.ground) >= FIRST_RAISED
         return np.column_stack([poses[:, :2], CURB_HEIGHT * raised, poses[:, 2]])
 
+    def describe(self) -> str:
+        """Weather and cast in a few words."""
+        kinds = [a.category.split(".")[1] for a in self.actors]
+        weather = "overcast" if self.light.clouds == 1.0 else f"sun at {np.degrees(np.arcsin(self.light.sun[2])):.0f} degrees"
+        counts = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
+        return f"{weather}; {counts}"
+
     def world(self, t: float) -> World:
         """Everything where it is t seconds into the scene."""
         fixed = np.array([p.pose for p in self.scenery]).reshape(-1, 4)
@@ -76,7 +83,7 @@ def _light(rng: np.random.Generator) -> Light:
     if rng.random() < 0.25:
         return Light(sun, np.array([0.20, 0.20, 0.19]), np.array([0.62, 0.63, 0.66]), 1.0)
     sunlight = 1.15 * np.array([1.0, 0.97 - 0.12 * low, 0.90 - 0.28 * low])
-    return Light(sun, sunlight, np.array([0.36, 0.42, 0.52]), float(rng.uniform(0.0, 0.6)))
+    return Light(sun, sunlight, np.array([0.42, 0.46, 0.53]), float(rng.uniform(0.0, 0.6)))
 
 
 def plan_scene(

@@ -13,6 +13,7 @@ from occfeat_targets.synth.layout import (
     LAWN,
     STOP_BAND,
     WALKWAY_WIDTH,
+    YARD,
     Block,
     District,
     Rect,
@@ -146,7 +147,7 @@ def build_scenery(district: District, rng: np.random.Generator) -> list[Placed]:
     """Everything that stands in a district, in a fixed order."""
     placed = []
     for block in district.blocks:
-        if block.surface in (LAWN,) or block.car_park is None and rng.random() < 0.15:
+        if block.surface != YARD:
             placed += _grounds(district, block, rng)
         else:
             taken = [r.grown(1.0) for r in (block.car_park, block.driveway) if r is not None]

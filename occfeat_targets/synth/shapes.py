@@ -99,11 +99,11 @@ def car(rng: np.random.Generator) -> Shape:
     paint = _pick(_PAINTS, rng)
     rise = height - belt
     return _shape(
-        _solid(TAPERED, CAR_BODY, paint, (0, 0, (belt + clearance) / 2), (length / 2, half_width, (belt - clearance) / 2),
-               (0.10, 0.05, 0.05)),
-        _solid(TAPERED, CAR_CABIN, paint, ((x0 + x1) / 2, 0, belt + rise / 2), ((x1 - x0) / 2, half_width - 0.05, rise / 2),
+        _solid(TAPERED, CAR_BODY, paint, (0, 0, (belt + clearance) / 2), (length / 2, half_width - 0.04, (belt - clearance) / 2),
+               (0.10, 0.05, 0.03)),
+        _solid(TAPERED, CAR_CABIN, paint, ((x0 + x1) / 2, 0, belt + rise / 2), ((x1 - x0) / 2, half_width - 0.08, rise / 2),
                (1.1 * rise, 0.35 * rise if tall else 0.8 * rise, 0.30 * rise)),
-        *_wheels((-0.30 * length, 0.31 * length), half_width - 0.01, radius, 0.10),
+        *_wheels((-0.30 * length, 0.31 * length), half_width, radius, 0.10),
     )  # fmt: skip
 
 
@@ -128,9 +128,9 @@ def bus(rng: np.random.Generator) -> Shape:
     length, height, half_width = rng.uniform(10, 12), rng.uniform(3.0, 3.3), 1.27
     paint = _pick(((0.55, 0.05, 0.05), (0.10, 0.40, 0.15), (0.65, 0.62, 0.55), (0.08, 0.2, 0.5)), rng)
     return _shape(
-        _solid(TAPERED, BUS_BODY, paint, (0, 0, (height + 0.3) / 2), (length / 2, half_width, (height - 0.3) / 2),
+        _solid(TAPERED, BUS_BODY, paint, (0, 0, (height + 0.3) / 2), (length / 2, half_width - 0.03, (height - 0.3) / 2),
                (0.12, 0.03, 0.06)),
-        *_wheels((-0.27 * length, 0.30 * length), half_width - 0.01, 0.48, 0.14),
+        *_wheels((-0.27 * length, 0.30 * length), half_width, 0.48, 0.14),
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 import multiprocessing
 import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import xarray
 import zarr
 
 from occfeat_targets import store
-from occfeat_targets.schema import TargetSpec
 from occfeat_targets.store import CacheError, create_cache, open_cache, read_record, write_record
 from tests.conftest import random_arrays, small_identity, small_spec
 

@@ -1,0 +1,182 @@
+"""Writes the whole dataset: which scenes, where they take place, and the folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from occfeat_targets.synth.expansion import write_map
+from occfeat_targets.synth.filming import Film, plan_shots
+from occfeat_targets.synth.layout import NUM_SITES, District, plan_district
+from occfeat_targets.synth.rig import CAMERAS, KEYFRAME_PERIOD_US, LIDAR_CHANNEL, NUM_COLUMNS, NUM_RINGS
+from occfeat_targets.synth.scene import Scene, plan_scene
+from occfeat_targets.synth.scenery import build_scenery
+from occfeat_targets.synth.tables import Tables
+from occfeat_targets.synth.tokens import stream
+
+TRAIN_LOCATION, VAL_LOCATION = "singapore-onenorth", "singapore-hollandvillage"
+MINI_TRAIN = (
+    "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
+)  # fmt: skip
+MINI_VAL = ("scene-0103", "scene-0916")
+MAX_SWEEPS = 10
+_EPOCH_US = 946_684_800_000_000
+_SCENE_GAP_US = 1_000_000_000
+# Measured on one core: for the estimate that is printed before the work starts, nothing else.
+_SECONDS_PER_PIXEL, _SECONDS_PER_SWEEP, _BYTES_PER_PIXEL = 1.1e-6, 0.04, 0.22
+
+_README = """This is a synthetic city in nuScenes format, written by occfeat-targets synth (seed {seed}).
+It holds no nuScenes data: every image, sweep, box and map was computed. Use it without any restriction.
+Load it with nuscenes-devkit: NuScenes("{version}", dataroot) and NuScenesMap(dataroot, "{location}").
+"""
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """Where and when a scene takes place; `index` counts the scenes of its split."""
+
+    name: str
+    index: int
+    location: str
+    start_us: int
+
+    @property
+    def site(self) -> int:
+        return self.index % NUM_SITES
+
+    @property
+    def logfile(self) -> str:
+        return f"synthetic-{self.location}-{self.site:02d}"
+
+
+def _names(version: str | None, scenes: int, val_scenes: int) -> tuple[str, list[str], list[str]]:
+    """(version, training names, validation names), from the devkit's own lists."""
+    fits_mini = scenes <= len(MINI_TRAIN) and val_scenes <= len(MINI_VAL)
+    version = version or ("v1.0-mini" if fits_mini else "v1.0-trainval")
+    if version == "v1.0-mini":
+        train, val = list(MINI_TRAIN), list(MINI_VAL)
+    elif version == "v1.0-trainval":
+        # Imported here: the devkit takes seconds to load, and only large cities need its long lists.
+        from nuscenes.utils import splits
+
+        train, val = splits.train, splits.val
+    else:
+        raise ValueError(f"version {version!r} is neither 'v1.0-mini' nor 'v1.0-trainval'")
+    if scenes > len(train) or val_scenes > len(val):
+        raise ValueError(
+            f"{version} has names for {len(train)} training and {len(val)} validation scenes, not {scenes} and {val_scenes}"
+        )
+    return version, train[:scenes], val[:val_scenes]
+
+
+def _plan_scenes(train: Sequence[str], val: Sequence[str]) -> list[ScenePlan]:
+    placed = [(name, k, TRAIN_LOCATION) for k, name in enumerate(train)]
+    placed += [(name, k, VAL_LOCATION) for k, name in enumerate(val)]
+    return [ScenePlan(*p, start_us=_EPOCH_US + (n + 1) * _SCENE_GAP_US) for n, p in enumerate(placed)]
+
+
+def _district(seed: int, location: str, site: int) -> District:
+    return plan_district(location, site, stream(seed, location, site, "streets"))
+
+
+def _scene(seed: int, plan: ScenePlan, district: District, keyframes: int) -> Scene:
+    scenery = build_scenery(district, stream(seed, plan.location, plan.site, "scenery"))
+    duration = max(1, keyframes - 1) * KEYFRAME_PERIOD_US * 1e-6
+    turns = plan.index % 3 != 1
+    return plan_scene(district, scenery, duration, turns, stream(seed, plan.name, "scene"))
+
+
+def _check(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: tuple[int, int], sweeps: int) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty: give another --out, or remove it first")
+    if scenes < 0 or val_scenes < 0 or scenes + val_scenes == 0:
+        raise ValueError(f"{scenes} training and {val_scenes} validation scenes: there must be at least one scene in all")
+    if keyframes < 1:
+        raise ValueError(f"keyframes is {keyframes}, it must be at least 1")
+    if not 1 <= sweeps <= MAX_SWEEPS:
+        raise ValueError(f"sweeps_per_keyframe is {sweeps}, it must be 1..{MAX_SWEEPS}: 20 Hz sweeps, 2 Hz keyframes")
+    if min(image_size) < 16:
+        raise ValueError(f"image_size is {image_size}, (height, width) must be at least 16 each")
+
+
+def write_city(
+    out: Path,
+    *,
+    scenes: int = 2,
+    val_scenes: int = 0,
+    keyframes: int = 10,
+    seed: int = 0,
+    image_size: tuple[int, int] = (900, 1600),
+    sweeps_per_keyframe: int = MAX_SWEEPS,
+    version: str | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a synthetic city to `out` as a nuScenes dataroot; returns `out`.
+
+    scenes, val_scenes: number of training and validation scenes; they take place in different towns. version: "v1.0-mini" (up to
+    8 + 2 scenes) or "v1.0-trainval" (700 + 150); None takes the smallest that has enough names. image_size: (height, width).
+    sweeps_per_keyframe: LiDAR sweeps at 20 Hz up to and including each keyframe but the first, 1..10. workers: threads,
+    None for one per core; the bytes written do not depend on it. progress: print an estimate and show a bar.
+
+    `out` must not exist, or be empty. It appears, complete, at the end: until then the files lie in a hidden folder next to it.
+    Raises ValueError on arguments out of range or an `out` that is in use.
+    """
+    out = Path(out)
+    _check(out, scenes, val_scenes, keyframes, image_size, sweeps_per_keyframe)
+    version, train, val = _names(version, scenes, val_scenes)
+    plans = _plan_scenes(train, val)
+    workers = workers or len(os.sched_getaffinity(0))
+    num_shots = sum(1 for _ in plan_shots(keyframes, sweeps_per_keyframe))
+    if progress:
+        print(_estimate(len(plans), keyframes, num_shots, image_size, workers), file=sys.stderr)
+
+    part = out.parent / f".{out.name}.incomplete-{os.getpid()}"
+    part.mkdir(parents=True)
+    try:
+        for channel in (*(c.channel for c in CAMERAS), LIDAR_CHANNEL):
+            (part / "samples" / channel).mkdir(parents=True)
+        (part / "sweeps" / LIDAR_CHANNEL).mkdir(parents=True)
+        tables = Tables(seed, image_size)
+        districts: dict[str, District] = {}
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=num_shots * len(plans), desc="synthetic city", unit="file", disable=not progress) as bar,
+        ):
+            for plan in plans:
+                if plan.logfile not in districts:
+                    districts[plan.logfile] = _district(seed, plan.location, plan.site)
+                    tables.add_log(plan.logfile, plan.location)
+                scene = _scene(seed, plan, districts[plan.logfile], keyframes)
+                stamps = [plan.start_us + k * KEYFRAME_PERIOD_US for k in range(keyframes)]
+                tables.add_scene(plan.name, plan.logfile, "synthetic city: " + scene.describe(), stamps)
+                film = Film(scene, plan.name, plan.logfile, plan.start_us, seed, part, image_size)
+                film.make(tables, keyframes, sweeps_per_keyframe, pool, bar.update)
+        for location in dict.fromkeys(p.location for p in plans):
+            here = [d for d in districts.values() if d.location == location]
+            tables.add_map(location, write_map(part, seed, location, here))
+        tables.write(part / version)
+        (part / "README.txt").write_text(_README.format(seed=seed, version=version, location=plans[0].location))
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _estimate(num_scenes: int, keyframes: int, num_shots: int, image_size: tuple[int, int], workers: int) -> str:
+    images = num_scenes * keyframes * len(CAMERAS)
+    sweeps = num_scenes * num_shots - images
+    pixels = images * image_size[0] * image_size[1]
+    megabytes = (pixels * _BYTES_PER_PIXEL + sweeps * NUM_COLUMNS * NUM_RINGS * 20) / 1e6
+    seconds = (pixels * _SECONDS_PER_PIXEL + sweeps * _SECONDS_PER_SWEEP) / workers
+    return (
+        f"synthetic city: {num_scenes} scenes, {images} images, {sweeps} sweeps; about {megabytes:.0f} MB, "
+        f"{seconds:.0f} s on {workers} workers (first run: half a minute more to compile)"
+    )

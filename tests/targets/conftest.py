@@ -1,0 +1,30 @@
+"""The build that others are compared with, and a city that a test may damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.targets.command_line import build_arguments, contents, run
+
+
+@pytest.fixture(scope="session")
+def serial(city: Path, tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted serial build that all others are compared with."""
+    cache = tmp_path_factory.mktemp("serial")
+    run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--frames", "both"))
+    return cache
+
+
+@pytest.fixture(scope="session")
+def expected(serial: Path) -> dict[str, np.ndarray]:
+    return contents(serial)
+
+
+@pytest.fixture
+def broken_city(city, tmp_path) -> Path:
+    """A copy of the city whose files a test may damage."""
+    return Path(shutil.copytree(city, tmp_path / "city"))

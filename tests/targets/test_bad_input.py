@@ -1,0 +1,172 @@
+"""What goes wrong with real data and real disks ends in an error that names sample, file and remedy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from occfeat_targets.nuscenes import read_split
+from occfeat_targets.reader import CacheReader
+from occfeat_targets.schema import CAMERAS
+from occfeat_targets.store import open_cache
+from tests.targets.command_line import assert_same_bytes, build_arguments, run, table, tmpfs, write_table
+
+
+def victim(city: Path, channel: str) -> dict:
+    """The keyframe record of a channel of the third keyframe of the build."""
+    token = contents_of_split(city)[2]
+    calibration = {c["token"]: c["sensor_token"] for c in table(city, "calibrated_sensor")}
+    sensors = {s["token"]: s["channel"] for s in table(city, "sensor")}
+    return next(
+        record
+        for record in table(city, "sample_data")
+        if record["sample_token"] == token
+        and record["is_key_frame"]
+        and sensors[calibration[record["calibrated_sensor_token"]]] == channel
+    )
+
+
+def contents_of_split(city: Path) -> list[str]:
+    """Sample tokens of mini_train, in the order of a cache."""
+    split = read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False)
+    return [keyframe.token for keyframe in split.keyframes]
+
+
+def cut_file(fraction: float, channel: str):
+    def damage(city: Path) -> str:
+        record = victim(city, channel)
+        file = city / record["filename"]
+        data = file.read_bytes()
+        file.write_bytes(data[: int(len(data) * fraction) // 20 * 20 + (7 if channel != "LIDAR_TOP" else 0)])
+        return record["filename"]
+
+    return damage
+
+
+def cut_inside_a_return(city: Path) -> str:
+    record = victim(city, "LIDAR_TOP")
+    file = city / record["filename"]
+    file.write_bytes(file.read_bytes()[:-7])
+    return record["filename"]
+
+
+def remove_image(city: Path) -> str:
+    record = victim(city, "CAM_BACK")
+    (city / record["filename"]).unlink()
+    return record["filename"]
+
+
+def remove_camera_record(city: Path) -> str:
+    token = victim(city, "CAM_BACK")["token"]
+    write_table(city, "sample_data", [r for r in table(city, "sample_data") if r["token"] != token])
+    return "CAM_BACK"
+
+
+def nan_pose(city: Path) -> str:
+    record = victim(city, "CAM_FRONT")
+    poses = table(city, "ego_pose")
+    for pose in poses:
+        if pose["token"] == record["ego_pose_token"]:
+            pose["translation"][1] = float("nan")
+    write_table(city, "ego_pose", poses)
+    return record["filename"]
+
+
+BAD_INPUT = {
+    "truncated sweep": (cut_inside_a_return, "past a whole return"),
+    "half a sweep": (cut_file(0.5, "LIDAR_TOP"), "ends early"),
+    "empty sweep": (cut_file(0.0, "LIDAR_TOP"), "is empty"),
+    "half a JPEG": (cut_file(0.5, "CAM_FRONT"), "cut short or damaged"),
+    "missing image": (remove_image, "is missing"),
+    "missing camera": (remove_camera_record, "no keyframe record"),
+    "NaN pose": (nan_pose, "not three finite numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_fails_by_name_and_can_be_skipped_on_the_record(name, broken_city, tiny_teacher, tmp_path):
+    damage, reason = BAD_INPUT[name]
+    token = contents_of_split(broken_city)[2]
+    file = damage(broken_city)
+    cache = tmp_path / "cache"
+    arguments = build_arguments(broken_city, cache, tiny_teacher, "--workers", "0")
+    failed = run(*arguments, check=False)
+    message = failed.stdout + failed.stderr
+    assert failed.returncode == 1
+    assert "Traceback" not in message
+    for part in (token, file, reason):
+        assert part in message
+    if name not in ("missing camera", "NaN pose"):  # these are found in the tables, before a cache exists
+        assert open_cache(cache / "mini_train.zarr").finished_shards().keys() == {0}
+        assert "failed: shard 1" in run("status", "--cache", cache, "--split", "mini_train", check=False).stdout
+    skipped = run(*arguments, "--on-error", "skip", check=False)
+    assert skipped.returncode == 3
+    assert token in skipped.stdout
+    reader = CacheReader(cache / "mini_train.zarr")
+    assert reader.is_valid.tolist() == [True, True, False] + [True] * 7
+    assert not any(values.any() for values in reader.read_all(["images", "features", "occupancy"], 2).values())
+    status = run("status", "--cache", cache, "--split", "mini_train", check=False)
+    assert status.returncode == 3
+    assert reason in status.stdout
+
+
+def test_a_repaired_file_is_built_with_retry_skipped(broken_city, city, tiny_teacher, tmp_path):
+    file = remove_image(broken_city)
+    cache = tmp_path / "cache"
+    arguments = build_arguments(broken_city, cache, tiny_teacher, "--workers", "0")
+    assert run(*arguments, "--on-error", "skip", check=False).returncode == 3
+    shutil.copy(city / file, broken_city / file)
+    run(*arguments, "--retry-skipped")
+    assert CacheReader(cache / "mini_train.zarr").is_valid.all()
+    run("status", "--cache", cache, "--split", "mini_train")
+
+
+def test_a_dataroot_without_the_version_says_what_it_has(city, tiny_teacher, tmp_path):
+    result = run(*build_arguments(city, tmp_path, tiny_teacher, "--version", "v1.0-trainval"), check=False)
+    assert result.returncode == 1
+    assert "holds no v1.0-trainval (found: v1.0-mini)" in result.stderr
+    result = run(*build_arguments(tmp_path / "nothing", tmp_path, tiny_teacher), check=False)
+    assert "no directory" in result.stderr
+    assert "NUSCENES_ROOT" in result.stderr
+
+
+def test_a_build_with_other_options_into_a_cache_is_refused_and_harms_nothing(city, tiny_teacher, serial, expected):
+    result = run(*build_arguments(city, serial, tiny_teacher, "--sweeps", "3", "--frames", "both"), check=False)
+    assert result.returncode == 1
+    assert "num_sweeps: 1 != 3" in result.stderr
+    assert_same_bytes(serial, expected)
+
+
+def test_a_read_only_output_is_an_error_that_says_so(city, tiny_teacher, tmp_path):
+    with tmpfs(tmp_path / "read-only", "ro,size=1g") as output:  # root would ignore permissions
+        result = run(*build_arguments(city, output / "cache", tiny_teacher, "--workers", "0"), check=False)
+        assert result.returncode == 1
+        assert "could not write" in result.stderr
+        assert "Read-only file system" in result.stderr
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_built(city, tiny_teacher, tmp_path):
+    with tmpfs(tmp_path / "disk", "size=1m") as disk:
+        result = run(*build_arguments(city, disk, tiny_teacher, "--workers", "0"), check=False)
+        assert result.returncode == 1
+        assert "the cache takes about" in result.stderr
+        assert not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_keeps_the_finished_shards(city, tiny_teacher, tmp_path, expected):
+    with tmpfs(tmp_path / "disk", "size=12m") as disk:
+        arguments = build_arguments(city, disk, tiny_teacher, "--workers", "0", "--frames", "both")
+        run(*arguments)
+        for shard in (1, 3):  # as if they had not been built yet, and something else had taken their room
+            open_cache(disk / "mini_train.zarr").clear_shard(shard)
+        filler = disk / "filler"
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+        result = run(*arguments, check=False)
+        assert result.returncode == 1
+        assert "No space left on device" in result.stdout
+        assert set(open_cache(disk / "mini_train.zarr").finished_shards()) == {0, 2, 4}
+        filler.unlink()
+        run(*arguments)
+        assert_same_bytes(disk, expected)

@@ -1,0 +1,171 @@
+"""The build from end to end: the same bytes however it is run, and what its options change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_targets.store import open_cache
+from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_apart, write_table
+
+
+def test_a_build_says_what_it_builds_how_large_it_is_and_how_long_it_takes(city, tiny_teacher, tmp_path):
+    output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0")).stdout
+    assert "10 keyframes of 2 scenes" in output
+    assert "6 of the split's 8 scenes are not in this data set" in output
+    assert "a keyframe" in output
+    assert "free); time: about" in output
+    assert "SIMULATED: the data set is a synthetic city\n" in output
+    assert "is complete: 10 keyframes" in output
+    assert "wait" in output
+
+
+def test_a_finished_build_has_nothing_left_to_do(city, tiny_teacher, serial, expected):
+    output = run(*build_arguments(city, serial, tiny_teacher, "--workers", "0", "--frames", "both")).stdout
+    assert "to build here: 0 shards" in output
+    assert_same_bytes(serial, expected)
+
+
+def test_two_local_workers_build_the_same_bytes(city, tiny_teacher, tmp_path, expected):
+    run_apart(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "2", "--frames", "both"))
+    assert_same_bytes(tmp_path, expected)
+
+
+def test_array_tasks_build_the_same_bytes_without_a_scheduler(city, tiny_teacher, tmp_path, expected):
+    outputs = [
+        run(*build_arguments(city, tmp_path, tiny_teacher, "--shard", f"{k}/3", "--frames", "both")).stdout
+        for k in range(3)
+    ]
+    assert "shards are left to other tasks" in outputs[0]
+    assert "is complete" in outputs[2]
+    assert_same_bytes(tmp_path, expected)
+
+
+@contextmanager
+def dask_cluster(directory: Path) -> Iterator[str]:
+    """A scheduler and two workers as somebody else would start them."""
+    address_file = directory / "scheduler.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": directory}
+    dask = [sys.executable, "-m", "distributed.cli"]
+    processes = [
+        subprocess.Popen(
+            [*dask[:2], "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+             "--scheduler-file", str(address_file)], **quiet
+        )
+    ]  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not address_file.exists() or not address_file.read_text().strip():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        address = json.loads(address_file.read_text())["address"]
+        for _ in range(2):
+            worker = [*dask[:2], "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+            processes.append(subprocess.Popen(worker, **quiet))
+        yield address
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
+
+
+def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny_teacher, tmp_path, expected):
+    with dask_cluster(tmp_path) as address:
+        run_apart(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", address, "--frames", "both"))
+    assert_same_bytes(tmp_path, expected)
+
+
+def test_a_scheduler_that_is_not_there_is_named(city, tiny_teacher, tmp_path):
+    result = run(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", "tcp://127.0.0.1:9"), check=False)
+    assert result.returncode == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in result.stderr
+
+
+def test_labels_can_be_left_out_and_chosen(city, tiny_teacher, tmp_path):
+    for labels, names in [(["--no-labels"], set()), (["--labels", "map"], {"labels/map"})]:
+        cache = tmp_path / labels[0]
+        run(*build_arguments(city, cache, "none", "--workers", "0", *labels))
+        assert {name for name in contents(cache) if name.startswith("labels/")} == names
+        assert "features" not in contents(cache)
+
+
+def test_annotations_are_not_needed_and_not_invented(broken_city, tmp_path):
+    """As in the test split: no boxes; map labels are still there."""
+    write_table(broken_city, "sample_annotation", [])
+    write_table(broken_city, "instance", [])
+    output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
+    assert "no vehicles labels: v1.0-mini has no annotations" in output
+    assert {n for n in contents(tmp_path / "cache") if n.startswith("labels/")} == {"labels/map"}
+    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--labels", "vehicles"), check=False)
+    assert asked.returncode == 1
+    assert "no annotations" in asked.stderr
+
+
+def test_a_missing_map_expansion_is_announced_or_refused(broken_city, tmp_path):
+    shutil.rmtree(broken_city / "maps" / "expansion")
+    output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
+    assert "no map labels: no map expansion" in output
+    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--labels", "map"), check=False)
+    assert asked.returncode == 1
+    assert "nuScenes-map-expansion-v1.3.zip" in asked.stderr
+
+
+def test_the_lss_directory_layout_gives_the_same_cache(city, tiny_teacher, tmp_path, expected):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "mini").symlink_to(city)
+    run(*build_arguments(root, tmp_path / "cache", tiny_teacher, "--workers", "0", "--frames", "both"))
+    assert_same_bytes(tmp_path / "cache", expected)
+
+
+def test_sweeps_add_voxels_and_lose_none(city, tmp_path, expected):
+    run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--frames", "both", "--sweeps", "3"))
+    more = contents(tmp_path)["occupancy"]
+    assert not (expected["occupancy"] & ~more).any()
+    assert np.unpackbits(more).sum() > 1.2 * np.unpackbits(expected["occupancy"]).sum()
+
+
+def test_int8_features_are_close_to_float16_and_the_cosine_is_printed_and_stored(
+    city, tiny_teacher, tmp_path, expected
+):
+    output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0", "--feature-dtype", "int8")).stdout
+    assert "int8 features: cosine to float16 0.99" in output
+    found = contents(tmp_path)
+    features = found["features"].astype(np.float32) * found["feature_scale"][..., None].astype(np.float32)
+    truth = expected["features"].astype(np.float32)
+    cosine = (features * truth).sum(-1) / np.linalg.norm(features, axis=-1) / np.linalg.norm(truth, axis=-1)
+    assert cosine.min() > 0.999
+    assert np.abs(features - truth).max() < 0.02 * np.abs(truth).max()
+    record = open_cache(tmp_path / "mini_train.zarr").finished_shards()[0]
+    assert record["cosine"][1] == pytest.approx(cosine[:2].min(), abs=1e-4)
+    assert "cosine to float16" in run("info", "--cache", tmp_path, "--split", "mini_train").stdout
+
+
+def test_teacher_batches_change_no_more_than_rounding(city, tiny_teacher, tmp_path, expected):
+    run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0", "--frames", "both", "--teacher-batch", "2"))
+    found = contents(tmp_path)
+    np.testing.assert_allclose(
+        found["features"].astype(np.float32), expected["features"].astype(np.float32), rtol=1e-2, atol=1e-2
+    )
+    np.testing.assert_array_equal(found["occupancy"], expected["occupancy"])
+
+
+def test_contradicting_ways_to_run_are_refused(city, tmp_path):
+    result = run(*build_arguments(city, tmp_path, "none", "--workers", "2", "--shard", "0/2"), check=False)
+    assert result.returncode == 2
+    assert "choose one" in result.stderr
+    result = run(*build_arguments(city, tmp_path, "none", "--shard", "2/2"), check=False)
+    assert result.returncode == 2
+    assert "0 <= K < N" in result.stderr
