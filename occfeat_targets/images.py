@@ -39,7 +39,8 @@ def load_image(
 ) -> tuple[NDArray[np.uint8], ...]:
     """Decodes a JPEG once and resizes it to each of `sizes`.
 
-    sizes: (height, width) in pixels, each within the source's. Axes are scaled independently: scale intrinsics by
+    sizes: (height, width) in pixels, each within the source's. The largest decides how far the decode is scaled, so a
+        size's last bits depend on its company. Axes are scaled independently: scale intrinsics by
         width / source width and height / source height.
     expected_size: (height, width) the data set says the file has; any other is an error.
     Returns one (height, width, 3) uint8 RGB array per size; the same bytes on every machine with the same libjpeg.
@@ -51,8 +52,8 @@ def load_image(
         _check_sizes(path, source, sizes, expected_size)
         scale = _decoding_scale(source, sizes)
         image.draft("RGB", (source[1] // scale, source[0] // scale))
-        scale = -(-source[1] // image.width)  # libjpeg rounds up; a format without scaled decoding stays at 1
-        pixels = _decode(path, image)
+        assert image.size == (-(-source[1] // scale), -(-source[0] // scale)), (path, scale)  # libjpeg rounds up
+        pixels = _decode(path, image, source)
     resized = []
     for height, width in sizes:
         out = np.empty((height, width, 3), np.uint8)
@@ -66,8 +67,9 @@ def load_image_reference(
 ) -> tuple[NDArray[np.uint8], ...]:
     """`load_image`'s slow twin: full decode, then Pillow's antialiased bilinear resize to each size."""
     with _open(path) as image:
-        _check_sizes(path, (image.height, image.width), sizes, None)
-        full = Image.fromarray(_decode(path, image))
+        source = (image.height, image.width)
+        _check_sizes(path, source, sizes, None)
+        full = Image.fromarray(_decode(path, image, source))
     return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
 
 
@@ -82,13 +84,13 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"image {path} {seen}; expected a JPEG: restore the file") from err
 
 
-def _decode(path: str | os.PathLike[str], image: Image.Image) -> NDArray[np.uint8]:
+def _decode(path: str | os.PathLike[str], image: Image.Image, source: tuple[int, int]) -> NDArray[np.uint8]:
     try:
         return np.asarray(image.convert("RGB"))  # no copy if it is RGB already
     except (OSError, SyntaxError) as err:
         raise ValueError(
             f"image {path} ({os.path.getsize(path)} bytes) is cut short or damaged ({err}); expected a whole JPEG of "
-            f"{image.width}x{image.height}: restore the file"
+            f"{source[1]}x{source[0]}: restore the file"
         ) from err
 
 

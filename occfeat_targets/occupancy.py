@@ -41,10 +41,15 @@ def _all_finite(bits: NDArray[np.int32]) -> bool:
 
 @numba.njit(nogil=True, cache=True)
 def _sectors_of(points: NDArray[np.float32], step: int) -> int:
-    """Bits, in SECTORS' order, of the sectors that every step-th return lies in; a border belongs to both sides."""
+    """Bits, in SECTORS' order, of the sectors that every step-th return lies in; a border belongs to both sides.
+
+    Around the sensor lie the vehicle's own returns and the shots without one, which say nothing of where it looked.
+    """
     mask = 0
     for i in range(0, points.shape[0], step):
         x, y = points[i, 0], points[i, 1]
+        if abs(x) < EGO_BOX and abs(y) < EGO_BOX:
+            continue
         mask |= (x >= 0 and y >= 0) | ((x <= 0 and y >= 0) << 1)
         mask |= ((x >= 0 and y <= 0) << 2) | ((x <= 0 and y <= 0) << 3)
         mask |= ((x >= abs(y)) << 4) | ((x <= -abs(y)) << 5) | ((y >= abs(x)) << 6) | ((y <= -abs(x)) << 7)

@@ -90,7 +90,7 @@ class BirdsEye:
         for metres in [r for r in _RINGS if self._extent / 8 <= r <= self._extent]:
             radius = metres * self.pixels_per_metre
             draw.ellipse([*(center - radius), *(center + radius)], outline=FAINT)
-            at = (center[0] - 5, center[1] + radius - 3)
+            at = (center[0] - 5, min(center[1] + radius, self.height) - 3)
             draw.text(at, f"{metres} m", INK, font(13), anchor="rd", stroke_width=2, stroke_fill=EMPTY)
         draw.polygon([tuple(p) for p in outline], fill=INK, outline=(0, 0, 0))
         draw.polygon([tuple(p) for p in self.pixels(transform(grid_from_ego, _EGO_ARROW))], fill=INK, outline=(0, 0, 0))

@@ -99,4 +99,5 @@ def draw_dots(
     draw = ImageDraw.Draw(image)
     for i in np.argsort(-depth, kind="stable"):
         for reach, color in ((radius[i] + rim, (0, 0, 0)), (radius[i], tuple(colors[i].tolist())))[rim == 0 :]:
-            draw.ellipse([*(pixels[i] - 0.5 - reach), *(pixels[i] - 0.5 + reach)], color)
+            bounds = np.rint([*(pixels[i] - 0.5 - reach), *(pixels[i] - 0.5 + reach)])  # Pillow would round down
+            draw.ellipse(bounds.tolist(), color)

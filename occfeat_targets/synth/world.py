@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from occfeat_targets.synth.ground import Ground, kernel
 from occfeat_targets.synth.shapes import SOLID_COLUMNS, Shape
 
-CELL = 4.0
+CELL = 6.0
 # District corners lie this far from its centre, whatever its angle and bend [m].
 _REACH = 250.0
 _CELLS = int(2 * _REACH / CELL)
