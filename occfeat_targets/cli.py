@@ -250,7 +250,6 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
     """Read every byte of a cache against its checksums, and recompute random keyframes from the data set."""
-    from occfeat_targets.report import warn_simulated
     from occfeat_targets.verify import verify_checksums, verify_source
 
     opened = _open(cache, split)
@@ -264,7 +263,8 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
             raise ValueError(f"the data set is not at {source}: pass --dataroot, or --samples 0 for checksums only")
         click.echo(f"recomputing {samples} keyframes from {source} (--seed {seed}) ...")
         findings.append(verify_source(opened, source, samples, seed, click.echo))
-    click.echo("\n".join(warn_simulated(opened)), nl=bool(opened.simulated))
+    for line in opened.warnings:
+        click.echo(line)
     problems = [problem for found in findings for problem in found.problems]
     if problems:
         click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)

@@ -53,7 +53,7 @@ def load_image(
         scale = _decoding_scale(source, sizes)
         image.draft("RGB", (source[1] // scale, source[0] // scale))
         assert image.size == (-(-source[1] // scale), -(-source[0] // scale)), (path, scale)  # libjpeg rounds up
-        pixels = _decode(path, image, source)
+        pixels = np.asarray(_decode(path, image, source))
     resized = []
     for height, width in sizes:
         out = np.empty((height, width, 3), np.uint8)
@@ -69,7 +69,7 @@ def load_image_reference(
     with _open(path) as image:
         source = (image.height, image.width)
         _check_sizes(path, source, sizes, None)
-        full = Image.fromarray(_decode(path, image, source))
+        full = _decode(path, image, source)
     return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
 
 
@@ -84,14 +84,16 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"image {path} {seen}; expected a JPEG: restore the file") from err
 
 
-def _decode(path: str | os.PathLike[str], image: Image.Image, source: tuple[int, int]) -> NDArray[np.uint8]:
+def _decode(path: str | os.PathLike[str], image: Image.Image, source: tuple[int, int]) -> Image.Image:
+    """The image, read to its end, as RGB."""
     try:
-        return np.asarray(image.convert("RGB"))  # no copy if it is RGB already
+        image.load()
     except (OSError, SyntaxError) as err:
         raise ValueError(
             f"image {path} ({os.path.getsize(path)} bytes) is cut short or damaged ({err}); expected a whole JPEG of "
             f"{source[1]}x{source[0]}: restore the file"
         ) from err
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_sizes(

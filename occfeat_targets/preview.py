@@ -14,7 +14,6 @@ from occfeat_targets.geometry import transform
 from occfeat_targets.preview_colors import FeatureColors
 from occfeat_targets.preview_sheet import draw_keyframe, frame_index, read_features, why_absent
 from occfeat_targets.reader import CacheReader
-from occfeat_targets.report import describe_spec, warn_simulated
 from occfeat_targets.store import Cache, writing
 
 MAX_FITTED = 8  # keyframes whose features decide the colours
@@ -146,10 +145,10 @@ def _page(cache: Cache, keyframes: Sequence[int], names: Sequence[str]) -> str:
     lines = [
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
         f"<h1>{title}</h1>",
-        *(f'<p class="simulated">{html.escape(text)}</p>' for text in warn_simulated(cache)),
+        *(f'<p class="simulated">{html.escape(text)}</p>' for text in cache.warnings),
         f"<p>cache <code>{html.escape(cache.path.name)}</code>, fingerprint <code>{cache.spec.fingerprint}</code></p>",
         "<ul>",
-        *(f"<li>{html.escape(line)}</li>" for line in describe_spec(cache.spec)),
+        *(f"<li>{html.escape(line)}</li>" for line in cache.spec.describe()),
         "</ul>",
     ]
     for keyframe, name in zip(keyframes, names, strict=True):

@@ -32,7 +32,6 @@ from occfeat_targets.preview_colors import (
 )
 from occfeat_targets.preview_drawing import draw_banner, draw_dots, draw_key, draw_lines, draw_scale, draw_tag, wrap
 from occfeat_targets.reader import CacheReader
-from occfeat_targets.report import warn_simulated
 from occfeat_targets.schema import CAMERAS, TargetSpec
 from occfeat_targets.store import Cache
 
@@ -155,7 +154,7 @@ def _draw_title(sheet: Image.Image, cache: Cache, keyframe: int, index: int) -> 
     about = f"cache {spec.fingerprint}; {teacher}; grid {spec.grid} in frame {spec.frames[index]}"
     top = draw_lines(sheet, MARGIN, 12, [title], 27)
     top = draw_lines(sheet, MARGIN, top, wrap(about, WIDTH - 2 * MARGIN, 17), 17, FAINT) + 4
-    warnings = [line for text in warn_simulated(cache) for line in wrap(text, WIDTH - 2 * MARGIN, 24)]
+    warnings = [line for text in cache.warnings for line in wrap(text, WIDTH - 2 * MARGIN, 24)]
     return draw_banner(sheet, top, warnings) + 10 if warnings else top + 6
 
 

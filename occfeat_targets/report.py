@@ -10,29 +10,8 @@ from typing import Any
 
 from occfeat_targets.build import Outcome
 from occfeat_targets.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
-from occfeat_targets.schema import LABEL_KINDS, TargetSpec
+from occfeat_targets.schema import LABEL_KINDS
 from occfeat_targets.store import Cache
-
-
-def describe_spec(spec: TargetSpec) -> list[str]:
-    """The spec in a few lines."""
-    lines = [f"grid {spec.grid}, in {', '.join(spec.frames)}; sweeps a keyframe: {spec.num_sweeps}"]
-    lines.append(f"images {spec.image_size[0]}x{spec.image_size[1]} of {len(spec.cameras)} cameras")
-    if spec.teacher is None:
-        lines.append("teacher: none, no features")
-    else:
-        t = spec.teacher
-        lines.append(
-            f"teacher {t.name} ({t.revision}), {t.input_size[0]}x{t.input_size[1]} -> {t.map_size[0]}x{t.map_size[1]} "
-            f"tokens of {t.dim}, {t.layer}, computed in {t.dtype}, stored as {spec.feature_dtype}"
-        )
-    lines.append(f"labels: {', '.join(spec.labels) or 'none'}" + (f" ({spec.compat})" if spec.compat else ""))
-    return lines
-
-
-def warn_simulated(cache: Cache) -> list[str]:
-    """A line that says what is not real, if anything is not."""
-    return [f"SIMULATED: {' and '.join(cache.simulated)}"] if cache.simulated else []
 
 
 def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
@@ -52,8 +31,8 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
             "map": f"no map expansion in {split.dataroot / 'maps' / 'expansion'}",
         }
         lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
-    lines += [f"  {line}" for line in describe_spec(spec)]
-    lines += warn_simulated(cache)
+    lines += [f"  {line}" for line in spec.describe()]
+    lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())
     lines.append(
         f"{cache.path} [{spec.fingerprint}]: {cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes, "
@@ -92,7 +71,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
             f"  skipped {len(outcome.skipped)} keyframes: see 'occfeat-targets status'; --retry-skipped tries again"
         )
     pending = cache.pending_shards()
-    lines += warn_simulated(cache)
+    lines += cache.warnings
     if outcome.failed:
         lines.append(
             f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, "
@@ -111,7 +90,7 @@ def describe_status(cache: Cache) -> list[str]:
     keyframes = sum(len(cache.shard_range(shard)) for shard in finished)
     lines = [
         f"{cache.path} [{cache.spec.fingerprint}]",
-        *warn_simulated(cache),
+        *cache.warnings,
         f"finished: {len(finished)} of {cache.num_shards} shards, {keyframes} of {len(cache)} keyframes, "
         f"{format_bytes(bytes_on_disk(cache))}",
     ]
@@ -135,9 +114,9 @@ def describe_info(cache: Cache) -> list[str]:
     scenes = len(set(cache.identity.scenes))
     lines = [
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
-        *warn_simulated(cache),
+        *cache.warnings,
         f"{len(cache)} keyframes of {scenes} scenes: {origin['split']} of {origin['version']} at {origin['dataroot']}",
-        *describe_spec(spec),
+        *spec.describe(),
         f"{cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes",
     ]
     for array in spec.arrays():

@@ -164,6 +164,22 @@ class TargetSpec:
         mine, theirs = self.to_dict(), other.to_dict()
         return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
 
+    def describe(self) -> list[str]:
+        """The spec in a few lines of text."""
+        height, width = self.image_size
+        lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps a keyframe: {self.num_sweeps}"]
+        lines.append(f"images {height}x{width} of {len(self.cameras)} cameras")
+        if self.teacher is None:
+            lines.append("teacher: none, no features")
+        else:
+            (height, width), (h, w) = self.teacher.input_size, self.teacher.map_size
+            lines.append(
+                f"teacher {self.teacher.name} ({self.teacher.revision}), {height}x{width} -> {h}x{w} tokens of "
+                f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
+            )
+        lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
+        return lines
+
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays that a shard writes, in the order of writing."""
         cams, frames, grid = len(self.cameras), len(self.frames), self.grid

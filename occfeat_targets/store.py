@@ -78,6 +78,11 @@ class Cache:
         """What in this cache is not real, one phrase each; empty for real data and a real teacher."""
         return list(self.provenance.get("simulated", []))
 
+    @property
+    def warnings(self) -> list[str]:
+        """A line to print wherever this cache is used, if anything in it is not real."""
+        return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
+
     def finished_shards(self) -> dict[int, dict[str, Any]]:
         """{shard: its record}. Raises CacheError on a damaged record."""
         return {int(p.stem): read_record(p) for p in sorted(self._progress.glob("[0-9]*.json")) if p.stem.isdigit()}

@@ -135,7 +135,7 @@ def quantize(features: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[n
     """(..., C) float32 -> int8 of the same shape and one float16 scale per token (...,); value = int8 * scale."""
     scale = (np.abs(features).max(axis=-1) / 127).astype(np.float16)
     # float16 may have rounded the scale down, and a token of zeros has none.
-    scale = np.maximum(np.nextafter(scale, np.float16(np.inf)), np.finfo(np.float16).tiny)
+    scale = np.maximum(np.nextafter(scale, np.float16(np.inf)), np.finfo(np.float16).smallest_subnormal)
     return np.rint(features / scale[..., None].astype(np.float32)).astype(np.int8), scale
 
 

@@ -1,8 +1,8 @@
 """float16 <-> float32 inside numba, which has no float16 on a CPU: half precision travels as its uint16 bits.
 
 Used by `sampling`, whose inner loop reads float16 feature maps. Where the processor converts (x86 with F16C: everything
-since 2013; 64-bit ARM) LLVM turns this into its vector instructions; elsewhere integer arithmetic does the same, several
-times slower. Both are exact, denormals included, and round to nearest even; a value beyond 65504 becomes infinite, an
+since 2013; 64-bit ARM) LLVM turns this into its vector instructions; elsewhere integer arithmetic does the same, which
+makes the sampling four to five times slower. Both are exact, denormals included, and round to nearest even; a value beyond 65504 becomes infinite, an
 infinity stays one, and a NaN stays a NaN (its payload may differ).
 """
 

@@ -179,6 +179,13 @@ def _check_shapes(
         raise ValueError(f"features are {features.dtype}: int8 needs feature_scale, any other type goes without")
 
 
+@numba.njit(forceinline=True, fastmath={"contract"})
+def _blend(c: int, t00: Any, t01: Any, t10: Any, t11: Any, w00: Any, w01: Any, w10: Any, w11: Any) -> Any:
+    """Channel c of four tokens, weighted; multiplications and additions may fuse."""
+    top = w00 * as_float32(t00[c]) + w01 * as_float32(t01[c])
+    return top + (w10 * as_float32(t10[c]) + w11 * as_float32(t11[c]))
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _sample(
     maps: NDArray[Any],  # (cams, h, w, C) uint16 (the bits of float16), float32 or int8
@@ -220,7 +227,8 @@ def _sample(
             if views == 0:
                 target[:] = 0
                 continue
-            is_first = True
+            if views > 1:
+                total[:] = 0
             for cam in range(cams):
                 if not is_valid[cam, i]:
                     continue
@@ -234,11 +242,12 @@ def _sample(
                     w00, w01 = w00 * as_float32(scale[cam, y0, x0]), w01 * as_float32(scale[cam, y0, x1])
                     w10, w11 = w10 * as_float32(scale[cam, y1, x0]), w11 * as_float32(scale[cam, y1, x1])
                 t00, t01, t10, t11 = maps[cam, y0, x0], maps[cam, y0, x1], maps[cam, y1, x0], maps[cam, y1, x1]
-                if is_first:
-                    total[:] = 0
+                if views == 1:  # nine voxels of ten: no detour through memory
+                    for c in range(channels):
+                        store_float32(target, c, _blend(c, t00, t01, t10, t11, w00, w01, w10, w11))
+                else:
+                    for c in range(channels):
+                        total[c] += _blend(c, t00, t01, t10, t11, w00, w01, w10, w11)
+            if views > 1:
                 for c in range(channels):
-                    top = w00 * as_float32(t00[c]) + w01 * as_float32(t01[c])
-                    total[c] += top + (w10 * as_float32(t10[c]) + w11 * as_float32(t11[c]))
-                is_first = False
-            for c in range(channels):
-                store_float32(target, c, total[c])
+                    store_float32(target, c, total[c])

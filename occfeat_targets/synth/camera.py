@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.geometry import Matrix
-from occfeat_targets.synth.ground import kernel
+from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.materials import LEAF, ground_surface, leaf_normal, noise2, surface
 from occfeat_targets.synth.raycast import FAR, GROUND, SKY, hit_object, normal_at, trace
 from occfeat_targets.synth.world import World
@@ -77,14 +77,20 @@ def _shade(ox, oy, oz, dx, dy, dz, t, k, j, foot, w, light):  # type: ignore[no-
             mx, my, nz = leaf_normal(mx, my, nz, lx, ly, lz, foot)
         nx, ny = c * mx - sn * my, sn * mx + c * my
         slant = foot / max(0.1, -(nx * dx + ny * dy + nz * dz))
-        r, g, b, _, gloss = surface(
-            int(s[1]), s[2], s[3], s[4], lx, ly, lz, s[8], s[9], s[10], mx, my, nz, j, slant
-        )
+        r, g, b, _, gloss = surface(int(s[1]), s[2], s[3], s[4], lx, ly, lz, s[8], s[9], s[10], mx, my, nz, j, slant)
     facing = nx * light.sun[0] + ny * light.sun[1] + nz * light.sun[2]
     sun = 0.0
     if facing > 0:
         _, blocker, _ = trace(
-            x + 2e-3 * nx, y + 2e-3 * ny, z + 2e-3 * nz, light.sun[0], light.sun[1], light.sun[2], 120.0, True, w
+            x + 2e-3 * nx,
+            y + 2e-3 * ny,
+            z + 2e-3 * nz,
+            light.sun[0],
+            light.sun[1],
+            light.sun[2],
+            120.0,
+            True,
+            w,
         )
         sun = facing if blocker == SKY else 0.0
     # Skylight comes from above, a little of it back from the ground.
@@ -150,7 +156,11 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
                     sr, sg, sb, _, _ = _sample(u, v, pose, k, w, light)
                     r, g, b = r + sr, g + sg, b + sb
                 r, g, b = 0.2 * r, 0.2 * g, 0.2 * b
-            rgb[row, col, 0], rgb[row, col, 1], rgb[row, col, 2] = np.uint8(r + 0.5), np.uint8(g + 0.5), np.uint8(b + 0.5)
+            rgb[row, col, 0], rgb[row, col, 1], rgb[row, col, 2] = (
+                np.uint8(r + 0.5),
+                np.uint8(g + 0.5),
+                np.uint8(b + 0.5),
+            )
 
 
 def render(

@@ -89,7 +89,10 @@ def parked(district: District, rng: np.random.Generator) -> list[Actor]:
                     s = (bay + 0.5) * _BAY_LENGTH + rng.uniform(-0.3, 0.3)
                     du, dv = stretch.direction
                     along = s - stretch.low if du + dv > 0 else stretch.high - s
-                    add(stretch.point(along, stretch.road.lanes * LANE_WIDTH + PARKING_WIDTH / 2 + 0.1), (du, dv))
+                    add(
+                        stretch.point(along, stretch.road.lanes * LANE_WIDTH + PARKING_WIDTH / 2 + 0.1),
+                        (du, dv),
+                    )
     for block in district.blocks:
         if (park := block.car_park) is not None:
             for bay in range(round((park.u1 - park.u0) / BAY_WIDTH)):
@@ -103,7 +106,12 @@ def parked(district: District, rng: np.random.Generator) -> list[Actor]:
             for k in range(5):
                 uv = stretch.point(start + 2.5 * k, stretch.road.half_width - 0.3)
                 actors.append(
-                    Actor("movable_object.trafficcone", "", shapes.cone(rng), _resting(district, uv, stretch.direction))
+                    Actor(
+                        "movable_object.trafficcone",
+                        "",
+                        shapes.cone(rng),
+                        _resting(district, uv, stretch.direction),
+                    )
                 )
             for k in range(2):
                 uv = stretch.point(start + 3 + 3 * k, stretch.road.half_width + 0.45)
@@ -140,7 +148,9 @@ def driving(district: District, duration: float, clearance: Clearance, rng: np.r
         kind = _KINDS[rng.choice(len(_KINDS), p=_KIND_ODDS)]
         start = (int(rng.integers(shape[0])), int(rng.integers(shape[1])))
         steps = [
-            s for s in ((1, 0), (-1, 0), (0, 1), (0, -1)) if 0 <= start[0] + s[0] < shape[0] and 0 <= start[1] + s[1] < shape[1]
+            s
+            for s in ((1, 0), (-1, 0), (0, 1), (0, -1))
+            if 0 <= start[0] + s[0] < shape[0] and 0 <= start[1] + s[1] < shape[1]
         ]
         body, speed = kind.make(rng), float(rng.uniform(*kind.speeds))
         nodes = random_walk(district, start, steps[rng.integers(len(steps))], speed * duration + 150, rng)
@@ -196,4 +206,3 @@ def walking(
         if clearance.try_add(motion, 0.7, 0.7):
             actors.append(Actor("human.pedestrian.adult", attribute, shape, motion))
     return actors
-

@@ -17,15 +17,12 @@ from occfeat_targets.synth.filming import Film, plan_shots
 from occfeat_targets.synth.layout import NUM_SITES, District, plan_district
 from occfeat_targets.synth.rig import CAMERAS, KEYFRAME_PERIOD_US, LIDAR_CHANNEL, NUM_COLUMNS, NUM_RINGS
 from occfeat_targets.synth.scene import Scene, plan_scene
+from occfeat_targets.synth.scene_names import choose_names
 from occfeat_targets.synth.scenery import build_scenery
 from occfeat_targets.synth.tables import Tables
 from occfeat_targets.synth.tokens import stream
 
 TRAIN_LOCATION, VAL_LOCATION = "singapore-onenorth", "singapore-hollandvillage"
-MINI_TRAIN = (
-    "scene-0061", "scene-0553", "scene-0655", "scene-0757", "scene-0796", "scene-1077", "scene-1094", "scene-1100",
-)  # fmt: skip
-MINI_VAL = ("scene-0103", "scene-0916")
 MAX_SWEEPS = 10
 _EPOCH_US = 946_684_800_000_000
 _SCENE_GAP_US = 1_000_000_000
@@ -56,26 +53,6 @@ class ScenePlan:
         return f"synthetic-{self.location}-{self.site:02d}"
 
 
-def _names(version: str | None, scenes: int, val_scenes: int) -> tuple[str, list[str], list[str]]:
-    """(version, training names, validation names), from the devkit's own lists."""
-    fits_mini = scenes <= len(MINI_TRAIN) and val_scenes <= len(MINI_VAL)
-    version = version or ("v1.0-mini" if fits_mini else "v1.0-trainval")
-    if version == "v1.0-mini":
-        train, val = list(MINI_TRAIN), list(MINI_VAL)
-    elif version == "v1.0-trainval":
-        # Imported here: the devkit takes seconds to load, and only large cities need its long lists.
-        from nuscenes.utils import splits
-
-        train, val = splits.train, splits.val
-    else:
-        raise ValueError(f"version {version!r} is neither 'v1.0-mini' nor 'v1.0-trainval'")
-    if scenes > len(train) or val_scenes > len(val):
-        raise ValueError(
-            f"{version} has names for {len(train)} training and {len(val)} validation scenes, not {scenes} and {val_scenes}"
-        )
-    return version, train[:scenes], val[:val_scenes]
-
-
 def _plan_scenes(train: Sequence[str], val: Sequence[str]) -> list[ScenePlan]:
     placed = [(name, k, TRAIN_LOCATION) for k, name in enumerate(train)]
     placed += [(name, k, VAL_LOCATION) for k, name in enumerate(val)]
@@ -97,7 +74,9 @@ def _check(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty: give another --out, or remove it first")
     if scenes < 0 or val_scenes < 0 or scenes + val_scenes == 0:
-        raise ValueError(f"{scenes} training and {val_scenes} validation scenes: there must be at least one scene in all")
+        raise ValueError(
+            f"{scenes} training and {val_scenes} validation scenes: there must be at least one scene in all"
+        )
     if keyframes < 1:
         raise ValueError(f"keyframes is {keyframes}, it must be at least 1")
     if not 1 <= sweeps <= MAX_SWEEPS:
@@ -131,7 +110,7 @@ def write_city(
     """
     out = Path(out)
     _check(out, scenes, val_scenes, keyframes, image_size, sweeps_per_keyframe)
-    version, train, val = _names(version, scenes, val_scenes)
+    version, train, val = choose_names(version, scenes, val_scenes)
     plans = _plan_scenes(train, val)
     workers = workers or len(os.sched_getaffinity(0))
     num_shots = sum(1 for _ in plan_shots(keyframes, sweeps_per_keyframe))

@@ -13,7 +13,14 @@ from PIL import Image
 
 from occfeat_targets.synth.camera import count_visible, render
 from occfeat_targets.synth.lidar import cast_sweep
-from occfeat_targets.synth.rig import CAMERAS, KEYFRAME_PERIOD_US, LIDAR_CHANNEL, SWEEP_PERIOD_US, Camera, quaternion
+from occfeat_targets.synth.rig import (
+    CAMERAS,
+    KEYFRAME_PERIOD_US,
+    LIDAR_CHANNEL,
+    SWEEP_PERIOD_US,
+    Camera,
+    quaternion,
+)
 from occfeat_targets.synth.scene import Scene
 from occfeat_targets.synth.tables import Tables
 from occfeat_targets.synth.tokens import stream
@@ -123,7 +130,12 @@ class Film:
             )
 
     def make(
-        self, tables: Tables, keyframes: int, sweeps_per_keyframe: int, pool: Executor, tick: Callable[[], object]
+        self,
+        tables: Tables,
+        keyframes: int,
+        sweeps_per_keyframe: int,
+        pool: Executor,
+        tick: Callable[[], object],
     ) -> None:
         """Take all records on the pool's threads, then enter them into the tables in the order of time."""
         shots = list(plan_shots(keyframes, sweeps_per_keyframe))

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.layout import (
     BAY_DEPTH,
     BAY_WIDTH,
@@ -27,8 +27,6 @@ from occfeat_targets.synth.layout import (
 ROAD, CROSSING, STOP_LINE, CAR_PARK, DRIVEWAY, CURB, WALKWAY, LAWN, PLAZA, YARD, OUTSKIRTS = range(11)
 NO_PAINT, WHITE, YELLOW = 0, 1, 2
 
-# Every kernel of the city: compiled once, without the GIL, IEEE division (a ray parallel to a face divides by zero).
-kernel = njit(cache=True, nogil=True, error_model="numpy")
 
 # Regions from CURB on lie CURB_HEIGHT above the road.
 FIRST_RAISED = CURB

@@ -11,6 +11,7 @@ buildings with a car park; the ring formed by the outermost roads closes the dis
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,8 +213,8 @@ def plan_district(location: str, site: int, rng: np.random.Generator) -> Distric
     avenues, streets = _roads(rng), _roads(rng)
     blocks = tuple(
         _block(Rect(left.high, right.low, bottom.high, top.low), rng)
-        for left, right in zip(avenues, avenues[1:], strict=False)
-        for bottom, top in zip(streets, streets[1:], strict=False)
+        for left, right in itertools.pairwise(avenues)
+        for bottom, top in itertools.pairwise(streets)
     )
     return District(
         location=location,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.geometry import Matrix
-from occfeat_targets.synth.ground import kernel
+from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.materials import ground_surface, surface
 from occfeat_targets.synth.raycast import GROUND, SKY, _hit_slabs, normal_at, trace
 from occfeat_targets.synth.rig import COLUMN_AZIMUTHS, EGO_FROM_LIDAR, NUM_RINGS, RING_ELEVATIONS

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
-from shapely.geometry import LineString, MultiPolygon, Polygon
-from shapely.geometry.base import BaseGeometry
 
-from occfeat_targets.synth.layout import District
+from occfeat_targets.synth.layout import District, Vector2
+from occfeat_targets.synth.outlines import Outline, Ring, bend
 from occfeat_targets.synth.tokens import token
 
 Record = dict[str, Any]
@@ -22,19 +22,6 @@ _POLYGON_LAYERS = (
     "carpark_area",
 )  # fmt: skip
 _LAYERS = ("polygon", "line", "node", *_POLYGON_LAYERS, "road_divider", "lane_divider", "traffic_light")
-# The longest straight piece of an outline: within 2 m no road bends by more than a few millimetres.
-_PIECE = 2.0
-
-
-def bend(geometry: BaseGeometry, district: District) -> BaseGeometry:
-    """A geometry in street coordinates -> the same in the global frame, cut fine enough to follow the bends."""
-    bent: BaseGeometry = shapely.transform(shapely.segmentize(geometry, _PIECE), district.to_global)
-    return bent
-
-
-def polygons_of(geometry: BaseGeometry) -> list[Polygon]:
-    """The polygons of a (multi)polygon."""
-    return list(geometry.geoms) if isinstance(geometry, MultiPolygon) else [geometry]
 
 
 class MapFile:
@@ -46,7 +33,6 @@ class MapFile:
         self.connectivity: dict[str, dict[str, list[str]]] = {}
         self.arcline_paths: dict[str, list[Record]] = {}
         self._nodes: dict[tuple[float, float], str] = {}
-        self.drivable: list[Polygon] = []
 
     def add(self, layer: str, **fields: Any) -> str:
         """Append a record, return its token."""
@@ -65,22 +51,20 @@ class MapFile:
     def _chain(self, coordinates: NDArray[np.float64]) -> list[str]:
         return [self.node(x, y) for x, y in coordinates]
 
-    def line(self, line: LineString, district: District) -> str:
-        return self.add("line", node_tokens=self._chain(shapely.get_coordinates(bend(line, district))))
+    def line(self, points: Sequence[Vector2], district: District) -> str:
+        """A line through the given points."""
+        return self.add("line", node_tokens=self._chain(bend(np.array(points), district, closed=False)))
 
-    def polygon(self, polygon: Polygon, district: District) -> str:
-        bent = bend(polygon, district)
-        return self.add(
-            "polygon",
-            exterior_node_tokens=self._chain(shapely.get_coordinates(bent.exterior)[:-1]),
-            holes=[{"node_tokens": self._chain(shapely.get_coordinates(hole)[:-1])} for hole in bent.interiors],
-        )
+    def polygon(self, outline: Outline, district: District) -> str:
+        """A polygon with its holes."""
+        exterior, *holes = (self._chain(bend(ring, district, closed=True)) for ring in outline)
+        return self.add("polygon", exterior_node_tokens=exterior, holes=[{"node_tokens": hole} for hole in holes])
 
-    def drive_along(self, name: str, line: LineString, district: District) -> None:
+    def drive_along(self, name: str, middle: Ring, district: District) -> None:
         """Give a lane or lane connector its arcline path: a chain of straight pieces along its middle."""
-        points = shapely.get_coordinates(bend(line, district))
+        points = bend(middle, district, closed=False)
         path = []
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
             yaw, length = float(np.arctan2(y1 - y0, x1 - x0)), float(np.hypot(x1 - x0, y1 - y0))
             path.append({
                 "start_pose": [float(x0), float(y0), yaw],

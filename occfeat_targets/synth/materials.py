@@ -21,9 +21,9 @@ from occfeat_targets.synth.ground import (
     WHITE,
     YARD,
     classify,
-    kernel,
     street_coordinates,
 )
+from occfeat_targets.synth.kernels import kernel
 
 (
     FACADE, CURTAIN_WALL, CONCRETE, BARK, LEAF, METAL, CAR_BODY, CAR_CABIN, TYRE, CLOTH, SKIN, BUS_BODY, CARGO,
@@ -70,7 +70,7 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
         if paint == WHITE:
             return 0.78 * wear, 0.78 * wear, 0.75 * wear, 0.45 * wear, 0.0
         return 0.75 * wear, 0.55 * wear, 0.10 * wear, 0.38 * wear, 0.0
-    if region == WALKWAY or region == PLAZA:
+    if region in (WALKWAY, PLAZA):
         size = 0.6 if region == WALKWAY else 1.2
         tile = hash3(np.int64(np.floor(u / size)), np.int64(np.floor(v / size)), 5) - 0.5
         joint = 0.8 if foot < 0.05 and (u % size < 0.03 or v % size < 0.03) else 1.0
@@ -81,7 +81,7 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
     if region == CURB:
         c = 0.50 + 0.08 * fine
         return c, c, 0.97 * c, 0.16, 0.0
-    if region == LAWN or region == OUTSKIRTS:
+    if region in (LAWN, OUTSKIRTS):
         c = 0.20 + 0.10 * coarse + 0.12 * _detail(u, v, 0.22, 4, foot) + 0.05 * fine
         return 0.62 * c + 0.02, c, 0.28 * c, 0.28 + 0.3 * fine, 0.0
     if region == YARD:
@@ -90,7 +90,7 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
     fine += 0.8 * _detail(u, v, 0.035, 8, foot)
     # Asphalt: lighter and cracked in car parks, with darker tyre tracks and patches on the road.
     c = 0.13 + 0.035 * coarse + 0.05 * fine + 0.02 * _detail(u, v, 0.9, 6, foot)
-    if region == CAR_PARK or region == DRIVEWAY:
+    if region in (CAR_PARK, DRIVEWAY):
         c += 0.05
     elif hash3(np.int64(np.floor(u / 9.0)), np.int64(np.floor(v / 7.0)), 7) > 0.9:
         c *= 0.75
@@ -174,7 +174,7 @@ def surface(material, r, g, b, lx, ly, lz, hx, hy, hz, nx, ny, nz, seed, foot): 
     """
     s = ly + hy if abs(nx) > abs(ny) else lx + hx
     z = lz + hz
-    if material == FACADE or material == CURTAIN_WALL:
+    if material in (FACADE, CURTAIN_WALL):
         if nz > 0.5:
             c = 0.30 + 0.08 * _detail(lx, ly, 0.5, seed, foot)
             return c, c, c, 0.18, 0.0
@@ -184,7 +184,7 @@ def surface(material, r, g, b, lx, ly, lz, hx, hy, hz, nx, ny, nz, seed, foot): 
             return 0.35, 0.36, 0.38, 0.3, 0.1
         pane = 0.8 + 0.4 * hash3(np.int64(np.floor(s / 1.6)), np.int64(np.floor(z / 3.4)), seed)
         return r * pane, g * pane, b * pane, 0.03, 0.55
-    if material == CAR_BODY or material == CAR_CABIN:
+    if material in (CAR_BODY, CAR_CABIN):
         return _car(material, lx, ly, lz, hx, hy, hz, nx, nz, r, g, b)
     if material == LEAF:
         c = 1.0 + 0.9 * _detail(lx + 1.7 * ly, lz + 0.6 * lx - 0.8 * ly, 0.28, seed, foot)
@@ -211,7 +211,13 @@ def surface(material, r, g, b, lx, ly, lz, hx, hy, hz, nx, ny, nz, seed, foot): 
         if abs(nx) > 0.5 and offset < 0.7 * hy:
             lit = lamp == np.int64(hash3(seed, 9, 9) > 0.5) * 2
             glow = 2.0 if lit else 0.15
-            return glow * (lamp > 0), glow * (0.75 if lamp == 1 else 1.0 if lamp == 0 else 0.0), 0.1 * glow, 0.3, 0.0
+            return (
+                glow * (lamp > 0),
+                glow * (0.75 if lamp == 1 else 1.0 if lamp == 0 else 0.0),
+                0.1 * glow,
+                0.3,
+                0.0,
+            )
         return 0.02, 0.02, 0.02, 0.1, 0.0
     if material == SIGN:
         if abs(nx) > 0.5 and abs(ly) < 0.88 * hy and abs(lz) < 0.88 * hz:

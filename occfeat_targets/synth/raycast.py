@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from occfeat_targets.synth.ground import hit_ground, kernel
+from occfeat_targets.synth.ground import hit_ground
+from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.shapes import AXLE, BOX, ELLIPSOID, TAPERED, UPRIGHT
-from occfeat_targets.synth.world import _CELLS, CELL
 
 FAR = 1e9
 GROUND, SKY = -1, -2
@@ -134,19 +134,22 @@ def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped
         ground = hit_ground(ox, oy, oz, dx, dy, dz, w.ground)
         if ground < best:
             best, hit = ground, GROUND
-    px, py = (ox - w.origin[0]) / CELL, (oy - w.origin[1]) / CELL
+    size, rows, columns = w.grid[2], w.tops.shape[0], w.tops.shape[1]
+    # Nothing is met above the highest top.
+    reach = min(best, (w.grid[3] - oz) / dz) if dz > 0 else best
+    px, py = (ox - w.grid[0]) / size, (oy - w.grid[1]) / size
     i, j = int(np.floor(px)), int(np.floor(py))
     step_x, step_y = (1 if dx > 0 else -1), (1 if dy > 0 else -1)
-    delta_x, delta_y = CELL / abs(dx), CELL / abs(dy)
+    delta_x, delta_y = size / abs(dx), size / abs(dy)
     next_x = ((i + 1 - px) if dx > 0 else (px - i)) * delta_x
     next_y = ((j + 1 - py) if dy > 0 else (py - j)) * delta_y
     entry = 0.0
     last = -1
-    while entry < best and 0 <= i < _CELLS and 0 <= j < _CELLS:
+    while entry < best and entry < reach and 0 <= i < columns and 0 <= j < rows:
         leave = min(next_x, next_y)
-        cell = j * _CELLS + i
         lowest = oz + dz * (entry if dz > 0 else min(leave, best))
-        if lowest < w.tops[cell]:
+        if lowest < w.tops[j, i]:
+            cell = j * columns + i
             for n in range(w.starts[cell], w.starts[cell + 1]):
                 k = w.items[n]
                 if k != last:

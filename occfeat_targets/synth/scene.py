@@ -50,7 +50,9 @@ class Scene:
     def describe(self) -> str:
         """Weather and cast in a few words."""
         kinds = [a.category.split(".")[1] for a in self.actors]
-        weather = "overcast" if self.light.clouds == 1.0 else f"sun at {np.degrees(np.arcsin(self.light.sun[2])):.0f} degrees"
+        weather = (
+            "overcast" if self.light.clouds == 1.0 else f"sun at {np.degrees(np.arcsin(self.light.sun[2])):.0f} degrees"
+        )
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds)))
         return f"{weather}; {counts}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from occfeat_targets.synth import shapes
+from occfeat_targets.synth import props
 from occfeat_targets.synth.layout import (
     CORNER_RADIUS,
     CURB_HEIGHT,
@@ -70,11 +70,12 @@ def _row_of_buildings(
             size, depth = float(rng.uniform(10, 21)), float(rng.uniform(8, 13))
             size = min(size, length - setback - s)
             foot = _footprint(
-                _along(start, along, outwards, s, setback), _along(start, along, outwards, s + size, setback + depth)
+                _along(start, along, outwards, s, setback),
+                _along(start, along, outwards, s + size, setback + depth),
             )
             if not any(foot.overlaps(other) for other in taken):
                 taken.append(foot)
-                shape = shapes.building(size, depth, rng)
+                shape = props.building(size, depth, rng)
                 middle = _along(start, along, outwards, s + size / 2, setback + depth / 2)
                 placed.append(place(district, shape, middle, outwards))
             s += size + (0.0 if rng.random() < 0.5 else float(rng.uniform(1.5, 5)))
@@ -91,12 +92,12 @@ def _grounds(district: District, block: Block, rng: np.random.Generator) -> list
     on_lawn = block.surface == LAWN
     placed = []
     for _ in range(int(rng.integers(14, 24) if on_lawn else rng.integers(5, 9))):
-        placed.append(place(district, shapes.tree(rng), _inside(inner, rng), (1, 0)))
+        placed.append(place(district, props.tree(rng), _inside(inner, rng), (1, 0)))
     for _ in range(int(rng.integers(4, 9))):
-        placed.append(place(district, shapes.bush(rng), _inside(inner, rng), (1, 0)))
+        placed.append(place(district, props.bush(rng), _inside(inner, rng), (1, 0)))
     for _ in range(int(rng.integers(3, 7))):
         angle = rng.uniform(0, 2 * np.pi)
-        placed.append(place(district, shapes.bench(), _inside(inner, rng), (float(np.cos(angle)), float(np.sin(angle)))))
+        placed.append(place(district, props.bench(), _inside(inner, rng), (float(np.cos(angle)), float(np.sin(angle)))))
     return placed
 
 
@@ -112,12 +113,12 @@ def _street_furniture(district: District, block: Block, rng: np.random.Generator
             drive = block.driveway
             blocked = drive is not None and drive.grown(1.5).overlaps(Rect(point[0], point[0], point[1], point[1]))
             if not blocked and n % 3 == 1:
-                placed.append(place(district, shapes.lamp_post(), point, outwards))
+                placed.append(place(district, props.lamp_post(), point, outwards))
             elif not blocked and leafy and rng.random() < 0.8:
-                placed.append(place(district, shapes.tree(rng), point, outwards))
+                placed.append(place(district, props.tree(rng), point, outwards))
             elif not blocked and rng.random() < 0.5:
                 turned = (-along[0], -along[1])
-                small = shapes.bin_() if rng.random() < 0.5 else shapes.road_sign(rng)
+                small = props.bin_() if rng.random() < 0.5 else props.road_sign(rng)
                 placed.append(place(district, small, point, turned))
             s += step
             n += 1
@@ -139,7 +140,7 @@ def _signals(district: District) -> list[Placed]:
             )
             for exists, uv, facing in arms:
                 if exists:
-                    placed.append(place(district, shapes.traffic_signal(), uv, facing))
+                    placed.append(place(district, props.traffic_signal(), uv, facing))
     return placed
 
 

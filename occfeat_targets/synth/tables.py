@@ -49,7 +49,12 @@ class Tables:
         for name in ATTRIBUTES:
             self._add("attribute", self.name("attribute", name), name=name, description="")
         for number, level in enumerate(_VISIBILITY_LEVELS, 1):
-            self._add("visibility", str(number), level=level, description=f"visible share in all images: {level[1:]} %")
+            self._add(
+                "visibility",
+                str(number),
+                level=level,
+                description=f"visible share in all images: {level[1:]} %",
+            )
         self._add_sensor(LIDAR_CHANNEL, "lidar", EGO_FROM_LIDAR, [])
         for camera in CAMERAS:
             intrinsics = camera.intrinsics(image_size).tolist()
@@ -76,7 +81,12 @@ class Tables:
 
     def add_log(self, logfile: str, location: str) -> None:
         self._add(
-            "log", self.name("log", logfile), logfile=logfile, vehicle=VEHICLE, date_captured="2000-01-01", location=location
+            "log",
+            self.name("log", logfile),
+            logfile=logfile,
+            vehicle=VEHICLE,
+            date_captured="2000-01-01",
+            location=location,
         )
 
     def add_map(self, location: str, filename: str) -> None:
@@ -109,7 +119,13 @@ class Tables:
         )
 
     def add_data(
-        self, scene: str, channel: str, timestamp: int, sample_timestamp: int, filename: str, global_from_ego: Matrix
+        self,
+        scene: str,
+        channel: str,
+        timestamp: int,
+        sample_timestamp: int,
+        filename: str,
+        global_from_ego: Matrix,
     ) -> None:
         """A sensor's file and the ego pose of its moment; call in the order of time. It is a keyframe in samples/."""
         name = self.name("sample_data", scene, channel, timestamp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,12 @@ def _is_node(district: District, node: Node) -> bool:
 
 
 def random_walk(
-    district: District, start: Node, step: Step, length: float, rng: np.random.Generator, turn_at: int | None = None
+    district: District,
+    start: Node,
+    step: Step,
+    length: float,
+    rng: np.random.Generator,
+    turn_at: int | None = None,
 ) -> list[Node]:
     """Nodes from `start` first along `step`, at least `length` metres.
 
@@ -80,7 +86,7 @@ def _node_uv(district: District, node: Node) -> tuple[float, float]:
 def _runs(nodes: list[Node]) -> list[tuple[Node, Step, Node]]:
     """A route as straight runs: (first node, step, last node)."""
     runs: list[tuple[Node, Step, Node]] = []
-    for a, b in zip(nodes, nodes[1:], strict=False):
+    for a, b in itertools.pairwise(nodes):
         step = (b[0] - a[0], b[1] - a[1])
         if runs and runs[-1][1] == step:
             runs[-1] = (runs[-1][0], step, b)
@@ -162,7 +168,7 @@ def drive(district: District, path_uv: Array, top_speed: float) -> Motion:
 
 def walk(district: District, path_uv: Array, speed: float) -> Motion:
     """Walk a polyline [street coordinates] at a constant speed: the motion starts at time 0."""
-    dense = np.concatenate([_straight(a, b) for a, b in zip(path_uv, path_uv[1:], strict=False)] + [path_uv[-1:]])
+    dense = np.concatenate([_straight(a, b) for a, b in itertools.pairwise(path_uv)] + [path_uv[-1:]])
     xy = district.to_global(dense)
     ahead = np.diff(xy, axis=0)
     heading = np.unwrap(np.arctan2(ahead[:, 1], ahead[:, 0]))

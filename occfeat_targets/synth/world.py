@@ -11,19 +11,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.synth.ground import Ground, kernel
+from occfeat_targets.synth.ground import Ground
+from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.shapes import SOLID_COLUMNS, Shape
 
-CELL = 6.0
+_CELL = 2.5
 # District corners lie this far from its centre, whatever its angle and bend [m].
 _REACH = 250.0
-_CELLS = int(2 * _REACH / CELL)
+_NUM_CELLS = int(2 * _REACH / _CELL)
 
 
 class World(NamedTuple):
     """objects: (m, 13) x, y, z, cos and sin of yaw, bounding box centre and half extents in its own axes, first solid,
-    number of solids; solids: (n, SOLID_COLUMNS); cell c holds objects items[starts[c]:starts[c + 1]], none higher than
-    tops[c]; origin: (2,) lowest corner of the grid of _CELLS x _CELLS columns, x fastest.
+    number of solids; solids: (n, SOLID_COLUMNS); cell c = row * columns + column holds objects
+    items[starts[c]:starts[c + 1]], none higher than tops[row, column]; grid: (4,) lowest corner x, y, cell size and the
+    highest top of all [m].
     """
 
     objects: NDArray[np.float64]
@@ -31,7 +33,7 @@ class World(NamedTuple):
     starts: NDArray[np.int64]
     items: NDArray[np.int64]
     tops: NDArray[np.float64]
-    origin: NDArray[np.float64]
+    grid: NDArray[np.float64]
     ground: Ground
 
 
@@ -53,7 +55,7 @@ class Stage:
         objects = np.ascontiguousarray(np.concatenate([turned, self._fixed], axis=1))
         origin = self._ground.frame[:2] - _REACH
         starts, items, tops = _sort_into_columns(objects, origin)
-        return World(objects, self._solids, starts, items, tops, origin, self._ground)
+        return World(objects, self._solids, starts, items, tops, np.array([*origin, _CELL, tops.max()]), self._ground)
 
 
 @kernel
@@ -64,27 +66,27 @@ def _columns_of(row, origin):  # type: ignore[no-untyped-def]
     y = row[1] + s * row[5] + c * row[6] - origin[1]
     hx = abs(c) * row[8] + abs(s) * row[9]
     hy = abs(s) * row[8] + abs(c) * row[9]
-    last = _CELLS - 1
+    last = _NUM_CELLS - 1
     return (
-        max(0, int(np.floor((x - hx) / CELL))),
-        min(last, int(np.floor((x + hx) / CELL))),
-        max(0, int(np.floor((y - hy) / CELL))),
-        min(last, int(np.floor((y + hy) / CELL))),
+        max(0, int(np.floor((x - hx) / _CELL))),
+        min(last, int(np.floor((x + hx) / _CELL))),
+        max(0, int(np.floor((y - hy) / _CELL))),
+        min(last, int(np.floor((y + hy) / _CELL))),
     )
 
 
 @kernel
 def _sort_into_columns(objects, origin):  # type: ignore[no-untyped-def]
-    starts = np.zeros(_CELLS * _CELLS + 1, np.int64)
-    tops = np.full(_CELLS * _CELLS, -1.0)
+    starts = np.zeros(_NUM_CELLS * _NUM_CELLS + 1, np.int64)
+    tops = np.full((_NUM_CELLS, _NUM_CELLS), -1.0)
     for k in range(objects.shape[0]):
         x0, x1, y0, y1 = _columns_of(objects[k], origin)
         top = objects[k, 2] + objects[k, 7] + objects[k, 10]
         for j in range(y0, y1 + 1):
             for i in range(x0, x1 + 1):
-                cell = j * _CELLS + i
+                cell = j * _NUM_CELLS + i
                 starts[cell + 1] += 1
-                tops[cell] = max(tops[cell], top)
+                tops[j, i] = max(tops[j, i], top)
     starts = np.cumsum(starts)
     filled = starts[:-1].copy()
     items = np.empty(starts[-1], np.int64)
@@ -92,7 +94,7 @@ def _sort_into_columns(objects, origin):  # type: ignore[no-untyped-def]
         x0, x1, y0, y1 = _columns_of(objects[k], origin)
         for j in range(y0, y1 + 1):
             for i in range(x0, x1 + 1):
-                cell = j * _CELLS + i
+                cell = j * _NUM_CELLS + i
                 items[filled[cell]] = k
                 filled[cell] += 1
     return starts, items, tops

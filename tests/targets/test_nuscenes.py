@@ -1,0 +1,130 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from occfeat_targets.geometry import project, transform
+from occfeat_targets.nuscenes import DatasetError, find_dataroot, read_map, read_split
+from occfeat_targets.reference import read_source
+from occfeat_targets.schema import CAMERAS
+
+
+def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=True):
+    return read_split(root, split, version=version, cameras=CAMERAS, num_sweeps=num_sweeps, with_boxes=with_boxes)
+
+
+@pytest.fixture(scope="module")
+def devkit(real_sample):
+    from nuscenes.nuscenes import NuScenes
+
+    return NuScenes("v1.0-mini", str(real_sample), verbose=False)
+
+
+def test_the_real_keyframe_is_found_and_the_scenes_that_are_not_there_are_named(real_sample):
+    split = split_of(real_sample)
+    assert [k.token for k in split.keyframes] == ["ca9a282c9e77460f8360f564131a8af5"]
+    assert len(split.missing_scenes) == 7
+    assert split.has_annotations
+    assert not split.is_synthetic
+    assert split_of(real_sample, "train", version="v1.0-mini").keyframes[0].scene == "scene-0061"
+
+
+def test_transforms_agree_with_plain_tables_and_pyquaternion(real_sample, city):
+    for root, sweeps in ((real_sample, 1), (city, 3)):
+        split = split_of(root, num_sweeps=sweeps)
+        sources = read_source(root, "v1.0-mini", [k.token for k in split.keyframes], CAMERAS, sweeps)
+        for keyframe in split.keyframes:
+            source = sources[keyframe.token]
+            for view, a, b, k in zip(
+                keyframe.cameras, source.cam_from_ego, source.ego_from_cam, source.intrinsics, strict=True
+            ):
+                np.testing.assert_allclose(view.cam_from_ego, a, atol=1e-6)
+                np.testing.assert_allclose(view.ego_from_cam, b, atol=1e-6)
+                np.testing.assert_array_equal(view.intrinsics, k)
+            assert [s.path for s in keyframe.sweeps] == source.sweeps
+            for sweep, matrix in zip(keyframe.sweeps, source.ego_from_sensor, strict=True):
+                np.testing.assert_allclose(sweep.ego_from_sensor, matrix, atol=1e-6)
+            np.testing.assert_allclose(keyframe.vehicle_corners, source.vehicle_corners, atol=1e-6)
+            np.testing.assert_array_equal(keyframe.visibility, source.visibility)
+
+
+@pytest.mark.parametrize("camera", range(6))
+def test_the_devkits_own_projection_agrees_to_under_half_a_pixel(real_sample, devkit, camera):
+    keyframe = split_of(real_sample).keyframes[0]
+    sample = devkit.get("sample", keyframe.token)
+    lidar, image = sample["data"]["LIDAR_TOP"], sample["data"][CAMERAS[camera]]
+    expected, _, picture = devkit.explorer.map_pointcloud_to_image(lidar, image, min_dist=1.0)
+    picture.close()
+    points = np.fromfile(keyframe.sweeps[0].path, np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+    view = keyframe.cameras[camera]
+    pixels, depth, is_valid = project(
+        view.intrinsics, transform(view.cam_from_ego @ keyframe.sweeps[0].ego_from_sensor, points), view.source_size
+    )
+    # the devkit keeps a margin of one pixel, and points beyond one metre
+    keep = is_valid & (depth > 1.0) & (pixels > 1).all(1) & (pixels < np.array([1599, 899])).all(1)
+    assert expected.shape[1] > 1000
+    assert abs(keep.sum() - expected.shape[1]) <= 2
+    if keep.sum() == expected.shape[1]:
+        assert np.abs(pixels[keep] - expected[:2].T).max() < 0.5
+
+
+def test_vehicle_corners_are_the_devkits(real_sample, devkit):
+    keyframe = split_of(real_sample).keyframes[0]
+    sample = devkit.get("sample", keyframe.token)
+    boxes = [devkit.get_box(token) for token in sample["anns"]]
+    expected = np.array([box.corners().T for box in boxes if "vehicle" in box.name])
+    np.testing.assert_allclose(transform(keyframe.global_from_ego, keyframe.vehicle_corners), expected, atol=1e-6)
+
+
+def test_keyframes_come_in_the_splits_scene_order_then_by_time(city):
+    split = split_of(city)
+    scenes = [k.scene for k in split.keyframes]
+    assert scenes == sorted(scenes)
+    assert [k.timestamp_us for k in split.keyframes] == sorted(k.timestamp_us for k in split.keyframes)
+    assert len(split_of(city, "mini_val").keyframes) == 5
+    assert split.is_synthetic
+
+
+def test_a_scenes_first_keyframe_has_the_sweeps_there_are(city):
+    counts = [len(k.sweeps) for k in split_of(city, num_sweeps=4).keyframes]
+    assert counts[0] == 1
+    assert counts[2] == 4
+
+
+def test_boxes_are_not_read_for_a_build_without_vehicle_labels(city):
+    assert all(len(k.vehicle_corners) == 0 for k in split_of(city, with_boxes=False).keyframes)
+
+
+@pytest.mark.parametrize(("inner", "version"), [("", None), ("mini", None), ("mini", "mini"), ("", "v1.0-mini")])
+def test_both_directory_layouts_are_found(city, tmp_path, inner, version):
+    root = city
+    if inner:
+        root = tmp_path / "root"
+        root.mkdir()
+        (root / inner).symlink_to(city)
+    assert find_dataroot(root, "mini_train", version) == (root / inner if inner else root, "v1.0-mini")
+
+
+def test_a_missing_split_scene_or_table_is_explained(city, tmp_path):
+    with pytest.raises(DatasetError, match="no split 'trian'"):
+        split_of(city, "trian")
+    with pytest.raises(DatasetError, match="has none of the 150 scenes of split 'test'"):
+        split_of(city, "test", version="v1.0-mini")
+    copy = tmp_path / "copy"
+    shutil.copytree(city / "v1.0-mini", copy / "v1.0-mini")
+    (copy / "v1.0-mini" / "log.json").unlink()
+    with pytest.raises(DatasetError, match=r"do not load: .*log\.json"):
+        split_of(copy)
+
+
+def test_a_map_that_is_missing_or_too_old_is_explained(city, tmp_path):
+    with pytest.raises(DatasetError, match=r"nuScenes-map-expansion-v1\.3\.zip"):
+        read_map(tmp_path, "singapore-onenorth", "road")
+    location = split_of(city).locations[0]
+    copy = tmp_path / "maps" / "expansion"
+    shutil.copytree(city / "maps" / "expansion", copy)
+    tables = json.loads((copy / f"{location}.json").read_text())
+    (copy / f"{location}.json").write_text(json.dumps({**tables, "version": "1.2"}))
+    with pytest.raises(DatasetError, match="outdated map version"):
+        read_map(tmp_path, location, "road")

@@ -1,0 +1,202 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from occfeat_targets import teacher as teacher_module
+from occfeat_targets.schema import TeacherSpec
+from occfeat_targets.teacher import (
+    Teacher,
+    TeacherError,
+    flops_per_image,
+    load_teacher,
+    matmul_flops,
+    quantization_cosine,
+    quantize,
+    teacher_spec,
+)
+
+SMALL = "random:facebook/dinov2-small"
+
+
+def images(spec: TeacherSpec, n: int = 2, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, *spec.input_size, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def small() -> Teacher:
+    return Teacher(teacher_spec(SMALL, dtype="float32", input_size=(56, 98)))
+
+
+def test_default_input_is_the_largest_patch_multiple_within_224x400():
+    assert teacher_spec(SMALL).input_size == (224, 392)
+    assert teacher_spec("random:facebook/dinov3-vits16-pretrain-lvd1689m").input_size == (224, 400)
+
+
+def test_dinov2_small_is_vit_s_14():
+    spec = teacher_spec(SMALL)
+    assert (spec.dim, spec.patch_size, spec.map_size) == (384, 14, (16, 28))
+    model = Teacher(dataclasses.replace(spec, dtype="float32"))._model
+    assert sum(p.numel() for p in model.parameters()) == 22_056_576  # facebook/dinov2-small's own
+    assert flops_per_image(spec) == pytest.approx(23.0e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("random:facebook/dinov2-base", 768),
+        ("random:facebook/dinov2-large", 1024),
+        ("random:facebook/dinov2-giant", 1536),
+        ("random:facebook/dinov2-with-registers-large", 1024),
+        ("random:facebook/dinov3-vitb16-pretrain-lvd1689m", 768),
+    ],
+)
+def test_larger_teachers_are_known(name, dim):
+    assert teacher_spec(name).dim == dim
+
+
+@pytest.mark.parametrize(
+    "name",
+    [SMALL, "random:facebook/dinov2-with-registers-small", "random:facebook/dinov3-vits16-pretrain-lvd1689m"],
+)
+def test_cls_and_registers_are_dropped_and_patches_stay_in_place(name):
+    """With every position embedding the same, equal patches get equal tokens, in the image's row-major order."""
+    patch = teacher_spec(name).patch_size
+    teacher = Teacher(teacher_spec(name, input_size=(2 * patch, 3 * patch), dtype="float32"))
+    if hasattr(teacher._model.config, "rope_theta"):
+        teacher._model.rope_embeddings.forward = lambda pixels: tuple(
+            f(torch.zeros(6, 64)) for f in (torch.cos, torch.sin)
+        )
+    else:
+        teacher._model.embeddings.position_embeddings.data.zero_()
+    a, b = np.random.default_rng(0).integers(0, 256, (2, patch, patch, 3), dtype=np.uint8)
+    features = teacher(np.concatenate([np.concatenate([a, b, a], 1), np.concatenate([b, b, a], 1)])[None])[0]
+    assert features.shape == (2, 3, 384)
+    same = np.linalg.norm(features - features[0, 0], axis=-1) < 1e-3
+    assert same.tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_it_equals_transformers_own_forward_pass(small):
+    pixels = images(small.spec)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(small.spec.mean).view(3, 1, 1)) / torch.tensor(small.spec.std).view(3, 1, 1)
+    with torch.inference_mode():
+        expected = small._model(pixel_values=x, output_hidden_states=True)
+    found = small(pixels)
+    np.testing.assert_allclose(found.reshape(2, -1, 384), expected.last_hidden_state[:, 1:], atol=1e-4)
+
+
+def test_pre_norm_tokens_become_post_norm_ones_through_the_final_layernorm(small):
+    pre = Teacher(dataclasses.replace(small.spec, layer="pre-norm"))
+    pixels = images(small.spec)
+    with torch.inference_mode():
+        normed = pre._model.layernorm(torch.from_numpy(pre(pixels)))
+    np.testing.assert_allclose(normed.numpy(), small(pixels), atol=1e-4)
+    assert pre(pixels).std() != pytest.approx(small(pixels).std(), abs=0.01)
+
+
+def test_bfloat16_stays_close_to_float32(small):
+    fast = Teacher(dataclasses.replace(small.spec, dtype="bfloat16"))
+    a, b = small(images(small.spec)), fast(images(small.spec))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert cosine.min() > 0.999
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_global_generator_alone(small):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    again = Teacher(small.spec)
+    assert torch.equal(torch.rand(3), expected)
+    np.testing.assert_array_equal(again(images(small.spec)), small(images(small.spec)))
+
+
+def test_a_teacher_is_frozen_and_in_evaluation_mode(small):
+    assert not small._model.training
+    assert not any(p.requires_grad for p in small._model.parameters())
+
+
+def test_a_process_loads_its_teacher_once(tiny_teacher):
+    spec = teacher_spec(tiny_teacher, input_size=(28, 28))
+    before = torch.get_num_threads()
+    assert load_teacher(spec, num_threads=1) is load_teacher(spec)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+def test_a_local_folder_is_identified_by_its_weights(tiny_teacher, tmp_path):
+    import shutil
+
+    spec = teacher_spec(tiny_teacher, input_size=(28, 42), dtype="float32")
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    assert teacher_spec(str(copy), input_size=(28, 42), dtype="float32").revision == spec.revision
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    teacher_module._config.cache_clear()
+    assert teacher_spec(str(copy), input_size=(28, 42), dtype="float32").revision != spec.revision
+    with pytest.raises(TeacherError, match="was begun with"):
+        Teacher(dataclasses.replace(spec, name=str(copy)))
+
+
+def test_a_folder_with_a_processor_decides_the_normalisation(tiny_teacher, tmp_path):
+    import json
+    import shutil
+
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    settings = {"image_processor_type": "BitImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert teacher_spec(str(copy)).mean == (0.1, 0.2, 0.3)
+    assert teacher_spec(tiny_teacher).mean == (0.485, 0.456, 0.406)
+
+
+def test_an_unreachable_hub_is_explained(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(TeacherError, match=r"hf download facebook/dinov2-base.*--teacher random:facebook/dinov2-small"):
+        teacher_spec("facebook/dinov2-base")
+
+
+def test_a_folder_without_weights_and_an_unknown_architecture_are_refused(tiny_teacher, tmp_path):
+    import shutil
+
+    (tmp_path / "empty").mkdir()
+    shutil.copy(f"{tiny_teacher}/config.json", tmp_path / "empty")
+    with pytest.raises(TeacherError, match=r"no .safetensors"):
+        teacher_spec(str(tmp_path / "empty"))
+    with pytest.raises(TeacherError, match="no such architecture known here"):
+        teacher_spec("random:facebook/dinov2-huge")
+    with pytest.raises(TeacherError, match="float32, bfloat16 or auto"):
+        teacher_spec(SMALL, dtype="float16")
+
+
+def test_images_of_another_size_are_refused(small):
+    with pytest.raises(ValueError, match="teacher input"):
+        small(np.zeros((1, 56, 56, 3), np.uint8))
+
+
+def test_a_nan_from_the_model_is_an_error(small):
+    broken = Teacher(small.spec)
+    broken._model.layernorm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        broken(images(small.spec, 1))
+
+
+def test_int8_with_a_scale_per_token_is_within_half_a_step_everywhere():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(50, 384)).astype(np.float32) * np.exp(rng.normal(size=(50, 1)) * 3).astype(np.float32)
+    features[7] = 0
+    quantized, scale = quantize(features)
+    assert quantized.dtype == np.int8
+    assert np.abs(quantized).max() <= 127
+    wide = scale.astype(np.float32)[:, None]
+    assert (np.abs(quantized * wide - features) <= wide * 0.51).all()
+    assert not quantized[7].any()
+    keep = np.arange(50) != 7
+    mean, low = quantization_cosine(features[keep], quantized[keep])
+    assert 0.9999 < low <= mean <= 1
+
+
+def test_matmul_rate_is_a_rate():
+    assert 1e8 < matmul_flops("cpu", "float32", size=256, rounds=2) < 1e14

@@ -1,0 +1,108 @@
+"""Verify must find what is wrong: every kind of damage here is one it has to report."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_targets.store import open_cache
+from tests.targets.command_line import build_arguments, run
+
+
+@pytest.fixture(scope="module")
+def cache(serial: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished cache to damage."""
+    return Path(shutil.copytree(serial, tmp_path_factory.mktemp("verify") / "cache"))
+
+
+def verify(cache: Path, *more: str, samples: int = 0):
+    return run("verify", "--cache", cache, "--split", "mini_train", "--samples", str(samples), *more, check=False)
+
+
+def test_a_sound_cache_is_sound_and_says_what_was_measured(cache):
+    result = verify(cache, "--seed", "1", samples=3)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("0 of all wrong") == 3
+    assert result.stdout.count("0 label cells wrong") == 3
+    assert "SIMULATED: the data set is a synthetic city" in result.stdout
+    assert "is sound" in result.stdout
+
+
+def test_a_flipped_byte_in_any_file_is_found(cache):
+    """One random byte of every single file of the cache, metadata and records included."""
+    files = sorted(p for p in (cache / "mini_train.zarr").rglob("*") if p.is_file())
+    assert len(files) > 60
+    random = np.random.default_rng(0)
+    for file in files:
+        good = file.read_bytes()
+        damaged = bytearray(good)
+        damaged[random.integers(len(good))] ^= 1 << random.integers(8)
+        file.write_bytes(damaged)
+        result = verify(cache)
+        file.write_bytes(good)
+        assert result.returncode == 1, file
+        assert file.name in result.stdout + result.stderr, file
+    assert verify(cache).returncode == 0
+
+
+def test_a_missing_and_a_foreign_file_are_found(cache):
+    file = cache / "mini_train.zarr" / "features" / "c" / "1" / "0" / "0" / "0" / "0"
+    file.rename(file.with_name("aside"))
+    result = verify(cache)
+    assert result.returncode == 1
+    assert "features/c/1/0/0/0/0 is missing" in result.stdout
+    assert "aside does not belong to the cache" in result.stdout
+    file.with_name("aside").rename(file)
+
+
+def rewritten(cache: Path, name: str, change) -> None:
+    """Change an array of shard 0 and write it with valid checksums: wrong when it was written."""
+    import zarr
+
+    opened = open_cache(cache / "mini_train.zarr")
+    group = zarr.open_group(opened.path, mode="r")
+    span = slice(0, len(opened.shard_range(0)))
+    arrays = {array.name: np.asarray(group[array.name][span]) for array in opened.spec.arrays()}
+    arrays[name] = change(arrays[name].copy())
+    opened.write_shard(0, arrays, {"skipped": {}, "cosine": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("occupancy", lambda a: np.roll(a, 1, axis=-1), "of all wrong"),
+        ("cam_from_ego", lambda a: a + np.float32(0.01), "calibration within"),
+        ("images", lambda a: a[:, ::-1].copy(), "dB of full decoding"),
+        ("features", lambda a: np.roll(a, 1, axis=3), "of float32"),
+        ("features", lambda a: a * np.float16(1.1), "norm ratio"),
+        ("labels/vehicles", lambda a: a[:, :, ::-1].copy(), "label cells wrong"),
+        ("labels/map", lambda a: np.roll(a, 1, axis=2), "label cells wrong"),
+    ],
+)
+def test_targets_that_were_wrong_when_they_were_written_are_found(serial, tmp_path, name, change, complaint):
+    cache = Path(shutil.copytree(serial, tmp_path / "cache"))
+    rewritten(cache, name, change)
+    assert verify(cache).returncode == 0  # checksums cannot know
+    result = verify(cache, samples=10)
+    assert result.returncode == 1
+    assert complaint in result.stdout
+    assert "problems found" in result.stderr
+
+
+def test_a_data_set_that_moved_is_asked_for(serial, city, tmp_path):
+    cache = Path(shutil.copytree(serial, tmp_path / "cache"))
+    result = verify(cache, "--dataroot", str(tmp_path / "gone"), samples=1)
+    assert result.returncode == 1
+    assert "pass --dataroot, or --samples 0" in result.stderr
+    moved = Path(shutil.copytree(city, tmp_path / "moved"))
+    assert verify(cache, "--dataroot", str(moved), samples=1).returncode == 0
+
+
+def test_an_unfinished_cache_is_sound_so_far(city, tiny_teacher, tmp_path):
+    run(*build_arguments(city, tmp_path, tiny_teacher, "--shard", "0/2"))
+    result = verify(tmp_path, samples=1)
+    assert result.returncode == 3
+    assert "sound so far: 2 of 5 shards are not built yet" in result.stdout

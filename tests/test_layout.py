@@ -1,0 +1,113 @@
+"""The order of reading is the order of import, and heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from occfeat_targets.cli import main as targets_main
+from occfeat_train.cli import main as train_main
+from tests.conftest import REPOSITORY
+
+
+def listed(package: str) -> list[str]:
+    """A package's modules in the order of the README's file tree."""
+    readme = (REPOSITORY / "README.md").read_text()
+    block = readme.split(f"\n{package}/", 1)[1].split("\n```", 1)[0]
+    names = []
+    for line in block.splitlines()[1:]:
+        if not line.startswith(" "):
+            break
+        match = re.match(r"  (\w+)\.py ", line)
+        if match:
+            names.append(match[1])
+    return names
+
+
+def imports(file: Path) -> set[str]:
+    """Every module a file imports, at any depth, as dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute here"
+            found.add(node.module or "")
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return [p for p in sorted((REPOSITORY / package).glob("*.py")) if not p.stem.startswith("__")]
+
+
+@pytest.mark.parametrize("package", ["occfeat_targets", "occfeat_train"])
+def test_the_readme_lists_every_module_once(package):
+    assert sorted(listed(package)) == [file.stem for file in modules(package)]
+
+
+@pytest.mark.parametrize("package", ["occfeat_targets", "occfeat_train"])
+def test_a_module_imports_only_from_those_listed_above_it(package):
+    order = listed(package)
+    for file in modules(package):
+        own = {name.split(".")[1] for name in imports(file) if name.startswith(f"{package}.")} - {"synth"}
+        above = set(order[: order.index(file.stem)])
+        assert own <= above, f"{file.name} imports {sorted(own - above)} from below"
+
+
+@pytest.mark.parametrize(
+    ("library", "where"),
+    [
+        ("nuscenes", {"nuscenes.py"}),
+        ("dask", {"cluster.py"}),
+        ("distributed", {"cluster.py"}),
+        ("torch", {"teacher.py"}),
+        ("transformers", {"teacher.py"}),
+        ("pyquaternion", {"reference.py"}),
+        ("shapely", {"reference_labels.py"}),
+        ("cv2", {"labels.py"}),
+    ],
+)
+def test_a_heavy_library_is_imported_by_one_module(library, where):
+    found = {
+        file.name
+        for file in (REPOSITORY / "occfeat_targets").rglob("*.py")
+        if any(name.split(".")[0] == library for name in imports(file))
+    }
+    assert found == where
+
+
+def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract():
+    contract = {"grid", "geometry", "schema", "store", "reader"}
+    for file in modules("occfeat_train"):
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("occfeat_targets.")}
+        assert used <= contract, file.name
+        assert not {n.split(".")[0] for n in imports(file)} & {"nuscenes", "dask", "distributed", "cv2", "shapely"}
+
+
+def test_help_is_quick_because_it_loads_no_heavy_library():
+    code = (
+        "import sys; from occfeat_targets.cli import main; import occfeat_train.cli\n"
+        "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def surface(command: click.Command, path: str) -> list[str]:
+    """Every command with its options, in order."""
+    lines = [" ".join([path, *(max(p.opts, key=len) for p in command.params)])]
+    if isinstance(command, click.Group):
+        for name in sorted(command.commands):
+            lines += surface(command.commands[name], f"{path} {name}")
+    return lines
+
+
+def test_the_command_line_is_what_it_was():
+    found = [*surface(targets_main, "occfeat-targets"), *surface(train_main, "occfeat-train")]
+    expected = (REPOSITORY / "tests" / "command_line.txt").read_text().splitlines()
+    assert found == expected, "changed on purpose? then change tests/command_line.txt and the CHANGELOG too"

@@ -1,0 +1,57 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from occfeat_targets.reader import CacheReader
+from occfeat_train.check import check_cache
+from occfeat_train.cli import main
+from tests.targets.command_line import build_arguments, contents, run
+
+
+def check(cache: Path, *more: str):
+    return CliRunner().invoke(main, ["check", "--cache", str(cache), "--split", "mini_train", *more])
+
+
+@pytest.fixture(scope="module")
+def cache(city, tiny_teacher, tmp_path_factory) -> Path:
+    cache = tmp_path_factory.mktemp("check")
+    run(*build_arguments(city, cache, tiny_teacher, "--workers", "0"))
+    return cache
+
+
+def test_a_finished_cache_is_ready_and_its_numbers_are_its_own(cache):
+    result = check(cache)
+    assert result.exit_code == 0, result.output
+    assert "10 keyframes read" in result.output
+    assert "SIMULATED: the data set is a synthetic city" in result.output
+    readiness = check_cache(CacheReader(cache / "mini_train.zarr"), 100)
+    occupied = np.unpackbits(contents(cache)["occupancy"]).sum() / 10
+    assert readiness.occupied == pytest.approx(occupied)
+    assert 0.5 < readiness.seen < 1
+    assert 1 < readiness.views < 2
+
+
+def test_a_cache_without_features_is_ready_for_finetuning(city, tmp_path):
+    run(*build_arguments(city, tmp_path, "none", "--workers", "0"))
+    result = check(tmp_path, "--samples", "2")
+    assert result.exit_code == 0, result.output
+    assert "2 keyframes read" in result.output
+    assert "target features" not in result.output
+
+
+def test_an_absent_an_unfinished_and_a_damaged_cache_are_not_ready(cache, city, tiny_teacher, tmp_path):
+    assert check(tmp_path).exit_code == 1
+    assert "no cache at" in check(tmp_path).output
+    run(*build_arguments(city, tmp_path, tiny_teacher, "--shard", "0/2"))
+    assert "2 of 5 shards are missing" in check(tmp_path).output
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    file = copy / "mini_train.zarr" / "features" / "c" / "1" / "0" / "0" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.write_bytes(data)
+    result = check(copy)
+    assert result.exit_code == 1
+    assert "features/c/1/0/0/0/0 is damaged" in result.output
