@@ -20,9 +20,10 @@ from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.keyframe import grids_from_ego
 from occfeat_targets.labels import MapGeometry, map_window
 from occfeat_targets.nuscenes import DatasetError, Keyframe, Split, map_file, read_map, read_split
+from occfeat_targets.records import digest
 from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
 from occfeat_targets.shard import ShardTask
-from occfeat_targets.store import Cache, Identity, create_cache, digest
+from occfeat_targets.store import Cache, Identity, create_cache
 
 FRAMES = {"ego": (EGO_FRAME,), "cameras": CAMERAS, "both": (EGO_FRAME, *CAMERAS)}
 RANDOM_TEACHER = "the teacher's weights are random"

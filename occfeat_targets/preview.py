@@ -14,7 +14,8 @@ from occfeat_targets.geometry import transform
 from occfeat_targets.preview_colors import FeatureColors
 from occfeat_targets.preview_sheet import draw_keyframe, frame_index, read_features, why_absent
 from occfeat_targets.reader import CacheReader
-from occfeat_targets.store import Cache, writing
+from occfeat_targets.records import writing
+from occfeat_targets.store import Cache
 
 MAX_FITTED = 8  # keyframes whose features decide the colours
 

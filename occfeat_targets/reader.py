@@ -19,8 +19,9 @@ import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from occfeat_targets.records import CacheError
 from occfeat_targets.schema import ArraySpec
-from occfeat_targets.store import Cache, CacheError, open_cache, shard_file
+from occfeat_targets.store import Cache, open_cache, shard_file
 
 _ABSENT = np.uint64(2**64 - 1)
 
@@ -112,7 +113,7 @@ class CacheReader:
             offset, size = (int(n) for n in index[row])
             crc = np.empty(4, np.uint8)
             body = np.empty(size - 4, np.uint8) if array.compress else out.reshape(-1).view(np.uint8)
-            done = os.preadv(descriptor, [memoryview(body), memoryview(crc)], offset) if size == len(body) + 4 else -1
+            done = os.preadv(descriptor, [body.data, crc.data], offset) if size == len(body) + 4 else -1
         finally:
             os.close(descriptor)
         if done != size:

@@ -8,32 +8,25 @@ the shard. Whatever else a killed build left behind is cleared when that shard i
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from occfeat_targets.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
 from occfeat_targets.schema import ArraySpec, TargetSpec
 
 KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
-
-
-class CacheError(ValueError):
-    """A cache that is absent, incomplete, damaged or of another kind; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -278,65 +271,3 @@ def open_cache(path: Path) -> Cache:
     )
     spec = TargetSpec.from_dict(about["spec"])
     return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"])
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file, in hex. (Not CRC-32C: a file that ends in its own CRC-32C always has the same one.)"""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_and_digest(file: Path) -> str:
-    """Flush a file to the disk, then the SHA-256 of what it holds."""
-    with file.open("rb") as f:
-        os.fsync(f.fileno())
-    return digest(file)
-
-
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON record with its own checksum; it appears whole or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("wb") as f:
-        f.write(_record_bytes(record))
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(file)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """The record that write_record wrote. Raises CacheError if it is absent or a byte of it changed."""
-    try:
-        data = file.read_bytes()
-        record: dict[str, Any] = json.loads(data)
-        record.pop("crc32c")
-        if _record_bytes(record) == data:
-            return record
-    except FileNotFoundError:
-        raise CacheError(f"{file} is missing: this cache was not made by occfeat-targets, or lost files") from None
-    except (ValueError, KeyError, AttributeError, TypeError):
-        pass
-    raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' makes that shard again")
-
-
-def _record_bytes(record: Mapping[str, Any]) -> bytes:
-    body = json.dumps(record, sort_keys=True, separators=(",", ":"))
-    return (
-        json.dumps({"crc32c": google_crc32c.value(body.encode()), **record}, sort_keys=True, indent=1).encode() + b"\n"
-    )
-
-
-@contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turn the operating system's refusals into an error that says what was being written and what to do."""
-    try:
-        yield
-    except OSError as err:
-        raise CacheError(
-            f"could not write {what}: {err.strerror or err}. Finished shards are intact: free space or permissions, "
-            "then run the same build again and it continues"
-        ) from err

@@ -19,10 +19,11 @@ from occfeat_targets.images import load_image_reference
 from occfeat_targets.labels import MapGeometry, map_classes, map_window
 from occfeat_targets.nuscenes import find_dataroot
 from occfeat_targets.reader import CacheReader
+from occfeat_targets.records import digest, read_record
 from occfeat_targets.reference import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 from occfeat_targets.reference_labels import reference_map, reference_vehicles
 from occfeat_targets.schema import TargetSpec
-from occfeat_targets.store import CREATED, PROGRESS, Cache, digest, read_record
+from occfeat_targets.store import CREATED, PROGRESS, Cache
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; DCT-scaled decoding gives 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together leave 0.999

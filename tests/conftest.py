@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch is imported: one thread is as fast for models this small, does not fight other tests for cores, and
+# rounds as the single-threaded workers of a local cluster do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

@@ -83,7 +83,7 @@ def test_a_heavy_library_is_imported_by_one_module(library, where):
 
 
 def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract():
-    contract = {"grid", "geometry", "schema", "store", "reader"}
+    contract = {"grid", "geometry", "schema", "records", "store", "reader"}
     for file in modules("occfeat_train"):
         used = {name.split(".")[1] for name in imports(file) if name.startswith("occfeat_targets.")}
         assert used <= contract, file.name

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from occfeat_targets.reader import CacheReader
-from occfeat_targets.store import CacheError, shard_file
+from occfeat_targets.records import CacheError
+from occfeat_targets.store import shard_file
 from tests.conftest import random_arrays
 
 

@@ -10,7 +10,8 @@ import xarray
 import zarr
 
 from occfeat_targets import store
-from occfeat_targets.store import CacheError, create_cache, open_cache, read_record, write_record
+from occfeat_targets.records import CacheError, read_record, write_record
+from occfeat_targets.store import create_cache, open_cache
 from tests.conftest import random_arrays, small_identity, small_spec
 
 NOTES = {"skipped": {}, "cosine": None}
