@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .grid import VoxelGrid
+from occfeat_targets.grid import VoxelGrid
 
 COLUMNS = 5  # x, y, z [m], intensity, ring: what a nuScenes .pcd.bin holds for every return
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it, in the sensor's frame, are the vehicle's own (Simple-BEV's)

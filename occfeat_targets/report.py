@@ -59,9 +59,13 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         lines.append(
             f"built {outcome.num_keyframes} keyframes in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
         )
-        stages = sorted(outcome.seconds.items(), key=lambda item: -item[1])
-        spent = ", ".join(f"{stage} {s / outcome.num_keyframes * 1e3:.1f}" for stage, s in stages)
-        lines.append(f"  ms a keyframe and worker: {spent} (wait: for images, sweeps and labels to be read)")
+        stages = {stage: s / outcome.num_keyframes * 1e3 for stage, s in outcome.seconds.items()}
+        total = stages.pop("total")
+        spent = ", ".join(f"{stage} {ms:.1f}" for stage, ms in sorted(stages.items(), key=lambda item: -item[1]))
+        lines.append(
+            f"  {total:.0f} ms a keyframe and worker: {spent} (images, occupancy and labels are made while the teacher "
+            "works; wait: for those)"
+        )
     cosines = [r.cosine for r in outcome.reports if r.cosine is not None]
     if cosines:
         mean, low = (f(c[i] for c in cosines) for i, f in ((0, lambda v: math.fsum(v) / len(cosines)), (1, min)))

@@ -48,7 +48,8 @@ class ShardTask:
 class ShardReport:
     """What became of a task. error: why nothing was written, or None. skipped: {sample token: why}.
 
-    seconds: time by stage. ``wait`` is how long the teacher had to wait for the next keyframes.
+    seconds: time by stage. ``wait`` is how long the teacher had to wait for the next keyframes; ``images``,
+    ``occupancy`` and ``labels`` go on meanwhile, so ``total`` is less than the sum.
     cosine: (mean, minimum) over tokens of int8 features to float16, if they are int8.
     """
 
@@ -65,12 +66,11 @@ def build_shard(task: ShardTask) -> ShardReport:
     report = ShardReport(task.shard, len(task.keyframes))
     cache = None
     try:
-        cache = open_cache(task.cache)
-        arrays = _shard_arrays(task, cache.spec, report)
-        with timed(report.seconds, "write"):
-            cache.write_shard(
-                task.shard, arrays, {"skipped": report.skipped, "seconds": report.seconds, "cosine": report.cosine}
-            )
+        with timed(report.seconds, "total"):
+            cache = open_cache(task.cache)
+            arrays = _shard_arrays(task, cache.spec, report)
+            with timed(report.seconds, "write"):
+                cache.write_shard(task.shard, arrays, {"skipped": report.skipped, "cosine": report.cosine})
     except (ValueError, OSError) as err:
         report.error = str(err)
     except Exception:  # a defect of ours, or of a library: the whole trace, and the build ends in order

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .half import as_float32, store_float32
+from occfeat_train.half import as_float32, store_float32
 
 if TYPE_CHECKING:
     import torch

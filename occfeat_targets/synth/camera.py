@@ -15,7 +15,7 @@ from occfeat_targets.synth.world import World
 
 # Samples per object and camera when its visible share is counted.
 _VISIBILITY_SAMPLES = 400
-_EDGE_CONTRAST = 20.0
+_EDGE_CONTRAST = 26.0
 _HAZE_DISTANCE = 750.0
 
 
@@ -142,7 +142,7 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
         for col in range(width):
             r, g, b, depth[row, col], objects[row, col] = _sample(col + 0.5, row + 0.5, pose, k, w, light)
             centre[row, col, 0], centre[row, col, 1], centre[row, col, 2] = r, g, b
-    # Edges get four more rays each: where green differs from a neighbour's, a single ray would leave stairs.
+    # Edges get three more rays each: where green differs from a neighbour's, a single ray would leave stairs.
     for row in range(height):
         for col in range(width):
             here = centre[row, col, 1]
@@ -151,11 +151,11 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
             contrast = max(contrast, abs(here - centre[row, min(col + 1, width - 1), 1]))
             r, g, b = centre[row, col]
             if contrast > _EDGE_CONTRAST:
-                for n in range(4):
-                    u, v = col + (0.125, 0.375, 0.625, 0.875)[n], row + (0.625, 0.125, 0.875, 0.375)[n]
+                for n in range(3):
+                    u, v = col + (0.17, 0.83, 0.5)[n], row + (0.33, 0.17, 0.83)[n]
                     sr, sg, sb, _, _ = _sample(u, v, pose, k, w, light)
                     r, g, b = r + sr, g + sg, b + sb
-                r, g, b = 0.2 * r, 0.2 * g, 0.2 * b
+                r, g, b = 0.25 * r, 0.25 * g, 0.25 * b
             rgb[row, col, 0], rgb[row, col, 1], rgb[row, col, 2] = (
                 np.uint8(r + 0.5),
                 np.uint8(g + 0.5),

@@ -29,7 +29,7 @@ ANNOTATION_RANGE = 80.0
 JPEG_QUALITY = 92
 # Boxes leave this much room around a shape, so that range noise does not carry its returns outside; at the bottom they end
 # as far above the ground, whose own returns would otherwise fall in [m].
-_BOX_MARGIN, _BOX_FLOOR = 0.04, 0.015
+_BOX_MARGIN, _BOX_FLOOR = 0.04, 0.006
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,8 @@ def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped
     next_x = ((i + 1 - px) if dx > 0 else (px - i)) * delta_x
     next_y = ((j + 1 - py) if dy > 0 else (py - j)) * delta_y
     entry = 0.0
-    last = -1
+    # An object reaches over several columns: the two met last need no second test.
+    last, before = -1, -1
     while entry < best and entry < reach and 0 <= i < columns and 0 <= j < rows:
         leave = min(next_x, next_y)
         lowest = oz + dz * (entry if dz > 0 else min(leave, best))
@@ -152,9 +153,9 @@ def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped
             cell = j * columns + i
             for n in range(w.starts[cell], w.starts[cell + 1]):
                 k = w.items[n]
-                if k != last:
+                if k != last and k != before:
                     t, found = hit_object(ox, oy, oz, dx, dy, dz, k, best, w)
-                    last = k
+                    last, before = k, last
                     if found >= 0:
                         best, hit, solid = t, k, found
                         if any_hit:

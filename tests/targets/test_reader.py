@@ -77,10 +77,22 @@ def test_a_truncated_shard_is_an_error_naming_file_and_sample(finished_cache):
         CacheReader(finished_cache).read("images", 6)
 
 
-def test_unchecked_reading_is_faster_and_gives_the_same(finished_cache):
-    np.testing.assert_array_equal(
-        CacheReader(finished_cache, check=False).read("features", 4), CacheReader(finished_cache).read("features", 4)
-    )
+@pytest.mark.parametrize(("check", "noticed"), [("first", False), ("always", True), ("never", False)])
+def test_damage_after_the_first_read_is_noticed_by_those_who_always_check(finished_cache, check, noticed):
+    reader = CacheReader(finished_cache, check=check)
+    values = reader.read("features", 4)
+    file = shard_file(finished_cache.path, array_named(finished_cache, "features"), 1)
+    data = bytearray(file.read_bytes())
+    data[data.index(values.tobytes())] ^= 1
+    file.write_bytes(data)
+    if noticed:
+        with pytest.raises(CacheError, match="checksum"):
+            reader.read("features", 4)
+    else:
+        assert (reader.read("features", 4) != values).sum() == 1
+    if check != "never":
+        with pytest.raises(CacheError, match="checksum"):
+            CacheReader(finished_cache, check=check).read("features", 4)
 
 
 def test_unknown_arrays_and_keyframes_are_refused(finished_cache):
