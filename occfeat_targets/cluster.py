@@ -35,7 +35,7 @@ def run_on_dask(
 
     A worker that dies takes its shard with it, and the shard is tried again elsewhere, three times at most.
     When `keep_going` says no, nothing more is begun and what is under way is still reported.
-    Raises ValueError if the scheduler is not reached, or has no workers within a minute.
+    Raises ValueError if local workers do not start, or the scheduler is not reached or has no workers within a minute.
     """
     import dask
     from distributed import Client, LocalCluster, as_completed
@@ -44,14 +44,20 @@ def run_on_dask(
     settings = {"distributed.worker.memory.spill": False, "distributed.worker.memory.target": False}
     with dask.config.set(settings), ExitStack() as stack:
         if scheduler is None:
-            cluster = LocalCluster(
-                n_workers=min(workers, len(shards)),
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                memory_limit=0,
-            )
+            try:
+                cluster = LocalCluster(
+                    n_workers=min(workers, len(shards)),
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    memory_limit=0,
+                )
+            except RuntimeError as err:
+                raise ValueError(
+                    f"the {min(workers, len(shards))} local workers did not start ({err}): run the same command again, "
+                    "with fewer --workers if memory is short, or with --workers 0"
+                ) from err
             client = Client(stack.enter_context(cluster))
         else:
             try:

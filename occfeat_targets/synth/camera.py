@@ -166,7 +166,7 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
 def render(
     global_from_camera: Matrix, intrinsics: Matrix, image_size: tuple[int, int], world: World, light: Light
 ) -> Picture:
-    """The picture of a pinhole camera: a ray through each pixel's centre, from what it meets one to the sun, more at edges."""
+    """The picture of a pinhole camera: a ray through each pixel's centre, one on to the sun, more at edges."""
     rgb = np.empty((*image_size, 3), np.uint8)
     depth = np.empty(image_size, np.float32)
     objects = np.empty(image_size, np.int32)

@@ -1,4 +1,4 @@
-"""Writes the whole dataset: which scenes, where they take place, and the folder that appears only when it is complete."""
+"""Writes the whole dataset: which scenes, in which town, and a folder that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ MAX_SWEEPS = 10
 _EPOCH_US = 946_684_800_000_000
 _SCENE_GAP_US = 1_000_000_000
 # Measured on one core: for the estimate that is printed before the work starts, nothing else.
-_SECONDS_PER_PIXEL, _SECONDS_PER_SWEEP, _BYTES_PER_PIXEL = 1.1e-6, 0.04, 0.22
+_SECONDS_PER_PIXEL, _SECONDS_PER_SWEEP, _BYTES_PER_PIXEL = 1.35e-6, 0.04, 0.25
 
 _README = """This is a synthetic city in nuScenes format, written by occfeat-targets synth (seed {seed}).
 It holds no nuScenes data: every image, sweep, box and map was computed. Use it without any restriction.
+LiDAR sweeps are instantaneous; a pulse without a return is a point at the sensor's origin with intensity 0.
+visibility_token: share of an object's pixels inside the six images that nothing hides; 1 if no camera looks at it.
 Load it with nuscenes-devkit: NuScenes("{version}", dataroot) and NuScenesMap(dataroot, "{location}").
 """
 
@@ -53,17 +55,20 @@ class ScenePlan:
         return f"synthetic-{self.location}-{self.site:02d}"
 
 
-def _plan_scenes(train: Sequence[str], val: Sequence[str]) -> list[ScenePlan]:
+def plan_scenes(train: Sequence[str], val: Sequence[str]) -> list[ScenePlan]:
+    """Training and validation scenes in towns of their own, a district a scene as long as there are any."""
     placed = [(name, k, TRAIN_LOCATION) for k, name in enumerate(train)]
     placed += [(name, k, VAL_LOCATION) for k, name in enumerate(val)]
     return [ScenePlan(*p, start_us=_EPOCH_US + (n + 1) * _SCENE_GAP_US) for n, p in enumerate(placed)]
 
 
-def _district(seed: int, location: str, site: int) -> District:
+def district_of(seed: int, location: str, site: int) -> District:
+    """The district at a site, the same for every scene there."""
     return plan_district(location, site, stream(seed, location, site, "streets"))
 
 
-def _scene(seed: int, plan: ScenePlan, district: District, keyframes: int) -> Scene:
+def scene_of(seed: int, plan: ScenePlan, district: District, keyframes: int) -> Scene:
+    """What happens in a planned scene; two of three have the ego turn at a junction."""
     scenery = build_scenery(district, stream(seed, plan.location, plan.site, "scenery"))
     duration = max(1, keyframes - 1) * KEYFRAME_PERIOD_US * 1e-6
     turns = plan.index % 3 != 1
@@ -100,19 +105,23 @@ def write_city(
 ) -> Path:
     """Write a synthetic city to `out` as a nuScenes dataroot; returns `out`.
 
-    scenes, val_scenes: number of training and validation scenes; they take place in different towns. version: "v1.0-mini" (up to
-    8 + 2 scenes) or "v1.0-trainval" (700 + 150); None takes the smallest that has enough names. image_size: (height, width).
-    sweeps_per_keyframe: LiDAR sweeps at 20 Hz up to and including each keyframe but the first, 1..10. workers: threads,
-    None for one per core; the bytes written do not depend on it. progress: print an estimate and show a bar.
+    scenes, val_scenes: number of training and validation scenes; they take place in different towns.
+    sweeps_per_keyframe: LiDAR sweeps at 20 Hz up to and including each keyframe but the first, 1..10.
+    image_size: (height, width). version: "v1.0-mini" (up to 8 + 2 scenes) or "v1.0-trainval" (700 + 150); None
+    takes the smallest that has enough names. workers: threads, None for one per core; the bytes written do not
+    depend on it. progress: print an estimate and show a bar.
 
-    `out` must not exist, or be empty. It appears, complete, at the end: until then the files lie in a hidden folder next to it.
-    Raises ValueError on arguments out of range or an `out` that is in use.
+    `out` must not exist, or be empty. It appears, complete, at the end: until then the files lie in a hidden folder
+    next to it. Raises ValueError on arguments out of range or an `out` that is in use.
     """
     out = Path(out)
     _check(out, scenes, val_scenes, keyframes, image_size, sweeps_per_keyframe)
     version, train, val = choose_names(version, scenes, val_scenes)
-    plans = _plan_scenes(train, val)
-    workers = workers or len(os.sched_getaffinity(0))
+    plans = plan_scenes(train, val)
+    if workers is None:
+        workers = os.cpu_count() or 1
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, it must be at least 1")
     num_shots = sum(1 for _ in plan_shots(keyframes, sweeps_per_keyframe))
     if progress:
         print(_estimate(len(plans), keyframes, num_shots, image_size, workers), file=sys.stderr)
@@ -131,9 +140,9 @@ def write_city(
         ):
             for plan in plans:
                 if plan.logfile not in districts:
-                    districts[plan.logfile] = _district(seed, plan.location, plan.site)
+                    districts[plan.logfile] = district_of(seed, plan.location, plan.site)
                     tables.add_log(plan.logfile, plan.location)
-                scene = _scene(seed, plan, districts[plan.logfile], keyframes)
+                scene = scene_of(seed, plan, districts[plan.logfile], keyframes)
                 stamps = [plan.start_us + k * KEYFRAME_PERIOD_US for k in range(keyframes)]
                 tables.add_scene(plan.name, plan.logfile, "synthetic city: " + scene.describe(), stamps)
                 film = Film(scene, plan.name, plan.logfile, plan.start_us, seed, part, image_size)
@@ -143,7 +152,9 @@ def write_city(
             tables.add_map(location, write_map(part, seed, location, here))
         tables.write(part / version)
         (part / "README.txt").write_text(_README.format(seed=seed, version=version, location=plans[0].location))
-        os.replace(part, out)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out

@@ -1,4 +1,4 @@
-"""The map of a location, from the same plan as the ground: map expansion layers and a raster of the drivable area."""
+"""The map of a location, from the same plan as the ground: expansion layers and a raster of the drivable area."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _lanes(m: MapFile, d: District, s: Stretch, segment: str) -> list[str]:
 
 
 def _connectors(m: MapFile, d: District, lanes: dict[Stretch, list[str]]) -> None:
-    """Lane connectors over every junction: straight on from each lane, left from the leftmost, right from the rightmost."""
+    """Lane connectors over junctions: straight on from each lane, left from the leftmost, right from the rightmost."""
     for before, names in lanes.items():
         for after, others in lanes.items():
             if after.tail != before.head or after.head == before.tail:

@@ -1,4 +1,4 @@
-"""Films one scene: fires every sensor at its own time, writes the files, and keeps count of what was seen of whom."""
+"""Films one scene: fires every sensor at its own time, writes the files, counts what was seen of whom."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from occfeat_targets.synth.tokens import stream
 
 ANNOTATION_RANGE = 80.0
 JPEG_QUALITY = 92
-# Boxes leave this much room around a shape, so that range noise does not carry its returns outside; at the bottom they end
-# as far above the ground, whose own returns would otherwise fall in [m].
+# Boxes leave this much room around a shape [m], so that range noise does not carry its returns outside; at the bottom
+# they end a little above the ground, whose own returns would otherwise fall in.
 _BOX_MARGIN, _BOX_FLOOR = 0.04, 0.006
 
 
@@ -50,7 +50,7 @@ class Shot:
 
 
 def plan_shots(keyframes: int, sweeps_per_keyframe: int) -> Iterator[Shot]:
-    """All records of a scene in the order of keyframes; a sweep that is none belongs to the keyframe that follows it."""
+    """All records of a scene, keyframe by keyframe; a sweep that is none belongs to the keyframe after it."""
     for k in range(keyframes):
         key_us = k * KEYFRAME_PERIOD_US
         for camera in CAMERAS:

@@ -86,9 +86,8 @@ def street_coordinates(x, y, g):  # type: ignore[no-untyped-def]
 def _road_paint(across, along, road, crossings):  # type: ignore[no-untyped-def]
     """Region and paint on a road outside junctions.
 
-    across: signed offset from the centre line, positive towards +u (avenue) or +v (street); along: the other coordinate;
-    crossings: the roads it meets. `side` is +1 where traffic runs towards larger `along`: the caller mirrors streets,
-    so that keeping left means across < 0 for an avenue.
+    across: offset from the centre line, negative where traffic runs towards larger `along`; along: the coordinate
+    along the road; road: its row; crossings: rows of the roads it meets.
     """
     gap = 1e9
     towards = 1.0

@@ -19,5 +19,6 @@ def kernel(function: Callable[..., Any]) -> Any:
     Numba looks at the function's own file alone: callers of a kernel in another file would keep the old one inlined.
     """
     compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"arcp", "contract", "nsz"})(function)
-    compiled._cache._cache_file._source_stamp = _STAMP
+    if cache := getattr(compiled, "_cache", None):  # none under NUMBA_DISABLE_JIT
+        cache._cache_file._source_stamp = _STAMP
     return compiled

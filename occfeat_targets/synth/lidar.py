@@ -1,8 +1,8 @@
 """A LiDAR sweep: which pulses come back, from how far, how strong.
 
 The sweep is taken as instantaneous at its timestamp, which is what motion compensation makes of a real one. As in
-nuScenes' files every pulse has its row, in firing order (ring by ring, column by column); a pulse that did not come back is a point at the
-sensor's origin with intensity 0.
+nuScenes' files every pulse has its row, in firing order (ring by ring, column by column); a pulse that did not come
+back is a point at the sensor's origin with intensity 0.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _hit_ego(px, py, pz, dx, dy, dz, boxes):  # type: ignore[no-untyped-def]
 
 @kernel
 def _cast(g, e, beams, noise, chance, boxes, w, points, objects):  # type: ignore[no-untyped-def]
-    """g: global_from_lidar, e: ego_from_lidar; beams: (n, 3) unit directions; noise: (n,) standard normal; chance: (n,) 0..1."""
+    """g: global_from_lidar, e: ego_from_lidar; beams: (n, 3) unit directions; noise: (n,) standard normal;
+    chance: (n,) 0..1.
+    """
     for n in range(beams.shape[0]):
         bx, by, bz = beams[n]
         dx = g[0, 0] * bx + g[0, 1] * by + g[0, 2] * bz

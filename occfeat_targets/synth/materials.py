@@ -1,8 +1,8 @@
 """What a surface looks like to a camera and to the LiDAR: procedural textures, one function for both sensors.
 
-Colours are linear RGB in 0..1. `reflectivity` is the share of infrared light a LiDAR pulse gets back at normal incidence,
-above 1 for retro-reflectors; glass gives back almost nothing. `foot` is the size of a pixel on the surface [m]: texture finer than
-that is faded to its mean, which keeps distant surfaces from flickering.
+Colours are linear RGB in 0..1. `reflectivity` is the share of infrared light a LiDAR pulse gets back at normal
+incidence, above 1 for retro-reflectors; glass gives back almost nothing. `foot` is the size of a pixel on the surface
+[m]: texture finer than that is faded to its mean, which keeps distant surfaces from flickering.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Outlines of what the ground consists of, in street coordinates: rings of straight pieces and arcs.
 
-An outline is a list of rings, the exterior first and then its holes; a ring is an (n, 2) array, not closed. What `ground.classify` decides
-point by point, these say as polygons.
+An outline is a list of rings, the exterior first and then its holes; a ring is an (n, 2) array, not closed. What
+`ground.classify` decides point by point, these say as polygons.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The sensor rig: where nuScenes' six cameras and its LiDAR sit on the car, where they look and when they fire.
 
-Figures are rounded from the public calibration. Ego frame: x forward, y left, z up, origin on the ground below the rear axle. The LiDAR
-turns clockwise at 20 Hz; its own axes are x right, y forward, z up. A sweep begins and ends at the car's left side, and each
-camera fires as the beams pass its optical axis, which is why no two of them share a timestamp.
+Figures are rounded from the public calibration. Ego frame: x forward, y left, z up, origin on the ground below the
+rear axle. The LiDAR turns clockwise at 20 Hz; its own axes are x right, y forward, z up. A sweep begins and ends at the
+car's left side, and each camera fires as the beams pass its optical axis: no two of them share a timestamp.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ EGO_FROM_LIDAR: Matrix = _mount((0.94, 0.0, 1.84), _turn(-89.9, 0.3, -1.4))
 
 
 def quaternion(rotation: Matrix) -> list[float]:
-    """(3, 3) rotation -> quaternion w, x, y, z (Shepperd's method: the largest component is taken from the diagonal)."""
+    """(3, 3) rotation -> quaternion w, x, y, z, by its largest component (Shepperd's method)."""
     trace = np.trace(rotation)
     squares = np.array([trace, *np.diag(rotation)]) * [1, 2, 2, 2] + [1, *[1 - trace] * 3]
     a = rotation

@@ -1,7 +1,7 @@
 """Names for scenes, such that the devkit's own split lists find them.
 
-They are written out here, because the devkit takes seconds to load and only the module that reads data sets imports it; a test
-compares them with its lists.
+They are written out here, because the devkit takes seconds to load and only the module that reads data sets imports
+it; a test compares them with its lists.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands in a district for good: buildings, trees, lamps, signals, signs, benches, bins. None of it is annotated."""
+"""What stands in a district for good: buildings, trees, lamps, signals, signs, benches. None of it is annotated."""
 
 from __future__ import annotations
 

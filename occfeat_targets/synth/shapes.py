@@ -1,7 +1,7 @@
 """Solids and what is composed of them: vehicles, people, cones and barriers, everything that is annotated.
 
-A shape lives in its own frame: x forward, y left, z up, origin on the ground below its middle. Its bounding box is what a
-nuScenes annotation of it encloses, so no shape has parts that stick out alone.
+A shape lives in its own frame: x forward, y left, z up, origin on the ground below its middle. Its bounding box is what
+a nuScenes annotation of it encloses, so no shape has parts that stick out alone.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _person(rng: np.random.Generator, hip: float, x: float, legs: list[list[floa
     torso = 0.56
     return [
         *legs,
-        solid(TAPERED, CLOTH, shirt, (x, 0, hip + torso / 2), (0.13, 0.21, torso / 2), (0.03, 0.03, -0.0)),
+        solid(TAPERED, CLOTH, shirt, (x, 0, hip + torso / 2), (0.13, 0.21, torso / 2), (0.03, 0.03, 0)),
         *[solid(ELLIPSOID, CLOTH, shirt, (x + 0.04, side * 0.25, hip + 0.27), (0.08, 0.06, 0.31)) for side in (-1, 1)],
         solid(ELLIPSOID, SKIN, skin, (x, 0, hip + torso + 0.13), (0.10, 0.09, 0.13)),
         solid(ELLIPSOID, CLOTH, pick((BLACK, (0.12, 0.07, 0.04), (0.4, 0.3, 0.15)), rng),

@@ -58,7 +58,7 @@ def random_walk(
 ) -> list[Node]:
     """Nodes from `start` first along `step`, at least `length` metres.
 
-    Goes straight with probability 1/2 where it can, never back; with `turn_at`, straight up to that node and then turns.
+    Goes straight with probability 1/2 where it can, never back; with `turn_at`, straight up to that node, then turns.
     """
     nodes = [start, (start[0] + step[0], start[1] + step[1])]
     travelled = 0.0
@@ -107,8 +107,8 @@ def _lane_line(district: District, run: tuple[Node, Step, Node], lane: int, shif
 def lane_path(district: District, nodes: list[Node], rng: np.random.Generator, shift: float = 0.0) -> Array:
     """(n, 2) street coordinates, about every 0.5 m, of the way a vehicle takes along `nodes`.
 
-    It keeps to one lane between turns: the leftmost before a left turn, the rightmost before a right turn. `shift` moves it
-    further left within the lane [m].
+    It keeps to one lane between turns: the leftmost before a left turn, the rightmost before a right turn. `shift`
+    moves it further left within the lane [m].
     """
     runs = _runs(nodes)
     lines = []

@@ -1,7 +1,7 @@
 """The city at one instant as flat arrays, with the grid that lets a ray find what it hits.
 
-A `Stage` packs every shape of a scene once; `Stage.at` places them at given poses and sorts them into the columns of a 2-D grid. Both
-sensors see such a `World`, built for their own timestamps.
+A `Stage` packs every shape of a scene once; `Stage.at` places them at given poses and sorts them into the columns of a
+2-D grid. Both sensors see such a `World`, built for their own timestamps.
 """
 
 from __future__ import annotations
