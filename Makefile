@@ -24,7 +24,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# 4 training and 1 validation scenes at 400x225; weights of the teacher are random unless TEACHER says otherwise.
+# The teacher's weights are random unless TEACHER names a hub id or a local folder; the output says so.
 TEACHER ?= random:facebook/dinov2-small
 demo: setup
 	rm -rf demo
@@ -33,6 +33,11 @@ demo: setup
 	$(BIN)/occfeat-targets verify --cache demo/cache --split mini_train
 	$(BIN)/occfeat-targets preview --cache demo/cache --split mini_train --out demo/preview
 	$(BIN)/occfeat-train check --cache demo/cache --split mini_train
+
+bench: setup
+	for benchmark in voxelizer images sampling reads teacher rounding build memory; do \
+		echo "## $$benchmark"; $(BIN)/python pipelines/benchmarks/$$benchmark.py || exit; \
+	done
 
 clean:
 	rm -rf $(VENV) demo

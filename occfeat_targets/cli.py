@@ -261,7 +261,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
         source = dataroot or Path(opened.provenance["dataroot"])
         if not source.is_dir():
             raise ValueError(f"the data set is not at {source}: pass --dataroot, or --samples 0 for checksums only")
-        click.echo(f"recomputing {samples} keyframes from {source} (--seed {seed}) ...")
+        click.echo(f"recomputing {min(samples, len(opened))} keyframes from {source} (--seed {seed}) ...")
         findings.append(verify_source(opened, source, samples, seed, click.echo))
     for line in opened.warnings:
         click.echo(line)

@@ -16,9 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-STUDENT_SIZE = (270, 480)  # 1600x900 times exactly 0.3; Simple-BEV's augmentation resizes to at most 268x480
-TEACHER_SIZE = (224, 392)  # multiples of the patch size 14
-
 # The scaled DCT has cut off frequencies that the triangle would only have attenuated. Narrowed a little, the triangle
 # meets the full decode's result to 53-55 dB at 5/3 and 2 decoded pixels per output pixel; with fewer it can't.
 _MIN_OVERSAMPLING = 1.6

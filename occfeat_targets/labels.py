@@ -17,20 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.geometry import Matrix, transform
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.raster import Floats, Ints, Mask, draw_polylines, fill_polygon, fill_polygons
-
-# The paper names five classes and no nuScenes layers. These are BEVFusion's six less stop_line; its "divider"
-# holds both kinds of line, hence the second choice.
-MAP_CLASSES: dict[str, tuple[str, ...]] = {
-    "road": ("drivable_area",),
-    "sidewalk": ("walkway",),
-    "crosswalk": ("ped_crossing",),
-    "parking_area": ("carpark_area",),
-    "road_divider": ("road_divider",),
-}
-DIVIDERS = {"road": ("road_divider",), "road+lane": ("road_divider", "lane_divider")}
-# BEVFusion asks OpenCV for lines of 2 pixels of 0.5 m. OpenCV then paints 3 to 5 pixels a row, depending on
-# the slope; we draw the metre that was asked for.
-DIVIDER_WIDTH = 1.0
+from occfeat_targets.schema import DIVIDER_WIDTH, DIVIDERS, MAP_LAYERS
 
 # Faces by corner, in the order of the devkit's Box.corners(): 0-3 are in front, 4-7 behind, upper left first.
 _FACES = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
@@ -44,7 +31,7 @@ def map_classes(dividers: str = "road") -> dict[str, tuple[str, ...]]:
     """
     if dividers not in DIVIDERS:
         raise ValueError(f"dividers {dividers!r} is none of {', '.join(map(repr, DIVIDERS))}")
-    return MAP_CLASSES | {"road_divider": DIVIDERS[dividers]}
+    return MAP_LAYERS | {"road_divider": DIVIDERS[dividers]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +61,7 @@ class MapGeometry:
         object.__setattr__(self, "line_boxes", _bounding_boxes(self.line_vertices, self.line_offsets))
 
     @classmethod
-    def from_tables(cls, tables: Any, layers: Mapping[str, Sequence[str]] = MAP_CLASSES) -> MapGeometry:
+    def from_tables(cls, tables: Any, layers: Mapping[str, Sequence[str]] = MAP_LAYERS) -> MapGeometry:
         """Geometry of the named layers, from a NuScenesMap or any object with its tables as attributes.
 
         tables: ``node`` {token, x, y}, ``polygon`` {token, exterior_node_tokens, holes: [{node_tokens}]},

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.schema import EGO_BOX
 
 COLUMNS = 5  # x, y, z [m], intensity, ring: what a nuScenes .pcd.bin holds for every return
-EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it, in the sensor's frame, are the vehicle's own (Simple-BEV's)
 
 MAX_VOXELS = 2**27  # what the kernel's 24-bit byte index reaches: 16 MiB of bits a volume
 

@@ -21,7 +21,7 @@ from occfeat_targets.keyframe import grids_from_ego
 from occfeat_targets.labels import MapGeometry, map_window
 from occfeat_targets.nuscenes import DatasetError, Keyframe, Split, map_file, read_map, read_split
 from occfeat_targets.records import digest
-from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
+from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec
 from occfeat_targets.shard import ShardTask
 from occfeat_targets.store import Cache, Identity, create_cache
 
@@ -30,6 +30,7 @@ RANDOM_TEACHER = "the teacher's weights are random"
 SYNTHETIC_DATA = "the data set is a synthetic city"
 
 _READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
+_START_SECONDS = 8.0  # a process's libraries, weights and compiled kernels
 _TEACHER_EFFICIENCY = 0.55  # of the matmul rate that the machine shows (BENCHMARKS.md)
 
 
@@ -47,7 +48,7 @@ class BuildOptions:
     grid: VoxelGrid = field(default_factory=VoxelGrid)
     frames: str = "ego"
     num_sweeps: int = 1
-    image_size: tuple[int, int] = (270, 480)
+    image_size: tuple[int, int] = STUDENT_SIZE
     teacher: str | None = "facebook/dinov2-small"
     teacher_layer: str = "post-norm"
     teacher_dtype: str = "auto"
@@ -259,10 +260,11 @@ def estimate_seconds(plan: Plan, workers: int) -> float:
     read = _READ_SECONDS / workers
     spec = plan.cache.spec.teacher
     if spec is None:
-        return plan.num_keyframes * read
+        return _START_SECONDS + plan.num_keyframes * read
     from occfeat_targets.teacher import flops_per_image, matmul_flops, resolve_device
 
     device = resolve_device(plan.options.device)
     flops = flops_per_image(spec) * len(plan.cache.spec.cameras)
     teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.dtype))
-    return plan.num_keyframes * (teacher + read if device == "cpu" else max(teacher, read))
+    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
+    return _START_SECONDS + plan.num_keyframes * per_keyframe

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from occfeat_targets.geometry import Matrix, transform
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.labels import DIVIDER_WIDTH, MapGeometry
+from occfeat_targets.labels import MapGeometry
+from occfeat_targets.schema import DIVIDER_WIDTH
 
 Mask = NDArray[np.bool_]
 TIE = 1e-6  # [m]

@@ -18,7 +18,7 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     """What is about to be built, where, how large and for how long."""
     split, cache, spec = plan.split, plan.cache, plan.cache.spec
     scenes = Counter(k.scene for k in split.keyframes)
-    lines = [f"{split.name} of {split.version}: {len(cache)} keyframes of {len(scenes)} scenes"]
+    lines = [f"{split.name} of {split.version}: {count(len(cache), 'keyframe')} of {count(len(scenes), 'scene')}"]
     if split.missing_scenes:
         missing = split.missing_scenes
         lines.append(
@@ -35,12 +35,12 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())
     lines.append(
-        f"{cache.path} [{spec.fingerprint}]: {cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes, "
-        f"{done} finished; to build here: {len(plan.shards)} shards, {plan.num_keyframes} keyframes"
+        f"{cache.path} [{spec.fingerprint}]: {count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes, "
+        f"{done} finished; to build here: {count(len(plan.shards), 'shard')}, {count(plan.num_keyframes, 'keyframe')}"
     )
     if plan.shards:
         size = spec.bytes_per_keyframe * plan.num_keyframes
-        where = f"on {scheduler}" if scheduler else f"with {workers} workers" if workers else "in this process"
+        where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
         lines.append(
             f"size: {format_bytes(spec.bytes_per_keyframe)} a keyframe, {format_bytes(size)} in all "
             f"({format_bytes(free_bytes(cache.path))} free); "
@@ -57,7 +57,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     if outcome.num_keyframes:
         rate = outcome.num_keyframes / seconds
         lines.append(
-            f"built {outcome.num_keyframes} keyframes in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
+            f"built {count(outcome.num_keyframes, 'keyframe')} in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
         )
         stages = {stage: s / outcome.num_keyframes * 1e3 for stage, s in outcome.seconds.items()}
         total = stages.pop("total")
@@ -84,7 +84,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     elif pending:
         lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
     else:
-        lines.append(f"{cache.path} is complete: {len(cache)} keyframes, {format_bytes(bytes_on_disk(cache))}")
+        lines.append(f"{cache.path} is complete: {count(len(cache), 'keyframe')}, {format_bytes(bytes_on_disk(cache))}")
     return lines
 
 
@@ -119,9 +119,9 @@ def describe_info(cache: Cache) -> list[str]:
     lines = [
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
         *cache.warnings,
-        f"{len(cache)} keyframes of {scenes} scenes: {origin['split']} of {origin['version']} at {origin['dataroot']}",
+        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}",
         *spec.describe(),
-        f"{cache.num_shards} shards of up to {cache.keyframes_per_shard} keyframes",
+        f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
     ]
     for array in spec.arrays():
         shape = "x".join(map(str, array.shape)) or "1"
@@ -149,6 +149,11 @@ def info_as_json(cache: Cache) -> str:
 
 def bytes_on_disk(cache: Cache) -> int:
     return sum(p.stat().st_size for p in Path(cache.path).rglob("*") if p.is_file())
+
+
+def count(n: int, noun: str) -> str:
+    """1 keyframe, 2 keyframes."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -17,7 +17,8 @@ from _inputs import find_dataroot, find_images
 from _timing import compare, machine, table
 from PIL import Image
 
-from occfeat_targets.images import STUDENT_SIZE, TEACHER_SIZE, load_image, load_image_reference
+from occfeat_targets.images import load_image, load_image_reference
+from occfeat_targets.schema import STUDENT_SIZE
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -73,7 +74,7 @@ def main() -> None:
         "OpenCV full, INTER_LINEAR (aliased)": partial(opencv, cv2.IMREAD_COLOR, cv2.INTER_LINEAR),
     }
     limit, floor, ours, reference, *_ = methods
-    for title, sizes in {"224x400": ((224, 400),), "270x480 and 224x392": (STUDENT_SIZE, TEACHER_SIZE)}.items():
+    for title, sizes in {"224x400": ((224, 400),), "270x480 and 224x392": (STUDENT_SIZE, (224, 392))}.items():
         twins = [array for path in paths for array in load_image_reference(path, sizes)]
         notes = {
             name: fidelity([array for path in paths for array in method(path, sizes)], twins)  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from occfeat_targets.geometry import GRID_FROM_EGO_AXES, Matrix, rigid
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.occupancy import EGO_BOX, read_sweep, voxelize
+from occfeat_targets.occupancy import read_sweep, voxelize
+from occfeat_targets.schema import EGO_BOX
 
 
 def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from occfeat_targets import images
-from occfeat_targets.images import STUDENT_SIZE, TEACHER_SIZE, image_size, load_image, load_image_reference
+from occfeat_targets.images import image_size, load_image, load_image_reference
+from occfeat_targets.schema import STUDENT_SIZE
 
+TEACHER_SIZE = (224, 392)
 SIZES = (STUDENT_SIZE, TEACHER_SIZE)
 
 

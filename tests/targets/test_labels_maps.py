@@ -14,8 +14,9 @@ from occfeat_targets.geometry import (
     rigid,
 )
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.labels import MAP_CLASSES, MapGeometry, draw_map, map_classes, map_window
+from occfeat_targets.labels import MapGeometry, draw_map, map_classes, map_window
 from occfeat_targets.reference_labels import reference_map
+from occfeat_targets.schema import MAP_LAYERS
 from tests.targets.label_inputs import (
     GRID,
     ODD_GRID,
@@ -29,7 +30,7 @@ from tests.targets.label_inputs import (
 
 def test_map_classes_are_the_papers_five_in_order() -> None:
     assert list(map_classes()) == ["road", "sidewalk", "crosswalk", "parking_area", "road_divider"]
-    assert map_classes() == MAP_CLASSES
+    assert map_classes() == MAP_LAYERS
     assert map_classes("road+lane")["road_divider"] == ("road_divider", "lane_divider")
     with pytest.raises(ValueError, match="road\\+lane"):
         map_classes("lane")
