@@ -64,9 +64,8 @@ def test_the_devkits_own_projection_agrees_to_under_half_a_pixel(real_sample, de
     # the devkit keeps a margin of one pixel, and points beyond one metre
     keep = is_valid & (depth > 1.0) & (pixels > 1).all(1) & (pixels < np.array([1599, 899])).all(1)
     assert expected.shape[1] > 1000
-    assert abs(keep.sum() - expected.shape[1]) <= 2
-    if keep.sum() == expected.shape[1]:
-        assert np.abs(pixels[keep] - expected[:2].T).max() < 0.5
+    assert keep.sum() == expected.shape[1]
+    assert np.abs(pixels[keep] - expected[:2].T).max() < 0.05  # the devkit rotates in float32
 
 
 def test_vehicle_corners_are_the_devkits(real_sample, devkit):
