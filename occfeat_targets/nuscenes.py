@@ -6,6 +6,7 @@ no table, and can be sent to a worker.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,20 +137,24 @@ def read_split(
             f"{dataroot / version} has none of the {len(splits[split])} scenes of split {split!r} "
             f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
         )
+    missing = tuple(name for name in splits[split] if name not in scenes)
     logs = {name: nusc.get("log", scenes[name]["log_token"]) for name in present}
     keyframes = tuple(
         _keyframe(nusc, sample, name, logs[name]["location"], cameras, num_sweeps, with_boxes)
         for name in present
         for sample in _samples(nusc, scenes[name])
     )
+    has_annotations = bool(nusc.sample_annotation)
+    del nusc, scenes
+    gc.collect()  # the devkit's tables refer to each other: gigabytes of them would stay for the whole build
     return Split(
         name=split,
         version=version,
         dataroot=dataroot,
         keyframes=keyframes,
-        missing_scenes=tuple(name for name in splits[split] if name not in scenes),
+        missing_scenes=missing,
         locations=tuple(sorted({k.location for k in keyframes})),
-        has_annotations=bool(nusc.sample_annotation),
+        has_annotations=has_annotations,
         is_synthetic=any(log["vehicle"] == SYNTHETIC_VEHICLE for log in logs.values()),
     )
 
