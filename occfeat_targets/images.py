@@ -22,15 +22,6 @@ _MIN_OVERSAMPLING = 1.6
 _SCALED_SUPPORT = 0.92
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of a JPEG from its header alone, which is what intrinsics are scaled from.
-
-    Raises ValueError, naming the file, if it is missing or no JPEG.
-    """
-    with _open(path) as image:
-        return image.height, image.width
-
-
 def load_image(
     path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]], *, expected_size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], ...]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from occfeat_targets import images
-from occfeat_targets.images import image_size, load_image, load_image_reference
+from occfeat_targets.images import load_image, load_image_reference
 from occfeat_targets.schema import STUDENT_SIZE
 
 TEACHER_SIZE = (224, 392)
@@ -150,12 +150,6 @@ def test_a_grey_jpeg_comes_in_three_equal_channels(tmp_path: Path) -> None:
     assert (picture == picture[..., :1]).all()
 
 
-def test_image_size_reads_the_header(jpeg: Path, tmp_path: Path) -> None:
-    assert image_size(jpeg) == (900, 1600)
-    (tmp_path / "header.jpg").write_bytes(jpeg.read_bytes()[:700])
-    assert image_size(tmp_path / "header.jpg") == (900, 1600)
-
-
 def test_another_size_than_the_tables_say_is_an_error(jpeg: Path) -> None:
     load_image(jpeg, SIZES, expected_size=(900, 1600))
     with pytest.raises(ValueError, match=r"street\.jpg is 1600x900; the tables say 1600x1200.*restore the original"):
@@ -225,7 +219,6 @@ def test_the_real_images_meet_the_full_decode_at_50_db(real_sample: Path) -> Non
     paths = sorted(real_sample.glob("samples/CAM_*/*.jpg"))
     assert len(paths) == 6
     for path in paths:
-        assert image_size(path) == (900, 1600)
         sizes = (*SIZES, (224, 400))
         ours, twin = load_image(path, sizes, expected_size=(900, 1600)), load_image_reference(path, sizes)
         assert min(psnr(a, b) for a, b in zip(ours, twin, strict=True)) > 50
