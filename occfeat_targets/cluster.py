@@ -40,8 +40,8 @@ def run_on_dask(
     import dask
     from distributed import Client, LocalCluster, as_completed
 
-    # Dask has glibc give freed memory back at once, and a spill to disk would only slow a shard down. With the first the
-    # teacher spends a third of its time on page faults: every tensor is mapped anew.
+    # Dask has glibc give freed memory back at once, with which the teacher takes 45 % longer (BENCHMARKS.md): every
+    # tensor is mapped anew. And a spill to disk would only slow a shard down.
     environment = {"OMP_NUM_THREADS": 1, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_MMAP_THRESHOLD_": 2**25}
     settings = {
         "distributed.nanny.pre-spawn-environ": environment,

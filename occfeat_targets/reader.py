@@ -1,14 +1,13 @@
 """Reading a finished cache, one keyframe at a time, as a training run does: straight from the shard's bytes.
 
-zarr-python reads the same arrays and gives the same values. It takes 7 to 14 times as long for one keyframe of a
-sharded array, because it goes through its event loop and codec pipeline; this reader knows that an uncompressed chunk
+zarr-python reads the same arrays and gives the same values. It takes about ten times as long for one keyframe of
+a sharded array (BENCHMARKS.md), because it goes through its event loop and codec pipeline; this reader knows that an uncompressed chunk
 is its array's bytes and a CRC-32C, finds it in the shard's index, and reads it into place. A chunk's checksum is checked
 when a reader first meets it: later epochs then read at the speed of a memory-mapped file.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ class CacheReader:
         self._check = check
         self._arrays = {array.name: array for array in self.cache.spec.arrays()}
         self._is_checked = {name: np.zeros(len(self.cache), np.bool_) for name in self._arrays}
+        self._loaded: dict[str, NDArray[Any]] = {}
         self._indices: dict[tuple[str, int], NDArray[np.uint64]] = {}
         pending = self.cache.pending_shards()
         if pending and not allow_incomplete:
@@ -52,7 +52,7 @@ class CacheReader:
     def __len__(self) -> int:
         return len(self.cache)
 
-    @functools.cached_property
+    @property
     def is_valid(self) -> NDArray[np.bool_]:
         """(N,) false where a keyframe was skipped on an error."""
         return self._whole("is_valid")
@@ -89,16 +89,17 @@ class CacheReader:
             )
         return self._arrays[name]
 
-    @functools.cache  # noqa: B019 - a reader lives as long as its process
     def _whole(self, name: str) -> NDArray[Any]:
+        if name in self._loaded:
+            return self._loaded[name]
         array = self._array(name)
         try:
-            values = zarr.open_array(self.cache.path / array.name, mode="r")[:]
+            self._loaded[name] = np.asarray(zarr.open_array(self.cache.path / array.name, mode="r")[:])
         except (ValueError, OSError, RuntimeError) as err:
             raise CacheError(
                 f"{self.cache.path / array.name} is damaged ({err}): 'occfeat-targets verify' finds where"
             ) from err
-        return np.asarray(values)
+        return self._loaded[name]
 
     def _read_chunk(self, array: ArraySpec, keyframe: int, out: NDArray[Any]) -> None:
         shard, row = divmod(keyframe, self.cache.keyframes_per_shard)

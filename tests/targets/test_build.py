@@ -93,6 +93,16 @@ def test_a_scheduler_that_is_not_there_is_named(city, tiny_teacher, tmp_path):
     assert "no Dask scheduler answers at tcp://127.0.0.1:9" in result.stderr
 
 
+def test_local_workers_that_do_not_start_are_explained(city, tiny_teacher, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("distributed.LocalCluster", refuse)
+    result = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "2"), check=False)
+    assert result.returncode == 1
+    assert "2 local workers did not start (Nanny failed to start.): run the same command again" in result.stderr
+
+
 def test_labels_can_be_left_out_and_chosen(city, tiny_teacher, tmp_path):
     for labels, names in [(["--no-labels"], set()), (["--labels", "map"], {"labels/map"})]:
         cache = tmp_path / labels[0]
