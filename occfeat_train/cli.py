@@ -1,11 +1,25 @@
-"""The command line: occfeat-train check. Exit codes: 0 all is well, 1 an error, 2 wrong usage."""
+"""The command line: occfeat-train check, config, pretrain, finetune, evaluate.
+
+Exit codes: 0 all is well, or a signal asked to stop and the run can be continued; 1 an error; 2 wrong usage.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+
+from occfeat_train.config import Config
+from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
+
+DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -14,21 +28,231 @@ def main() -> None:
     """Training bird's-eye-view networks from a cache of OccFeat targets."""
 
 
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what the user can mend as one line and exit 1; OCCFEAT_TRACEBACK=1 shows where it came from."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError) as err:
+            if os.environ.get("OCCFEAT_TRACEBACK"):
+                raise
+            click.echo(f"error: {err}", err=True)
+            sys.exit(1)
+
+    return wrapper
+
+
+def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several decorators as one, in the order in which they show in --help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+cache_option = click.option(
+    "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
+    help="Directory of caches; a split lies in CACHE/SPLIT.zarr.",
+)  # fmt: skip
+machine_options = options(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that read ahead."),
+    click.option("--progress/--no-progress", default=True, help="Progress bars."),
+)
+training_options = options(
+    click.option("--split", default="train", show_default=True, help="Split to train on."),
+    click.option("--out", type=DIRECTORY, help="Run directory; a run that stands there is continued. [default: runs/NAME]"),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the config; see 'config show'."),
+    click.option("--backbone-weights", metavar="WEIGHTS", help="default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
+    click.option("--epochs", type=float, help="Instead of the preset's."),
+    click.option("--batch", type=click.IntRange(1), help="Samples a forward pass, all processes together."),
+    click.option("--seed", type=click.IntRange(0), help="Of initial weights, order and augmentation."),
+    click.option("--compile/--no-compile", default=None, help="torch.compile the network."),
+    click.option("--validate", metavar="SPLIT", help="Evaluate this split whenever a checkpoint is written."),
+    click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
+    click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard beside RUN/log.jsonl."),
+)  # fmt: skip
+
+
+def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any]) -> Config:
+    """A preset with the options on top. --set comes last."""
+    fields = {
+        "backbone_weights": "network.weights",
+        "epochs": "optim.epochs",
+        "batch": "optim.batch",
+        "seed": "seed",
+        "compile": "compile",
+    }
+    given = [f"{fields[name]}={json.dumps(value)}" for name, value in shortcuts.items() if value is not None]
+    return config.override([*given, *overrides])
+
+
+def start_training(
+    config: Config, name: str, cache: Path, split: str, out: Path | None, device: str, validate: str | None, loop: dict[str, Any],
+    initial: Path | None = None, scenes: Path | None = None,
+) -> None:  # fmt: skip
+    from occfeat_train.distributed import processes
+    from occfeat_train.loop import LoopOptions
+    from occfeat_train.stages import Place, run_training
+
+    place = Place(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
+    with processes(device) as process:
+        say = click.echo if process.is_main else lambda line: None
+        finished = run_training(config, place, process, say, initial=initial, scenes_file=scenes)
+        if finished:
+            say(f"finished: {place.out}")
+        else:
+            say(f"stopped by a signal and saved: run the same command again to continue {place.out}")
+
+
 @main.command()
-@click.option("--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True,
-              envvar="OCCFEAT_CACHE", help="Directory of caches; a split lies in CACHE/SPLIT.zarr.")  # fmt: skip
+@cache_option
 @click.option("--split", required=True, help="Split of the cache: train, val, mini_train, ...")
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Random keyframes to read.")
+@reports_errors
 def check(cache: Path, split: str, samples: int) -> None:
     """Say whether a cache is ready to be trained on: read random keyframes and sample their targets."""
     from occfeat_targets.reader import CacheReader
     from occfeat_train.check import check_cache
 
-    try:
-        reader = CacheReader(cache / f"{split}.zarr")
-        click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
-        click.echo("\n".join(check_cache(reader, samples).describe()))
-    except (ValueError, OSError) as err:
-        click.echo(f"error: {err}", err=True)
-        sys.exit(1)
+    reader = CacheReader(cache / f"{split}.zarr")
+    click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
+    click.echo("\n".join(check_cache(reader, samples).describe()))
     click.echo(f"{reader.cache.path} is ready")
+
+
+@main.group()
+def config() -> None:
+    """What a run would be: named presets and their fields."""
+
+
+@config.command("list")
+def list_presets() -> None:
+    """The presets, named after the paper's table rows."""
+    click.echo("\n".join(PRESETS))
+
+
+@config.command()
+@click.argument("name")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field.")
+@reports_errors
+def show(name: str, overrides: tuple[str, ...]) -> None:
+    """Every field of a preset, or of the config of a run directory, as key=value."""
+    file = Path(name) / "config.json"
+    chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
+    for key, value in chosen.override(overrides).flat().items():
+        click.echo(f"{key}={json.dumps(value)}")
+
+
+@main.command()
+@cache_option
+@click.option("--preset", "name", default="table1/simplebev-enb0/occfeat", show_default=True, help="See 'config list'.")
+@click.option("--occ-only", is_flag=True, help="Occupancy alone (Table 3).")
+@click.option("--feat-only", is_flag=True, help="Features alone (Table 3).")
+@click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
+@training_options
+@machine_options
+@reports_errors
+def pretrain(
+    cache: Path, name: str, occ_only: bool, feat_only: bool, lambda_: float | None, split: str, out: Path | None,
+    overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int, tensorboard: bool,
+    progress: bool, **shortcuts: Any,
+) -> None:  # fmt: skip
+    """Pretrain a network on occupancy and features (paper 3); the preset's defaults are the paper's."""
+    chosen = preset(name)
+    if chosen.task != "pretrain":
+        raise click.UsageError(f"--preset {name} is a finetuning: occfeat-train finetune --preset {name}")
+    if occ_only + feat_only + (lambda_ is not None) > 1:
+        raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other")
+    if occ_only or feat_only:
+        chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
+        name += "-occ-only" if occ_only else "-feat-only"
+    if lambda_ is not None:
+        chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
+        name += f"-lambda-{lambda_:g}"
+    loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
+    start_training(resolve(chosen, overrides, shortcuts), name, cache, split, out, device, validate, loop)
+
+
+@main.command()
+@cache_option
+@click.option(
+    "--from",
+    "initial",
+    type=click.Path(path_type=Path),
+    help="Pretrained run or checkpoint; without it, backbone weights alone.",
+)
+@click.option("--task", type=click.Choice(["vehicles", "map"]), help="What to segment.  [default: vehicles]")
+@click.option(
+    "--labels",
+    type=click.FloatRange(0, 100, min_open=True),
+    help=f"Percent of the training scenes with labels; the paper's recipes are for {', '.join(f'{p:g}' for p in LABELS)}.  [default: 100]",
+)
+@click.option(
+    "--scenes",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File with the label scenes' names instead, one a line.",
+)
+@click.option("--preset", "name", help="A finetuning of 'config list' instead of --task and --labels.")
+@training_options
+@machine_options
+@reports_errors
+def finetune(
+    cache: Path, initial: Path | None, task: Any, labels: float | None, scenes: Path | None, name: str | None, split: str,
+    out: Path | None, overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int,
+    tensorboard: bool, progress: bool, **shortcuts: Any,
+) -> None:  # fmt: skip
+    """Finetune for vehicles or map on a share of the labels, from a pretraining or from none (paper 4.1).
+
+    With --from, the network is the pretraining's unless --preset names one.
+    """
+    from occfeat_train.config import NetworkConfig
+
+    if name is not None:
+        if task is not None or labels is not None:
+            raise click.UsageError("--preset already says --task and --labels")
+        chosen = preset(name)
+        if chosen.task == "pretrain":
+            raise click.UsageError(f"--preset {name} is a pretraining: occfeat-train pretrain --preset {name}")
+    else:
+        network = NetworkConfig()
+        if initial is not None:
+            from occfeat_train.checkpoint import find_checkpoint
+
+            network = find_checkpoint(initial).about.config.network
+        task, labels = task or "vehicles", 100.0 if labels is None else labels
+        chosen = finetuning(task, labels, network)
+        name = f"{task}-{labels:g}"
+    loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
+    chosen = resolve(chosen, overrides, shortcuts)
+    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial, scenes=scenes)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@cache_option
+@click.option("--split", default="val", show_default=True, help="Split to evaluate on, all of it.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples a forward pass and process."
+)
+@click.option("--frame", help="Reference frame of the grid: ego, or a camera's name.  [default: the run's]")
+@click.option("--out", type=DIRECTORY, help="Where SPLIT.json goes.  [default: RUN/evaluation]")
+@machine_options
+@reports_errors
+def evaluate(
+    run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, device: str, workers: int, progress: bool
+) -> None:  # fmt: skip
+    """Evaluate the newest checkpoint of a RUN: IoU at 0.5 over the whole split, at the best threshold, per class, by distance."""
+    from occfeat_train.distributed import processes
+    from occfeat_train.loop import LoopOptions
+    from occfeat_train.stages import Place, run_evaluation
+
+    place = Place(cache, split, out or run / "evaluation", options=LoopOptions(workers=workers, progress=progress))
+    with processes(device) as process:
+        say = click.echo if process.is_main else lambda line: None
+        run_evaluation(run, place, process, say, batch=batch, frame=frame)

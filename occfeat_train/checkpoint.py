@@ -1,0 +1,223 @@
+"""A run on disk, and its checkpoints: weights that anybody can open, the trainer's state apart.
+
+    RUN/config.json                 the resolved config, and what the run was given (cache, grid, initial weights)
+    RUN/log.jsonl                   one record a step
+    RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt
+
+A checkpoint is written under another name, flushed and renamed, so it is whole or not there; the two newest are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.config import Config
+
+KEEP = 2
+WEIGHTS, ABOUT, STATE = "model.safetensors", "config.json", "trainer.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or run directory that is absent, damaged or of another kind; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint is of. feature_dim: N_y of the teacher, 0 without. cache: fingerprint of the targets.
+
+    num_samples: of the training set, which fixes the order of samples. initial: where the weights came from, a sentence.
+    scenes: hash of the label scenes. simulated: what in it is not real, from the cache.
+    """
+
+    config: Config
+    grid: VoxelGrid
+    feature_dim: int
+    cache: str
+    num_samples: int
+    initial: str
+    scenes: str = ""
+    simulated: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "config": self.config.to_dict(), "grid": self.grid.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> About:
+        values = dict(data)
+        values["config"] = Config.from_dict(values["config"])
+        values["grid"] = VoxelGrid.from_dict(values["grid"])
+        values["simulated"] = tuple(values["simulated"])
+        return cls(**values)
+
+    def warnings(self) -> list[str]:
+        return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    about: About
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step-"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """{name: tensor} on the CPU. Raises CheckpointError if the file is damaged."""
+        try:
+            return load_file(self.path / WEIGHTS)
+        except (SafetensorError, OSError) as err:
+            raise CheckpointError(
+                f"{self.path / WEIGHTS} is damaged ({err}): use another checkpoint of that run"
+            ) from err
+
+    def trainer_state(self) -> dict[str, Any]:
+        """Optimiser and schedule. Loaded without running any code that a file might hold."""
+        file = self.path / STATE
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
+            raise CheckpointError(
+                f"{file} holds no trainer state that can be loaded safely ({_first_line(err)}): delete that checkpoint to resume "
+                "from the one before, or start a new run with --from"
+            ) from err
+
+
+def save_checkpoint(
+    run: Path, step: int, about: About, weights: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> Path:
+    """Write RUN/checkpoints/step-N, atomically, and drop all but the newest ones. Raises OSError on a full disk."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    draft = folder / f".{final.name}.partial"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, draft / WEIGHTS)
+    (draft / ABOUT).write_text(json.dumps(about.to_dict(), indent=1))
+    torch.save(dict(state), draft / STATE)
+    for file in draft.iterdir():
+        _flush(file)
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    _flush(folder)
+    for old in _steps(run)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The newest checkpoint of a run directory, or the checkpoint directory itself.
+
+    Raises CheckpointError if there is none, saying what was found instead.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {ABOUT})"
+        )
+    folders = [path] if (path / WEIGHTS).is_file() else _steps(path)[::-1]
+    if not folders:
+        raise CheckpointError(
+            f"no checkpoint in {path}: a directory that occfeat-train pretrain or finetune made is expected"
+        )
+    try:
+        about = About.from_dict(json.loads((folders[0] / ABOUT).read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise CheckpointError(
+            f"{folders[0] / ABOUT} can't be used ({_first_line(err)}): use another checkpoint"
+        ) from err
+    return Checkpoint(folders[0], about)
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, None if it has none yet."""
+    return find_checkpoint(run) if _steps(run) else None
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, only: str = "") -> None:
+    """Load weights into a module, every one of them, exactly.
+
+    only: a prefix; what doesn't start with it (another head) is left out. Raises CheckpointError naming what differs.
+    """
+    wanted = {name: t for name, t in module.state_dict().items() if name.startswith(only)}
+    found = {name: t for name, t in weights.items() if name.startswith(only)}
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not of this network" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, {tuple(t.shape)} expected"
+        for name, t in wanted.items()
+        if name in found and found[name].shape != t.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise CheckpointError(
+            f"{source} does not fit this network: {shown}: choose the preset or options it was trained with"
+        )
+    module.load_state_dict(found, strict=False)
+
+
+def begin_run(run: Path, about: About) -> Checkpoint | None:
+    """Claim RUN for this config, or continue the run that stands there if it is the same.
+
+    Returns the checkpoint to continue from, None at the beginning. Raises CheckpointError naming every difference.
+    """
+    file = run / ABOUT
+    if file.is_file():
+        try:
+            found = About.from_dict(json.loads(file.read_text()))
+        except (ValueError, KeyError, TypeError) as err:
+            raise CheckpointError(f"{file} can't be used ({_first_line(err)}): choose another --out") from err
+        differences = found.config.differences(about.config)
+        if found.cache != about.cache:
+            differences.append(f"cache fingerprint: {found.cache} != {about.cache}")
+        if found.grid != about.grid:
+            differences.append(f"grid: {found.grid} != {about.grid}")
+        if found.num_samples != about.num_samples:
+            differences.append(f"training samples: {found.num_samples} != {about.num_samples}")
+        if found.scenes != about.scenes:
+            differences.append(f"list of label scenes: {found.scenes} != {about.scenes}")
+        if found.initial != about.initial:
+            differences.append(f"initial weights: {found.initial} != {about.initial}")
+        if differences:
+            raise CheckpointError(
+                f"{run} holds another run ({'; '.join(differences)} [there != here]): choose another --out, or delete it"
+            )
+        return latest_checkpoint(run)
+    if run.exists() and any(run.iterdir()):
+        raise CheckpointError(f"{run} holds something that is no run of occfeat-train: choose another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(about.to_dict(), indent=1))
+    _flush(partial)
+    partial.rename(file)
+    return None
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / WEIGHTS).is_file())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -1,0 +1,249 @@
+"""What a run is: one frozen value, saved with every run and checkpoint. The defaults are the paper's (section 4.1).
+
+A variant is a named preset (presets.py) or a changed field: ``--set optim.lr=1e-4``. Nothing is interpolated or looked
+up by class path; what follows from other values is a property.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Task = Literal["pretrain", "vehicles", "map"]
+TASKS: tuple[Task, ...] = ("pretrain", "vehicles", "map")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The BEV network (paper 3.1).
+
+    weights: of the image backbone: ``default`` (EN-B0 supervised, RN-50 MoCo-v2, both on ImageNet), a hub id, a local
+    folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
+    image_size: (height, width) of the student's input [px], multiples of 16.
+    freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its micro-batch.
+    """
+
+    lifting: Literal["simplebev"] = "simplebev"
+    backbone: Literal["efficientnet-b0", "resnet-50"] = "efficientnet-b0"
+    weights: str = "default"
+    channels: int = 128
+    drop_connect: float = 0.2
+    image_size: tuple[int, int] = (224, 400)
+    freeze_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self, "lifting", "backbone")
+        if self.channels < 2 or self.channels % 2:
+            raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
+        if any(n < 16 or n % 16 for n in self.image_size):
+            height, width = (max(round(n / 16), 1) * 16 for n in self.image_size)
+            raise ValueError(
+                f"network.image_size={self.image_size[0]}x{self.image_size[1]}: the encoder needs multiples of 16, "
+                f"the nearest is {height}x{width}"
+            )
+        if not 0 <= self.drop_connect < 1:
+            raise ValueError(f"network.drop_connect={self.drop_connect}: at least 0 and less than 1 expected")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Simple-BEV's augmentations ("we use augmentations from [24]"), drawn in training only.
+
+    resize: the image's size after resizing, times the final size, uniform; each camera draws its own.
+    crop: the crop's centre moves by up to this share of the final height, in both directions; black outside.
+    flip_images: mirror each image with p = 0.5, its calibration following (the same as mirroring its features back).
+    flip_bev: mirror the lifted volume along each axis with p = 0.5, and F_B back after the decoder.
+    shuffle_cameras: their order. num_cameras: keep only so many of them; 0 keeps all.
+    random_frame: the grid in a random camera's frame, where the cache has camera frames.
+    """
+
+    resize: tuple[float, float] = (0.8, 1.2)
+    crop: float = 0.2
+    flip_images: bool = True
+    flip_bev: bool = True
+    shuffle_cameras: bool = True
+    num_cameras: int = 0
+    random_frame: bool = True
+
+    def __post_init__(self) -> None:
+        low, high = self.resize
+        if not 0 < low <= high:
+            raise ValueError(f"augment.resize={self.resize}: two increasing factors above 0 expected")
+        if not 0 <= self.crop < 1:
+            raise ValueError(f"augment.crop={self.crop}: at least 0 and less than 1 expected")
+        if self.num_cameras < 0:
+            raise ValueError(f"augment.num_cameras={self.num_cameras}: at least 0 expected (0 keeps all)")
+
+
+NO_AUGMENTATION = AugmentConfig(
+    resize=(1, 1), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
+)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule (paper 4.1). batch: samples a forward pass over all processes together.
+
+    accumulation: forward passes an optimiser step; their losses are averaged. clip: L2 norm of the gradient, Simple-BEV's.
+    """
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    schedule: Literal["constant", "onecycle"] = "constant"
+    lr: float = 1e-3
+    weight_decay: float = 1e-7
+    epochs: float = 50
+    batch: int = 16
+    accumulation: int = 1
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "optimizer", "schedule")
+        for name in ("lr", "epochs", "batch", "accumulation", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"optim.{name}={getattr(self, name)}: a number above 0 expected")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch * self.accumulation
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimiser steps of the whole run: the epochs are one stream of samples, and only its rest is left over."""
+        return max(int(self.epochs * num_samples) // self.samples_per_step, 1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """occ: weight of eq. 2, 1 or 0 (``--feat-only``). feat: lambda of eq. 1; 0 leaves the features out (``--occ-only``).
+
+    pos_weight: of a positive cell in the segmentation's cross-entropy, Simple-BEV's.
+    """
+
+    occ: float = 1.0
+    feat: float = 0.01
+    pos_weight: float = 2.13
+
+    def __post_init__(self) -> None:
+        if min(self.occ, self.feat) < 0 or max(self.occ, self.feat) == 0:
+            raise ValueError(
+                f"loss.occ={self.occ} and loss.feat={self.feat}: weights of at least 0, not both 0, expected"
+            )
+        if not self.pos_weight > 0:
+            raise ValueError(f"loss.pos_weight={self.pos_weight}: a number above 0 expected")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. labels: percent of the training scenes whose labels finetuning may see. frame: the grid's; ``auto`` is
+    the cameras' where the cache has them (random in training, CAM_FRONT in evaluation), otherwise the ego's.
+    precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+    """
+
+    task: Task = "pretrain"
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    labels: float = 100
+    frame: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "task", "precision")
+        if not 0 < self.labels <= 100:
+            raise ValueError(f"labels={self.labels}: percent of the training scenes, above 0 and at most 100, expected")
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        """Raises ValueError on a field this release does not know."""
+        return _build(cls, data, "")
+
+    def override(self, assignments: Iterable[str]) -> Config:
+        """Fields changed by ``key=value`` strings, such as ``optim.lr=1e-4``. Raises ValueError naming the bad one."""
+        data = self.to_dict()
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(f"--set {assignment}: key=value expected, such as --set optim.lr=1e-4")
+            *groups, name = key.strip().split(".")
+            target: Any = data
+            for group in groups:
+                target = target.get(group) if isinstance(target, dict) else None
+            if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
+                raise ValueError(f"--set {assignment}: no such field; there are {', '.join(self.flat())}")
+            target[name] = _parse(text.strip())
+        return Config.from_dict(data)
+
+    def flat(self) -> dict[str, Any]:
+        """{dotted field: value}, in the order of the classes."""
+        out: dict[str, Any] = {}
+        for name, value in self.to_dict().items():
+            out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        return out
+
+    def differences(self, other: Config) -> list[str]:
+        """One line a field in which two configs differ."""
+        mine, theirs = self.flat(), other.flat()
+        return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def _one_of(value: Any, *names: str) -> None:
+    hints = typing.get_type_hints(type(value))
+    for name in names:
+        allowed = typing.get_args(hints[name])
+        if getattr(value, name) not in allowed:
+            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(allowed)} expected")
+
+
+def _parse(text: str) -> Any:
+    """JSON where it is JSON, AxB as a size, a word otherwise; True and False as Python writes them."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        parts = text.split("x")
+        return [int(p) for p in parts] if len(parts) > 1 and all(p.isdigit() for p in parts) else text
+
+
+def _build(cls: Any, data: Any, where: str) -> Any:
+    """A dataclass from nested dictionaries, every value checked against its annotation."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(where + u for u in unknown)}: this config is of another release")
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{where}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    fits = False
+    if origin is tuple:
+        fits = isinstance(value, list | tuple) and len(value) == len(args)
+        value = tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True)) if fits else value
+    elif origin is Literal:
+        return value  # the class checks it, and names what is allowed
+    elif hint is bool:
+        fits = isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif hint is str:
+        fits = isinstance(value, str)
+    if not fits:
+        wanted = str(hint) if args else hint.__name__
+        raise ValueError(f"{where}={value!r}: a value of type {wanted} expected")
+    return value

@@ -1,0 +1,82 @@
+"""One process or many (torchrun): who am I, and sums over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """rank of world processes, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Process]:
+    """Join the other processes if torchrun started some, and leave them at the end.
+
+    device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if it isn't there.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, world, chosen)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """Raises ValueError if a GPU is asked for that isn't there, or the name means nothing."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise ValueError(f"--device {name}: auto, cpu, cuda or cuda:N expected") from err
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= count:
+            raise ValueError(
+                f"--device {name}: GPU {index} asked for, torch {torch.__version__} sees {count}: use --device cpu, or "
+                "install a build of torch for this machine's GPUs and driver"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; itself if there is one."""
+    if not dist.is_initialized():
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else value.device
+    total = value.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
+def gather_strings(values: list[str]) -> list[str]:
+    """All processes' lists, one after the other."""
+    if not dist.is_initialized():
+        return values
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]

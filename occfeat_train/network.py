@@ -1,0 +1,90 @@
+"""The BEV network F_B of the paper's section 3.1: image encoder, lifting to the grid, BEV decoder; no head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.backbones import ImageEncoder
+from occfeat_train.decoder import BEVDecoder
+from occfeat_train.lifting import SimpleBEV
+from occfeat_train.views import Views
+
+LIFTINGS = ("simplebev",)
+
+
+class BEVNetwork(nn.Module):
+    """Surround images -> F_B (B, channels, H, W), rows forward, columns right, index 0 the rearmost and leftmost."""
+
+    def __init__(self, encoder: ImageEncoder, lifting: SimpleBEV, decoder: BEVDecoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.lifting = lifting
+        self.decoder = decoder
+
+    def forward(self, views: Views, bev_flip: torch.Tensor | None = None) -> torch.Tensor:
+        """bev_flip: (B, 2) bool, whether a sample's (forward, right) axis is mirrored between lifting and heads.
+
+        That is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B mirrored back, so F_B
+        and every target stay where they are. Mirroring the grid before the lifting gives the same volume for less.
+        """
+        if bev_flip is not None:
+            mirror = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
+            views = replace(views, cam_from_grid=views.cam_from_grid @ mirror[:, None])
+        batch, cams = views.images.shape[:2]
+        images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        features = self.encoder(images)
+        bev = self.decoder(self.lifting(features.unflatten(0, (batch, cams)), views))
+        return bev if bev_flip is None else _flip(bev, bev_flip)
+
+
+def _flip(bev: torch.Tensor, bev_flip: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) with the axes mirrored that (B, 2) names: one pass over cells, and no wait for a GPU to name them."""
+    batch, channels, height, width = bev.shape
+    rows, columns = (
+        torch.where(
+            flipped[:, None], torch.arange(n - 1, -1, -1, device=bev.device), torch.arange(n, device=bev.device)
+        )
+        for flipped, n in zip(bev_flip.to(bev.device).unbind(1), (height, width), strict=True)
+    )
+    samples = torch.arange(batch, device=bev.device)[:, None, None]
+    cells = (samples * height + rows[:, :, None]) * width + columns[:, None, :]
+    flipped = bev.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, cells.flatten())
+    return flipped.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def grid_mirror(grid: VoxelGrid, bev_flip: torch.Tensor) -> torch.Tensor:
+    """(B, 2) bool, (forward, right) -> (B, 4, 4) float64 maps of the grid's points that mirror it onto itself [m].
+
+    A point x of a mirrored axis goes to lower + upper - x, so cell i takes the place of cell n - 1 - i.
+    """
+    mirror = torch.eye(4, dtype=torch.float64, device=bev_flip.device).repeat(len(bev_flip), 1, 1)
+    for column, axis in ((0, 1), (1, 0)):  # of bev_flip; of a point (right, forward, up)
+        middle = grid.lower[2 - axis] + grid.upper[2 - axis]
+        is_flipped = bev_flip[:, column].double()
+        mirror[:, axis, axis] = 1 - 2 * is_flipped
+        mirror[:, axis, 3] = middle * is_flipped
+    return mirror
+
+
+def build_network(
+    grid: VoxelGrid,
+    backbone: str,
+    channels: int = 128,
+    lifting: str = "simplebev",
+    drop_connect: float = 0.2,
+    compat: str | None = None,
+) -> BEVNetwork:
+    """A network with random weights, channels-last.
+
+    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for its sampling.
+    Raises ValueError on a name that isn't known.
+    """
+    if lifting not in LIFTINGS:
+        raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")
+    encoder = ImageEncoder(backbone, channels, drop_connect)
+    network = BEVNetwork(encoder, SimpleBEV(grid, channels, compat), BEVDecoder(channels))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,34 @@
+"""Optimiser and schedule of a run (paper 4.1; what it leaves open as Simple-BEV has it)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+
+from occfeat_train.config import OptimConfig
+
+WARM_UP = 0.05  # of the steps, linear both ways (Simple-BEV); from lr / 25 to lr to lr / 250,000
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, num_steps: int, *, fused: bool = False
+) -> tuple[Optimizer, LRScheduler]:
+    """num_steps: of the whole run. fused: one kernel for all parameters, on a GPU."""
+    kind = {"adam": Adam, "adamw": AdamW}[config.optimizer]
+    optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    schedule: LRScheduler
+    if config.schedule == "constant":
+        schedule = ConstantLR(optimizer, factor=1, total_iters=0)
+    else:
+        schedule = OneCycleLR(
+            optimizer,
+            max_lr=config.lr,
+            total_steps=num_steps + 1,  # the schedule is advanced once more than it is used
+            pct_start=WARM_UP,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+    return optimizer, schedule

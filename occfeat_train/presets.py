@@ -1,0 +1,75 @@
+"""Named configs: one for every row of the paper's tables that this release can train, and scaled-down ones.
+
+Pretraining presets are named after the row (``table1/simplebev-enb0/occfeat``), finetuning presets after the row's
+network and the column (``table1/simplebev-enb0/vehicles-1``); whether a finetuning starts from a pretraining
+(``--from``) or from none is the row's business, its recipe is the same (paper 4.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from occfeat_train.config import Config, LossConfig, NetworkConfig, OptimConfig, Task
+
+# Paper 4.1: labels [%] -> epochs / learning rate / batch / accumulation.
+FINETUNING: dict[float, OptimConfig] = {
+    labels: OptimConfig("adamw", "onecycle", lr=lr, epochs=epochs, batch=batch, accumulation=accumulation)
+    for labels, epochs, lr, batch, accumulation in ((1, 100, 1e-4, 6, 1), (10, 50, 1e-4, 6, 1), (100, 30, 3e-4, 8, 5))
+}
+LABELS = tuple(FINETUNING)
+FINETUNED: tuple[Task, ...] = ("vehicles", "map")
+# Paper 4.4, Table 4.
+LAMBDAS = (0, 0.0001, 0.001, 0.01, 0.1, 1.0)
+OCC_ONLY = LossConfig(feat=0.0)
+# Alone, the weight of a loss means little to Adam; 1 is eq. 3 itself.
+FEAT_ONLY = LossConfig(occ=0.0, feat=1.0)
+
+_NETWORKS = {
+    "simplebev-enb0": NetworkConfig(),
+    "simplebev-rn50": NetworkConfig(backbone="resnet-50"),
+    "simplebev-enb0-448x800": NetworkConfig(image_size=(448, 800)),
+}
+_SMALL = NetworkConfig(weights="none", channels=32, image_size=(64, 112))
+
+
+def finetuning(task: Task, labels: float, network: NetworkConfig) -> Config:
+    """The paper's recipe for a share of labels [%]; for a share it does not give, that of the next larger one."""
+    recipe = FINETUNING[min(p for p in LABELS if p >= labels)]
+    return Config(task, network, optim=recipe, labels=labels)
+
+
+def _presets() -> dict[str, Config]:
+    presets = {}
+    for name in ("simplebev-enb0", "simplebev-rn50"):
+        row = Config(network=_NETWORKS[name])
+        presets[f"table1/{name}/occfeat"] = row
+        presets[f"table1/{name}/occfeat-100ep"] = replace(row, optim=replace(row.optim, epochs=100.0))
+        for task in FINETUNED:
+            for labels in LABELS:
+                presets[f"table1/{name}/{task}-{labels:g}"] = finetuning(task, labels, _NETWORKS[name])
+    large = _NETWORKS["simplebev-enb0-448x800"]
+    presets["table2/simplebev-enb0-448x800/occfeat"] = Config(network=large)
+    for labels in LABELS:
+        presets[f"table2/simplebev-enb0-448x800/vehicles-{labels:g}"] = finetuning("vehicles", labels, large)
+    presets["table3/simplebev/occ-only"] = Config(loss=OCC_ONLY)
+    presets["table3/simplebev/feat-only"] = Config(loss=FEAT_ONLY)
+    presets["table3/simplebev/occfeat"] = Config()
+    for value in LAMBDAS:
+        presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
+    # Scaled down in image size, channels and length, and from scratch: for two cores and the synthetic city.
+    presets["small/occfeat"] = Config(network=_SMALL, optim=OptimConfig(batch=8, epochs=6))
+    for task in FINETUNED:
+        for labels, epochs in ((1, 30), (10, 10), (100, 2)):
+            short = OptimConfig("adamw", "onecycle", lr=1e-3, epochs=epochs, batch=4)
+            presets[f"small/{task}-{labels}"] = replace(finetuning(task, labels, _SMALL), optim=short)
+    return presets
+
+
+PRESETS = _presets()
+
+
+def preset(name: str) -> Config:
+    """Raises ValueError with the names there are."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,237 @@
+"""The stages a user runs: pretrain, finetune, evaluate. Each opens the caches, checks everything that can be checked
+before the first step, says what it is about to do, and hands over to the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from occfeat_targets.reader import CacheReader
+from occfeat_train.backbones import DEFAULT_WEIGHTS, load_backbone_weights
+from occfeat_train.checkpoint import About, Checkpoint, CheckpointError, begin_run, find_checkpoint, load_weights
+from occfeat_train.config import Config
+from occfeat_train.dataset import KeyframeDataset, label_scenes
+from occfeat_train.distributed import Process
+from occfeat_train.evaluate import evaluate
+from occfeat_train.loop import LoopOptions, train
+from occfeat_train.tasks import AnyTask, build_task, count_parameters
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage works. cache: directory of caches. validate: a split to evaluate at every checkpoint, or None."""
+
+    cache: Path
+    split: str
+    out: Path
+    validate: str | None = None
+    options: LoopOptions = field(default_factory=LoopOptions)
+
+
+def run_training(
+    config: Config,
+    place: Place,
+    process: Process,
+    say: Say,
+    *,
+    initial: Path | None = None,
+    scenes_file: Path | None = None,
+) -> bool:
+    """Pretrain or finetune, whichever `config.task` is, to the end or to a signal; continue what stands at place.out.
+
+    initial: a pretrained run or checkpoint whose network finetuning starts from. scenes_file: names of the label scenes,
+    one a line, instead of config.labels. Returns whether the run is finished.
+    """
+    reader = open_reader(place.cache, place.split)
+    cache = reader.cache
+    for line in cache.warnings:
+        say(line)
+    scenes = None
+    if config.task != "pretrain":
+        scenes = (
+            read_scenes(scenes_file, cache.identity.scenes)
+            if scenes_file
+            else label_scenes(cache.identity.scenes, config.labels)
+        )
+    dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
+    held_out = None
+    if place.validate is not None:
+        held_out = KeyframeDataset(open_reader(place.cache, place.validate), config, training=False)
+        require_same_grid(held_out, dataset.grid, f"the {place.validate} split")
+    feature_dim = cache.spec.teacher.dim if cache.spec.teacher is not None else 0
+    task = build_task(config, cache.spec.grid, feature_dim)
+    start = find_checkpoint(initial) if initial is not None else None
+    about = About(
+        config=config,
+        grid=cache.spec.grid,
+        feature_dim=feature_dim,
+        cache=cache.spec.fingerprint,
+        num_samples=len(dataset),
+        initial=describe_initial(config, start),
+        scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
+        simulated=tuple(cache.simulated),
+    )
+    resume = claim(place.out, about, process)
+    if resume is None:
+        say(load_initial(task, config, start))
+    if scenes is not None:
+        say(f"labels: {len(scenes)} of {len(set(cache.identity.scenes))} scenes, listed in {place.out / 'scenes.txt'}")
+        if process.is_main:
+            (place.out / "scenes.txt").write_text("".join(f"{name}\n" for name in scenes))
+    announce(task, about, dataset, place, process, resume, say)
+    validate = None
+    if held_out is not None:
+        chosen = held_out
+
+        def validate(task: AnyTask) -> dict[str, Any]:
+            metric = evaluate(task, chosen, process, workers=place.options.workers, progress=False)
+            return dict(metric.results())
+
+    return train(task, about, dataset, place.out, process, resume, place.options, validate)
+
+
+def run_evaluation(
+    path: Path, place: Place, process: Process, say: Say, *, batch: int, frame: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
+    checkpoint = find_checkpoint(path)
+    about = checkpoint.about
+    config = about.config if frame is None else replace(about.config, frame=frame)
+    reader = open_reader(place.cache, place.split)
+    dataset = KeyframeDataset(reader, config, training=False)
+    require_same_grid(dataset, about.grid, str(checkpoint.path))
+    task = restore(checkpoint, config)
+    warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
+    for line in warnings:
+        say(line)
+    skipped = len(reader) - int(reader.is_valid.sum())
+    if skipped:
+        say(f"{skipped} keyframes of the cache were skipped by its build and can't be evaluated")
+    say(f"{checkpoint.path}: {about.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}")
+    began = time.perf_counter()
+    metric = evaluate(
+        task, dataset, process, batch=batch, workers=place.options.workers, progress=place.options.progress
+    )
+    results = {
+        "checkpoint": str(checkpoint.path), "step": checkpoint.step, "task": config.task, "split": place.split,
+        "cache": reader.cache.spec.fingerprint, "skipped": skipped, "simulated": warnings, **metric.results(),
+    }  # fmt: skip
+    for line in metric.lines():
+        say(line)
+    say(f"{len(dataset) / (time.perf_counter() - began):.3g} samples/s")
+    if process.is_main:
+        place.out.mkdir(parents=True, exist_ok=True)
+        file = place.out / f"{place.split}.json"
+        file.write_text(json.dumps(results, indent=1))
+        say(f"written to {file}")
+    return results
+
+
+def open_reader(cache: Path, split: str) -> CacheReader:
+    """Raises CacheError if it is absent, unfinished or damaged."""
+    return CacheReader(cache / f"{split}.zarr")
+
+
+def require_same_grid(dataset: KeyframeDataset, grid: Any, of: str) -> None:
+    if dataset.grid != grid:
+        raise CheckpointError(
+            f"{dataset.reader.cache.path} has the grid {dataset.grid}, {of} has {grid}: build a cache with that grid, or use another run"
+        )
+
+
+def read_scenes(file: Path, available: tuple[str, ...]) -> list[str]:
+    """Scene names from a file, one a line. Raises ValueError if one of them is not in the split."""
+    names = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
+    known = set(available)
+    missing = [name for name in names if name not in known]
+    if missing or not names:
+        raise ValueError(
+            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split"
+            + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
+            + ": correct the list, or build a cache that has them"
+        )
+    return names
+
+
+def describe_initial(config: Config, start: Checkpoint | None) -> str:
+    if start is not None:
+        return f"{start.path.resolve()} ({start.about.config.task})"
+    return f"backbone weights: {backbone_weights(config)}"
+
+
+def backbone_weights(config: Config) -> str:
+    name = config.network.weights
+    return DEFAULT_WEIGHTS[config.network.backbone] if name == "default" else name
+
+
+def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str:
+    """Fill the network as the run asks, and say with what."""
+    if start is None:
+        return load_backbone_weights(task.network.encoder, backbone_weights(config))
+    if start.about.grid != task.grid:
+        raise CheckpointError(
+            f"{start.path} was trained on the grid {start.about.grid}, this cache has {task.grid}: build a cache with that grid"
+        )
+    load_weights(task, start.weights(), start.path, only="network.")
+    return f"network from {start.path} ({start.about.config.task}, step {start.step})"
+
+
+def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
+    """The task of a checkpoint, with its weights."""
+    about = checkpoint.about
+    task = build_task(config or about.config, about.grid, about.feature_dim)
+    load_weights(task, checkpoint.weights(), checkpoint.path)
+    return task
+
+
+def claim(out: Path, about: About, process: Process) -> Checkpoint | None:
+    """`begin_run` once for all processes."""
+    found = begin_run(out, about) if process.is_main else None
+    if process.world == 1:
+        return found
+    message = [None if found is None else str(found.path)]
+    dist.broadcast_object_list(message)
+    return None if message[0] is None else find_checkpoint(Path(message[0]))
+
+
+def announce(
+    task: AnyTask,
+    about: About,
+    dataset: KeyframeDataset,
+    place: Place,
+    process: Process,
+    resume: Checkpoint | None,
+    say: Say,
+) -> None:
+    config, optim = about.config, about.config.optim
+    spec = dataset.reader.cache.spec
+    read = sum(array.nbytes for array in spec.arrays() if array.name in dataset.arrays)
+    steps = optim.num_steps(len(dataset))
+    batch = f"{optim.batch}" + (f" x {optim.accumulation} accumulated" if optim.accumulation > 1 else "")
+    parameters = count_parameters(task)
+    size = f"{config.network.image_size[0]}x{config.network.image_size[1]}"
+    say(
+        f"{config.task}: {config.network.lifting} {config.network.backbone}, {parameters:,} parameters "
+        f"({count_parameters(task.head):,} of them the head's), images {size}, grid {about.grid}"
+    )
+    say(
+        f"{len(dataset):,} samples ({read / 1e6:.1f} MB each), {optim.epochs:g} epochs, {steps:,} steps of {batch}; "
+        f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}"
+    )
+    say(f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {place.out / 'checkpoints'}, the newest two are kept")
+    if resume is not None:
+        say(
+            f"continuing at step {resume.step} of {steps}"
+            if resume.step < steps
+            else f"finished already, at step {steps}"
+        )

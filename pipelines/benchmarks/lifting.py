@@ -1,0 +1,159 @@
+"""Lifting of six feature maps to the grid, forward and backward: time and peak memory against other ways to write it.
+
+python pipelines/benchmarks/lifting.py [--dataroot nuscenes --split mini_train]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _inputs import find_dataroot
+from _timing import compare, machine, table
+from sampling import SIZE as SAMPLED_SIZE
+from sampling import real_scene, synthetic_scene
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
+
+from occfeat_targets.geometry import project, scale_intrinsics, transform
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.lifting import lift, lift_torch
+from occfeat_train.views import Views
+from tests.train.lifting_twin import lift_dense
+
+SIZE = (224, 400)
+MAPS = (1, 6, 128, 28, 50)
+GRID = VoxelGrid()
+LIMIT = "limit: writing the volume once, reading its gradient once"
+OURS = "ours: numba"
+
+
+def views_of(rig: tuple[np.ndarray, np.ndarray]) -> Views:
+    """(cam_from_grid, intrinsics) -> a batch of one."""
+    cam_from_grid, intrinsics = (torch.from_numpy(matrices)[None] for matrices in rig)
+    return Views(torch.zeros(1, 6, 3, *SIZE), intrinsics, cam_from_grid)
+
+
+def csr_of(views: Views) -> torch.Tensor:
+    """The lifting as one sparse matrix, (voxels in order h, w, z) x (tokens)."""
+    h, w = MAPS[-2:]
+    centers = GRID.voxel_centers().transpose(1, 2, 0, 3).reshape(-1, 3).astype(np.float64)
+    voxels, columns, weights = [], [], []
+    for cam, (camera, pinhole) in enumerate(zip(views.cam_from_grid[0], views.intrinsics[0], strict=True)):
+        pixels, _, is_valid = project(pinhole.numpy(), transform(camera.numpy(), centers), SIZE)
+        x = np.clip(pixels[is_valid, 0] * (w / SIZE[1]) - 0.5, 0, w - 1)
+        y = np.clip(pixels[is_valid, 1] * (h / SIZE[0]) - 0.5, 0, h - 1)
+        x0, y0 = x.astype(np.int64), y.astype(np.int64)
+        for row, down in ((y0, 1 - (y - y0)), (np.minimum(y0 + 1, h - 1), y - y0)):
+            for column, across in ((x0, 1 - (x - x0)), (np.minimum(x0 + 1, w - 1), x - x0)):
+                voxels.append(np.flatnonzero(is_valid))
+                columns.append((cam * h + row) * w + column)
+                weights.append((down * across).astype(np.float32))
+    voxel, column, weight = (torch.from_numpy(np.concatenate(parts)) for parts in (voxels, columns, weights))
+    weight /= torch.zeros(len(centers)).index_add_(0, voxel, weight)[voxel]  # a view's weights sum to one
+    shape = (len(centers), MAPS[1] * h * w)
+    return torch.sparse_coo_tensor(torch.stack([voxel, column]), weight, shape, check_invariants=False).to_sparse_csr()
+
+
+def lift_csr(features: torch.Tensor, views: Views, grid: VoxelGrid) -> torch.Tensor:
+    """One sparse product, its matrix built anew."""
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, features.shape[2])
+    volume = csr_of(views) @ tokens
+    return volume.view(1, *grid.map_shape, -1).permute(0, 3, 1, 2)
+
+
+WAYS: dict[str, Callable[..., torch.Tensor]] = {
+    OURS: lift,
+    "ours: numba, bfloat16": lift,
+    "ours: plain torch": lift_torch,
+    "one sparse CSR product, its construction included": lift_csr,
+    "dense: every camera sampled for every voxel, then averaged": lift_dense,
+}
+
+
+def step_of(name: str, rig: tuple[np.ndarray, np.ndarray]) -> Callable[[], Any]:
+    """One forward and backward; the volume's gradient is there before, in the volume's own memory order."""
+    views = views_of(rig)
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    features = torch.randn(MAPS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # the encoder's memory order, channels_last, except for the one that wants channels first
+    leaf = (
+        features.clone()
+        if WAYS.get(name) is lift_dense
+        else features.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    )
+    leaf.requires_grad_()
+    shape = (1, *GRID.map_shape, GRID.shape[0] * MAPS[2])
+    grad = torch.ones(shape, dtype=dtype).permute(0, 3, 1, 2)
+    if WAYS.get(name) is lift_dense:
+        grad = grad.contiguous()
+
+    def touch() -> None:
+        torch.empty(shape, dtype=dtype).fill_(1)
+        grad.sum()
+
+    def step() -> torch.Tensor:
+        leaf.grad = None
+        volume = WAYS[name](leaf, views, GRID)
+        volume.backward(grad)
+        return volume.detach()
+
+    return touch if name == LIMIT else step
+
+
+def peak_megabytes(name: str, rig: tuple[np.ndarray, np.ndarray], threads: int) -> float:
+    """How much a step adds to the memory of a process that holds its inputs. Run in a process of its own."""
+    torch.set_num_threads(threads)
+    step = step_of(name, rig)
+    small = VoxelGrid((1, 4, 4))
+    if name in WAYS and WAYS[name] is not lift_csr:  # what is loaded and compiled is none of its memory
+        WAYS[name](torch.ones(MAPS, requires_grad=True), views_of(rig), small).sum().backward()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return float("nan")  # no Linux
+    before = _peak_kilobytes()
+    step()
+    return (_peak_kilobytes() - before) * 1024 / 1e6
+
+
+def _peak_kilobytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot")
+    parser.add_argument("--split", default="mini_train", help="whose first keyframe is taken")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long it is measured")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dataroot = find_dataroot(options.dataroot)
+    cameras, pinholes, _ = synthetic_scene() if dataroot is None else real_scene(dataroot, options.split)
+    rig = cameras, scale_intrinsics(pinholes, SIZE[1] / SAMPLED_SIZE[1], SIZE[0] / SAMPLED_SIZE[0])
+    source = (
+        "SYNTHETIC ring of cameras: no nuScenes dataroot found" if dataroot is None else "a real keyframe's cameras"
+    )
+    print(f"{machine()}\n{options.threads} threads, {source}; {'x'.join(map(str, MAPS[1:]))} float32 maps, grid {GRID}")
+    contenders = {name: step_of(name, rig) for name in (LIMIT, *WAYS)}
+    ours = contenders[OURS]()
+    for name in list(WAYS)[1:]:
+        print(f"largest difference from ours: {(contenders[name]() - ours).abs().max():.1e} ({name})")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {name: f"{pool.apply(peak_megabytes, (name, rig, options.threads)):,.0f}" for name in contenders}
+    rows = compare(contenders, ours=OURS, limit=LIMIT, seconds=options.seconds)
+    print("\n" + table(rows, peaks, "peak MB"))
+
+
+if __name__ == "__main__":
+    main()

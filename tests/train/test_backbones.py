@@ -1,0 +1,450 @@
+"""The image encoders: their structure in closed form, and where their weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import occfeat_train.backbones as backbones
+from occfeat_train.backbones import (
+    BACKBONES,
+    DEFAULT_WEIGHTS,
+    DropConnect,
+    ImageEncoder,
+    load_backbone_weights,
+    resnet_name,
+)
+from tests.train.test_decoder import parameters
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> ImageEncoder:
+    """For tests that don't change it."""
+    torch.manual_seed(0)
+    return ImageEncoder("efficientnet-b0", 16).eval()
+
+
+@pytest.fixture
+def resnet() -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder("resnet-50", 4).eval()
+
+
+# -- structure --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_have_stride_8_and_stay_channels_last(name):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(name, 8).to(memory_format=torch.channels_last).eval()
+    images = torch.randn(2, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+    features = encoder(images)
+    assert features.shape == (2, 8, 4, 6)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert torch.isfinite(features).all()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_gradient_reaches_every_parameter(name):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(name, 8, drop_connect=0.0).train()
+    encoder(torch.randn(2, 3, 48, 64)).square().sum().backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in encoder.parameters())
+
+
+def test_the_parameters_are_the_references():
+    efficientnet, resnet = ImageEncoder("efficientnet-b0"), ImageEncoder("resnet-50")
+    assert parameters(efficientnet) == 1_190_880
+    assert parameters(efficientnet.backbone) == 851_808
+    assert parameters(resnet) == 18_046_144
+
+
+def test_the_skip_comes_first_and_the_deep_map_is_doubled(efficientnet):
+    images = torch.randn(1, 3, 32, 32)
+    skip, deep = efficientnet.backbone(images)
+    assert (skip.shape, deep.shape) == ((1, 40, 4, 4), (1, 112, 2, 2))
+    doubled = functional.interpolate(deep, size=(4, 4), mode="bilinear", align_corners=False)
+    assert torch.equal(efficientnet(images), efficientnet.fuse(torch.cat([skip, doubled], 1)))
+
+
+@pytest.mark.parametrize(("size", "nearest"), [((225, 400), "224x400"), ((8, 396), "16x400"), ((17, 90), "16x96")])
+def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_nearest(efficientnet, size, nearest):
+    with pytest.raises(ValueError, match=f"images of {size[0]}x{size[1]} pixels: .* nearest are {nearest}"):
+        efficientnet(torch.zeros(1, 3, *size))
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match="backbone 'resnet-18': one of efficientnet-b0, resnet-50 expected"):
+        ImageEncoder("resnet-18")
+
+
+def test_every_backbone_has_default_weights():
+    assert tuple(DEFAULT_WEIGHTS) == BACKBONES
+
+
+def test_efficientnet_pads_as_tensorflow_does(efficientnet):
+    def same(kernel: int) -> tuple[int, int, int, int]:
+        before = (kernel - 2) // 2  # of the kernel - stride pixels that an even side needs
+        return before, kernel - 2 - before, before, kernel - 2 - before
+
+    backbone = efficientnet.backbone
+    assert tuple(backbone.embeddings.padding.padding) == same(3) == (0, 1, 0, 1)
+    strided = [block.depthwise_conv for block in backbone.blocks if block.depthwise_conv.stride == 2]
+    assert [tuple(layer.depthwise_conv_pad.padding) for layer in strided] == [same(3), same(5), same(3)]
+
+
+def test_the_first_pixel_is_the_corner_of_the_first_window(efficientnet):
+    stem = efficientnet.backbone.embeddings
+    images = torch.randn(1, 3, 16, 16)
+    found = stem.convolution(stem.padding(images))[:, :, 0, 0]
+    torch.testing.assert_close(found, torch.einsum("ocij,ncij->no", stem.convolution.weight, images[:, :, :3, :3]))
+
+
+def test_squeezes_have_a_quarter_of_the_blocks_input_channels(efficientnet):
+    squeezed = [block.squeeze_excite.reduce.out_channels for block in efficientnet.backbone.blocks]
+    assert squeezed == [max(1, inside // 4) for inside in (32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112)]
+
+
+def test_running_statistics_move_by_a_hundredth_a_batch_and_epsilon_is_a_thousandth():
+    torch.manual_seed(0)
+    encoder = ImageEncoder("efficientnet-b0", 8).train()
+    stem = encoder.backbone.embeddings
+    images = torch.randn(2, 3, 32, 32)
+    mean = stem.convolution(stem.padding(images)).mean((0, 2, 3))
+    encoder(images)
+    torch.testing.assert_close(stem.batchnorm.running_mean, 0.01 * mean)
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 1 + 2 + 10 * 3
+    assert {(norm.momentum, norm.eps) for norm in norms} == {(0.01, 1e-3)}
+
+
+def test_random_weights_keep_the_scale_of_a_depthwise_map(efficientnet):
+    weight = efficientnet.backbone.blocks[4].depthwise_conv.depthwise_conv.weight
+    assert weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.05)
+    norms = [m for m in efficientnet.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(bool((norm.weight == 1).all()) for norm in norms)
+
+
+# -- drop-connect -----------------------------------------------------------------------------------------------------
+
+
+def test_drop_connect_drops_whole_images():
+    torch.manual_seed(0)
+    dropped = DropConnect(0.25).train()(torch.ones(400, 3, 2, 2)).flatten(1)
+    assert torch.equal(dropped, dropped[:, :1].expand(-1, 12))
+    assert dropped[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.75])
+
+
+def test_drop_connect_is_unbiased():
+    torch.manual_seed(0)
+    mean = DropConnect(0.25).train()(torch.ones(40_000, 1, 1, 1)).mean()
+    deviation = (0.25 / 0.75 / 40_000) ** 0.5
+    assert abs(float(mean) - 1) < 4 * deviation
+
+
+def test_drop_connect_is_off_in_evaluation_and_at_rate_0():
+    x = torch.randn(50, 2, 2, 2)
+    assert DropConnect(0.5).eval()(x) is x
+    assert DropConnect(0.0).train()(x) is x
+
+
+def test_drop_rates_rise_by_an_eleventh_a_block():
+    blocks = ImageEncoder("efficientnet-b0", 8, drop_connect=0.3).backbone.blocks
+    assert [b.projection.dropout.rate for b in blocks] == pytest.approx([0.3 * i / 11 for i in range(11)])
+    assert [i for i, b in enumerate(blocks) if b.projection.apply_dropout] == [2, 4, 6, 7, 9, 10]
+
+
+# -- weights that transformers reads ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def efficientnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole EfficientNet-B0 with its classifier, as the hub's are."""
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    folder = tmp_path_factory.mktemp("weights") / "b0"
+    torch.manual_seed(1)
+    config = EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0, image_size=224, hidden_dim=1280)
+    model = EfficientNetForImageClassification(config)
+    randomise_norms(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-50 whose last stage, which is dropped anyhow, is small."""
+    from transformers import ResNetConfig, ResNetModel
+
+    folder = tmp_path_factory.mktemp("weights") / "r50"
+    torch.manual_seed(1)
+    model = ResNetModel(ResNetConfig(hidden_sizes=[256, 512, 1024, 64], depths=[3, 4, 6, 1]))
+    randomise_norms(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def randomise_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+
+
+def test_a_folders_efficientnet_computes_what_the_whole_model_does(efficientnet_folder):
+    from transformers import EfficientNetModel
+
+    encoder = ImageEncoder("efficientnet-b0", 8).eval()
+    said = load_backbone_weights(encoder, str(efficientnet_folder))
+    assert said == f"backbone: efficientnet-b0 with weights from {efficientnet_folder}"
+    whole = EfficientNetModel.from_pretrained(efficientnet_folder).eval()
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        states = whole(images, output_hidden_states=True).hidden_states
+        skip, deep = encoder.backbone(images)
+    torch.testing.assert_close(skip, states[1 + 4])
+    torch.testing.assert_close(deep, states[1 + 10])
+
+
+def test_a_folders_resnet_computes_what_the_whole_model_does(resnet_folder, resnet):
+    from transformers import ResNetModel
+
+    load_backbone_weights(resnet, str(resnet_folder))
+    whole = ResNetModel.from_pretrained(resnet_folder).eval()
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        states = whole(images, output_hidden_states=True).hidden_states
+        skip, deep = resnet.backbone(images)
+    torch.testing.assert_close(skip, states[2])
+    torch.testing.assert_close(deep, states[3])
+
+
+def test_no_weights_leave_everything_as_it_was(resnet):
+    before = {name: value.clone() for name, value in resnet.state_dict().items()}
+    assert load_backbone_weights(resnet, "none") == "backbone: from scratch, random weights"
+    assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+
+
+def test_another_kind_of_model_is_refused(resnet_folder, efficientnet):
+    with pytest.raises(ValueError, match="are of a resnet: a efficientnet expected for efficientnet-b0"):
+        load_backbone_weights(efficientnet, str(resnet_folder))
+
+
+def test_another_width_or_layout_is_refused(tmp_path, efficientnet, resnet):
+    from transformers import EfficientNetConfig, ResNetConfig
+
+    EfficientNetConfig(width_coefficient=1.1).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="have width_coefficient 1.1: 1.0 expected for efficientnet-b0"):
+        load_backbone_weights(efficientnet, str(tmp_path / "wide"))
+    ResNetConfig(depths=[3, 4, 23, 3]).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"have depths \[3, 4, 23\]: \[3, 4, 6\] expected for resnet-50"):
+        load_backbone_weights(resnet, str(tmp_path / "deep"))
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(resnet_folder, resnet, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(resnet_folder / "model.safetensors")
+    del state["encoder.stages.2.layers.5.layer.0.convolution.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((resnet_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"lack 1 of \d+ tensors: stages.2.layers.5.layer.0.convolution.weight"):
+        load_backbone_weights(resnet, str(tmp_path))
+
+
+def test_an_empty_folder_is_refused(tmp_path, resnet):
+    with pytest.raises(ValueError, match="backbone weights in folder .* cannot be read"):
+        load_backbone_weights(resnet, str(tmp_path))
+
+
+@pytest.mark.parametrize("weights", ["/no/folder", "./folder"])
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(efficientnet, weights):
+    with pytest.raises(ValueError, match=f"backbone weights {weights}: there is no such folder"):
+        load_backbone_weights(efficientnet, weights)
+
+
+def test_a_hub_id_offline_says_what_to_do(monkeypatch, efficientnet):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nobody/nothing cannot be loaded .*run 'hf download nobody/nothing'.*'none'"):
+        load_backbone_weights(efficientnet, "nobody/nothing")
+
+
+# -- MoCo-v2's file ---------------------------------------------------------------------------------------------------
+
+
+def torchvision_resnet50() -> dict[str, torch.Tensor]:
+    """Random tensors under the names and in the shapes of torchvision's resnet50, less the classifier."""
+    state: dict[str, torch.Tensor] = {}
+
+    def add(conv: str, norm: str, inside: int, outside: int, kernel: int) -> None:
+        state[f"{conv}.weight"] = torch.randn(outside, inside, kernel, kernel) * (1 / inside / kernel**2) ** 0.5
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            state[f"{norm}.{name}"] = value + 0.2 * torch.rand(outside)
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+
+    add("conv1", "bn1", 3, 64, 7)
+    inside = 64
+    for layer, (depth, width) in enumerate(((3, 64), (4, 128), (6, 256)), 1):
+        for index in range(depth):
+            place = f"layer{layer}.{index}"
+            if index == 0:
+                add(f"{place}.downsample.0", f"{place}.downsample.1", inside, 4 * width, 1)
+            add(f"{place}.conv1", f"{place}.bn1", inside, width, 1)
+            add(f"{place}.conv2", f"{place}.bn2", width, width, 3)
+            add(f"{place}.conv3", f"{place}.bn3", width, 4 * width, 1)
+            inside = 4 * width
+    return state
+
+
+def run_torchvision_resnet50(state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layer2, layer3) of images, by the published definition (v1.5: the 3x3 convolution has the stride)."""
+
+    def conv(x: torch.Tensor, name: str, norm: str, stride: int = 1) -> torch.Tensor:
+        weight = state[f"{name}.weight"]
+        x = functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, var, gamma, beta = (state[f"{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return functional.batch_norm(x, mean, var, gamma, beta)
+
+    x = functional.max_pool2d(conv(x, "conv1", "bn1", 2).relu(), 3, 2, 1)
+    outputs = []
+    for layer, depth in ((1, 3), (2, 4), (3, 6)):
+        for index in range(depth):
+            place = f"layer{layer}.{index}"
+            stride = 2 if index == 0 and layer > 1 else 1
+            inner = conv(x, f"{place}.conv1", f"{place}.bn1").relu()
+            inner = conv(inner, f"{place}.conv2", f"{place}.bn2", stride).relu()
+            inner = conv(inner, f"{place}.conv3", f"{place}.bn3")
+            if index == 0:
+                x = conv(x, f"{place}.downsample.0", f"{place}.downsample.1", stride)
+            x = (inner + x).relu()
+        outputs.append(x)
+    return outputs[1], outputs[2]
+
+
+def write_moco(file: Path, state: dict[str, torch.Tensor]) -> None:
+    """The query encoder's tensors and some of what else a checkpoint of MoCo-v2 holds."""
+    named = {f"module.encoder_q.{name}": value for name, value in state.items()}
+    named |= {f"module.encoder_k.{name}": -value for name, value in list(state.items())[:3]}
+    named |= {"module.encoder_q.fc.0.weight": torch.zeros(4, 4), "module.queue": torch.zeros(2, 2)}
+    named["module.encoder_q.layer4.0.conv1.weight"] = torch.zeros(4, 4, 1, 1)
+    torch.save({"epoch": 800, "arch": "resnet50", "state_dict": named}, file)
+
+
+def test_names_of_torchvision_are_mapped_and_what_is_dropped_has_none():
+    assert resnet_name("bn1.bias") == "embedder.embedder.normalization.bias"
+    assert resnet_name("layer2.3.conv1.weight") == "stages.1.layers.3.layer.0.convolution.weight"
+    assert resnet_name("layer3.0.downsample.1.running_var") == "stages.2.layers.0.shortcut.normalization.running_var"
+    assert resnet_name("layer4.0.conv1.weight") is resnet_name("fc.0.weight") is resnet_name("fc.bias") is None
+
+
+def test_mocos_file_makes_the_backbone_torchvisions_resnet(tmp_path, resnet):
+    torch.manual_seed(0)
+    state = torchvision_resnet50()
+    file = tmp_path / "moco.pth.tar"
+    write_moco(file, state)
+    said = load_backbone_weights(resnet, str(file))
+    assert said == f"backbone: resnet-50 with MoCo-v2 weights from {file}"
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        expected = run_torchvision_resnet50(state, images)
+        found = resnet.backbone(images)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_moco_file_that_lacks_a_tensor_or_has_another_shape_is_refused(tmp_path, resnet):
+    state = torchvision_resnet50()
+    lost = state.pop("layer3.5.bn3.running_var")
+    write_moco(tmp_path / "short.pth", state)
+    with pytest.raises(ValueError, match=r"lack 1 of \d+ tensors: stages.2.layers.5.layer.2.normalization.running_var"):
+        load_backbone_weights(resnet, str(tmp_path / "short.pth"))
+    write_moco(tmp_path / "narrow.pth", {**state, "layer3.5.bn3.running_var": lost[:7]})
+    with pytest.raises(ValueError, match=r"running_var of shape \(7,\), \(1024,\) expected"):
+        load_backbone_weights(resnet, str(tmp_path / "narrow.pth"))
+
+
+def test_mocos_weights_are_refused_for_an_efficientnet(efficientnet):
+    with pytest.raises(ValueError, match="MoCo-v2's are of a resnet-50, the network has efficientnet-b0"):
+        load_backbone_weights(efficientnet, "moco-v2")
+
+
+class Marker:
+    """Unpickled with code, it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_holds_code_is_refused_unrun(tmp_path, resnet, resnet_folder):
+    file = tmp_path / "evil.pth"
+    torch.save({"state_dict": Marker(tmp_path / "ran")}, file)
+    with pytest.raises(ValueError, match="evil.pth are refused .*a pickle that holds code is never run here"):
+        load_backbone_weights(resnet, str(file))
+    file.write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="evil.pth are refused"):
+        load_backbone_weights(resnet, str(file))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text((resnet_folder / "config.json").read_text())
+    torch.save({"weight": Marker(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"folder.* (are refused|cannot be read)"):
+        load_backbone_weights(resnet, str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("contents", [b"", b"neither a zip nor a pickle", b"PK\x03\x04 cut off"])
+def test_a_damaged_file_is_refused(tmp_path, resnet, contents):
+    (tmp_path / "damaged.pth").write_bytes(contents)
+    with pytest.raises(ValueError, match="damaged.pth (are refused|cannot be read)"):
+        load_backbone_weights(resnet, str(tmp_path / "damaged.pth"))
+
+
+def test_a_file_that_is_not_there_or_of_another_layout_is_refused(tmp_path, resnet):
+    with pytest.raises(ValueError, match="no.pth: there is no such file"):
+        load_backbone_weights(resnet, str(tmp_path / "no.pth"))
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="hold no 'state_dict': MoCo-v2's checkpoint expected"):
+        load_backbone_weights(resnet, str(tmp_path / "bare.pth"))
+
+
+def test_the_official_file_is_downloaded_once_and_checked(tmp_path, monkeypatch, resnet):
+    source = tmp_path / "source"
+    write_moco(source, torchvision_resnet50())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    asked = []
+
+    def download(url: str, target: str) -> None:
+        asked.append(url)
+        Path(target).write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match="arrived with MD5 .*a04e12f8 expected: download it again"):
+        load_backbone_weights(resnet, "moco-v2")
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+    monkeypatch.setattr(backbones, "MOCO_V2_MD5", hashlib.md5(source.read_bytes()).hexdigest()[:8])
+    for _ in range(2):
+        assert "MoCo-v2 weights from" in load_backbone_weights(resnet, "moco-v2")
+    assert asked == [backbones.MOCO_V2_URL] * 2
+
+
+def test_the_official_file_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, resnet):
+    def download(url: str, target: str) -> None:
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    place = tmp_path / "checkpoints" / "moco_v2_800ep_pretrain.pth.tar"
+    with pytest.raises(ValueError, match=f"not at {place} .*no route.*fetch https://.*put it there, or pass its path"):
+        load_backbone_weights(resnet, "moco-v2")

@@ -1,0 +1,142 @@
+"""The BEV decoder and the instance norm that everything after the backbone shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from occfeat_train.decoder import BasicBlock, BEVDecoder, UpAdd
+from occfeat_train.norms import InstanceNorm
+
+
+def parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def test_instance_norm_of_a_ramp_has_mean_0_and_variance_1():
+    ramp = torch.arange(12.0).reshape(1, 1, 3, 4) * torch.tensor([1.0, -5.0]).view(1, 2, 1, 1) + 3
+    normed = InstanceNorm()(ramp)
+    torch.testing.assert_close(normed.mean((2, 3)), torch.zeros(1, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(normed.var((2, 3), correction=0), torch.ones(1, 2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_instance_norm_is_torchs_in_value_and_gradient_and_keeps_the_layout(batch, layout):
+    torch.manual_seed(0)
+    x = (torch.randn(batch, 5, 60, 70) * 3 + 30).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(batch, 5, 60, 70).contiguous(memory_format=layout)
+    twin = x.detach().double().contiguous().requires_grad_()
+    ours, theirs = InstanceNorm()(x), nn.InstanceNorm2d(5)(twin)
+    ours.backward(weight)
+    theirs.backward(weight.double().contiguous())  # a channels-last one would come out wrong of torch 2.13
+    torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.grad.double(), twin.grad, atol=1e-5, rtol=0)
+    assert ours.is_contiguous(memory_format=layout)
+    assert x.grad.is_contiguous(memory_format=layout)
+
+
+def test_the_gradient_of_instance_norm_is_its_derivative():
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(InstanceNorm(), x)
+
+
+def test_what_instance_norm_returns_may_be_overwritten():
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: InstanceNorm()(x).mul_(2).tanh_(), x)
+
+
+def test_instance_norm_of_bfloat16_is_rounded_once():
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 20, 20) + 8).bfloat16()
+    exact = InstanceNorm()(x.float())
+    assert torch.equal(InstanceNorm()(x), exact.bfloat16())
+
+
+def test_instance_norm_does_not_know_training_from_evaluation():
+    x = torch.randn(2, 3, 4, 4)
+    norm = InstanceNorm()
+    assert torch.equal(norm.train()(x), norm.eval()(x))
+    assert not norm.state_dict()
+
+
+def test_a_new_block_is_its_shortcut():
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(BasicBlock(4, 4)(x), x.relu())
+    block = BasicBlock(4, 8, stride=2)
+    assert torch.equal(block(x), block.shortcut(x).relu())
+
+
+def test_a_block_is_two_convolutions_and_a_shortcut():
+    torch.manual_seed(0)
+    block = BasicBlock(4, 8, stride=2).eval()
+    nn.init.ones_(block.bn2.weight)
+    x = torch.randn(2, 4, 6, 6)
+    scale = (1 + 1e-5) ** -0.5  # of a batch norm that has seen nothing
+    inner = functional.conv2d(x, block.conv1.weight * scale, stride=2, padding=1).relu()
+    inner = functional.conv2d(inner, block.conv2.weight * scale, padding=1)
+    shortcut = functional.conv2d(x, block.shortcut[0].weight * scale, stride=2)
+    torch.testing.assert_close(block(x), (inner + shortcut).relu(), atol=1e-5, rtol=1e-5)
+
+
+def test_convolving_before_the_resize_is_convolving_after_it():
+    torch.manual_seed(0)
+    up = UpAdd(6, 4)
+    x, skip = torch.randn(2, 6, 5, 7), torch.randn(2, 4, 10, 14)
+    doubled = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(up(x, skip), skip + up.norm(up.conv(doubled)), atol=1e-5, rtol=0)
+
+
+def test_the_parameters_are_the_references():
+    decoder = BEVDecoder()
+    batch_norm = 2 * 64
+    assert parameters(decoder.stem) == 401_408 + batch_norm
+    assert parameters(decoder.layer1, decoder.layer2, decoder.layer3) == 2_773_248
+    assert parameters(decoder.up1, decoder.up2, decoder.up3) == 49_152
+
+
+@pytest.mark.parametrize("size", [(16, 24), (25, 37), (9, 8), (1, 3)])
+def test_every_size_comes_back(size):
+    decoder = BEVDecoder(8).eval()
+    assert decoder(torch.randn(2, 8, *size)).shape == (2, 8, *size)
+
+
+def test_the_levels_have_strides_2_4_8_and_half_once_and_twice_the_channels():
+    decoder = BEVDecoder(8)
+    level1 = decoder.layer1(decoder.stem(torch.randn(2, 8, 16, 24)))
+    level2 = decoder.layer2(level1)
+    assert level1.shape == (2, 4, 8, 12)
+    assert level2.shape == (2, 8, 4, 6)
+    assert decoder.layer3(level2).shape == (2, 16, 2, 3)
+
+
+def test_the_input_is_added_at_the_end_and_nothing_comes_after():
+    decoder = BEVDecoder(8).eval()
+    nn.init.zeros_(decoder.up1.conv.weight)
+    x = torch.randn(1, 8, 16, 16)
+    assert torch.equal(decoder(x), x)
+
+
+def test_an_odd_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="decoder of 7 channels: .* give an even number"):
+        BEVDecoder(7)
+
+
+def test_channels_last_stays_channels_last():
+    decoder = BEVDecoder(8).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    assert decoder(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_gradient_reaches_every_parameter():
+    torch.manual_seed(0)
+    decoder = BEVDecoder(8).train()
+    for module in decoder.modules():
+        if isinstance(module, BasicBlock):
+            nn.init.ones_(module.bn2.weight)
+    decoder(torch.randn(2, 8, 25, 37)).square().sum().backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in decoder.parameters())

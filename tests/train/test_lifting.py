@@ -1,0 +1,417 @@
+"""Lifting: closed forms, the dense twin's values and gradients, and what must not change a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from occfeat_targets.geometry import rigid
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.lifting import SimpleBEV, lift, lift_torch
+from occfeat_train.views import Views
+from tests.train.lifting_twin import lift_dense
+
+BACKENDS = [pytest.param(lift, id="numba"), pytest.param(lift_torch, id="torch")]
+COMPATS = [None, "simple-bev"]
+SIZE = (40, 60)  # height, width [px]; maps are 4 x 6 tokens of 10 x 10 px
+GRID = VoxelGrid((3, 8, 7), (-2, -8, -7), (2, 8, 7))
+FORWARD = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])  # at the origin
+BACKWARD = FORWARD * np.array([[-1], [1], [-1], [1]])
+PINHOLE = np.array([[30, 0, 30], [0, 30, 20], [0, 0, 1.0]])
+
+Lift = Callable[..., Tensor]
+
+
+def views_of(cameras: list[np.ndarray], pinholes: list[np.ndarray], size: tuple[int, int] = SIZE) -> Views:
+    """One sample."""
+    intrinsics, cam_from_grid = (torch.from_numpy(np.stack(m)).double()[None] for m in (pinholes, cameras))
+    return Views(torch.zeros(1, len(cameras), 3, *size), intrinsics, cam_from_grid)
+
+
+def one_camera() -> Views:
+    return views_of([FORWARD], [PINHOLE])
+
+
+def random_views(seed: int, batch: int = 1, cams: int = 4) -> Views:
+    rng = np.random.default_rng(seed)
+
+    def sample() -> Views:
+        cameras = [rigid(rng.normal(size=4), rng.normal(size=3)) for _ in range(cams)]
+        return views_of(cameras, [PINHOLE + np.diag([*rng.uniform(-25, 25, 2), 0]) for _ in range(cams)])
+
+    return stack([sample() for _ in range(batch)])
+
+
+def stack(samples: list[Views]) -> Views:
+    return Views(
+        *(torch.cat([getattr(s, name) for s in samples]) for name in ("images", "intrinsics", "cam_from_grid"))
+    )
+
+
+def random_features(batch: int = 1, cams: int = 4, channels: int = 5, h: int = 4, w: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(batch, cams, channels, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+def by_voxel(volume: Tensor, grid: VoxelGrid = GRID) -> Tensor:
+    """(1, Z * C, H, W) -> (Z, H, W, C)."""
+    return volume[0].unflatten(0, (grid.shape[0], -1)).permute(0, 2, 3, 1)
+
+
+def pixels(grid: VoxelGrid = GRID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where FORWARD and PINHOLE see every voxel: u, v, and whether they do."""
+    right, forward, up = np.moveaxis(grid.voxel_centers().astype(np.float64), -1, 0)
+    u, v = 30 * right / forward + 30, -30 * up / forward + 20
+    return u, v, (forward > 0) & (u >= 0) & (u < SIZE[1]) & (v >= 0) & (v < SIZE[0])
+
+
+def value_and_gradient(
+    function: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None
+) -> list[Tensor]:
+    leaf = features.clone().requires_grad_()
+    volume = function(leaf, views, grid, compat)
+    weight = torch.randn(volume.shape, generator=torch.Generator().manual_seed(1)).to(volume.dtype)
+    (volume * weight).sum().backward()
+    assert leaf.grad is not None
+    return [volume.detach(), leaf.grad]
+
+
+def assert_equal_to(
+    expected: Lift, found: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None
+) -> None:
+    exact = value_and_gradient(expected, features.double(), views, grid, compat)
+    for a, b in zip(value_and_gradient(found, features, views, grid, compat), exact, strict=True):
+        scale = max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a.double(), b, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- closed forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_constant_map_gives_the_constant_where_seen_and_zero_elsewhere(function: Lift) -> None:
+    volume = by_voxel(function(torch.full((1, 1, 2, 4, 6), 3.0), one_camera(), GRID))
+    _, _, is_seen = pixels()
+    assert 0 < is_seen.sum() < is_seen.size / 2
+    np.testing.assert_allclose(volume, 3.0 * np.stack([is_seen] * 2, -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_ramp_gives_the_projected_coordinate_up_to_the_outermost_centres(function: Lift) -> None:
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    volume = by_voxel(function(torch.stack([columns, rows])[None, None], one_camera(), GRID)).numpy()
+    u, v, is_seen = pixels()
+    np.testing.assert_allclose(volume[is_seen][:, 0], np.clip(u[is_seen] / 10 - 0.5, 0, 5), atol=1e-5)
+    np.testing.assert_allclose(volume[is_seen][:, 1], np.clip(v[is_seen] / 10 - 0.5, 0, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_views_are_averaged(function: Lift) -> None:
+    features = torch.tensor([1.0, 4.0, 100.0])[None, :, None, None, None].expand(1, 3, 1, 4, 6)
+    volume = by_voxel(function(features, views_of([FORWARD, FORWARD, BACKWARD], [PINHOLE] * 3), GRID))[..., 0]
+    _, _, is_seen = pixels()
+    np.testing.assert_allclose(volume[is_seen], 2.5, rtol=1e-6)
+    behind = volume[:, :4].unique()
+    torch.testing.assert_close(behind[[0, -1]], torch.tensor([0.0, 100.0]), rtol=1e-6, atol=0)
+    assert ((behind == 0) | (behind > 99.9)).all()
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_the_image_is_half_open(function: Lift) -> None:
+    """Voxels project to u = 30 + 10 i exactly; pixel 0 is inside, pixel W is not."""
+    grid = VoxelGrid((1, 1, 9), (-1, 2, -4.5), (1, 4, 4.5))
+    volume = by_voxel(function(torch.ones(1, 1, 1, 4, 6), one_camera(), grid), grid)
+    assert volume.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_the_reference_stretches_the_map_and_fades_at_its_border(function: Lift) -> None:
+    """u = 30 + 10 i is x = 3 + i in feature pixels, sampled at 6 / 5 x - 0.5; row 2 of 4 is sampled at 8 / 3 - 0.5."""
+    grid = VoxelGrid((1, 1, 9), (-1, 2, -4.5), (1, 4, 4.5))
+    ramp = torch.arange(1.0, 7).expand(1, 1, 1, 4, 6)
+    volume = by_voxel(function(ramp, one_camera(), grid, "simple-bev"), grid).flatten()
+    # x = -1, 0, ... 7: beside the map, half of token 1, then the ramp at 0.7, 1.9, 3.1, 4.3, and x = 6 is beyond 5.5
+    expected = torch.tensor([0, 0.5, 1.7, 2.9, 4.1, 5.3, 0.5 * 6, 0, 0]) / (1 + 1e-6)
+    torch.testing.assert_close(volume, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_the_reference_counts_a_view_beyond_the_image_and_none_beyond_the_maps_weight(function: Lift) -> None:
+    """Of 2 tokens a row the index is 2 x - 0.5: x = -0.4 has none of its weight on the map, x = -0.2 a tenth."""
+    pinhole = np.array([[0, 0, 0], [0, 0, 20], [0, 0, 1.0]])
+    grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))
+    ones = torch.ones(1, 2, 1, 2, 2)
+    found = []
+    for x in (-0.6, -0.4, -0.2, 0.5):
+        pinholes = [pinhole + np.array([[0, 0, at * 30], [0, 0, -5], [0, 0, 0]]) for at in (x, 0.5)]
+        found.append(function(ones, views_of([FORWARD] * 2, pinholes), grid, "simple-bev").item())
+    # the other view is at row index 2 * 0.75 - 0.5 = 1, column 0.5: all of its weight
+    np.testing.assert_allclose(found, [1 / (1 + 1e-6), 1 / (1 + 1e-6), 1.1 / 2, 2 / 2], rtol=2e-6)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_grid_that_no_camera_sees_gives_zeros_and_no_gradient(function: Lift) -> None:
+    features = random_features(cams=1).requires_grad_()
+    volume = function(features, one_camera(), VoxelGrid((2, 3, 4), (-2, -8, -7), (2, -1, 7)))
+    volume.sum().backward()
+    assert features.grad is not None
+    assert not volume.any() and not features.grad.any()
+
+
+def test_channels_are_heights_then_features_and_lie_last_in_memory() -> None:
+    grid = VoxelGrid((4, 2, 2), (-2, 4, -1), (2, 8, 1))
+    rows = torch.arange(4.0)[:, None].expand(4, 6)
+    volume = lift(torch.stack([rows, rows + 100])[None, None], one_camera(), grid)
+    assert volume.shape == (1, 8, 2, 2)
+    assert volume.is_contiguous(memory_format=torch.channels_last)
+    by_height = volume[0, :, 0, 0].view(4, 2)
+    assert (by_height.diff(dim=0)[:, 0] < 0).all(), "the lowest voxel lies lowest in the image, in the last row"
+    torch.testing.assert_close(by_height[:, 1], by_height[:, 0] + 100)
+
+
+# -- the dense twin ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("function", BACKENDS)
+def test_values_and_gradients_equal_the_dense_twins(function: Lift, compat: str | None) -> None:
+    assert_equal_to(lift_dense, function, random_features(2), random_views(0, batch=2), GRID, compat)
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 9))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    cams=st.integers(1, 6),
+    channels=st.integers(1, 40),
+    size=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    shape=shapes,
+    compat=st.sampled_from(COMPATS),
+    function=st.sampled_from([lift, lift_torch]),
+)
+def test_any_rig_on_any_grid_equals_the_dense_twin(
+    seed: int,
+    cams: int,
+    channels: int,
+    size: tuple[int, int],
+    shape: tuple[int, int, int],
+    compat: str | None,
+    function: Lift,
+) -> None:
+    grid = VoxelGrid(shape, (-2.1, -9.3, -8.7), (2.3, 8.9, 9.1))
+    features = random_features(cams=cams, channels=channels, h=size[0], w=size[1], seed=seed)
+    assert_equal_to(lift_dense, function, features, random_views(seed, cams=cams), grid, compat)
+
+
+odd = st.sampled_from([0.0, 1e-12, -1e-12, 1e12, -1e12, 30.0, -30.0, 1e300])
+
+
+@settings(max_examples=40, deadline=None)
+@given(focal=st.tuples(odd, odd), center=st.tuples(odd, odd), seed=st.integers(0, 9), compat=st.sampled_from(COMPATS))
+def test_degenerate_intrinsics_give_finite_values_and_both_paths_agree(
+    focal: tuple[float, float], center: tuple[float, float], seed: int, compat: str | None
+) -> None:
+    views = random_views(seed, cams=2)
+    pinhole = np.array([[focal[0], 0, center[0] + 0.25], [0, focal[1], center[1] + 0.25], [0, 0, 1]])
+    views.intrinsics[0, 0] = torch.from_numpy(pinhole)
+    found = value_and_gradient(lift, random_features(cams=2), views, GRID, compat)
+    expected = value_and_gradient(lift_torch, random_features(cams=2), views, GRID, compat)
+    for a, b in zip(found, expected, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+def test_gradcheck(compat: str | None) -> None:
+    grid = VoxelGrid((2, 3, 3), (-1, 0, -3), (1, 6, 3))
+    features = random_features(cams=2, channels=2, h=2, w=3).double().requires_grad_()
+    views = views_of([FORWARD, FORWARD], [PINHOLE, PINHOLE * [[0.7], [1.2], [1]]])
+    assert torch.autograd.gradcheck(lambda f: lift(f, views, grid, compat), features)
+
+
+# -- what does not change the result ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_mirrored_image_with_its_mirrored_map_gives_the_same_volume(function: Lift, compat: str | None) -> None:
+    features, views = random_features(), random_views(3)
+    mirror = torch.tensor([[-1.0, 0, SIZE[1]], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    if compat:  # there pixel centres are whole numbers: feature column x goes to w - 1 - x
+        mirror[0, 2] = SIZE[1] - SIZE[1] / 6
+    mirrored = replace(views, intrinsics=mirror @ views.intrinsics)
+    expected = function(features, views, GRID, compat)
+    torch.testing.assert_close(function(features.flip(-1), mirrored, GRID, compat), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_batch_equals_its_samples_one_by_one(function: Lift) -> None:
+    samples, features = [random_views(seed) for seed in (4, 5, 6)], random_features(3)
+    together = value_and_gradient(function, features, stack(samples), GRID, None)
+    weights = torch.randn(together[0].shape, generator=torch.Generator().manual_seed(1))
+    for b, views in enumerate(samples):
+        leaf = features[b : b + 1].clone().requires_grad_()
+        alone = function(leaf, views, GRID)
+        alone.backward(weights[b : b + 1])
+        assert leaf.grad is not None
+        assert torch.equal(alone[0], together[0][b])
+        assert torch.equal(leaf.grad[0], together[1][b])
+
+
+def test_the_number_of_threads_changes_no_bit(three_threads: None) -> None:
+    views, features, grid = random_views(7, batch=2), random_features(2, channels=32), VoxelGrid((4, 37, 23))
+    threaded = [value_and_gradient(lift, features, views, grid, None) for _ in range(3)]
+    torch.set_num_threads(1)
+    serial = value_and_gradient(lift, features, views, grid, None)
+    for found in threaded:
+        assert all(torch.equal(a, b) for a, b in zip(found, serial, strict=True))
+    plain = value_and_gradient(lift_torch, features, views, grid, None)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain, value_and_gradient(lift_torch, features, views, grid, None), strict=True)
+    )
+
+
+def test_a_gradient_in_any_memory_order_is_taken() -> None:
+    views, features = random_views(8), random_features()
+    grads = []
+    for order in (torch.channels_last, torch.contiguous_format):
+        leaf = features.clone().requires_grad_()
+        volume = lift(leaf, views, GRID)
+        weight = torch.randn(volume.shape, generator=torch.Generator().manual_seed(2))
+        volume.backward(weight.contiguous(memory_format=order))
+        grads.append(leaf.grad)
+    expanded = features.clone().requires_grad_()
+    lift(expanded, views, GRID).sum().backward()
+    assert torch.equal(grads[0], grads[1])
+    assert expanded.grad is not None and expanded.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", BACKENDS)
+def test_half_precision_rounds_the_float32_result_once(function: Lift, dtype: torch.dtype) -> None:
+    features, views = random_features().to(dtype), random_views(9)
+    leaf, exact = features.clone().requires_grad_(), features.float().requires_grad_()
+    volume, expected = function(leaf, views, GRID), function(exact, views, GRID)
+    assert volume.dtype == dtype
+    torch.testing.assert_close(volume, expected.to(dtype), rtol=0, atol=0)
+    weight = torch.randn(volume.shape).to(dtype)
+    volume.backward(weight)
+    expected.backward(weight.float())
+    assert leaf.grad is not None and exact.grad is not None
+    torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), rtol=0, atol=0)
+
+
+def test_bfloat16_keeps_infinities_and_nan_and_overflows_to_infinity() -> None:
+    values = [torch.inf, -torch.inf, torch.nan, 3.4e38, -1.0, 1e-40, 1.00390625, 1.01171875]
+    tokens = torch.tensor(values)[None, None, :, None, None].expand(1, 1, 8, 4, 6)
+    grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))
+    volume = lift(tokens.bfloat16(), one_camera(), grid)
+    expected = tokens.bfloat16()[0, 0, :, 0, 0]
+    torch.testing.assert_close(volume.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_gradient_no_taps_are_kept_and_geometry_gets_none() -> None:
+    views, features = random_views(10), random_features()
+    assert not lift(features, views, GRID).requires_grad
+    views.intrinsics.requires_grad_()
+    assert not lift(features, views, GRID).requires_grad
+
+
+# -- the module -------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_lifts_and_compresses_to_its_channels() -> None:
+    torch.manual_seed(0)
+    module, features, views = SimpleBEV(GRID, 5), random_features(2, seed=2), random_views(11, batch=2)
+    assert torch.equal(module.lift(features, views), lift(features, views, GRID))
+    leaf = features.requires_grad_()
+    out = module(leaf, views)
+    assert out.shape == (2, 5, 8, 7)
+    out.square().sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"compressor.0.weight": (5, 15, 3, 3)}
+
+
+def test_autocast_keeps_the_encoders_bfloat16() -> None:
+    features, views = random_features().bfloat16().requires_grad_(), random_views(12)
+    module = SimpleBEV(GRID, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.lift(features, views).dtype == torch.bfloat16
+        assert lift_torch(features, views, GRID).dtype == torch.bfloat16
+        out = module(features, views)
+    out.float().sum().backward()
+    assert features.grad is not None and features.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where it hides warnings by a filter
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_compiled_network_lifts_outside_the_graph(function: Lift) -> None:
+    views = random_views(11)
+
+    def step(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> Tensor:
+        return function(features * 2, views, grid, compat) + 1
+
+    expected = value_and_gradient(step, random_features(), views, GRID, None)
+    found = value_and_gradient(torch.compile(step, backend="eager"), random_features(), views, GRID, None)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compat", COMPATS)
+def test_a_gpu_equals_the_cpu(compat: str | None) -> None:
+    features, views = random_features(2), random_views(13, batch=2)
+    on_gpu = Views(views.images.cuda(), views.intrinsics.cuda(), views.cam_from_grid.cuda())
+    leaf, copy = features.clone().requires_grad_(), features.cuda().requires_grad_()
+    expected, found = lift(leaf, views, GRID, compat), lift(copy, on_gpu, GRID, compat)
+    weight = torch.randn(expected.shape)
+    expected.backward(weight)
+    found.backward(weight.cuda())
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+    assert leaf.grad is not None and copy.grad is not None
+    torch.testing.assert_close(copy.grad.cpu(), leaf.grad, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compat": "lss"}, "compat 'lss': expected None or 'simple-bev'"),
+        (
+            {"features": torch.ones(2, 3, 4, 6)},
+            r"features of shape \(2, 3, 4, 6\), torch.float32: expected float \(B, S",
+        ),
+        ({"features": torch.ones(1, 3, 2, 4, 6)}, r"images of shape \(1, 2, 3, 40, 60\) beside .*: expected \(1, 3,"),
+        ({"features": torch.ones(1, 2, 2, 1, 6), "compat": "simple-bev"}, "1x6 tokens: expected at least 2x2"),
+        ({"intrinsics": torch.ones(1, 2, 4, 4)}, r"intrinsics of shape \(1, 2, 4, 4\) .*: expected \(1, 2, 3, 3\)"),
+        ({"cam_from_grid": torch.ones(2, 4, 4)}, r"cam_from_grid of shape \(2, 4, 4\) .*: expected \(1, 2, 4, 4\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(function: Lift, change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"features": torch.ones(1, 2, 2, 4, 6), "compat": None}
+    views = replace(random_views(0, cams=2), **{k: v for k, v in change.items() if k not in arguments})
+    arguments |= {k: v for k, v in change.items() if k in arguments}
+    with pytest.raises(ValueError, match=message):
+        function(arguments["features"], views, GRID, arguments["compat"])
+
+
+def test_a_module_of_another_compat_is_refused() -> None:
+    with pytest.raises(ValueError, match="compat 'SimpleBEV': expected None or 'simple-bev'"):
+        SimpleBEV(GRID, 4, compat="SimpleBEV")
