@@ -70,7 +70,7 @@ def transform_intrinsics(
     """(..., 3, 3) intrinsics after resizing to `resized` (..., 2), cropping at `crop` (..., 2) and mirroring (...)."""
     matrix = torch.zeros_like(intrinsics)
     matrix[..., 2, 2] = 1
-    sign = 1 - 2 * mirror.to(matrix)
+    sign, resized, crop = 1 - 2 * mirror.to(matrix), resized.to(matrix), crop.to(matrix)
     matrix[..., 0, 0] = sign * resized[..., 1] / source_size[1]
     matrix[..., 0, 2] = torch.where(mirror, size[1] + crop[..., 1], -crop[..., 1])
     matrix[..., 1, 1] = resized[..., 0] / source_size[0]
@@ -88,7 +88,8 @@ def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size
     rows = filter_matrix(source.shape[-2], resized[..., 0], crop[..., 0], size[0])
     columns = filter_matrix(source.shape[-1], resized[..., 1], crop[..., 1], size[1])
     columns = torch.where(mirror[..., None, None], columns.flip(-2), columns)
-    pixels = rows[:, :, None] @ (source @ columns[:, :, None].transpose(-1, -2))
+    with torch.autocast(images.device.type, enabled=False):  # a pixel is worth more than bfloat16's eight bits
+        pixels = rows[:, :, None] @ (source @ columns[:, :, None].transpose(-1, -2))
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels / 255 - mean) / std).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(
         0, images.shape[:2]

@@ -130,11 +130,12 @@ class LossConfig:
     pos_weight: float = 2.13
 
     def __post_init__(self) -> None:
-        if min(self.occ, self.feat) < 0 or max(self.occ, self.feat) == 0:
+        weights = (self.occ, self.feat)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
                 f"loss.occ={self.occ} and loss.feat={self.feat}: weights of at least 0, not both 0, expected"
             )
-        if not self.pos_weight > 0:
+        if not (math.isfinite(self.pos_weight) and self.pos_weight > 0):
             raise ValueError(f"loss.pos_weight={self.pos_weight}: a number above 0 expected")
 
 

@@ -2,8 +2,8 @@
 
 A voxel's value is a short list of taps, (token, weight) pairs, four for each camera that sees it. `find_taps` lists
 them from the geometry, `gather` sums tokens into voxels, `scatter` sums voxel gradients into tokens. A call takes a
-slab of voxels or the tokens of a camera and lets go of the GIL: callers run several on threads of their own (numba's OpenMP
-layer would reset torch's thread count, its workqueue breaks when two threads enter it).
+slab of voxels or the tokens of a camera and lets go of the GIL: callers run several on threads of their own (numba's
+OpenMP layer would reset torch's thread count, its workqueue breaks when two threads enter it).
 
 A row of channels is float32, or bfloat16 as its int16 bits; sums are float32.
 """

@@ -44,13 +44,13 @@ class OccFeatHead(nn.Module):
         batch, _, height, width = bev.shape
         wide = 2 * self.channels
         hidden = F.relu(self.norm(self.conv(bev)))
-        hidden = F.conv2d(hidden, *self._unsplat_and_expand())  # (B, Z_B * 2N_B, H, W)
+        with torch.autocast(bev.device.type, enabled=False):  # products of weights, formed in their own precision
+            unsplat, to_logit = self._unsplat_and_expand(), self._reduce_and_occupancy()
+        hidden = F.conv2d(hidden, *unsplat)  # (B, Z_B * 2N_B, H, W)
         hidden = F.softplus(hidden.permute(0, 2, 3, 1).reshape(-1, wide))  # rows: (b, h, w, z)
         logits = features = None
-        if self.occupancy is not None:
-            weight = self.occupancy.weight @ self.reduce.weight  # (1, 2N_B)
-            bias = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
-            logits = F.linear(hidden, weight, bias).reshape(batch, height, width, self.height).permute(0, 3, 1, 2)
+        if to_logit is not None:
+            logits = F.linear(hidden, *to_logit).reshape(batch, height, width, self.height).permute(0, 3, 1, 2)
         if voxels is not None:
             assert self.features is not None, "this head was built without a feature projection"
             cells = height * width
@@ -65,6 +65,13 @@ class OccFeatHead(nn.Module):
         weight = self.expand.weight @ groups  # (Z_B, 2N_B, N_B)
         bias = self.unsplat.bias.reshape(self.height, self.channels) @ self.expand.weight.T + self.expand.bias  # type: ignore[union-attr]
         return weight.reshape(-1, self.channels, 1, 1), bias.reshape(-1)
+
+    def _reduce_and_occupancy(self) -> tuple[Tensor, Tensor] | None:
+        """F_V's layer and the occupancy projection after it, as one: 2 N_B to a logit."""
+        if self.occupancy is None:
+            return None
+        weight = self.occupancy.weight @ self.reduce.weight
+        return weight, self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
 
 
 class SegmentationHead(nn.Sequential):

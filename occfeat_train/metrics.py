@@ -38,13 +38,13 @@ class SegmentationMetric:
 
     def update(self, logits: Tensor, target: Tensor, valid: Tensor) -> None:
         """logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool: cells that count."""
-        bands = (self._bands.to(logits.device).flatten(1)).float().T  # (cells, bands)
+        bands = self._bands.to(logits.device).flatten(1).double().T  # (cells, bands)
         target, valid = target.flatten(2), valid.flatten(2)
         for row, threshold in enumerate(self._logits.tolist()):
             predicted = logits.flatten(2).float() >= threshold
             for column, cells in enumerate((predicted & target & valid, (predicted | target) & valid)):
-                # float32 sums of 0 and 1 over a map's cells are exact
-                self.counts[row, ..., column] += (cells.float().sum(0) @ bands).round().long().cpu()
+                # Exact: autocast, under which models are evaluated, leaves float64 products alone, and only those.
+                self.counts[row, ..., column] += (cells.sum(0).double() @ bands).round().long().cpu()
         self.num_samples += len(logits)
 
     def reduce(self) -> None:
@@ -57,17 +57,18 @@ class SegmentationMetric:
         total = self.counts.sum(2)
         best = max(range(len(THRESHOLDS)), key=lambda i: _mean_iou(total[i]) or 0.0)
         per_class = {name: _iou(total[HALF, k]) for k, name in enumerate(self.classes)}
-        per_class_best = {
-            name: max((_iou(total[i, k]) or 0.0, THRESHOLDS[i]) for i in range(len(THRESHOLDS)))
-            for k, name in enumerate(self.classes)
-        }
+        per_class_best = {}
+        for k, name in enumerate(self.classes):
+            ious = [_iou(counts) for counts in total[:, k]]
+            row = ious.index(max(ious, key=lambda iou: iou or 0.0))
+            per_class_best[name] = {"iou": ious[row], "threshold": THRESHOLDS[row]}
         return {
             "samples": self.num_samples,
             "iou": _mean_iou(total[HALF]),
             "iou_best": _mean_iou(total[best]),
             "threshold_best": THRESHOLDS[best],
             "per_class": per_class,
-            "per_class_best": {k: {"iou": iou, "threshold": t} for k, (iou, t) in per_class_best.items()},
+            "per_class_best": per_class_best,
             "by_distance": {
                 f"{low:g}-{high:g} m": _mean_iou(self.counts[HALF, :, band])
                 for band, (low, high) in enumerate(DISTANCES)

@@ -27,7 +27,7 @@ def build_optimizer(
             optimizer,
             max_lr=config.lr,
             total_steps=num_steps + 1,  # the schedule is advanced once more than it is used
-            pct_start=WARM_UP,
+            pct_start=max(WARM_UP, 2 / (num_steps + 1)),  # at least one step, which OneCycleLR divides by
             anneal_strategy="linear",
             cycle_momentum=False,
         )
