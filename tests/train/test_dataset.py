@@ -1,0 +1,345 @@
+"""From a cache to batches: what a run reads, in which order, and what it never touches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from occfeat_targets.geometry import inverse_rigid
+from occfeat_targets.reader import CacheReader
+from occfeat_targets.records import CacheError
+from occfeat_targets.schema import CAMERAS, EGO_FRAME, TargetSpec
+from occfeat_targets.store import Cache, Identity, create_cache, shard_file
+from occfeat_train.augment import draw
+from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig
+from occfeat_train.dataset import KeyframeDataset, Prefetcher, label_scenes, reference_frames
+from tests.conftest import random_arrays, small_identity, small_spec
+
+ALL_FRAMES = (EGO_FRAME, *CAMERAS)
+CPU = torch.device("cpu")
+PRETRAIN = Config(network=NetworkConfig(weights="none", channels=8, image_size=(32, 48)), seed=3)
+VEHICLES = dataclasses.replace(PRETRAIN, task="vehicles")
+MAP = dataclasses.replace(PRETRAIN, task="map")
+SCENES = Identity(tuple(f"token{i}" for i in range(7)), tuple("aabbbcc"), tuple(range(7)))
+
+
+def write_cache(
+    path: Path, spec: TargetSpec | None = None, identity: Identity | None = None, skipped: tuple[int, ...] = ()
+) -> Cache:
+    """A finished cache of random arrays in shards of 3."""
+    cache = create_cache(
+        path / "train.zarr", spec or small_spec(), identity or small_identity(), keyframes_per_shard=3, provenance={}
+    )
+    for shard in range(cache.num_shards):
+        arrays = random_arrays(cache, shard)
+        for keyframe in set(skipped) & set(cache.shard_range(shard)):
+            arrays["is_valid"][keyframe - cache.shard_range(shard).start] = False
+        cache.write_shard(shard, arrays, {"skipped": {}, "cosine": None})
+    return cache
+
+
+def contents(cache: Cache) -> dict[str, np.ndarray]:
+    """{array: (keyframes, ...)} of what `write_cache` wrote."""
+    shards = [random_arrays(cache, shard) for shard in range(cache.num_shards)]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def dataset_of(cache: Cache, config: Config = PRETRAIN, **options: Any) -> KeyframeDataset:
+    return KeyframeDataset(CacheReader(cache), config, **{"training": True, **options})
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_sample_once_and_the_next_one_in_another_order(tmp_path):
+    dataset = dataset_of(write_cache(tmp_path))
+    epochs = [[dataset.stream(epoch * 7 + i) for i in range(7)] for epoch in range(4)]
+    orders = []
+    for number, samples in enumerate(epochs):
+        assert {epoch for epoch, _ in samples} == {number}
+        orders.append(tuple(keyframe for _, keyframe in samples))
+        assert sorted(orders[-1]) == list(range(7))
+    assert len(set(orders)) == 4
+
+
+def test_batches_straddle_epochs_and_drop_nothing(tmp_path):
+    dataset = dataset_of(write_cache(tmp_path))
+    batch = dataset.batch([dataset.stream(position) for position in range(5, 9)])
+    expected = [dataset.stream(position)[1] for position in range(5, 9)]
+    assert [dataset.stream(position)[0] for position in range(5, 9)] == [0, 0, 1, 1]
+    assert batch.tokens == tuple(f"token{keyframe}" for keyframe in expected)
+
+
+def test_the_order_follows_from_the_seed(tmp_path):
+    cache = write_cache(tmp_path)
+    orders = [
+        [dataset_of(cache, dataclasses.replace(PRETRAIN, seed=seed)).stream(i)[1] for i in range(21)]
+        for seed in (3, 3, 4)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_skipped_keyframes_are_left_out(tmp_path):
+    dataset = dataset_of(write_cache(tmp_path, skipped=(0, 4)))
+    assert dataset.keyframes.tolist() == [1, 2, 3, 5, 6]
+    assert sorted(dataset.stream(i)[1] for i in range(5)) == [1, 2, 3, 5, 6]
+
+
+def test_only_the_chosen_scenes_keyframes_are_seen(tmp_path):
+    cache = write_cache(tmp_path, identity=SCENES, skipped=(6,))
+    assert dataset_of(cache, scenes=["a", "c"]).keyframes.tolist() == [0, 1, 5]
+    with pytest.raises(ValueError, match="no valid keyframe among the 7 of the chosen scenes"):
+        dataset_of(cache, scenes=["d"])
+
+
+# -- what a batch holds -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
+def test_a_pretraining_batch_is_what_the_cache_holds(tmp_path, feature_dtype):
+    cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES, feature_dtype=feature_dtype))
+    written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
+    batch = dataset_of(cache).batch(samples)
+    keyframes = [5, 0, 3]
+    frames = [drawn_frame(sample) for sample in samples]
+    np.testing.assert_array_equal(batch.images, written["images"][keyframes])
+    np.testing.assert_array_equal(batch.features, written["features"][keyframes])
+    np.testing.assert_array_equal(batch.occupancy, written["occupancy"][keyframes, frames])
+    np.testing.assert_array_equal(batch.intrinsics, written["intrinsics"][keyframes])
+    for row, (keyframe, frame) in enumerate(zip(keyframes, frames, strict=True)):
+        grid_from_ego = written["grid_from_ego"][keyframe, frame].astype(np.float64)
+        expected = written["cam_from_ego"][keyframe].astype(np.float64) @ inverse_rigid(grid_from_ego)
+        np.testing.assert_allclose(batch.cam_from_grid[row], expected)
+    assert (batch.intrinsics.dtype, batch.cam_from_grid.dtype) == (torch.float64, torch.float64)
+    if feature_dtype == "int8":
+        np.testing.assert_array_equal(batch.feature_scale, written["feature_scale"][keyframes])
+    else:
+        assert batch.feature_scale is None
+    assert batch.labels is batch.valid is None
+    assert batch.grid == cache.spec.grid
+
+
+def drawn_frame(sample: tuple[int, int], config: Config = PRETRAIN, frames: tuple[str, ...] = ALL_FRAMES) -> int:
+    allowed = reference_frames(frames, config.frame, training=True)
+    rng = np.random.default_rng((config.seed, *sample))
+    return draw(rng, config.augment, config.network.image_size, len(CAMERAS), allowed).frame
+
+
+def test_labels_are_those_of_the_drawn_frame(tmp_path):
+    cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
+    written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
+    at = ([5, 0, 3], [drawn_frame(sample) for sample in samples])
+    vehicles = dataset_of(cache, VEHICLES).batch(samples)
+    np.testing.assert_array_equal(vehicles.labels[:, 0], written["labels/vehicles"][at])
+    np.testing.assert_array_equal(vehicles.valid[:, 0], written["labels/vehicles_valid"][at])
+    layout = dataset_of(cache, MAP).batch(samples)
+    np.testing.assert_array_equal(layout.labels, written["labels/map"][at])
+    assert layout.valid is None
+    for batch in (vehicles, layout):
+        assert batch.occupancy is batch.features is batch.feature_scale is None
+
+
+def test_a_samples_draw_depends_on_seed_epoch_and_sample_alone(tmp_path):
+    dataset = dataset_of(write_cache(tmp_path, small_spec(frames=ALL_FRAMES)))
+    together, alone = dataset.batch([(0, 1), (4, 6), (1, 1)]), dataset.batch([(4, 6)])
+    for field in dataclasses.fields(alone):
+        value = getattr(alone, field.name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value[0], getattr(together, field.name)[1]), field.name
+    assert not torch.equal(together.resized[0], together.resized[2])  # the same sample in another epoch
+
+
+def test_evaluation_sees_all_cameras_as_they_are_whatever_training_draws(tmp_path):
+    config = dataclasses.replace(PRETRAIN, augment=AugmentConfig(num_cameras=2))
+    cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
+    batch = dataset_of(cache, config, training=False).batch([(0, k) for k in range(7)])
+    assert (batch.resized == torch.tensor([32, 48])).all()
+    assert not (batch.crop.any() or batch.mirror.any() or batch.bev_flip.any())
+    assert batch.cameras.tolist() == [list(range(6))] * 7
+    front = ALL_FRAMES.index("CAM_FRONT")
+    np.testing.assert_array_equal(batch.occupancy, contents(cache)["occupancy"][:, front])
+    assert dataset_of(cache, config).batch([(0, 0)]).cameras.shape == (1, 2)
+
+
+# -- what a task needs of a cache -------------------------------------------------------------------------------------
+
+
+def test_pretraining_never_reads_labels(tmp_path):
+    cache = write_cache(tmp_path)
+    pretraining, vehicles = dataset_of(cache), dataset_of(cache, VEHICLES)
+    for chunks in (cache.path / "labels").glob("*/c"):
+        shutil.rmtree(chunks)
+    assert pretraining.batch([(0, k) for k in range(7)]).images.shape[0] == 7
+    with pytest.raises(CacheError, match="sample token2"):
+        vehicles.batch([(0, 2)])
+
+
+def test_pretraining_needs_no_labels(tmp_path):
+    cache = write_cache(tmp_path, small_spec(labels=()))
+    dataset = dataset_of(cache)
+    assert sorted(dataset.arrays) == ["features", "images", "occupancy"]
+    assert dataset.batch([(0, 2)]).features is not None
+
+
+def test_finetuning_reads_neither_features_nor_occupancy(tmp_path):
+    cache = write_cache(tmp_path)
+    for name in ("features", "occupancy"):
+        shutil.rmtree(cache.path / name / "c")
+    assert dataset_of(cache, MAP).arrays == ["images"]
+    assert dataset_of(cache, MAP).batch([(0, 4)]).labels is not None
+
+
+def test_occupancy_alone_needs_no_teacher_and_lambda_says_so(tmp_path):
+    cache = write_cache(tmp_path, small_spec(teacher=None))
+    with pytest.raises(CacheError, match="no teacher features, which lambda=0.01 needs: .*--teacher.*--occ-only"):
+        dataset_of(cache)
+    batch = dataset_of(cache, dataclasses.replace(PRETRAIN, loss=LossConfig(feat=0))).batch([(0, 0)])
+    assert batch.features is None
+    assert batch.occupancy is not None
+
+
+@pytest.mark.parametrize(("labels", "has"), [(("vehicles",), "vehicles"), ((), "none")])
+def test_missing_labels_are_named_with_the_remedy(tmp_path, labels, has):
+    cache = write_cache(tmp_path, small_spec(labels=labels))
+    with pytest.raises(CacheError, match=rf"no map labels \(it has: {has}\): build it with --labels map"):
+        dataset_of(cache, MAP)
+
+
+def test_more_cameras_than_there_are_cannot_be_kept(tmp_path):
+    config = dataclasses.replace(PRETRAIN, augment=AugmentConfig(num_cameras=7))
+    cache = write_cache(tmp_path)
+    with pytest.raises(ValueError, match=r"augment.num_cameras=7: the cache has 6"):
+        dataset_of(cache, config)
+    dataset_of(cache, config, training=False)
+
+
+# -- reference frames -------------------------------------------------------------------------------------------------
+
+
+def names(available: tuple[str, ...], wanted: str, training: bool) -> list[str]:
+    return [available[i] for i in reference_frames(available, wanted, training=training)]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cameras"])
+def test_training_draws_among_five_cameras_and_evaluation_takes_the_front(wanted):
+    for available in (ALL_FRAMES, CAMERAS):
+        assert names(available, wanted, True) == [c for c in CAMERAS if c != "CAM_FRONT_LEFT"]
+        assert names(available, wanted, False) == ["CAM_FRONT"]
+
+
+def test_auto_is_the_ego_frame_where_there_is_no_other():
+    assert names((EGO_FRAME,), "auto", True) == names((EGO_FRAME,), "auto", False) == [EGO_FRAME]
+
+
+@pytest.mark.parametrize("wanted", ["ego", "CAM_BACK", "CAM_FRONT_LEFT"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_named_frame_is_the_only_one(wanted, training):
+    assert names(ALL_FRAMES, wanted, training) == [wanted]
+
+
+def test_a_cache_of_other_cameras_uses_what_it_has():
+    assert names(("CAM_FRONT_LEFT",), "cameras", True) == ["CAM_FRONT_LEFT"]
+    assert names(("CAM_BACK", "CAM_FRONT_LEFT"), "cameras", False) == ["CAM_BACK"]
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted"), [((EGO_FRAME,), "cameras"), (CAMERAS, "ego"), ((EGO_FRAME,), "CAM_BACK")]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frame_that_is_not_there_is_refused_with_those_that_are(available, wanted, training):
+    with pytest.raises(ValueError, match=f"frame={wanted}: this cache has grids in {', '.join(available)}"):
+        reference_frames(available, wanted, training=training)
+
+
+def test_without_random_frames_training_uses_evaluations(tmp_path):
+    cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
+    config = dataclasses.replace(PRETRAIN, augment=NO_AUGMENTATION)
+    ours, evaluations = (
+        dataset_of(cache, config, training=training).batch([(0, k) for k in range(7)]) for training in (True, False)
+    )
+    assert torch.equal(ours.occupancy, evaluations.occupancy)
+    assert torch.equal(ours.cam_from_grid, evaluations.cam_from_grid)
+
+
+# -- shares of the labels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("percent", "count"), [(1, 7), (10, 70), (100, 700), (0.01, 1)])
+def test_a_share_of_700_scenes_is_spread_evenly(percent, count):
+    scenes = [f"scene-{i:04}" for i in range(700)]
+    chosen = label_scenes([scene for scene in scenes for _ in range(3)], percent)
+    assert chosen == scenes[:: 700 // count]
+
+
+def test_the_splits_order_is_kept():
+    assert label_scenes(["b", "b", "a", "c", "d", "d"], 50) == ["b", "c"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 300), st.floats(0.01, 100))
+def test_a_share_is_of_different_scenes_and_of_its_size(count, percent):
+    scenes = [str(i) for i in range(count)]
+    chosen = label_scenes(scenes, percent)
+    assert len(set(chosen)) == len(chosen) == max(round(count * percent / 100), 1)
+    assert set(chosen) <= set(scenes)
+
+
+# -- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_come_in_the_order_they_were_asked_for(tmp_path, workers):
+    dataset = dataset_of(write_cache(tmp_path))
+    wanted = [[dataset.stream(i), dataset.stream(i + 1)] for i in range(0, 40, 2)]
+    prefetcher = Prefetcher(dataset, wanted, CPU, workers=workers)
+    tokens = [batch.tokens for batch in prefetcher]
+    assert tokens == [tuple(f"token{keyframe}" for _, keyframe in samples) for samples in wanted]
+    assert prefetcher.waited >= 0
+    assert not prefetch_threads()
+
+
+def test_a_damaged_chunk_is_raised_at_its_batch_naming_the_sample(tmp_path):
+    cache = write_cache(tmp_path)
+    image = contents(cache)["images"][4]
+    file = shard_file(cache.path, next(a for a in cache.spec.arrays() if a.name == "images"), 1)
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.find(image.tobytes()) + 100] ^= 1
+    file.write_bytes(damaged)
+    seen = []
+    with pytest.raises(CacheError, match=r"damaged at keyframe 4 \(sample token4\)"):
+        for batch in Prefetcher(dataset_of(cache), ([(0, k)] for k in range(7)), CPU, workers=2):
+            seen += batch.tokens
+    assert seen == ["token0", "token1", "token2", "token3"]
+    assert not prefetch_threads()
+
+
+def test_abandoned_it_stops_its_threads_having_read_no_further_than_asked(tmp_path):
+    asked = []
+
+    def endless() -> Iterator[list[tuple[int, int]]]:
+        for number in itertools.count():
+            asked.append(number)
+            yield [(number, number % 7)]
+
+    batches = iter(Prefetcher(dataset_of(write_cache(tmp_path)), endless(), CPU, workers=2, ahead=3))
+    assert next(batches).tokens == ("token0",)
+    assert next(batches).tokens == ("token1",)
+    assert prefetch_threads()
+    batches.close()
+    assert not prefetch_threads()
+    assert len(asked) <= 5
