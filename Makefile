@@ -1,5 +1,5 @@
 # make test   set everything up in .venv and run linters, type checker and tests
-# make demo   set everything up and run the main job on a small synthetic city, from data set to checked cache
+# make demo   set everything up and run the main job on a small synthetic city, from data set to cache, networks and demo/report.html
 # make bench  every benchmark of pipelines/benchmarks, one after the other
 
 PYTHON ?= python3
@@ -26,13 +26,39 @@ test: setup
 
 # The teacher's weights are random unless TEACHER names a hub id or a local folder; the output says so.
 TEACHER ?= random:facebook/dinov2-small
+# What is trained on: more keyframes than pictures need, and all of it small.
+TOWN = --dataroot demo/town --cache demo/small --teacher $(TEACHER) --image-size 80x140 --feature-size 112x196 \
+	--grid 8x50x50 --range -5 5 -25 25 -25 25
+RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress
+FEW = $(RUN) --set labels=12.5 --set optim.epochs=40
+EVALUATE = $(BIN)/occfeat-train evaluate --cache demo/small --split mini_val --no-progress
 demo: setup
 	rm -rf demo
+	@echo '## Targets: a synthetic city of 2 scenes -> a cache of the default size, looked at in demo/preview/index.html'
 	$(BIN)/occfeat-targets synth --out demo/city --scenes 2 --keyframes 4 --image-size 450x800 --sweeps 2
 	$(BIN)/occfeat-targets build --dataroot demo/city --cache demo/cache --split mini_train --teacher $(TEACHER)
 	$(BIN)/occfeat-targets verify --cache demo/cache --split mini_train
 	$(BIN)/occfeat-targets preview --cache demo/cache --split mini_train --out demo/preview
-	$(BIN)/occfeat-train check --cache demo/cache --split mini_train
+	@echo
+	@echo '## Training, scaled down for two cores: 64 synthetic keyframes (the paper: 28,130 of nuScenes), images 64x112 (224x400),'
+	@echo '## 32 channels (128), a grid of 50x50 over 25 m (200x200 over 50 m), backbone and teacher ($(TEACHER))'
+	@echo '## as said below. It shows that everything works; it says nothing about how much pretraining helps.'
+	$(BIN)/occfeat-targets synth --out demo/town --scenes 8 --val-scenes 2 --keyframes 8 --image-size 135x240 --sweeps 1
+	for split in mini_train mini_val; do \
+		$(BIN)/occfeat-targets build $(TOWN) --split $$split && \
+		$(BIN)/occfeat-targets verify --cache demo/small --split $$split && \
+		$(BIN)/occfeat-train check --cache demo/small --split $$split || exit; \
+	done
+	$(BIN)/occfeat-train pretrain $(RUN) --preset small/occfeat --epochs 20 --validate mini_val --save-every 32 --out demo/pretrained
+	for task in vehicles map; do \
+		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --from demo/pretrained --out demo/$$task-pretrained && \
+		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --out demo/$$task-scratch || exit; \
+	done
+	for run in pretrained vehicles-pretrained vehicles-scratch map-pretrained map-scratch; do \
+		echo "## $$run"; $(EVALUATE) demo/$$run || exit; \
+	done
+	$(BIN)/occfeat-train report demo/pretrained demo/vehicles-pretrained demo/vehicles-scratch demo/map-pretrained demo/map-scratch \
+		--cache demo/small --split mini_val --out demo/report.html
 
 bench: setup
 	for benchmark in voxelizer images sampling reads teacher rounding build memory; do \

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ class Checkpoint:
         """Optimiser and schedule. Loaded without running any code that a file might hold."""
         file = self.path / STATE
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error
+                return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
             raise CheckpointError(
                 f"{file} holds no trainer state that can be loaded safely ({_first_line(err)}): delete that checkpoint to resume "
@@ -172,7 +175,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
 def begin_run(run: Path, about: About) -> Checkpoint | None:
     """Claim RUN for this config, or continue the run that stands there if it is the same.
 
-    Returns the checkpoint to continue from, None at the beginning. Raises CheckpointError naming every difference.
+    A run that never began training (it has no log) gives way to any config. Returns the checkpoint to continue from, None
+    at the beginning. Raises CheckpointError naming every difference.
     """
     file = run / ABOUT
     if file.is_file():
@@ -191,12 +195,13 @@ def begin_run(run: Path, about: About) -> Checkpoint | None:
             differences.append(f"list of label scenes: {found.scenes} != {about.scenes}")
         if found.initial != about.initial:
             differences.append(f"initial weights: {found.initial} != {about.initial}")
-        if differences:
+        if differences and ((run / "log.jsonl").exists() or _steps(run)):
             raise CheckpointError(
                 f"{run} holds another run ({'; '.join(differences)} [there != here]): choose another --out, or delete it"
             )
-        return latest_checkpoint(run)
-    if run.exists() and any(run.iterdir()):
+        if not differences:
+            return latest_checkpoint(run)
+    elif run.exists() and any(run.iterdir()):
         raise CheckpointError(f"{run} holds something that is no run of occfeat-train: choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")

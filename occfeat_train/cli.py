@@ -1,4 +1,4 @@
-"""The command line: occfeat-train check, config, pretrain, finetune, evaluate.
+"""The command line: occfeat-train check, config, pretrain, finetune, evaluate, report.
 
 Exit codes: 0 all is well, or a signal asked to stop and the run can be continued; 1 an error; 2 wrong usage.
 """
@@ -155,11 +155,14 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
 @click.option("--occ-only", is_flag=True, help="Occupancy alone (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Features alone (Table 3).")
 @click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
+@click.option(
+    "--from", "initial", type=click.Path(path_type=Path), help="Run or checkpoint whose network and head to start from."
+)
 @training_options
 @machine_options
 @reports_errors
 def pretrain(
-    cache: Path, name: str, occ_only: bool, feat_only: bool, lambda_: float | None, split: str, out: Path | None,
+    cache: Path, name: str, occ_only: bool, feat_only: bool, lambda_: float | None, initial: Path | None, split: str, out: Path | None,
     overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int, tensorboard: bool,
     progress: bool, **shortcuts: Any,
 ) -> None:  # fmt: skip
@@ -176,7 +179,8 @@ def pretrain(
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
     loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    start_training(resolve(chosen, overrides, shortcuts), name, cache, split, out, device, validate, loop)
+    chosen = resolve(chosen, overrides, shortcuts)
+    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial)
 
 
 @main.command()
@@ -256,3 +260,25 @@ def evaluate(
     with processes(device) as process:
         say = click.echo if process.is_main else lambda line: None
         run_evaluation(run, place, process, say, batch=batch, frame=frame)
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
+@cache_option
+@click.option("--split", default="val", show_default=True, help="Split to measure and show the runs on.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The file to write."
+)
+@click.option("--samples", type=click.IntRange(1), default=3, show_default=True, help="Keyframes to show.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reports_errors
+def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: int, device: str) -> None:
+    """One HTML file about RUNs: curves, figures of merit, and what the networks make of a few keyframes.
+
+    Results of 'evaluate' are used where they stand; what was not evaluated yet is.
+    """
+    from occfeat_train.distributed import processes
+    from occfeat_train.report import write_report
+
+    with processes(device) as process:
+        write_report(runs, cache, split, out, process, click.echo, samples)

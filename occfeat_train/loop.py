@@ -25,7 +25,7 @@ from occfeat_train.checkpoint import About, Checkpoint, load_weights, save_check
 from occfeat_train.config import Config
 from occfeat_train.dataset import KeyframeDataset, Prefetcher
 from occfeat_train.distributed import Process, gather_strings, sum_over_processes
-from occfeat_train.log import RunLog
+from occfeat_train.log import RunLog, read_log
 from occfeat_train.optim import build_optimizer
 from occfeat_train.tasks import AnyTask, freeze_batchnorm, place
 
@@ -59,7 +59,7 @@ def train(
 ) -> bool:
     """Train a task to its last step, or to the first SIGTERM or SIGUSR1.
 
-    validate: called on all processes whenever a checkpoint is written. Returns whether the run is finished; if not, the
+    validate: called on all processes whenever a checkpoint is written, or when its run continues. Returns whether the run is finished; if not, the
     same call continues it. Raises TrainingError on a loss or gradient that is not finite, with the newest checkpoint intact.
     """
     config, device = about.config, process.device
@@ -83,7 +83,7 @@ def train(
         task.network.compile()
     model: Any = task
     if process.world > 1:
-        model = DistributedDataParallel(task, device_ids=[device] if device.type == "cuda" else None)
+        model = DistributedDataParallel(task)  # batches are on the device already
     log = RunLog(run, start=start, total=num_steps, tensorboard=options.tensorboard, progress=options.progress) \
         if process.is_main else None  # fmt: skip
     samples = stream_of_batches(dataset, config, process, start, num_steps)
@@ -95,8 +95,17 @@ def train(
             trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             save_checkpoint(run, step, about, task.state_dict(), trainer)
 
+    def measure(step: int) -> None:
+        if validate is not None:
+            results = validate(task)
+            if log is not None:
+                log.validation(step, results)
+
     try:
         with stop_signals() as stop:
+            is_due = start > 0 and (start % save_every == 0 or start == num_steps)
+            if validate is not None and is_due and not is_validated(run, start, process):
+                measure(start)  # a signal or a kill came between the checkpoint and its validation
             for step in range(start, num_steps):
                 began, waited = time.perf_counter(), prefetcher.waited
                 set_training(task, config)
@@ -123,10 +132,8 @@ def train(
                     })  # fmt: skip
                 if done % save_every == 0 or done == num_steps or must_stop:
                     save(done)
-                    if validate is not None and not must_stop:
-                        results = validate(task)
-                        if log is not None:
-                            log.validation(done, results)
+                    if not must_stop:
+                        measure(done)
                 if must_stop and done < num_steps:
                     return False
         return True
@@ -170,6 +177,12 @@ def stream_of_batches(
         yield [dataset.stream(position) for position in range(first, first + local)]
 
 
+def is_validated(run: Path, step: int, process: Process) -> bool:
+    """Whether the log has what evaluation found after `step` steps, as the first process sees it."""
+    found = process.is_main and any("validation" in r and r["step"] == step - 1 for r in read_log(run))
+    return bool(sum_over_processes(torch.tensor(float(found), device=process.device)) > 0)
+
+
 def seed_step(*numbers: int) -> None:
     """Seed torch's random numbers (drop-connect) from (seed, step, micro-batch, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
@@ -182,10 +195,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def set_training(task: AnyTask, config: Config) -> None:
-    if not task.training:
-        task.train()
-        if config.network.freeze_batchnorm:
-            freeze_batchnorm(task)
+    """Training mode, whatever mode the task is in; BatchNorm stays out of it where it is frozen."""
+    task.train()
+    if config.network.freeze_batchnorm:
+        freeze_batchnorm(task)
 
 
 def reduce_losses(values: dict[str, Tensor]) -> dict[str, float]:

@@ -57,9 +57,9 @@ def _presets() -> dict[str, Config]:
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
     # Scaled down in image size, channels and length, and from scratch: for two cores and the synthetic city.
-    presets["small/occfeat"] = Config(network=_SMALL, optim=OptimConfig(batch=8, epochs=6))
+    presets["small/occfeat"] = Config(network=_SMALL, optim=OptimConfig(batch=8, epochs=4))
     for task in FINETUNED:
-        for labels, epochs in ((1, 30), (10, 10), (100, 2)):
+        for labels, epochs in ((1, 24), (10, 8), (100, 1.5)):
             short = OptimConfig("adamw", "onecycle", lr=1e-3, epochs=epochs, batch=4)
             presets[f"small/{task}-{labels}"] = replace(finetuning(task, labels, _SMALL), optim=short)
     return presets

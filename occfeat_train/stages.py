@@ -49,8 +49,8 @@ def run_training(
 ) -> bool:
     """Pretrain or finetune, whichever `config.task` is, to the end or to a signal; continue what stands at place.out.
 
-    initial: a pretrained run or checkpoint whose network finetuning starts from. scenes_file: names of the label scenes,
-    one a line, instead of config.labels. Returns whether the run is finished.
+    initial: a run or checkpoint whose network to start from, and whose head if it is of the same task. scenes_file: names
+    of the label scenes, one a line, instead of config.labels. Returns whether the run is finished.
     """
     reader = open_reader(place.cache, place.split)
     cache = reader.cache
@@ -67,8 +67,10 @@ def run_training(
     held_out = None
     if place.validate is not None:
         held_out = KeyframeDataset(open_reader(place.cache, place.validate), config, training=False)
-        require_same_grid(held_out, dataset.grid, f"the {place.validate} split")
+        require_same_grid(held_out, dataset.grid, f"the {place.split} split")
     feature_dim = cache.spec.teacher.dim if cache.spec.teacher is not None else 0
+    if held_out is not None:
+        require_same_features(held_out, feature_dim, f"the {place.split} split")
     task = build_task(config, cache.spec.grid, feature_dim)
     start = find_checkpoint(initial) if initial is not None else None
     about = About(
@@ -110,6 +112,7 @@ def run_evaluation(
     reader = open_reader(place.cache, place.split)
     dataset = KeyframeDataset(reader, config, training=False)
     require_same_grid(dataset, about.grid, str(checkpoint.path))
+    require_same_features(dataset, about.feature_dim, str(checkpoint.path))
     task = restore(checkpoint, config)
     warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
     for line in warnings:
@@ -149,6 +152,15 @@ def require_same_grid(dataset: KeyframeDataset, grid: Any, of: str) -> None:
         )
 
 
+def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
+    teacher = dataset.reader.cache.spec.teacher
+    if "features" in dataset.arrays and teacher is not None and teacher.dim != dim:
+        raise CheckpointError(
+            f"{dataset.reader.cache.path} has features of {teacher.dim} channels ({teacher.name}), {of} has {dim}: build a "
+            "cache with the same teacher, or use another run"
+        )
+
+
 def read_scenes(file: Path, available: tuple[str, ...]) -> list[str]:
     """Scene names from a file, one a line. Raises ValueError if one of them is not in the split."""
     names = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
@@ -182,8 +194,9 @@ def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str
         raise CheckpointError(
             f"{start.path} was trained on the grid {start.about.grid}, this cache has {task.grid}: build a cache with that grid"
         )
-    load_weights(task, start.weights(), start.path, only="network.")
-    return f"network from {start.path} ({start.about.config.task}, step {start.step})"
+    same_head = start.about.config.task == config.task
+    load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
+    return f"network{' and head' * same_head} from {start.path} ({start.about.config.task}, step {start.step})"
 
 
 def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:

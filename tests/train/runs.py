@@ -1,0 +1,218 @@
+"""Whole training runs in a second or two: tiny caches of made-up targets, and occfeat-train as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
+from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.reader import CacheReader
+from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
+from occfeat_targets.store import Cache, Identity, create_cache
+from occfeat_train.checkpoint import find_checkpoint
+from occfeat_train.cli import main
+from occfeat_train.log import RunLog, read_log
+
+KILLS = int(os.environ.get("OCCFEAT_KILLS", "3"))
+COMMAND = [sys.executable, "-m", "occfeat_train"]
+GRID = VoxelGrid((4, 12, 12), (-2, -6, -6), (2, 6, 6))
+FRAMES = (EGO_FRAME, "CAM_FRONT", "CAM_BACK")
+TRAIN_SCENES, VAL_SCENES = tuple("aaabbcc"), tuple("ddeee")  # 7 and 5 keyframes: no batch or world size divides them
+# Two of six cameras see enough here, for a third of the time.
+TINY = [
+    "--backbone-weights", "none", "--set", "network.channels=8", "--set", "network.image_size=32x48",
+    "--set", "augment.num_cameras=2", "--set", "optim.lr=1e-4",
+]  # fmt: skip
+QUIET = ["--no-progress", "--device", "cpu"]
+TIMES = ("samples_per_s", "data_wait")  # fields of a record that no two runs share
+
+
+def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
+    """Arrays of some keyframes, each its own whatever the shard: random contents seen by six level cameras."""
+    keyframes = list(keyframes)
+    out = {a.name: np.zeros((len(keyframes), *a.shape), a.dtype) for a in spec.arrays()}
+    for row, keyframe in enumerate(keyframes):
+        rng = np.random.default_rng((seed, keyframe))
+        for name, array in out.items():
+            if array.dtype == np.float16:
+                array[row] = rng.standard_normal(array.shape[1:])
+            elif array.dtype == np.uint8 and name == "images":
+                array[row] = rng.integers(0, 256, array.shape[1:])
+            elif array.dtype == np.uint8:  # packed bits
+                share = 0.9 if name == "labels/vehicles_valid" else 0.2
+                array[row] = np.packbits(rng.random((*array.shape[1:], 8)) < share, axis=-1)[..., 0]
+        for camera in range(len(spec.cameras)):
+            half = (2 * np.pi * camera / len(spec.cameras) + rng.uniform(-0.1, 0.1)) / 2
+            turned = rigid((np.cos(half), 0, np.sin(half), 0), (0, 0, 0))
+            out["cam_from_ego"][row, camera] = turned @ inverse_rigid(GRID_FROM_CAMERA_AXES)
+        height, width = spec.image_size
+        out["intrinsics"][row] = [[0.5 * width, 0, width / 2], [0, 0.5 * width, height / 2], [0, 0, 1]]
+        for frame in range(len(spec.frames)):  # the grid, turned about the vertical
+            out["grid_from_ego"][row, frame] = rigid(
+                (np.cos(0.4 * frame), 0, 0, np.sin(0.4 * frame)), (0.2 * frame, 0, 0)
+            )
+    out["is_valid"][:] = True
+    return out
+
+
+def write_cache(
+    folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
+    labels: tuple[str, ...] = LABEL_KINDS, seed: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+) -> Cache:  # fmt: skip
+    """A cache of a few keyframes in shards of 2, token0 the first. dim: N_y, 0 without features. shards: how many to write.
+
+    change: alters what is written, given {array: (N, ...)} of all keyframes.
+    """
+    teacher = TeacherSpec("made up", "r0", (28, 42), 14, dim) if dim else None
+    spec = TargetSpec(grid=grid, frames=FRAMES, image_size=(32, 48), teacher=teacher, labels=labels)
+    n = len(scenes)
+    identity = Identity(tuple(f"{split}-token{i}" for i in range(n)), scenes, tuple(range(n)))
+    cache = create_cache(
+        folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"]}
+    )
+    arrays = made_up(spec, range(n), seed)
+    if change is not None:
+        change(arrays)
+    for shard in range(cache.num_shards if shards is None else shards):
+        rows = cache.shard_range(shard)
+        cache.write_shard(shard, {name: a[rows.start : rows.stop] for name, a in arrays.items()}, {"skipped": {}})
+    return cache
+
+
+def write_caches(folder: Path, **options: Any) -> Path:
+    """A training and a validation split."""
+    write_cache(folder, "train", **options)
+    write_cache(folder, "val", scenes=VAL_SCENES, **{"seed": 1, **options})
+    return folder
+
+
+def invoke(*arguments: object) -> Result:
+    """occfeat-train in this process, which spares a test the imports."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def succeed(*arguments: object) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refuse(*arguments: object, out: Path | None = None) -> str:
+    """The message of a command that must fail, without a traceback, before anything was trained at `out`."""
+    result = invoke(*arguments)
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.output
+    assert out is None or not (out / "log.jsonl").exists()
+    return result.output
+
+
+def pretrain(cache: Path, out: Path, *more: object) -> list[str]:
+    """Arguments of a tiny pretraining: 7 samples, 2 a step."""
+    start = ["pretrain", "--cache", cache, "--out", out, *TINY, "--batch", "2", "--no-tensorboard", *QUIET]
+    return [str(a) for a in (*start, *more)]
+
+
+def finetune(cache: Path, out: Path, *more: object) -> list[str]:
+    """Arguments of a tiny finetuning: 2 samples a step, whatever the recipe says."""
+    small = [*TINY, "--batch", "2", "--set", "optim.accumulation=1"]
+    start = ["finetune", "--cache", cache, "--out", out, *small, "--no-tensorboard", *QUIET]
+    return [str(a) for a in (*start, *more)]
+
+
+def evaluate(run: Path, cache: Path, *more: object) -> list[str]:
+    return [str(a) for a in ("evaluate", run, "--cache", cache, *QUIET, *more)]
+
+
+def steps(number: int, *, batch: int = 2, samples: int = len(TRAIN_SCENES)) -> list[str]:
+    """Options that make a run of so many steps."""
+    return ["--epochs", repr((number * batch + 0.5) / samples)]
+
+
+def start_apart(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """occfeat-train in a process of its own, or in several under torchrun, which finds a free port itself."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = COMMAND if processes == 1 else [*torchrun, *COMMAND[1:]]
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have this process sent a signal as step `step` is logged; training then stops after the step that follows."""
+    log = RunLog.step
+
+    def logged(self: RunLog, record: dict[str, Any]) -> None:
+        log(self, record)
+        if record["step"] == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunLog, "step", logged)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """A run's training records without what depends on the clock."""
+    kept = [record for record in read_log(run) if "validation" not in record]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in kept]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(run).path / "model.safetensors")
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit, through dictionaries and lists."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and found.shape == expected.shape, where
+        assert found.numpy().tobytes() == expected.numpy().tobytes(), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_same(found[name], value, f"{where}/{name}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{where}/{index}")
+    else:
+        assert found == expected, where
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Weights, the optimiser's and the schedule's state, and every logged number, bit for bit."""
+    ours, theirs = find_checkpoint(found), find_checkpoint(expected)
+    assert ours.step == theirs.step
+    assert_same(ours.weights(), theirs.weights(), "weights")
+    assert_same(ours.trainer_state(), theirs.trainer_state(), "trainer")
+    assert records(found) == records(expected)
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())["config"]
+
+
+def copy_of(cache: Path, to: Path) -> Path:
+    return Path(shutil.copytree(cache, to))
+
+
+def reader(cache: Path, split: str = "train") -> CacheReader:
+    return CacheReader(cache / f"{split}.zarr")
+
+
+assert set(FRAMES[1:]) <= set(CAMERAS)

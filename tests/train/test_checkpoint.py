@@ -1,0 +1,182 @@
+"""Checkpoints: weights that anybody can open, and files that are damaged, foreign or hostile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from occfeat_train.checkpoint import CheckpointError, find_checkpoint, latest_checkpoint
+from occfeat_train.config import Config
+from occfeat_train.stages import restore
+from tests.train.runs import (
+    GRID,
+    assert_same,
+    copy_of,
+    evaluate,
+    finetune,
+    pretrain,
+    refuse,
+    steps,
+    succeed,
+    write_cache,
+    write_caches,
+)
+from tests.train.test_batch import GRID as OTHER_GRID
+
+
+class Hostile:
+    """Unpickling it runs code: here, code that leaves a marker."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (str(self.marker),))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory) -> Path:
+    """A pretraining of four steps, with a checkpoint after each."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    succeed(*pretrain(cache, out, "--save-every", "1", *steps(4)))
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return copy_of(trained, tmp_path / "run")
+
+
+def test_weights_open_with_safetensors_alone_and_are_all_of_the_network(trained):
+    file = find_checkpoint(trained).path / "model.safetensors"
+    with safe_open(file, "pt") as tensors:
+        opened = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    restored = restore(find_checkpoint(trained)).state_dict()
+    assert_same({name: opened[name] for name in sorted(opened)}, {name: restored[name] for name in sorted(restored)})
+    assert any(name.startswith("network.encoder.") for name in opened)
+
+
+def test_the_two_newest_checkpoints_are_kept_and_say_what_they_are_of(trained, cache):
+    assert sorted(os.listdir(trained / "checkpoints")) == ["step-00000003", "step-00000004"]
+    found = latest_checkpoint(trained)
+    assert (
+        found is not None
+        and found.step == 4
+        and found.path == find_checkpoint(trained / "checkpoints" / "step-00000004").path
+    )
+    about = json.loads((found.path / "config.json").read_text())
+    assert about == json.loads((trained / "config.json").read_text())
+    assert Config.from_dict(about["config"]) == found.about.config
+    assert found.about.grid == GRID
+    assert (found.about.num_samples, found.about.feature_dim) == (7, 6)
+    assert found.about.simulated == ("all of it",)
+
+
+def test_an_older_checkpoint_can_be_named(trained, cache):
+    output = succeed(*evaluate(trained / "checkpoints" / "step-00000003", cache, "--out", trained.parent / "older"))
+    assert "step-00000003: pretrain" in output
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_other_channels_are_named(cache, trained, tmp_path, channels):
+    out = tmp_path / "run"
+    message = refuse(
+        *finetune(cache, out, "--from", trained, *steps(1), "--set", f"network.channels={channels}"), out=out
+    )
+    assert "does not fit this network" in message
+    assert "expected" in message and f"({channels}, " in message
+    assert "choose the preset or options it was trained with" in message
+
+
+def test_another_backbone_is_named(cache, trained, tmp_path):
+    out = tmp_path / "run"
+    message = refuse(
+        *finetune(cache, out, "--from", trained, *steps(1), "--set", "network.backbone=resnet-50"), out=out
+    )
+    assert "does not fit this network: network.encoder.backbone.embedder" in message
+    assert "is missing" in message and "more: choose the preset" in message
+
+
+def test_another_grid_is_named(trained, tmp_path):
+    write_caches(tmp_path / "other", grid=OTHER_GRID)
+    out = tmp_path / "run"
+    message = refuse(*finetune(tmp_path / "other", out, "--from", trained, *steps(1)), out=out)
+    assert "was trained on the grid 4x12x12" in message and "this cache has 4x12x10" in message
+
+
+def test_a_trainer_state_with_code_in_it_is_refused_and_the_code_does_not_run(cache, run, tmp_path):
+    marker = tmp_path / "marker"
+    for save in (lambda o, f: f.write_bytes(pickle.dumps(o)), lambda o, f: torch.save(o, f)):
+        save({"optimizer": Hostile(marker)}, find_checkpoint(run).path / "trainer.pt")
+        with pytest.raises(CheckpointError, match="no trainer state that can be loaded safely.*delete that checkpoint"):
+            find_checkpoint(run).trainer_state()
+        message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+        assert "no trainer state that can be loaded safely" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_initial_weights_with_code_in_them_are_refused_and_the_code_does_not_run(cache, run, tmp_path, name):
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    if name == "model.pth":
+        source = tmp_path / name
+        torch.save({"state_dict": Hostile(marker)}, source)
+        expected = "is a file: a run or checkpoint directory of occfeat-train is expected"
+    else:
+        source = run
+        (find_checkpoint(run).path / name).write_bytes(pickle.dumps(Hostile(marker)))
+        expected = "model.safetensors is damaged"
+    assert expected in refuse(*finetune(cache, out, "--from", source, *steps(1)), out=out)
+    assert expected in refuse(*evaluate(source, cache))
+    assert not marker.exists()
+
+
+def test_truncated_weights_are_refused_and_deleting_them_continues_from_the_checkpoint_before(cache, run, trained):
+    file = find_checkpoint(run).path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "is damaged" in refuse(*evaluate(run, cache))
+    assert "use another checkpoint of that run" in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    file.unlink()
+    assert "continuing at step 3 of 4" in succeed(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    assert_same(find_checkpoint(run).weights(), find_checkpoint(trained).weights())
+
+
+def test_damaged_words_about_a_checkpoint_are_refused(cache, run):
+    (find_checkpoint(run).path / "config.json").write_text('{"config": {}')
+    assert "can't be used" in refuse(*evaluate(run, cache))
+    (run / "config.json").write_text("[]")
+    message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    assert "can't be used" in message and "choose another --out" in message
+
+
+def test_a_config_of_another_release_is_refused(run, cache):
+    file = find_checkpoint(run).path / "config.json"
+    about = json.loads(file.read_text())
+    about["config"]["network"]["wings"] = 2
+    file.write_text(json.dumps(about))
+    message = refuse(*evaluate(run, cache))
+    assert "unknown fields network.wings" in message and "another release" in message
+
+
+def test_a_directory_that_is_no_run_is_refused(cache, tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        assert f"no checkpoint in {path}: " in refuse(*evaluate(path, cache))
+        assert f"no checkpoint in {path}: " in refuse(*finetune(cache, tmp_path / "out", "--from", path))
+
+
+def test_a_checkpoint_of_another_teacher_evaluates_only_with_its_own_features(trained, tmp_path):
+    write_cache(tmp_path, "val", dim=5)
+    message = refuse(*evaluate(trained, tmp_path))
+    assert "has features of 5 channels (made up)" in message and "step-00000004 has 6: build" in message

@@ -1,0 +1,382 @@
+"""The command line as a user meets it: every stage end to end, every option, and bad input before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_targets.schema import MAP_CLASSES
+from occfeat_targets.store import shard_file
+from occfeat_train.checkpoint import find_checkpoint
+from occfeat_train.config import Config
+from occfeat_train.dataset import KeyframeDataset
+from tests.train.runs import (
+    TINY,
+    assert_same_run,
+    config_of,
+    copy_of,
+    evaluate,
+    finetune,
+    invoke,
+    pretrain,
+    reader,
+    records,
+    refuse,
+    steps,
+    succeed,
+    weights,
+    write_cache,
+    write_caches,
+)
+from tests.train.test_batch import GRID as OTHER_GRID
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    output = succeed(*pretrain(cache, out, *steps(2)))
+    assert "SIMULATED: all of it" in output
+    assert "pretrain: simplebev efficientnet-b0" in output and "images 32x48, grid 4x12x12" in output
+    assert "7 samples" in output and "2 steps of 2; adam constant lr 0.0001, on 1 x cpu" in output
+    assert f"finished: {out}" in output
+    return out
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pretraining_is_evaluated(pretrained, cache):
+    output = succeed(*evaluate(pretrained, cache))
+    assert "SIMULATED: all of it" in output and "5 samples" in output
+    results = json.loads((pretrained / "evaluation" / "val.json").read_text())
+    assert set(results) == {
+        "checkpoint", "step", "task", "split", "cache", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
+    }  # fmt: skip
+    assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "pretrain", "val", 5)
+    assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
+    assert results["simulated"] == ["SIMULATED: all of it"]
+    assert 0 < results["occupancy_iou"] < 100 and -1 < results["cosine"] < 1
+
+
+@pytest.mark.parametrize("task", ["vehicles", "map"])
+@pytest.mark.parametrize("is_pretrained", [True, False])
+def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrained, tmp_path, task, is_pretrained):
+    run = tmp_path / "run"
+    start = ["--from", pretrained] if is_pretrained else []
+    output = succeed(*finetune(cache, run, *start, "--task", task, *steps(2)))
+    assert f"{task}: simplebev" in output
+    if is_pretrained:
+        assert f"network from {pretrained / 'checkpoints' / 'step-00000002'} (pretrain, step 2)" in output
+    else:
+        assert "backbone: from scratch, random weights" in output
+    succeed(*evaluate(run, cache))
+    results = json.loads((run / "evaluation" / "val.json").read_text())
+    assert set(results) == {
+        "checkpoint", "step", "task", "split", "cache", "skipped", "simulated", "samples", "iou", "iou_best",
+        "threshold_best", "per_class", "per_class_best", "by_distance",
+    }  # fmt: skip
+    assert list(results["per_class"]) == (list(MAP_CLASSES) if task == "map" else ["vehicles"])
+    assert results["samples"] == 5
+
+
+def test_a_pretrained_network_is_taken_over_whole_and_the_head_is_not(cache, pretrained, tmp_path):
+    succeed(*finetune(cache, tmp_path / "run", "--from", pretrained, *steps(1), "--set", "optim.lr=1e-30"))
+    found, given = weights(tmp_path / "run"), weights(pretrained)
+    network = [n for n in found if n.startswith("network.") and n.endswith("weight")]
+    assert len(network) > 50
+    for name in network:
+        np.testing.assert_allclose(found[name], given[name], atol=1e-12, err_msg=name)
+    assert {n for n in found if n.startswith("head.")} != {n for n in given if n.startswith("head.")}
+
+
+@pytest.mark.parametrize(("labels", "scenes"), [("1", "a"), ("10", "a"), ("60", "ab"), ("100", "abc")])
+def test_labels_choose_scenes_and_the_run_lists_them(cache, tmp_path, labels, scenes):
+    output = succeed(*finetune(cache, tmp_path / "run", "--labels", labels, "--epochs", "0.1"))
+    assert (tmp_path / "run" / "scenes.txt").read_text() == "".join(f"{name}\n" for name in scenes)
+    assert f"labels: {len(scenes)} of 3 scenes" in output
+    config = config_of(tmp_path / "run")
+    assert config["labels"] == float(labels)
+    assert (config["optim"]["optimizer"], config["optim"]["schedule"]) == ("adamw", "onecycle")
+
+
+def test_scenes_come_from_a_file_instead(cache, tmp_path):
+    (tmp_path / "mine").write_text("c\n\nb\nc\n")
+    output = succeed(*finetune(cache, tmp_path / "run", "--scenes", tmp_path / "mine", "--epochs", "0.5"))
+    assert (tmp_path / "run" / "scenes.txt").read_text() == "c\nb\n"
+    assert "4 samples" in output
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_by_default_training_is_on_train_and_evaluation_on_val(cache, pretrained, tmp_path):
+    assert f"of {cache / 'val.zarr'}" in succeed(*evaluate(pretrained, cache, "--out", tmp_path))
+    output = succeed(*evaluate(pretrained, cache, "--split", "train", "--out", tmp_path))
+    assert f"7 samples of {cache / 'train.zarr'}" in output
+    assert {file.name for file in tmp_path.iterdir()} == {"train.json", "val.json"}
+    assert "5 samples" in succeed(*pretrain(cache, tmp_path / "run", "--split", "val", *steps(1)))
+
+
+def test_the_run_directory_is_named_after_what_it_is_by_default(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OCCFEAT_CACHE", str(cache))
+    short = [*TINY, "--batch", "2", "--epochs", "0.1", "--no-tensorboard", "--no-progress", "--device", "cpu"]
+    succeed("pretrain", *short, "--preset", "small/occfeat", "--lambda", "0.1")
+    succeed("finetune", *short, "--task", "map", "--labels", "10")
+    assert sorted(os.listdir("runs")) == ["map-10", "small-occfeat-lambda-0.1"]
+
+
+def test_shortcuts_and_set_change_the_config_and_set_comes_last(cache, tmp_path):
+    run = tmp_path / "run"
+    more = ["--batch", "3", "--seed", "5", "--epochs", "0.5", "--set", "optim.batch=1", "--set", "augment.crop=0.1"]
+    succeed(*pretrain(cache, run, *more))
+    config = config_of(run)
+    assert (config["optim"]["batch"], config["seed"], config["optim"]["epochs"]) == (1, 5, 0.5)
+    assert (config["augment"]["crop"], config["network"]["weights"]) == (0.1, "none")
+
+
+def test_seeds_give_other_runs_and_one_seed_the_same(cache, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        succeed(*pretrain(cache, tmp_path / name, "--seed", seed, *steps(2)))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert records(tmp_path / "a") != records(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "loss", "logged"),
+    [
+        ([], {"occ": 1, "feat": 0.01}, {"occupancy", "features"}),
+        (["--occ-only"], {"occ": 1, "feat": 0}, {"occupancy"}),
+        (["--feat-only"], {"occ": 0, "feat": 1}, {"features"}),
+        (["--lambda", "0.5"], {"occ": 1, "feat": 0.5}, {"occupancy", "features"}),
+        (["--lambda", "0"], {"occ": 1, "feat": 0}, {"occupancy"}),
+        (["--preset", "table4/lambda-0.1"], {"occ": 1, "feat": 0.1}, {"occupancy", "features"}),
+    ],
+)
+def test_losses_can_be_weighted_or_left_out(cache, tmp_path, options, loss, logged):
+    succeed(*pretrain(cache, tmp_path / "run", *options, *steps(1)))
+    found = config_of(tmp_path / "run")["loss"]
+    assert {name: found[name] for name in loss} == loss
+    assert set(records(tmp_path / "run")[0]) & {"occupancy", "features"} == logged
+    output = succeed(*evaluate(tmp_path / "run", cache))
+    results = json.loads((tmp_path / "run" / "evaluation" / "val.json").read_text())
+    assert (results["occupancy_iou"] is not None, results["cosine"] is not None) == ("occupancy" in logged, "features" in logged)  # fmt: skip
+    assert "5 samples" in output
+
+
+def test_presets_of_finetunings_stand_for_task_and_labels(cache, tmp_path):
+    succeed(*finetune(cache, tmp_path / "run", "--preset", "small/map-10", "--epochs", "0.5"))
+    config = config_of(tmp_path / "run")
+    assert (config["task"], config["labels"], config["optim"]["schedule"]) == ("map", 10, "onecycle")
+
+
+def test_the_grid_s_frame_can_be_chosen(cache, pretrained, tmp_path):
+    """By default the front camera's, where the cache has it."""
+    results = []
+    for frame in ([], ["--frame", "CAM_FRONT"], ["--frame", "ego"]):
+        succeed(*evaluate(pretrained, cache, "--out", tmp_path, *frame))
+        results.append(json.loads((tmp_path / "val.json").read_text())["occupancy_iou"])
+    assert results[0] == results[1] != results[2]
+    message = refuse(*evaluate(pretrained, cache, "--frame", "CAM_FRONT_LEFT"))
+    assert "frame=CAM_FRONT_LEFT: this cache has grids in ego, CAM_FRONT, CAM_BACK: choose one of them" in message
+    succeed(*pretrain(cache, tmp_path / "run", "--set", "frame=ego", *steps(1)))
+    assert config_of(tmp_path / "run")["frame"] == "ego"
+
+
+def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pretrained, tmp_path):
+    results = []
+    for more in (["--batch", "1", "--workers", "1"], ["--batch", "5", "--workers", "3"]):
+        succeed(*evaluate(pretrained, cache, "--out", tmp_path, *more))
+        results.append(json.loads((tmp_path / "val.json").read_text()))
+    assert results[0]["occupancy_iou"] == results[1]["occupancy_iou"]
+    assert results[0]["cosine"] == pytest.approx(results[1]["cosine"], rel=1e-4)
+    for workers in ("1", "3"):
+        succeed(*pretrain(cache, tmp_path / workers, "--workers", workers, *steps(3)))
+    assert_same_run(tmp_path / "1", tmp_path / "3")
+
+
+def test_checkpoints_come_as_often_as_asked_for(cache, tmp_path):
+    succeed(*pretrain(cache, tmp_path / "run", "--save-every", "2", *steps(5)))
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000004", "step-00000005"]
+
+
+def test_progress_is_shown_unless_told_not_to(cache, tmp_path):
+    command = [a for a in pretrain(cache, tmp_path / "run", *steps(1)) if a != "--no-progress"]
+    output = succeed(*command)
+    assert "1/1" in output and "samples/s, waiting for data" in output
+    assert "waiting for data" not in succeed(*pretrain(cache, tmp_path / "quiet", *steps(1)))
+    assert "sample/s" in succeed(*[a for a in evaluate(tmp_path / "run", cache) if a != "--no-progress"])
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_a_partial_and_a_mute_cache_are_refused(cache, tmp_path):
+    out = tmp_path / "run"
+    assert "no cache at" in refuse(*pretrain(tmp_path, out), out=out)
+    assert (
+        "(found there: train.zarr, val.zarr): build it with 'occfeat-targets build', or correct --cache and --split"
+        in (refuse(*pretrain(cache, out, "--split", "test"), out=out))
+    )
+    write_cache(tmp_path / "partial", shards=3)
+    message = refuse(*pretrain(tmp_path / "partial", out), out=out)
+    assert "is not finished: 1 of 4 shards are missing" in message and "run the build again" in message
+    write_cache(tmp_path / "mute", dim=0, labels=())
+    message = refuse(*pretrain(tmp_path / "mute", out), out=out)
+    assert (
+        "no teacher features, which lambda=0.01 needs: build it with --teacher, or pretrain with --occ-only" in message
+    )
+    message = refuse(*finetune(tmp_path / "mute", out, "--task", "map"), out=out)
+    assert "no map labels (it has: none): build it with --labels map" in message
+    assert not out.exists()
+
+
+def test_a_validation_split_is_looked_at_before_training(cache, tmp_path):
+    out = tmp_path / "run"
+    assert "no cache at" in refuse(*pretrain(cache, out, "--validate", "test"), out=out)
+    write_cache(tmp_path)
+    for changed, expected in (
+        ({"grid": OTHER_GRID}, "has the grid 4x12x10"),
+        ({"dim": 5}, "has features of 5 channels"),
+    ):
+        shutil.rmtree(tmp_path / "val.zarr", ignore_errors=True)
+        write_cache(tmp_path, "val", **changed)
+        message = refuse(*pretrain(tmp_path, out, "--validate", "val"), out=out)
+        assert expected in message and "build a cache with" in message
+
+
+def test_a_run_is_evaluated_on_its_own_grid_only(pretrained, tmp_path):
+    write_caches(tmp_path, grid=OTHER_GRID)
+    message = refuse(*evaluate(pretrained, tmp_path))
+    assert "has the grid 4x12x10" in message and "step-00000002 has 4x12x12" in message
+    assert "build a cache with that grid" in message
+
+
+def test_a_gpu_that_is_not_there_and_a_device_that_is_none_are_refused(cache, pretrained, tmp_path):
+    out = tmp_path / "run"
+    message = refuse(*pretrain(cache, out, "--device", "cuda:99"), out=out)
+    assert "--device cuda:99: GPU 99 asked for" in message and "use --device cpu" in message
+    assert "use --device cpu" in refuse(*evaluate(pretrained, cache, "--device", "cuda:99"))
+    assert "--device gpu: auto, cpu, cuda or cuda:N expected" in refuse(
+        *pretrain(cache, out, "--device", "gpu"), out=out
+    )
+
+
+def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "scenes"
+    file.write_text("a\nx\ny\n")
+    message = refuse(*finetune(cache, out, "--scenes", file), out=out)
+    assert "lists 3 scenes, 2 of them not among the 3 of this split (x, y): correct the list" in message
+    file.write_text("\n")
+    assert "lists 0 scenes" in refuse(*finetune(cache, out, "--scenes", file), out=out)
+    assert "does not exist" in refuse(*finetune(cache, out, "--scenes", tmp_path / "absent"), out=out)
+    for labels in ("0", "101"):
+        assert "is not in the range" in refuse(*finetune(cache, out, "--labels", labels), out=out)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--preset", "table9/occfeat"], "no preset 'table9/occfeat'; there are: table1/simplebev-enb0/occfeat, "),
+        (["--preset", "small/map-10"], "is a finetuning: occfeat-train finetune --preset small/map-10"),
+        (["--occ-only", "--lambda", "1"], "--occ-only, --feat-only and --lambda exclude each other"),
+        (["--set", "optim.speed=9"], "--set optim.speed=9: no such field; there are task, network.lifting, "),
+        (["--set", "optim.lr"], "--set optim.lr: key=value expected"),
+        (["--set", "optim.lr=fast"], "optim.lr='fast': a value of type float expected"),
+        (["--set", "network.image_size=30x48"], "needs multiples of 16, the nearest is 32x48"),
+        (["--set", "augment.num_cameras=7"], "augment.num_cameras=7: the cache has 6"),
+        (["--set", "network.backbone=resnet-18"], "one of efficientnet-b0, resnet-50 expected"),
+        (["--set", "frame=CAM_BACK_LEFT"], "frame=CAM_BACK_LEFT: this cache has grids in ego, CAM_FRONT, CAM_BACK"),
+        (["--lambda", "-1"], "weights of at least 0"),
+        (["--epochs", "0"], "optim.epochs=0.0: a number above 0 expected"),
+        (["--epochs", "nan"], "optim.epochs=nan: a number above 0 expected"),
+        (["--batch", "0"], "0 is not in the range x>=1"),
+        (["--backbone-weights", "./absent"], "backbone weights ./absent: there is no such folder"),
+        (["--backbone-weights", "absent.pth.tar"], "MoCo-v2's are of a resnet-50, the network has efficientnet-b0"),
+    ],
+)
+def test_wrong_options_say_what_would_be_right(cache, tmp_path, options, expected):
+    out = tmp_path / "run"
+    assert expected in refuse(*pretrain(cache, out, *options), out=out)
+
+
+def test_presets_and_their_parts_do_not_mix(cache, tmp_path):
+    out = tmp_path / "run"
+    assert "--preset already says --task and --labels" in refuse(
+        *finetune(cache, out, "--preset", "small/map-10", "--labels", "10"), out=out
+    )
+    message = refuse(*finetune(cache, out, "--preset", "small/occfeat"), out=out)
+    assert "is a pretraining: occfeat-train pretrain --preset small/occfeat" in message
+
+
+def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = tmp_path / "run"
+    message = refuse(*pretrain(cache, out, "--backbone-weights", "default"), out=out)
+    assert "backbone weights google/efficientnet-b0 cannot be loaded" in message
+    assert "run 'hf download google/efficientnet-b0' where there is internet" in message
+    assert "pass 'none' to start from random weights" in message
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(cache, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    message = refuse(*pretrain(cache, tmp_path, *steps(1)), out=tmp_path)
+    assert "holds something that is no run of occfeat-train: choose another --out" in message
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_a_traceback_is_there_for_the_asking(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCCFEAT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no cache at"):
+        invoke(*pretrain(tmp_path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["images", "features", "occupancy"])
+def test_a_damaged_chunk_met_on_the_way_stops_naming_it_and_the_run_continues_once_it_is_repaired(
+    cache, tmp_path, name
+):
+    broken, run = copy_of(cache, tmp_path / "cache"), tmp_path / "run"
+    dataset = KeyframeDataset(reader(broken), Config(), training=True)
+    keyframe = dataset.stream(6)[1]  # of step 3
+    array = next(a for a in dataset.reader.cache.spec.arrays() if a.name == name)
+    file = shard_file(broken / "train.zarr", array, keyframe // 2)
+    whole = file.read_bytes()
+    shard = range(keyframe // 2 * 2, min(keyframe // 2 * 2 + 2, 7))
+    others = [k for k in shard if k != keyframe]
+    assert all(dataset.stream(i)[1] not in others or i < 6 for i in range(7))
+    offset, size = np.frombuffer(whole[-36:-4], "<u8").reshape(2, 2)[keyframe % 2].tolist()
+    damaged = bytearray(whole)
+    damaged[offset + size // 2] ^= 1
+    file.write_bytes(damaged)
+    command = [*pretrain(broken, run, *steps(5)), "--save-every", "1"]
+    result = invoke(*command)
+    assert result.exit_code == 1
+    assert f"{file} is damaged at keyframe {keyframe} (sample train-token{keyframe})" in result.output
+    assert "run the build again" in result.output
+    assert find_checkpoint(run).step == 3 == len(records(run))
+    file.write_bytes(whole)
+    assert "continuing at step 3 of 5" in succeed(*command)
+    succeed(*pretrain(cache, tmp_path / "expected", *steps(5), "--save-every", "1"))
+    assert_same_run(run, tmp_path / "expected")
+
+
+def test_skipped_keyframes_are_reported_and_left_out(pretrained, tmp_path):
+    def skip(arrays: dict[str, np.ndarray]) -> None:
+        arrays["is_valid"][[1, 3]] = False
+
+    write_cache(tmp_path, "val", scenes=tuple("ddeee"), change=skip)
+    output = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
+    assert "2 keyframes of the cache were skipped by its build" in output
+    results = json.loads((tmp_path / "out" / "val.json").read_text())
+    assert (results["skipped"], results["samples"]) == (2, 3)

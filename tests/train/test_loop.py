@@ -1,0 +1,187 @@
+"""The loop: what it logs, when it stops, and the ways of computing that change nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from occfeat_train import loop
+from occfeat_train.checkpoint import find_checkpoint
+from occfeat_train.config import Config
+from occfeat_train.dataset import KeyframeDataset
+from occfeat_train.log import read_log
+from occfeat_train.stages import restore
+from tests.train.runs import (
+    finetune,
+    invoke,
+    pretrain,
+    reader,
+    records,
+    steps,
+    succeed,
+    weights,
+    write_cache,
+    write_caches,
+)
+
+INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compiling takes minutes on a small machine
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory) -> Path:
+    """Six steps of two samples, everything as it is by default."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    command = [a for a in pretrain(cache, out, *steps(6)) if a != "--no-tensorboard"]
+    succeed(*command)
+    return out
+
+
+def test_every_step_logs_one_record_with_the_documented_fields(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in lines] == list(range(6))
+    for record in lines:
+        assert set(record) == {
+            "step", "epoch", "loss", "occupancy", "features", "grad_norm", "lr", "samples_per_s", "data_wait",
+        }  # fmt: skip
+        assert record["loss"] == pytest.approx(record["occupancy"] + 0.01 * record["features"], rel=1e-5)
+        assert record["epoch"] == pytest.approx((record["step"] + 1) * 2 / 7)
+        assert record["lr"] == 1e-4
+        assert record["samples_per_s"] > 0
+        assert 0 <= record["data_wait"] <= 1
+        assert 0 < record["grad_norm"] < math.inf
+
+
+def test_tensorboard_gets_the_same_records_unless_told_not_to(run, cache, tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    (file,) = (run / "tensorboard").glob("events.out.tfevents.*")
+    events = b"".join(RawEventFileLoader(str(file)).Load())
+    for name in ("train/loss", "train/occupancy", "train/features", "train/grad_norm", "train/lr", "train/data_wait"):
+        assert events.count(name.encode()) == 6, name
+    succeed(*pretrain(cache, tmp_path / "run", *steps(1)))
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_an_epoch_saves_once_and_so_does_the_end_of_the_run(run):
+    assert sorted(os.listdir(run / "checkpoints")) == ["step-00000004", "step-00000006"]
+
+
+def test_validation_follows_every_checkpoint(cache, tmp_path):
+    succeed(*pretrain(cache, tmp_path / "run", *steps(3), "--validate", "val", "--save-every", "2"))
+    validations = {r["step"]: r["validation"] for r in read_log(tmp_path / "run") if "validation" in r}
+    assert list(validations) == [1, 2]
+    assert all(set(v) == {"samples", "occupancy_iou", "cosine"} and v["samples"] == 5 for v in validations.values())
+
+
+def test_validation_changes_nothing_of_what_is_learnt(cache, tmp_path):
+    for name, more in (("with", ["--validate", "val", "--save-every", "1"]), ("without", [])):
+        succeed(*pretrain(cache, tmp_path / name, *steps(3), *more))
+    assert records(tmp_path / "with") == records(tmp_path / "without")
+
+
+def test_the_learning_rate_follows_the_schedule(cache, tmp_path):
+    run = tmp_path / "run"
+    cycle = ["--set", "optim.schedule=onecycle", "--set", "optim.lr=3e-4", *steps(8)]
+    succeed(*finetune(cache, run, *cycle))
+    found = [record["lr"] for record in records(run)]
+    rise = np.linspace(3e-4 / 25, 3e-4, 2)  # two of nine steps, linear; then down to 1 / 250,000 in the ninth
+    fall = np.linspace(3e-4, 3e-4 / 25e4, 8)[:7]
+    assert found == pytest.approx([rise[0], *fall])
+
+
+def poisoned(folder: Path, keyframe: int, name: str = "features") -> Path:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name][keyframe] = np.nan
+
+    write_cache(folder, change=change)
+    return folder
+
+
+def test_a_loss_that_is_no_number_stops_naming_the_samples_and_saves_nothing_after_it(tmp_path):
+    cache, run = poisoned(tmp_path / "cache", 3), tmp_path / "run"
+    dataset = KeyframeDataset(reader(cache), Config(seed=1), training=True)
+    order = [dataset.stream(i)[1] for i in range(12)]
+    bad = order.index(3) // 2
+    assert bad > 0, "choose a seed that leaves a step before it"
+    result = invoke(*pretrain(cache, run, *steps(6), "--seed", "1", "--save-every", "1"))
+    assert result.exit_code == 1
+    tokens = ", ".join(f"train-token{keyframe}" for keyframe in order[2 * bad : 2 * bad + 2])
+    assert (
+        f"error: step {bad}: loss nan, gradient norm nan for samples {tokens}. Nothing was saved after it"
+        in result.output
+    )
+    assert "occfeat-targets preview --token" in result.output
+    assert find_checkpoint(run).step == bad
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    restore(find_checkpoint(run))
+    assert [record["step"] for record in records(run)] == list(range(bad))
+
+
+def test_a_gradient_that_is_no_number_stops_as_well(cache, tmp_path, monkeypatch):
+    passes = loop.forward_backward
+
+    def damaged(model, batches, config, process, step):
+        result = passes(model, batches, config, process, step)
+        if step == 2:
+            next(iter(model.parameters())).grad[:] = torch.inf
+        return result
+
+    monkeypatch.setattr(loop, "forward_backward", damaged)
+    result = invoke(*pretrain(cache, tmp_path / "run", *steps(6), "--save-every", "1"))
+    assert result.exit_code == 1
+    assert "step 2: loss 0." in result.output and "gradient norm inf" in result.output
+    assert find_checkpoint(tmp_path / "run").step == 2
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(cache, tmp_path, monkeypatch):
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def clipped(parameters, limit):
+        parameters = list(parameters)
+        before = clip(parameters, limit)
+        norms.append((float(before), float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))))
+        return before
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    succeed(*pretrain(cache, tmp_path / "run", *steps(2), "--set", "optim.clip=0.1"))
+    for (before, after), record in zip(norms, records(tmp_path / "run"), strict=True):
+        assert before == record["grad_norm"] > 0.1  # what is logged is the norm as it was
+        assert after == pytest.approx(0.1, rel=1e-3)
+
+
+def test_bfloat16_trains_close_to_float32_with_float32_weights(run, cache, tmp_path):
+    succeed(*pretrain(cache, tmp_path / "run", *steps(6), "--set", "precision=bfloat16"))
+    for ours, theirs in zip(records(tmp_path / "run"), records(run), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+        assert ours["loss"] != theirs["loss"]
+    assert {t.dtype for t in weights(tmp_path / "run").values()} == {torch.float32, torch.int64}
+
+
+# TorchDynamo's own: it instantiates every autograd function and looks for a gradient at every tensor that it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_network_trains_as_it_does_otherwise(run, cache, tmp_path, monkeypatch):
+    """Captured by TorchDynamo, and with OCCFEAT_INDUCTOR=1 compiled as on a GPU."""
+    calls, compiler = [], torch.compile
+
+    def compiled(function, **options):
+        calls.append(function)
+        return compiler(function, **({} if INDUCTOR else {"backend": "eager"}), **options)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    succeed(*pretrain(cache, tmp_path / "run", *steps(2), "--compile"))
+    assert len(calls) == 1
+    for ours, theirs in zip(records(tmp_path / "run"), records(run), strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert weights(tmp_path / "run").keys() == weights(run).keys()

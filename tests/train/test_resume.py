@@ -1,0 +1,228 @@
+"""A run is a function of its config and its data: killed, stopped or left alone, it ends in the same bytes.
+
+OCCFEAT_KILLS=10 kills more often than the default of every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_train import checkpoint
+from occfeat_train.checkpoint import find_checkpoint
+from occfeat_train.log import read_log
+from tests.train.runs import (
+    KILLS,
+    assert_same_run,
+    finetune,
+    interrupt_at,
+    pretrain,
+    records,
+    refuse,
+    start_apart,
+    steps,
+    succeed,
+    write_cache,
+    write_caches,
+)
+
+# Drop-connect, augmentation, accumulation and a schedule: everything that a resumed run could get wrong.
+VARIED = [
+    "--set", "optim.accumulation=2", "--batch", "1", "--set", "optim.schedule=onecycle", "--set", "optim.optimizer=adamw",
+    "--save-every", "3",
+]  # fmt: skip
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing after it runs."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory) -> Path:
+    """A run of ten steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+    return out
+
+
+def last_step(run: Path) -> int:
+    """Of the log, -1 before the first."""
+    lines = [*((run / "log.jsonl").read_bytes().split(b"\n")[:-1] if (run / "log.jsonl").is_file() else [])]
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
+    number = 4 + 6 * KILLS
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    succeed(*pretrain(cache, whole, *VARIED, *steps(number)))
+    arguments = pretrain(cache, out, *VARIED, *steps(number))
+    random = np.random.default_rng(0)
+    for _ in range(KILLS):
+        start = max((int(p.name[5:]) for p in (out / "checkpoints").glob("step-*")), default=0)
+        target = int(random.integers(start, min(start + 6, number - 1)))
+        old = (out / "log.jsonl").stat().st_ino if (out / "log.jsonl").is_file() else None
+        with start_apart(arguments) as process:
+            while process.poll() is None:
+                is_new = (out / "log.jsonl").is_file() and (out / "log.jsonl").stat().st_ino != old
+                if is_new and last_step(out) >= target:
+                    time.sleep(random.uniform(0, 0.1))
+                    process.kill()
+                    break
+                time.sleep(0.002)
+            output = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, output
+    assert find_checkpoint(out).step < number
+    succeed(*arguments)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_signal_saves_after_the_step_under_way_and_the_same_command_continues(
+    cache, whole, tmp_path, monkeypatch, number, step
+):
+    before = signal.getsignal(number)
+    arguments = pretrain(cache, tmp_path / "run", *VARIED, *steps(10))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, number)
+        assert "stopped by a signal and saved: run the same command again" in succeed(*arguments)
+    assert signal.getsignal(number) == before
+    assert find_checkpoint(tmp_path / "run").step == step + 2 == len(records(tmp_path / "run"))
+    output = succeed(*arguments)
+    assert f"continuing at step {step + 2} of 10" in output
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_in_the_last_step_finishes_the_run(cache, whole, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 8)
+    assert "finished: " in succeed(*pretrain(cache, tmp_path / "run", *VARIED, *steps(10)))
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_finetuning_resumes_to_the_same_bytes(cache, whole, tmp_path, monkeypatch):
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    commands = [finetune(cache, out, "--from", whole, "--task", "map", *VARIED, *steps(6)) for out in runs]
+    succeed(*commands[0])
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        succeed(*commands[1])
+    succeed(*commands[1])
+    assert_same_run(runs[1], runs[0])
+
+
+def test_a_finished_run_started_again_does_nothing_and_says_so(cache, whole):
+    files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.name in ("model.safetensors", "config.json")}  # fmt: skip
+    logged = (whole / "log.jsonl").read_text()
+    output = succeed(*pretrain(cache, whole, *VARIED, *steps(10)))
+    assert "finished already, at step 10" in output
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files} == files
+    assert (whole / "log.jsonl").read_text() == logged
+
+
+def test_a_half_written_line_of_the_log_is_dropped(cache, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+    with (out / "log.jsonl").open("a") as log:
+        log.write(json.dumps({**read_log(out)[-1], "step": 6}) + '\n{"step": 7, "lo')
+    assert [record["step"] for record in read_log(out)] == list(range(7))
+    succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("where", ["save_file", "_flush", "torch.save", "rename", "rmtree"])
+def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cache, whole, tmp_path, monkeypatch, where):
+    """Of the checkpoint of step 6, whatever had been written of it."""
+    out, calls = tmp_path / "run", []
+
+    def killer(function):
+        def wrapped(*arguments, **options):
+            calls.append(arguments)
+            if "step-00000006" in str(arguments) or (where == "save_file" and len(calls) == 2):
+                raise Killed
+            return function(*arguments, **options)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if where == "torch.save":
+            patch.setattr(checkpoint.torch, "save", killer(checkpoint.torch.save))
+        elif where == "rename":
+            patch.setattr(Path, "rename", killer(Path.rename))
+        elif where == "rmtree":  # of what a kill before left: the draft stays
+            patch.setattr(checkpoint.shutil, "rmtree", killer(shutil.rmtree))
+        else:
+            patch.setattr(checkpoint, where, killer(getattr(checkpoint, where)))
+        with pytest.raises(Killed):
+            succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+    found = find_checkpoint(out)
+    assert found.step == 3
+    found.weights()
+    found.trainer_state()
+    succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+    assert_same_run(out, whole)
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000009", "step-00000010"]
+
+
+def test_a_checkpoint_that_was_validated_late_is_validated_on_resuming(cache, tmp_path, monkeypatch):
+    """A signal does not wait for a validation, a kill may fall into one: the record comes when the run continues."""
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    commands = [pretrain(cache, out, "--validate", "val", "--save-every", "2", *steps(4)) for out in runs]
+    succeed(*commands[0])
+    for step in (0, 2):  # the checkpoints after 2 and 4 steps
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step)
+            succeed(*commands[1])
+    succeed(*commands[1])
+    validations = [[r for r in read_log(run) if "validation" in r] for run in runs]
+    assert validations[0] == validations[1]
+    assert [r["step"] for r in validations[0]] == [1, 3]
+
+
+# -- another run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_another_config_is_refused_naming_every_difference(cache, whole):
+    message = refuse(*pretrain(cache, whole, *VARIED, *steps(10), "--seed", "7", "--set", "loss.feat=0.5"))
+    assert "holds another run (loss.feat: 0.01 != 0.5; seed: 0 != 7 [there != here])" in message
+    assert "choose another --out" in message
+
+
+def test_a_run_on_other_targets_or_another_number_of_samples_is_refused(cache, whole, tmp_path):
+    write_cache(tmp_path / "other", dim=5)
+    message = refuse(*pretrain(tmp_path / "other", whole, *VARIED, *steps(10)))
+    assert "cache fingerprint: " in message
+    write_cache(tmp_path / "longer", scenes=tuple("aaabbccc"))
+    message = refuse(*pretrain(tmp_path / "longer", whole, *VARIED, *steps(10)))
+    assert "training samples: 7 != 8" in message
+
+
+def test_a_finetuning_from_other_weights_or_with_other_scenes_is_refused(cache, whole, tmp_path):
+    out = tmp_path / "run"
+    (tmp_path / "scenes").write_text("a\n")
+    start = finetune(cache, out, "--scenes", tmp_path / "scenes", *steps(1))
+    succeed(*start)
+    message = refuse(*start, "--from", whole)
+    assert "initial weights: backbone weights: none != " in message
+    (tmp_path / "scenes").write_text("b\n")
+    assert "list of label scenes: " in refuse(*start)
+
+
+def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(cache, tmp_path):
+    """Weights that could not be had leave a directory that no step was taken in; another config may use it."""
+    out = tmp_path / "run"
+    assert "no such folder" in refuse(*pretrain(cache, out, *steps(1), "--backbone-weights", "./absent"), out=out)
+    assert "finished" in succeed(*pretrain(cache, out, *steps(1)))
