@@ -62,14 +62,14 @@ class ImageEncoder(nn.Module):
     Raises ValueError on another backbone, and in `forward` if H or W is no multiple of 16.
     """
 
-    def __init__(
-        self, backbone: str, channels: int = 128, drop_connect: float = 0.2, extra_channels: int = 0
-    ) -> None:
+    def __init__(self, backbone: str, channels: int = 128, drop_connect: float = 0.2, extra_channels: int = 0) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
         self.name = backbone
-        self.backbone = EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(_RESNET_DEPTHS[backbone])
+        self.backbone = (
+            EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(_RESNET_DEPTHS[backbone])
+        )
         skip, deep = self.backbone.widths
         width = channels if backbone == "efficientnet-b0" else 4 * channels
         self.fuse = nn.Sequential(

@@ -60,5 +60,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{file} can't be read ({str(err).splitlines()[0]}): download it again") from err
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        raise CheckpointError(f"{file} holds no state_dict, bare or as 'model_state_dict': of one of {', '.join(LIFTINGS)} expected")
+        raise CheckpointError(
+            f"{file} holds no state_dict, bare or as 'model_state_dict': of one of {', '.join(LIFTINGS)} expected"
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
