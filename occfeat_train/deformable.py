@@ -58,7 +58,7 @@ def deformable_torch(values: Tensor, offsets: Tensor, weights: Tensor, reads: Re
     """`deformable` in plain torch, for any device."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     values, offsets, weights = values.to(dtype), offsets.to(dtype), weights.to(dtype)
-    num_maps, h, w, heads, d = values.shape
+    _, h, w, heads, d = values.shape
     queries, points = reads.queries, weights.shape[2]
     anchors = reads.anchors.to(dtype).repeat(1, points // reads.anchors.shape[1], 1)
     x, y = (anchors[:, None] + offsets[queries]).unbind(-1)  # (n, heads, P)
