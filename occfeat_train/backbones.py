@@ -1,7 +1,7 @@
 """Image encoders: a pretrained backbone cut off at stride 16 and fused to one map at stride 8 (paper 4.1).
 
 The backbones are transformers' modules, put together so that they compute what Simple-BEV's do: EfficientNet-B0 up to
-block 10 and ResNet-50 (v1.5) up to its third stage. Their weights come from the hub, a folder, or MoCo-v2's file.
+block 10, ResNet-50 and -101 (v1.5) up to the third stage. Their weights come from the hub, a folder, or MoCo-v2's file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from torch.nn import functional
 
 from occfeat_train.norms import InstanceNorm
 
-BACKBONES = ("efficientnet-b0", "resnet-50")
-DEFAULT_WEIGHTS = {"efficientnet-b0": "google/efficientnet-b0", "resnet-50": "moco-v2"}
+BACKBONES = ("efficientnet-b0", "resnet-50", "resnet-101")
+DEFAULT_WEIGHTS = {
+    "efficientnet-b0": "google/efficientnet-b0",
+    "resnet-50": "moco-v2",
+    "resnet-101": "microsoft/resnet-101",
+}
 MOCO_V2_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
 MOCO_V2_MD5 = "a04e12f8"  # its first digits, as MoCo's authors publish them
 
 _STRIDE = 16
-# EfficientNet-B0's first five stages are its blocks 0 to 10; ResNet-50's first three its layer1 to layer3.
+# EfficientNet-B0's first five stages are its blocks 0 to 10; a ResNet's first three its layer1 to layer3.
 _EFFICIENTNET: dict[str, Any] = {
     "width_coefficient": 1.0,
     "depth_coefficient": 1.0,
@@ -44,31 +48,34 @@ _RESNET: dict[str, Any] = {
     "layer_type": "bottleneck",
     "embedding_size": 64,
     "hidden_sizes": [256, 512, 1024],
-    "depths": [3, 4, 6],
     "downsample_in_bottleneck": False,  # v1.5: the 3x3 convolution has the stride
 }
+_RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
 
 
 class ImageEncoder(nn.Module):
-    """(N, 3, H, W) ImageNet-normalised images -> (N, channels, H/8, W/8) features.
+    """(N, 3, H, W) ImageNet-normalised images -> (N, extra_channels + channels, H/8, W/8) features.
 
     backbone: one of BACKBONES, its weights random until `load_backbone_weights`.
+    extra_channels: what a lifting wants besides, from the same last convolution.
     drop_connect: EfficientNet's rate of dropped residuals in training, reached linearly towards its (missing) block 11.
     Raises ValueError on another backbone, and in `forward` if H or W is no multiple of 16.
     """
 
-    def __init__(self, backbone: str, channels: int = 128, drop_connect: float = 0.2) -> None:
+    def __init__(self, backbone: str, channels: int = 128, drop_connect: float = 0.2, extra_channels: int = 0) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
         self.name = backbone
-        self.backbone = EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet50()
+        self.backbone = (
+            EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(_RESNET_DEPTHS[backbone])
+        )
         skip, deep = self.backbone.widths
         width = channels if backbone == "efficientnet-b0" else 4 * channels
         self.fuse = nn.Sequential(
             nn.Conv2d(skip + deep, width, 3, padding=1, bias=False), InstanceNorm(), nn.ReLU(True),
             nn.Conv2d(width, width, 3, padding=1, bias=False), InstanceNorm(), nn.ReLU(True),
-            nn.Conv2d(width, channels, 1),
+            nn.Conv2d(width, extra_channels + channels, 1),
         )  # fmt: skip
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -114,17 +121,17 @@ class EfficientNetB0(nn.Module):
         return skip, x
 
 
-class ResNet50(nn.Module):
+class ResNet(nn.Module):
     """(N, 3, H, W) -> (N, 512, H/8, W/8) and (N, 1024, H/16, W/16), outputs of layer2 and layer3; layer4 is left out."""
 
     widths = (512, 1024)
 
-    def __init__(self) -> None:
+    def __init__(self, depths: list[int]) -> None:
         super().__init__()
         from transformers import ResNetConfig
         from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetEncoder
 
-        config = ResNetConfig(**_RESNET)
+        config = ResNetConfig(**_RESNET, depths=depths)
         self.embedder = ResNetEmbeddings(config)
         self.stages = ResNetEncoder(config).stages
         _initialise(self)
@@ -204,7 +211,9 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
     """(tensors by the truncated backbone's names, where they are from) of a hub id or folder."""
     from transformers import AutoConfig, EfficientNetModel, ResNetModel
 
-    kind, expected = ("efficientnet", _EFFICIENTNET) if backbone == "efficientnet-b0" else ("resnet", _RESNET)
+    kind, expected = "efficientnet", _EFFICIENTNET
+    if backbone in _RESNET_DEPTHS:
+        kind, expected = "resnet", {**_RESNET, "depths": _RESNET_DEPTHS[backbone]}
     config = _local_first(weights, AutoConfig.from_pretrained)
     if config.model_type != kind:
         raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
@@ -289,7 +298,7 @@ def _read_moco(file: Path) -> dict[str, torch.Tensor]:
 
 
 def resnet_name(torchvision_name: str) -> str | None:
-    """A tensor's name in `ResNet50` from its name in torchvision's; None for what is left out (layer4, fc)."""
+    """A tensor's name in `ResNet` from its name in torchvision's; None for what is left out (layer4, fc)."""
     match = re.fullmatch(r"(?:layer([123])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)", torchvision_name)
     if match is None:
         return None

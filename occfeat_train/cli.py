@@ -1,4 +1,4 @@
-"""The command line: occfeat-train check, config, pretrain, finetune, evaluate, report.
+"""The command line: occfeat-train check, config, pretrain, finetune, evaluate, report, import-reference.
 
 Exit codes: 0 all is well, or a signal asked to stop and the run can be continued; 1 an error; 2 wrong usage.
 """
@@ -20,6 +20,8 @@ from occfeat_train.config import Config
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+NETWORK = click.Choice(["simplebev", "bevformer", "lss"])
+BACKBONE = click.Choice(["efficientnet-b0", "resnet-50", "resnet-101"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -68,6 +70,8 @@ training_options = options(
     click.option("--split", default="train", show_default=True, help="Split to train on."),
     click.option("--out", type=DIRECTORY, help="Run directory; a run that stands there is continued. [default: runs/NAME]"),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the config; see 'config show'."),
+    click.option("--network", type=NETWORK, help="How image features get to the map, instead of the preset's."),
+    click.option("--backbone", type=BACKBONE, help="Of the image encoder, instead of the preset's."),
     click.option("--backbone-weights", metavar="WEIGHTS", help="default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
     click.option("--epochs", type=float, help="Instead of the preset's."),
     click.option("--batch", type=click.IntRange(1), help="Samples a forward pass, all processes together."),
@@ -82,6 +86,8 @@ training_options = options(
 def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any]) -> Config:
     """A preset with the options on top. --set comes last."""
     fields = {
+        "network": "network.lifting",
+        "backbone": "network.backbone",
         "backbone_weights": "network.weights",
         "epochs": "optim.epochs",
         "batch": "optim.batch",
@@ -90,6 +96,11 @@ def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any
     }
     given = [f"{fields[name]}={json.dumps(value)}" for name, value in shortcuts.items() if value is not None]
     return config.override([*given, *overrides])
+
+
+def variant(name: str, shortcuts: dict[str, Any]) -> str:
+    """A run's name that says which network it has, where that is not the preset's."""
+    return "-".join([name, *(shortcuts[option] for option in ("network", "backbone") if shortcuts[option])])
 
 
 def start_training(
@@ -179,7 +190,7 @@ def pretrain(
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
     loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen = resolve(chosen, overrides, shortcuts)
+    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts)
     start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial)
 
 
@@ -233,7 +244,7 @@ def finetune(
         chosen = finetuning(task, labels, network)
         name = f"{task}-{labels:g}"
     loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen = resolve(chosen, overrides, shortcuts)
+    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts)
     start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial, scenes=scenes)
 
 
@@ -282,3 +293,43 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 
     with processes(device) as process:
         write_report(runs, cache, split, out, process, click.echo, samples)
+
+
+@main.command("import-reference")
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--network",
+    type=NETWORK,
+    required=True,
+    help="Segnet is simplebev, Bevformernet bevformer, liftnet2's Liftnet lss.",
+)
+@click.option("--backbone", type=BACKBONE, required=True, help="Its encoder.")
+@click.option("--out", type=DIRECTORY, required=True, help="Run directory to make.")
+@click.option(
+    "--grid", metavar="ZxHxW", default="8x200x200", show_default=True, help="Cells up, forward, right of its grid."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, such as network.image_size=448x800."
+)
+@reports_errors
+def import_reference(
+    checkpoint: Path, network: str, backbone: str, out: Path, grid: str, overrides: tuple[str, ...]
+) -> None:  # fmt: skip
+    """Take a CHECKPOINT of aharley/simple_bev and make a run of it, for 'evaluate' and 'finetune --from'.
+
+    The run's compat is simple-bev: it computes what the reference does, on a cache whose grid is in the cameras' frames.
+    """
+    from occfeat_targets.grid import VoxelGrid
+    from occfeat_train.config import NetworkConfig
+    from occfeat_train.import_reference import import_reference
+
+    cells = grid.split("x")
+    if len(cells) != 3 or not all(n.isdigit() for n in cells):
+        raise click.UsageError(f"--grid {grid}: ZxHxW expected, such as 8x200x200")
+    chosen = NetworkConfig(network, backbone, weights="none", compat="simple-bev")  # type: ignore[arg-type]
+    config = finetuning("vehicles", 100, chosen).override(overrides)
+    z, h, w = (int(n) for n in cells)
+    made = import_reference(checkpoint, config, VoxelGrid((z, h, w)), out)
+    click.echo(
+        f"{made}: {network} {backbone}, image size {config.network.image_size[0]}x{config.network.image_size[1]}"
+    )

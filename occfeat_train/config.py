@@ -22,24 +22,28 @@ TASKS: tuple[Task, ...] = ("pretrain", "vehicles", "map")
 class NetworkConfig:
     """The BEV network (paper 3.1).
 
-    weights: of the image backbone: ``default`` (EN-B0 supervised, RN-50 MoCo-v2, both on ImageNet), a hub id, a local
+    weights: of the image backbone: ``default`` (RN-50 MoCo-v2, the others supervised, all on ImageNet), a hub id, a local
     folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
     image_size: (height, width) of the student's input [px], multiples of 16.
     freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its micro-batch.
+    compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """
 
-    lifting: Literal["simplebev"] = "simplebev"
-    backbone: Literal["efficientnet-b0", "resnet-50"] = "efficientnet-b0"
+    lifting: Literal["simplebev", "bevformer", "lss"] = "simplebev"
+    backbone: Literal["efficientnet-b0", "resnet-50", "resnet-101"] = "efficientnet-b0"
     weights: str = "default"
     channels: int = 128
     drop_connect: float = 0.2
     image_size: tuple[int, int] = (224, 400)
     freeze_batchnorm: bool = False
+    compat: Literal["none", "simple-bev"] = "none"
 
     def __post_init__(self) -> None:
-        _one_of(self, "lifting", "backbone")
+        _one_of(self, "lifting", "backbone", "compat")
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
+        if self.lifting == "bevformer" and self.channels % 4:
+            raise ValueError(f"network.channels={self.channels}: a multiple of BEVFormer's 4 heads expected")
         if any(n < 16 or n % 16 for n in self.image_size):
             height, width = (max(round(n / 16), 1) * 16 for n in self.image_size)
             raise ValueError(

@@ -13,8 +13,7 @@ a token outside the image, and fades them out there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.gather import find_taps, gather, scatter
 from occfeat_train.norms import InstanceNorm
-from occfeat_train.views import Views
+from occfeat_train.threads import in_threads
+from occfeat_train.views import Views, check_shapes
 
 _SLABS = 16  # a sample's volume is worked on in so many
 
@@ -35,11 +35,13 @@ _SLABS = 16  # a sample's volume is worked on in so many
 class SimpleBEV(nn.Module):
     """Lifting and the compressor of its Z * C channels to C: a 3x3 convolution, InstanceNorm, GELU."""
 
+    mirrors_grid = True  # with its grid mirrored, it gives the mirrored volume: see `network`
+
     def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
         """channels: C of the image features and of the result. compat: None or "simple-bev"."""
         super().__init__()
-        _check_compat(compat)
-        self.grid, self.compat = grid, compat
+        check_compat(compat)
+        self.grid, self.compat, self.feature_channels = grid, compat, channels
         self.compressor = nn.Sequential(
             nn.Conv2d(grid.shape[0] * channels, channels, 3, padding=1, bias=False), InstanceNorm(), nn.GELU()
         )
@@ -94,20 +96,15 @@ class _Taps:
     weights: Any  # (pairs, 4) bilinear, divided by the voxel's number of views
 
 
-def _check_compat(compat: str | None) -> None:
+def check_compat(compat: str | None) -> None:
     if compat not in (None, "simple-bev"):
         raise ValueError(f"compat {compat!r}: expected None or 'simple-bev'")
 
 
 def _lift(function: type[Any], features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> Tensor:
-    _check_compat(compat)
-    if features.dim() != 5 or not features.is_floating_point():
-        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: expected float (B, S, C, h, w)")
+    check_compat(compat)
+    check_shapes(features, views)
     batch, cams, channels, h, w = features.shape
-    for name, tail in (("images", (3, *views.images.shape[-2:])), ("intrinsics", (3, 3)), ("cam_from_grid", (4, 4))):
-        if (shape := tuple(getattr(views, name).shape)) != (batch, cams, *tail):
-            expected = (batch, cams, *tail)
-            raise ValueError(f"{name} of shape {shape} beside features of {tuple(features.shape)}: expected {expected}")
     if min(h, w) < (2 if compat else 1):
         raise ValueError(f"features of {h}x{w} tokens: expected at least {'2x2 for simple-bev' if compat else '1x1'}")
     pixels_from_grid = views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()
@@ -146,7 +143,7 @@ class _GatherNumba(torch.autograd.Function):
             gather(source[sample], taps.starts, taps.tokens, taps.weights, rows)
             return taps if is_needed else None
 
-        ctx.taps = list(zip(slabs, _in_threads(work, slabs), strict=True))
+        ctx.taps = list(zip(slabs, in_threads(work, slabs), strict=True))
         ctx.shape = tokens.shape
         ctx.cams = matrices.shape[1]
         return volume.to(dtype)
@@ -169,7 +166,7 @@ class _GatherNumba(torch.autograd.Function):
                     rows = source[b, slab.start * row_voxels : slab.stop * row_voxels]
                     scatter(rows, taps.starts, taps.tokens, taps.weights, owned, target[b])
 
-        list(_in_threads(work, [(b, cam) for b in range(len(out)) for cam in range(ctx.cams)]))
+        list(in_threads(work, [(b, cam) for b in range(len(out)) for cam in range(ctx.cams)]))
         return out, None, None
 
 
@@ -184,17 +181,8 @@ def _slabs(rows: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _in_threads(work: Callable[[Any], Any], tasks: list[Any]) -> Iterable[Any]:
-    """Results in order. Threads are made anew, 0.1 ms, so that none is missing in a forked process."""
-    threads = min(torch.get_num_threads(), len(tasks))
-    if threads <= 1:
-        return [work(task) for task in tasks]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, tasks))
-
-
 def _taps_numpy(pixels_from_grid: Any, geometry: _Geometry, slab: slice) -> _Taps:
-    up, forward, right = _axes(geometry.grid)
+    up, forward, right = cell_axes(geometry.grid)
     forward = forward[slab]
     voxels, cams = forward.size * right.size * up.size, len(pixels_from_grid)
     starts = np.empty(voxels + 1, np.int32)
@@ -208,7 +196,7 @@ def _taps_numpy(pixels_from_grid: Any, geometry: _Geometry, slab: slice) -> _Tap
 
 
 @lru_cache(maxsize=8)
-def _axes(grid: VoxelGrid) -> tuple[Any, Any, Any]:
+def cell_axes(grid: VoxelGrid) -> tuple[Any, Any, Any]:
     """Cell centres [m] along (up, forward, right), as float64 of the grid's float32."""
     centers = grid.voxel_centers().astype(np.float64)
     up, forward, right = centers[:, 0, 0, 2].copy(), centers[0, :, 0, 1].copy(), centers[0, 0, :, 0].copy()
@@ -261,7 +249,7 @@ def _taps_torch(pixels_from_grid: Tensor, geometry: _Geometry, dtype: torch.dtyp
     """One sample's. Every operation is `gather.find_taps`'s, in its order."""
     device = pixels_from_grid.device
     (height, width), (h, w) = geometry.image_size, geometry.feature_size
-    up, forward, right = (torch.from_numpy(axis).to(device) for axis in _axes(geometry.grid))
+    up, forward, right = (torch.from_numpy(axis).to(device) for axis in cell_axes(geometry.grid))
     x, y, z = right[:, None, None], forward[:, None, None, None], up[:, None]  # to (H, W, Z, S)
     u, v, depth = (row[:, 0] * x + row[:, 1] * y + row[:, 2] * z + row[:, 3] for row in pixels_from_grid.unbind(1))
     if geometry.is_compat:

@@ -9,17 +9,21 @@ from torch import nn
 
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.backbones import ImageEncoder
+from occfeat_train.bevformer import BEVFormer
 from occfeat_train.decoder import BEVDecoder
 from occfeat_train.lifting import SimpleBEV
+from occfeat_train.splat import LSS
 from occfeat_train.views import Views
 
-LIFTINGS = ("simplebev",)
+Lifting = SimpleBEV | BEVFormer | LSS
+# What a network is called after.
+LIFTINGS: dict[str, type[Lifting]] = {"simplebev": SimpleBEV, "bevformer": BEVFormer, "lss": LSS}
 
 
 class BEVNetwork(nn.Module):
     """Surround images -> F_B (B, channels, H, W), rows forward, columns right, index 0 the rearmost and leftmost."""
 
-    def __init__(self, encoder: ImageEncoder, lifting: SimpleBEV, decoder: BEVDecoder) -> None:
+    def __init__(self, encoder: ImageEncoder, lifting: Lifting, decoder: BEVDecoder) -> None:
         super().__init__()
         self.encoder = encoder
         self.lifting = lifting
@@ -29,15 +33,19 @@ class BEVNetwork(nn.Module):
         """bev_flip: (B, 2) bool, whether a sample's (forward, right) axis is mirrored between lifting and heads.
 
         That is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B mirrored back, so F_B
-        and every target stay where they are. Mirroring the grid before the lifting gives the same volume for less.
+        and every target stay where they are. Mirroring the grid before the lifting gives the same volume for less,
+        where the lifting says so (`mirrors_grid`); of the others the lifted map is mirrored.
         """
-        if bev_flip is not None:
+        if bev_flip is not None and self.lifting.mirrors_grid:
             mirror = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
             views = replace(views, cam_from_grid=views.cam_from_grid @ mirror[:, None])
         batch, cams = views.images.shape[:2]
         images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.encoder(images)
-        bev = self.decoder(self.lifting(features.unflatten(0, (batch, cams)), views))
+        lifted: torch.Tensor = self.lifting(features.unflatten(0, (batch, cams)), views)
+        if bev_flip is not None and not self.lifting.mirrors_grid:
+            lifted = _flip(lifted, bev_flip)
+        bev = self.decoder(lifted)
         return bev if bev_flip is None else _flip(bev, bev_flip)
 
 
@@ -80,11 +88,12 @@ def build_network(
 ) -> BEVNetwork:
     """A network with random weights, channels-last.
 
-    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for its sampling.
-    Raises ValueError on a name that isn't known.
+    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for the reference's defects.
+    Raises ValueError on a name that isn't known, or channels that the lifting or the decoder can't have.
     """
     if lifting not in LIFTINGS:
         raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")
-    encoder = ImageEncoder(backbone, channels, drop_connect)
-    network = BEVNetwork(encoder, SimpleBEV(grid, channels, compat), BEVDecoder(channels))
+    lifted = LIFTINGS[lifting](grid, channels, compat)
+    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels)
+    network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,6 @@
-"""Weights of the reference network (aharley/simple_bev's Segnet) under our names, to compare with and to start from."""
+"""Weights of the reference networks (aharley/simple_bev's Segnet, Bevformernet and Liftnet) under our names, to compare
+with and to start from. Its Liftnet is two: liftnet2.py's splat is our LSS, liftnet.py's volume is none of ours.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,25 @@ _REST = {
     "decoder.up1_skip.upsample_layer.1.": "network.decoder.up1.conv.",
     "decoder.segmentation_head.": "head.",
 }
+_ATTENTION = {
+    "deformable_attention.sampling_offsets": "places.offsets",
+    "deformable_attention.attention_weights": "places.weights",
+    "deformable_attention.value_proj": "value",
+    "deformable_attention.output_proj": "inner",
+    "output_proj": "output",
+}
 # Heads of tasks that are none of ours, one that no loss of the reference reads, and its learned loss weights.
 _LEFT_OUT = re.compile(r"(ce|center|offset)_weight|decoder\.(feat|instance_offset|instance_center)_head\..*")
 
 
-def convert_segnet(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, torch.Tensor]:
+def convert(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, torch.Tensor]:
     """The reference's tensors or arrays, by its names, as tensors by ours.
 
-    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head. EfficientNet-B0 or
-    ResNet-50. grid: of the network; its cells along up order the compressor's input, the reference's from the highest
-    down and innermost (c * Z + y), ours from the lowest up and outermost (z * C + c).
-    Raises ValueError on a name that is not the reference's, or a compressor that does not fit the grid.
+    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head. EfficientNet-B0,
+    ResNet-50 or -101. grid: of the network. Its cells along up order the compressor's input, the reference's from the
+    highest down and innermost (c * Z + y), ours from the lowest up and outermost (z * C + c); and the places that
+    BEVFormer's cross-attention reads, likewise.
+    Raises ValueError on a name that is not the reference's, or a tensor that does not fit the grid.
     """
     converted = {}
     for name, array in state_dict.items():
@@ -53,6 +63,8 @@ def convert_segnet(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, 
         value = torch.as_tensor(array)
         if name == "bev_compressor.0.weight":
             value = _reorder_compressor(value, grid)
+        elif re.fullmatch(r"cross_attn_layers\.\d+\.deformable_attention\.(sampling_off|attention_w).*", name):
+            value = _reorder_places(name, value, grid)
         converted[_our_name(name)] = value
     return converted
 
@@ -68,6 +80,18 @@ def _reorder_compressor(weight: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
     return weight.unflatten(1, (-1, levels)).flip(2).transpose(1, 2).flatten(1, 2).contiguous()
 
 
+def _reorder_places(name: str, value: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
+    """(heads * points [* 2], ...), points in turn of the highest voxel to the lowest -> of the lowest to the highest."""
+    heads, last = 4, 2 if "offsets" in name else 1
+    levels = grid.shape[0]
+    if value.shape[0] % (heads * levels * last):
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)}: its points are no multiple of the grid's {levels} levels; "
+            "give the grid it was trained on"
+        )
+    return value.reshape(heads, -1, levels, last, *value.shape[1:]).flip(2).reshape(value.shape).contiguous()
+
+
 def _our_name(name: str) -> str:
     if match := re.fullmatch(r"encoder\.backbone\._blocks\.(\d+)\.(\w+)\.(\w+)", name):
         if (part := _EFFICIENTNET_PARTS.get(match[2])) is not None:
@@ -81,7 +105,14 @@ def _our_name(name: str) -> str:
             return f"network.encoder.backbone.{ours}"
     elif match := re.fullmatch(r"decoder\.(layer[123])\.(.+)", name):
         return f"network.decoder.{match[1]}.{match[2].replace('downsample.', 'shortcut.')}"
+    elif match := re.fullmatch(r"(self|cross)_attn_layers\.(\d+)\.(.+)\.(\w+)", name):
+        if (part := _ATTENTION.get(match[3])) is not None and (match[1] == "self" or part != "inner"):
+            return f"network.lifting.layers.{match[2]}.{match[1]}_attention.{part}.{match[4]}"
+    elif match := re.fullmatch(r"(norm[123]|ffn)_layers\.(\d+)\.(.+)", name):
+        return f"network.lifting.layers.{match[2]}.{match[1].replace('ffn', 'feed_forward')}.{match[3]}"
+    elif name in ("bev_queries", "bev_queries_pos"):
+        return f"network.lifting.{'positions' if name.endswith('pos') else 'queries'}"
     for theirs, ours in _REST.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    raise ValueError(f"{name} is no name of a Segnet with EfficientNet-B0 or ResNet-50")
+    raise ValueError(f"{name} is no name of a Segnet, Bevformernet or Liftnet with EfficientNet-B0 or a ResNet")

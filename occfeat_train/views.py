@@ -23,3 +23,14 @@ class Views:
     images: torch.Tensor
     intrinsics: torch.Tensor
     cam_from_grid: torch.Tensor
+
+
+def check_shapes(features: torch.Tensor, views: Views) -> None:
+    """Raises ValueError unless features (B, S, C, h, w), of any floating-point type, and views are of the same B and S."""
+    if features.dim() != 5 or not features.is_floating_point():
+        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: expected float (B, S, C, h, w)")
+    batch, cams = features.shape[:2]
+    for name, tail in (("images", (3, *views.images.shape[-2:])), ("intrinsics", (3, 3)), ("cam_from_grid", (4, 4))):
+        if (shape := tuple(getattr(views, name).shape)) != (batch, cams, *tail):
+            expected = (batch, cams, *tail)
+            raise ValueError(f"{name} of shape {shape} beside features of {tuple(features.shape)}: expected {expected}")

@@ -66,6 +66,20 @@ def test_the_parameters_are_the_references():
     assert parameters(efficientnet) == 1_190_880
     assert parameters(efficientnet.backbone) == 851_808
     assert parameters(resnet) == 18_046_144
+    assert parameters(ImageEncoder("resnet-101")) == 37_038_272
+
+
+def test_extra_channels_come_from_the_last_convolution_before_the_features(efficientnet):
+    torch.manual_seed(0)
+    wide = ImageEncoder("efficientnet-b0", 16, extra_channels=5).eval()
+    assert parameters(wide) == parameters(efficientnet) + 5 * (16 + 1)
+    state = {name: value for name, value in wide.state_dict().items() if not name.startswith("fuse.6")}
+    state |= {f"fuse.6.{name}": value[5:] for name, value in wide.fuse[6].state_dict().items()}
+    narrow = ImageEncoder("efficientnet-b0", 16).eval()
+    narrow.load_state_dict(state)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(images)[:, 5:], narrow(images))
 
 
 def test_the_skip_comes_first_and_the_deep_map_is_doubled(efficientnet):
@@ -83,7 +97,9 @@ def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_nearest(efficientn
 
 
 def test_an_unknown_backbone_is_refused():
-    with pytest.raises(ValueError, match="backbone 'resnet-18': one of efficientnet-b0, resnet-50 expected"):
+    with pytest.raises(
+        ValueError, match="backbone 'resnet-18': one of efficientnet-b0, resnet-50, resnet-101 expected"
+    ):
         ImageEncoder("resnet-18")
 
 

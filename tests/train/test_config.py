@@ -46,7 +46,10 @@ def test_the_dagger_is_100_epochs_and_nothing_else():
     ("labels", "epochs", "lr", "batch", "accumulation"),
     [(1, 100, 1e-4, 6, 1), (10, 50, 1e-4, 6, 1), (100, 30, 3e-4, 8, 5)],
 )
-@pytest.mark.parametrize("row", ["table1/simplebev-enb0", "table1/simplebev-rn50", "table2/simplebev-enb0-448x800"])
+@pytest.mark.parametrize(
+    "row",
+    ["table1/simplebev-enb0", "table1/simplebev-rn50", "table1/bevformer-enb0", "table2/simplebev-enb0-448x800"],
+)
 def test_finetuning_is_section_4_1s(row, labels, epochs, lr, batch, accumulation):
     for task in ("vehicles", "map") if row.startswith("table1") else ("vehicles",):
         config = preset(f"{row}/{task}-{labels}")
@@ -67,11 +70,28 @@ def test_networks_are_the_rows():
     assert preset("table1/simplebev-enb0/occfeat").network.backbone == "efficientnet-b0"
     assert preset("table1/simplebev-rn50/occfeat").network.backbone == "resnet-50"
     assert preset("table2/simplebev-enb0-448x800/occfeat").network.backbone == "efficientnet-b0"
+    bevformer = preset("table1/bevformer-enb0/occfeat")
+    assert bevformer.differences(Config()) == ["network.lifting: bevformer != simplebev"]
+    assert [name for name in PRESETS if "bevformer" in name and "100ep" in name] == []  # the paper has none
 
 
 def test_table_3_takes_one_loss_away():
     losses = {name: preset(f"table3/simplebev/{name}").loss for name in ("occfeat", "occ-only", "feat-only")}
     assert [(loss.occ > 0, loss.feat > 0) for loss in losses.values()] == [(True, True), (True, False), (False, True)]
+
+
+def test_table_3_has_bevformer_with_occupancy_alone_and_with_both():
+    names = [name for name in PRESETS if name.startswith("table3/bevformer/")]
+    assert names == ["table3/bevformer/occ-only", "table3/bevformer/occfeat"]
+    for name in names:
+        assert preset(name).network == preset("table1/bevformer-enb0/occfeat").network
+        assert preset(name).loss == preset(name.replace("bevformer", "simplebev")).loss
+
+
+def test_bevformers_channels_are_a_multiple_of_its_heads():
+    with pytest.raises(ValueError, match="network.channels=6: a multiple of BEVFormer's 4 heads expected"):
+        NetworkConfig(lifting="bevformer", channels=6)
+    assert NetworkConfig(channels=6).channels == 6
 
 
 @pytest.mark.parametrize("value", [0, 0.0001, 0.001, 0.01, 0.1, 1.0])
@@ -158,6 +178,8 @@ def test_differences_name_each_field():
         ("network.image_size=[64, 112]", "network.image_size", [64, 112]),
         ("network.weights=none", "network.weights", "none"),
         ("network.backbone=resnet-50", "network.backbone", "resnet-50"),
+        ("network.lifting=lss", "network.lifting", "lss"),
+        ("network.compat=simple-bev", "network.compat", "simple-bev"),
         ("augment.resize=[1, 1]", "augment.resize", [1.0, 1.0]),
         ("augment.flip_bev=False", "augment.flip_bev", False),
         ("compile=true", "compile", True),
@@ -196,8 +218,9 @@ def test_overrides_apply_in_order():
         ('augment.resize=[1, "a"]', "augment.resize='a': a value of type float expected"),
         ("task=train", "task='train': one of pretrain, vehicles, map expected"),
         ("precision=[1]", r"precision=\[1\]: one of auto, float32, bfloat16 expected"),
-        ("network.backbone=vit", "backbone='vit': one of efficientnet-b0, resnet-50 expected"),
-        ("network.lifting=lss", "lifting='lss': one of simplebev expected"),
+        ("network.backbone=vit", "backbone='vit': one of efficientnet-b0, resnet-50, resnet-101 expected"),
+        ("network.lifting=cvt", "lifting='cvt': one of simplebev, bevformer, lss expected"),
+        ("network.compat=lss", "compat='lss': one of none, simple-bev expected"),
         ("network.channels=7", "network.channels=7: an even number of at least 2 expected"),
         ("network.channels=0", "network.channels=0: an even number"),
         ("network.image_size=225x400", "network.image_size=225x400: .* multiples of 16, the nearest is 224x400"),

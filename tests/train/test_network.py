@@ -1,9 +1,7 @@
-"""The network as a whole, and against the reference's outputs."""
+"""The network as a whole; `test_reference` compares it with the reference's outputs."""
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,8 @@ from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.decoder import BEVDecoder
 from occfeat_train.lifting import SimpleBEV
-from occfeat_train.network import BEVNetwork, build_network, grid_mirror
-from occfeat_train.norms import InstanceNorm
-from occfeat_train.reference_weights import convert_segnet
-from occfeat_train.views import IMAGENET_MEAN, IMAGENET_STD, Views
-from tests.conftest import REPOSITORY
-from tests.train.test_backbones import torchvision_resnet50
+from occfeat_train.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
+from occfeat_train.views import Views
 from tests.train.test_decoder import parameters
 
 # Its middle lies 1 m ahead and 2 m to the right.
@@ -72,6 +66,29 @@ def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lifting", LIFTINGS)
+def test_whatever_the_lifting_the_decoder_sees_a_mirrored_map_and_f_b_is_mirrored_back(lifting):
+    """The lifted map is the unflipped one, mirrored: learned queries stay where they are."""
+    torch.manual_seed(1)
+    network = build_network(OFF_CENTRE, "efficientnet-b0", channels=8, lifting=lifting).eval()
+    network.decoder = nn.Identity()
+    if lifting == "simplebev":  # mirrors its volume; the compressor's 3x3 kernel is to be the same mirrored
+        with torch.no_grad():
+            kernel = network.lifting.compressor[0].weight
+            kernel.copy_((kernel + kernel.flip(2) + kernel.flip(3) + kernel.flip(2, 3)) / 4)
+    views = two_cameras(4)
+    flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
+    seen: list[torch.Tensor] = []
+    network.decoder.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    with torch.no_grad():
+        plain, flipped = network(views), network(views, flips)
+    torch.testing.assert_close(flipped, plain, atol=1e-4, rtol=1e-4)
+    axes: list[Any] = [(), (-2,), (-1,), (-2, -1)]
+    mirrored = torch.stack([v.flip(a) for v, a in zip(seen[0], axes, strict=True)])
+    torch.testing.assert_close(seen[1], mirrored, atol=1e-4, rtol=1e-4)
+    assert (seen[1][1] - plain[1]).abs().max() > 0.01
+
+
 def test_no_flip_is_the_same_as_flips_that_are_all_false(small_network):
     views = two_cameras(2)
     with torch.no_grad():
@@ -94,9 +111,10 @@ def test_samples_of_a_batch_do_not_mix(small_network):
         torch.testing.assert_close(small_network(views)[1:], small_network(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_a_built_network_gives_a_channels_last_map_of_the_grid():
+@pytest.mark.parametrize("lifting", LIFTINGS)
+def test_a_built_network_gives_a_channels_last_map_of_the_grid(lifting):
     torch.manual_seed(0)
-    network = build_network(OFF_CENTRE, "efficientnet-b0", channels=16)
+    network = build_network(OFF_CENTRE, "efficientnet-b0", channels=16, lifting=lifting)
     bev = network(two_cameras(1))
     assert bev.shape == (1, 16, *OFF_CENTRE.map_shape)
     assert bev.is_contiguous(memory_format=torch.channels_last)
@@ -107,92 +125,9 @@ def test_options_reach_their_modules():
     network = build_network(OFF_CENTRE, "efficientnet-b0", channels=16, drop_connect=0.44, compat="simple-bev")
     assert network.encoder.backbone.blocks[10].projection.dropout.rate == pytest.approx(0.4)
     assert network.lifting.compat == "simple-bev"
-    with pytest.raises(ValueError, match="lifting 'splat': one of simplebev expected"):
+    with pytest.raises(ValueError, match="lifting 'splat': one of simplebev, bevformer, lss expected"):
         build_network(OFF_CENTRE, "efficientnet-b0", lifting="splat")
 
 
 def test_the_compressor_has_the_references_parameters():
     assert parameters(SimpleBEV(VoxelGrid(), 128).compressor) == 1_179_648
-
-
-# -- the reference's weights and outputs ------------------------------------------------------------------------------
-
-
-def test_the_compressor_is_reordered_from_highest_first_to_lowest_first():
-    grid = VoxelGrid((4, 2, 2), (0, 0, 0), (4, 2, 2))
-    theirs = torch.arange(3 * 4).view(1, 12, 1, 1).float()  # input c * 4 + y, y = 0 the highest
-    (ours,) = convert_segnet({"bev_compressor.0.weight": theirs}, grid).values()
-    assert ours.flatten().tolist() == [c * 4 + (3 - z) for z in range(4) for c in range(3)]
-
-
-def test_a_compressor_of_another_grid_is_refused():
-    with pytest.raises(ValueError, match="no multiple of the grid's 5 levels"):
-        convert_segnet({"bev_compressor.0.weight": np.zeros((2, 16, 3, 3))}, VoxelGrid((5, 2, 2)))
-
-
-@pytest.mark.parametrize("name", ["encoder.backbone._blocks.0._bn9.weight", "encoder.backbone.4.0.fc.bias", "other"])
-def test_a_name_that_is_not_the_references_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is no name of a Segnet"):
-        convert_segnet({name: np.zeros(1)}, VoxelGrid())
-
-
-def test_the_references_resnet_fills_ours():
-    torch.manual_seed(0)
-    children = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5"}
-    reference = {}
-    for name, value in torchvision_resnet50().items():
-        child, rest = name.split(".", 1)
-        if child in children:
-            reference[f"encoder.backbone.{children[child]}.{rest}"] = value
-        elif child == "layer3":
-            reference[f"encoder.layer3.{rest}"] = value
-    converted = convert_segnet(reference, VoxelGrid())
-    backbone = build_network(OFF_CENTRE, "resnet-50", channels=4).encoder.backbone
-    prefix = "network.encoder.backbone."
-    backbone.load_state_dict({name.removeprefix(prefix): value for name, value in converted.items()}, strict=True)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    path = REPOSITORY.parent / "shared" / "golden"
-    if not path.is_dir():
-        pytest.skip(f"no outputs of the reference network at {path}")
-    return path
-
-
-@pytest.mark.parametrize(("image_size", "map_size"), [((64, 112), 40), ((224, 400), 200)])
-def test_outputs_are_the_references(golden, image_size, map_size):
-    spec = importlib.util.spec_from_file_location("seeded", golden / "seeded.py")
-    assert spec is not None
-    assert spec.loader is not None
-    seeded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(seeded)
-    grid = VoxelGrid((8, map_size, map_size))
-    head = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1, bias=False), InstanceNorm(), nn.ReLU(), nn.Conv2d(128, 1, 1))
-    network = build_network(grid, "efficientnet-b0", compat="simple-bev")
-    model = nn.ModuleDict({"network": network, "head": head}).eval()
-    weights = seeded.seeded_state_dict(golden / "segnet-effb0.state_dict.json")
-    model.load_state_dict(convert_segnet(weights, grid), strict=True)
-
-    with np.load(golden / f"segnet-effb0_{image_size[0]}x{image_size[1]}_{map_size}x8x{map_size}_small.npz") as file:
-        expected = {name: torch.from_numpy(file[name]) for name in file}
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    cam_from_cam0 = np.linalg.inv(expected["cam0_T_camXs"].double().numpy())
-    views = Views(
-        images=(torch.from_numpy(seeded.seeded_images(*image_size)) - mean) / std,
-        intrinsics=expected["pix_T_cams"][..., :3, :3].double(),
-        cam_from_grid=torch.from_numpy(cam_from_cam0 @ inverse_rigid(GRID_FROM_CAMERA_AXES)),
-    )
-    caught: dict[str, torch.Tensor] = {}
-    network.encoder.register_forward_hook(lambda _, __, out: caught.update(features=out))
-    network.lifting.compressor.register_forward_hook(lambda _, given, out: caught.update(volume=given[0], bev_in=out))
-    with torch.no_grad():
-        bev = network(views)
-        seg = head(bev)
-    volume = caught["volume"].unflatten(1, (8, 128)).flip(1).transpose(1, 2).flatten(1, 2)  # c * 8 + y, y = 0 highest
-    close = {"atol": 1e-3, "rtol": 0}
-    torch.testing.assert_close(caught["features"][:, ::8, ::3, ::3], expected["feat_cams"], **close)
-    torch.testing.assert_close(volume[:, ::37, ::9, ::9], expected["vol_sub"], **close)
-    torch.testing.assert_close(caught["bev_in"][:, ::8, ::5, ::5], expected["bev_in"], **close)
-    torch.testing.assert_close(bev[:, ::8, ::5, ::5], expected["raw_feat"], **close)
-    torch.testing.assert_close(seg, expected["seg"], **close)

@@ -1,0 +1,373 @@
+"""BEVFormer: closed forms, the looped twin's values and gradients, and what a sample may not change for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
+from occfeat_train.deformable import Reads, deformable, deformable_torch
+from occfeat_train.views import Views
+from tests.train import deformable_twin
+from tests.train.test_decoder import parameters
+from tests.train.test_lifting import (
+    BACKWARD,
+    FORWARD,
+    PINHOLE,
+    one_camera,
+    random_features,
+    random_views,
+    three_threads,
+    views_of,
+)
+
+__all__ = ["three_threads"]  # a fixture
+BACKENDS = [pytest.param(deformable, id="numba"), pytest.param(deformable_torch, id="torch")]
+COMPATS = [None, "simple-bev"]
+GRID = VoxelGrid((2, 5, 4), (-2, -8, -7), (2, 8, 7))
+Deformable = Callable[[Tensor, Tensor, Tensor, Reads], Tensor]
+
+
+def random_reads(seed: int, batch: int = 2, queries: int = 5, cams: int = 2) -> tuple[Reads, Tensor]:
+    """Samples of 2 maps each; queries of 0 to 2 pairs; places up to a token outside maps of 3 x 4."""
+    rng = np.random.default_rng(seed)
+    seen = torch.from_numpy(rng.random((batch, queries, cams)) < 0.5)
+    sample, _, cam = seen.nonzero(as_tuple=True)
+    starts = nn.functional.pad(seen.sum(2).flatten().cumsum(0), (1, 0))
+    anchors = torch.from_numpy(rng.uniform([-1.5, -1.5], [4.5, 3.5], (len(cam), 2, 2)))
+    return Reads(batch, sample * cams + cam, starts, anchors), seen
+
+
+def random_inputs(seed: int, batch: int = 2, queries: int = 5, points: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    values = torch.randn(2 * batch, 3, 4, HEADS, 3, generator=rng, dtype=torch.float64)
+    offsets = torch.randn(batch * queries, HEADS, points, 2, generator=rng, dtype=torch.float64)
+    weights = torch.rand(batch * queries, HEADS, points, generator=rng, dtype=torch.float64)
+    return values, offsets, weights
+
+
+def looped(values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+    out = torch.zeros(*weights.shape[:2], values.shape[-1], dtype=values.dtype)
+    for pair, query in enumerate(reads.queries.tolist()):
+        for head in range(weights.shape[1]):
+            for p in range(weights.shape[2]):
+                x, y = reads.anchors[pair, p % reads.anchors.shape[1]] + offsets[query, head, p]
+                read = deformable_twin.sample(values[reads.maps[pair], :, :, head], x, y)
+                out[query, head] = out[query, head] + weights[query, head, p] * read
+    return out
+
+
+def value_and_gradients(function: Deformable, inputs: tuple[Tensor, ...], reads: Reads) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    out = function(*leaves, reads)  # type: ignore[arg-type]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out * weight).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def cross_only(grid: VoxelGrid = GRID, channels: int = 8) -> CrossAttention:
+    """Reads exactly at its anchors, the mean of them, and hands the values on."""
+    module = CrossAttention(channels, grid.shape[0]).eval()
+    with torch.no_grad():
+        module.places.offsets.bias.zero_()
+        for linear in (module.value, module.output):
+            linear.weight.copy_(torch.eye(channels))
+            linear.bias.zero_()
+    return module
+
+
+def random_model(
+    channels: int = 8, grid: VoxelGrid = GRID, compat: str | None = None, dtype: torch.dtype = torch.float32
+) -> BEVFormer:
+    """Two layers with weights of a size that matters everywhere."""
+    torch.manual_seed(0)
+    model = BEVFormer(grid, channels, compat).eval()
+    del model.layers[2:]
+    for name, p in model.named_parameters():
+        if "places" in name:
+            nn.init.normal_(p, std=1.0 if name.endswith("bias") else 0.5)
+    return model.to(dtype)
+
+
+# -- the sums ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_and_gradients_are_the_looped_twins(function: Deformable, seed: int, three_threads: None) -> None:
+    reads, seen = random_reads(seed)
+    inputs = random_inputs(seed)
+    assert not seen.any(2).all() and seen.all(2).any()
+    expected = value_and_gradients(looped, inputs, reads)
+    found = value_and_gradients(function, tuple(t.float() for t in inputs), reads)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_gradcheck_of_the_sums() -> None:
+    reads, _ = random_reads(3)
+    inputs = tuple(t.requires_grad_() for t in random_inputs(3))
+    assert torch.autograd.gradcheck(lambda *given: deformable(*given, reads), inputs)
+
+
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_place_on_a_token_reads_it_and_one_a_token_outside_reads_nothing(function: Deformable) -> None:
+    values = torch.arange(12.0).view(1, 3, 4, 1, 1)
+    places = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [4.0, 1.0], [2.0, 3.0], [-0.5, 0.0], [1e6, -1e6]])
+    count = len(places)
+    reads = Reads(1, torch.zeros(count, dtype=torch.int64), torch.arange(count + 1), places[:, None])
+    read = function(values, torch.zeros(count, 1, 1, 2), torch.ones(count, 1, 1), reads).flatten()
+    assert read.tolist() == [6, 0, 0, 0, 0, 0]  # half of token 0 is 0, too
+    assert function(values + 1, torch.zeros(count, 1, 1, 2), torch.ones(count, 1, 1), reads)[4].item() == 0.5
+
+
+def test_a_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_threads() -> None:
+    reads, _ = random_reads(0, queries=300)
+    inputs = tuple(t.float() for t in random_inputs(0, queries=300))
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 4, 4):
+        torch.set_num_threads(threads)
+        runs.append(value_and_gradients(deformable, inputs, reads))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_bfloat16_values_are_read_in_float32() -> None:
+    reads, _ = random_reads(1)
+    values, offsets, weights = (t.float() for t in random_inputs(1))
+    low = values.bfloat16().requires_grad_()
+    out = deformable(low, offsets, weights, reads)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, deformable(low.float(), offsets, weights, reads))
+    out.sum().backward()
+    assert low.grad is not None and low.grad.dtype == torch.bfloat16
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 6), st.sampled_from([2, 4, 8]))
+def test_both_backends_agree_on_random_reads(seed: int, batch: int, queries: int, points: int) -> None:
+    reads, _ = random_reads(seed, batch, queries)
+    inputs = random_inputs(seed, batch, queries, points)
+    expected = value_and_gradients(deformable_torch, inputs, reads)
+    found = value_and_gradients(deformable, tuple(t.float() for t in inputs), reads)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+
+
+# -- who reads what ---------------------------------------------------------------------------------------------------
+
+
+def test_cells_read_about_themselves_and_in_compat_about_the_transposed_cell() -> None:
+    plain = neighbour_reads(2, (3, 3), None, torch.device("cpu"))
+    flipped = neighbour_reads(2, (3, 3), "simple-bev", torch.device("cpu"))
+    columns_rows = [[column, row] for row in range(3) for column in range(3)]
+    assert plain.anchors[:, 0].tolist() == columns_rows * 2
+    torch.testing.assert_close(flipped.anchors[:, 0], torch.tensor(columns_rows * 2).flip(1).float())
+    assert plain.maps.tolist() == [0] * 9 + [1] * 9
+    assert plain.queries.tolist() == list(range(18))
+
+
+def test_a_ramp_is_read_where_a_columns_voxels_project_to() -> None:
+    """The camera looks ahead: cells behind it are read nowhere, those ahead about u / 10 - 0.5 of their column."""
+    grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
+    reads, num_views = camera_reads(one_camera(), grid, (4, 6), None)
+    right, forward, _ = np.moveaxis(grid.voxel_centers().astype(np.float64)[0], -1, 0)
+    u = 30 * right / forward + 30
+    is_seen = (forward > 0) & (u >= 0) & (u < 60)
+    assert 0 < is_seen.sum() < is_seen.size / 2
+    np.testing.assert_array_equal(num_views[0].view(8, 7), is_seen)
+    assert reads.starts.diff().tolist() == is_seen.flatten().tolist()
+    expected = np.stack([u[is_seen] / 10 - 0.5, np.full(is_seen.sum(), 1.5)], -1)
+    np.testing.assert_allclose(reads.anchors[:, 0], expected, atol=1e-5)
+
+
+def test_the_cross_attention_of_equal_weights_is_the_mean_of_levels_and_cameras() -> None:
+    module = cross_only(VoxelGrid((1, 8, 7)), 4)
+    views = views_of([FORWARD, FORWARD, BACKWARD], [PINHOLE] * 3)
+    grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
+    reads, num_views = camera_reads(views, grid, (4, 6), None)
+    tokens = torch.tensor([1.0, 4.0, 100.0])[:, None, None, None].expand(3, 4, 6, 4)
+    read = module(torch.zeros(1, 56, 4), torch.zeros(56, 4), tokens, reads, num_views)[0, :, 0].view(8, 7)
+    inner = read[5:, 2:5]  # far from the images' borders, where a token fades out
+    torch.testing.assert_close(inner, torch.full_like(inner, 2.5))
+    torch.testing.assert_close(read[:3, 2:5], torch.full((3, 3), 100.0))
+
+
+def test_a_query_that_no_camera_sees_is_only_passed_on() -> None:
+    module = cross_only()
+    reads, num_views = camera_reads(one_camera(), GRID, (4, 6), None)
+    unseen = num_views[0] == 0
+    assert unseen.any() and not unseen.all()
+    query = torch.randn(1, 20, 8)
+    out = module(query, torch.zeros(20, 8), torch.ones(1, 4, 6, 8), reads, num_views)
+    assert torch.equal(out[0, unseen], query[0, unseen])
+    assert (out - query)[0, ~unseen].abs().min() > 0
+
+
+def test_a_centre_behind_the_camera_is_read_nowhere_although_its_column_is_seen() -> None:
+    """A camera that looks down from the middle of a column: half of its voxels are above."""
+    grid = VoxelGrid((4, 1, 1), (-4, -1, -1), (4, 1, 1))
+    down = np.array([[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
+    views = views_of([down], [PINHOLE])
+    reads, num_views = camera_reads(views, grid, (4, 6), None)
+    assert num_views.tolist() == [[1]]
+    assert (reads.anchors[0, :, 0] > -1).tolist() == [True, True, False, False]
+    compat, _ = camera_reads(views, grid, (4, 6), "simple-bev")
+    torch.testing.assert_close(compat.anchors[0, 2], compat.anchors[0, 1])  # on the axis the clamp changes nothing
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.sampled_from(COMPATS))
+def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, compat: str | None) -> None:
+    views = random_views(seed, batch, cams)
+    reads, num_views = camera_reads(views, GRID, (4, 6), compat)
+    centers = torch.from_numpy(GRID.voxel_centers()).double().permute(1, 2, 0, 3)
+    anchors, seen = deformable_twin.project(views, centers, (4, 6), compat)
+    assert torch.equal(num_views, seen.sum(1).flatten(1))
+    is_read = (seen[:1].expand_as(seen) if compat else seen).flatten(2).transpose(1, 2)  # (B, H * W, S)
+    assert torch.equal(reads.starts.diff(), is_read.sum(2).flatten())
+    sample, cell, cam = is_read.nonzero(as_tuple=True)
+    assert torch.equal(reads.maps, sample * cams + cam)
+    expected = anchors.flatten(2, 3)[sample, cam, cell]
+    near = expected.abs() < 1e5
+    torch.testing.assert_close(reads.anchors[near].double(), expected[near], atol=1e-3, rtol=1e-5)
+    assert (reads.anchors[~near].abs() > 9e4).all()
+
+
+def test_a_camera_of_degenerate_intrinsics_neither_reads_nor_breaks() -> None:
+    views = views_of([FORWARD, FORWARD], [PINHOLE, np.zeros((3, 3))])
+    model = random_model()
+    features = random_features(cams=2, channels=8).requires_grad_()
+    model(features, views).sum().backward()
+    assert features.grad is not None
+    assert torch.isfinite(features.grad).all()
+    assert features.grad[:, 1].abs().max() == 0
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("levels", [1, 2, 3, 8])
+def test_it_is_the_looped_twin(levels: int, compat: str | None) -> None:
+    grid = VoxelGrid((levels, 4, 3), (-2, -8, -7), (2, 8, 7))
+    model = random_model(grid=grid, compat=compat, dtype=torch.float64)
+    views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
+    with torch.no_grad():
+        exact = deformable_twin.run(model, features, views)
+        torch.testing.assert_close(model(features, views), exact, atol=1e-5, rtol=1e-5)  # anchors are float32
+        found = model.float()(features.float(), views)
+    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_are_the_looped_twins_with_and_without_checkpointing() -> None:
+    model = random_model(dtype=torch.float64)
+    views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
+
+    def gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaf = features.clone().requires_grad_()
+        model.zero_grad()
+        out = function(leaf)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        return [leaf.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    expected = gradients(lambda leaf: deformable_twin.run(model, leaf, views))
+    for is_kept in (True, False):
+        model.checkpointing = is_kept
+        for a, b in zip(gradients(lambda leaf: model(leaf, views)), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+def test_two_samples_are_two_of_one_unless_the_references_defect_is_asked_for(compat: str | None) -> None:
+    model = random_model(compat=compat)
+    views, features = random_views(2, 2, 3), random_features(2, 3, 8)
+    alone = [Views(*(getattr(views, n)[b : b + 1] for n in ("images", "intrinsics", "cam_from_grid"))) for b in (0, 1)]
+    with torch.no_grad():
+        both = model(features, views)
+        each = [model(features[b : b + 1], alone[b])[0] for b in (0, 1)]
+    torch.testing.assert_close(both[0], each[0], atol=1e-5, rtol=1e-5)
+    if compat is None:
+        torch.testing.assert_close(both[1], each[1], atol=1e-5, rtol=1e-5)
+    else:
+        assert (both[1] - each[1]).abs().max() > 0.1
+
+
+def test_cameras_may_come_in_any_order_and_number() -> None:
+    model = random_model()
+    views, features = random_views(4, 1, 3), random_features(1, 3, 8)
+    order = [2, 0, 1]
+    shuffled = Views(*(getattr(views, n)[:, order] for n in ("images", "intrinsics", "cam_from_grid")))
+    with torch.no_grad():
+        plain = model(features, views)
+        torch.testing.assert_close(model(features[:, order], shuffled), plain, atol=1e-5, rtol=1e-5)
+        assert model(random_features(1, 1, 8), one_camera()).shape == (1, 8, *GRID.map_shape)
+
+
+def test_a_training_step_reaches_every_parameter_and_drops_a_tenth() -> None:
+    model = random_model().train()
+    views, features = random_views(5, 2, 3), random_features(2, 3, 8)
+    out = model(features, views)
+    out.square().sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts == [0.1] * 4
+    with torch.no_grad():
+        assert not torch.allclose(model(features, views), model(features, views))
+
+
+def test_bfloat16_autocast_is_close_to_float32() -> None:
+    model = random_model()
+    views, features = random_views(5, 1, 3), random_features(1, 3, 8)
+    with torch.no_grad():
+        plain = model(features, views)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(features, views)
+    assert (low - plain).abs().mean() < 0.05
+
+
+# -- structure --------------------------------------------------------------------------------------------------------
+
+
+def test_the_parameters_are_the_references() -> None:
+    model = BEVFormer(VoxelGrid(), 128)
+    assert parameters(model) == 12_474_520
+    assert parameters(model.layers) == 12_474_520 - 2 * 128 * 200 * 200
+    assert len(model.layers) == 6
+    assert 0.0999 < model.queries.std() < 0.1001
+
+
+@pytest.mark.parametrize(("levels", "points"), [(1, 8), (2, 8), (4, 8), (8, 8), (3, 3), (10, 10), (16, 16)])
+def test_points_are_8_where_the_levels_divide_it_and_one_a_level_otherwise(levels: int, points: int) -> None:
+    assert CrossAttention(8, levels).places.points == points
+
+
+def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_nearest() -> None:
+    places = Places(8, 8, levels=4)
+    offsets, weights = places(torch.randn(1, 2, 8))
+    assert torch.equal(offsets[0], offsets[1])
+    assert torch.equal(weights, torch.full_like(weights, 1 / 8))
+    assert offsets[0, :, 3].tolist() == [[1, 0], [0, 1], [-1, 0], [0, -1]]
+    assert offsets[0, 0, :, 0].tolist() == [4, 3, 2, 1, 8, 7, 6, 5]
+
+
+def test_channels_that_4_heads_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, give a multiple"):
+        BEVFormer(GRID, 6)
+    with pytest.raises(ValueError, match="compat 'lss'"):
+        BEVFormer(GRID, 8, "lss")
+
+
+def test_views_of_another_shape_are_refused() -> None:
+    given: dict[str, Any] = {"features": random_features(1, 2, 8), "views": one_camera()}
+    with pytest.raises(ValueError, match="images of shape"):
+        BEVFormer(GRID, 8)(**given)

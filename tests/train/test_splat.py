@@ -1,0 +1,189 @@
+"""Splatting: closed forms, the outer product's values and gradients, and what must not change a result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.splat import LSS, depth_bins, find_points
+from occfeat_train.views import Views
+from tests.train.splat_twin import splat_dense
+from tests.train.test_lifting import FORWARD, PINHOLE, one_camera, random_features, random_views, views_of
+
+GRID = VoxelGrid((3, 8, 7), (-2, -8, -7), (2, 8, 7))
+DEPTHS = 4  # 2, 4, 6 and 8 m: half of 8 cells, and int(0.9 * hypot(8, 7)) is 9
+FIELDS = ("images", "intrinsics", "cam_from_grid")
+
+
+def random_input(batch: int = 1, cams: int = 3, channels: int = 5, h: int = 4, w: int = 6, seed: int = 0) -> Tensor:
+    return 2 * random_features(batch, cams, DEPTHS + channels, h, w, seed)
+
+
+def dense(features: Tensor, views: Views) -> Tensor:
+    return splat_dense(features[:, :, :DEPTHS], features[:, :, DEPTHS:], depth_bins(GRID), views, GRID)
+
+
+# -- closed forms -----------------------------------------------------------------------------------------------------
+
+
+def test_depths_are_the_references_on_its_grid() -> None:
+    depths = depth_bins(VoxelGrid())
+    assert len(depths) == 100
+    np.testing.assert_allclose(depths, 2 + np.arange(100) * 61 / 99)  # to int(0.9 * 50 * sqrt(2)) = 63 m
+
+
+def test_depths_of_a_grid_follow_from_its_farthest_corner_and_longer_side() -> None:
+    assert depth_bins(GRID)[[0, -1]].tolist() == [2, 9]
+    assert len(depth_bins(GRID)) == DEPTHS
+    assert depth_bins(VoxelGrid((1, 1, 1), (0, 0, 0), (1, 1, 1))).tolist() == [2, 3]
+
+
+def test_a_token_of_certain_depth_falls_into_the_cell_it_sees() -> None:
+    """The camera looks ahead from the origin; its optical axis is the corner of four tokens 1/3 m aside at 2 m."""
+    grid = VoxelGrid((1, 20, 20), (-5, -10, -10), (5, 10, 10))
+    lss = LSS(grid, 2)
+    depths, (h, w) = depth_bins(grid), (4, 6)
+    features = torch.zeros(1, 1, lss.feature_channels, h, w)
+    k, row, column = 3, 1, 4
+    features[0, 0, : lss.num_depths, row, column] = -1e4
+    features[0, 0, k, row, column] = 0
+    features[0, 0, lss.num_depths :, row, column] = torch.tensor([7.0, -3.0])
+    lifted = lss(features, one_camera())
+    forward, right = depths[k].item(), ((column + 0.5) * 10 - 30) / 30 * depths[k].item()
+    cell = (int(forward + 10), int(right + 10))
+    points = find_points(one_camera(), 0, grid, (h, w), None)
+    in_cell = points.starts.diff().view(20, 20)[cell].item()
+    assert lifted.abs().sum((0, 1)).nonzero().tolist() == [list(cell)]
+    torch.testing.assert_close(lifted[0, :, *cell], torch.tensor([7.0, -3.0]) / in_cell)
+
+
+def test_shares_of_a_voxels_points_sum_to_one_and_in_compat_those_of_a_cell_once_more() -> None:
+    views = random_views(3, 1, 3)
+    points = find_points(views, 0, GRID, (4, 6), None)
+    total, counts = points.shares.sum().item(), points.starts.diff()
+    assert len(points.places) == points.starts[-1] > 20
+    assert total == pytest.approx(round(total))  # of full voxels
+    assert total > (counts > 0).sum()  # some cells have several
+    compat = find_points(views, 0, GRID, (4, 6), "simple-bev")
+    assert compat.shares.sum() < (compat.starts.diff() > 0).sum() + 1e-9
+
+
+def test_a_camera_that_looks_out_of_the_grid_gives_zeros() -> None:
+    away = FORWARD.copy()
+    away[2, 3] = 100  # the grid is 100 m ahead of it
+    lifted = LSS(GRID, 5)(random_input(cams=1), views_of([away], [PINHOLE]))
+    assert lifted.shape == (1, 5, 8, 7)
+    assert not lifted.any()
+
+
+def test_the_references_cells_start_half_a_cell_late_and_take_one_more_before_the_first() -> None:
+    """By its index, whole at centres and truncated; along up it counts from the top."""
+    from occfeat_train.splat import _voxels
+
+    line = VoxelGrid((1, 1, 4), (-1, -1, 0), (1, 1, 4))
+    rights = torch.tensor([-0.6, -0.4, 0.0, 0.6, 1.4, 1.6, 3.4, 3.6, 4.4, 4.6])
+    index, is_inside = _voxels(torch.stack([rights, *[torch.zeros(10)] * 2], 1), line, "simple-bev")
+    assert is_inside.tolist() == [False] + [True] * 8 + [False]
+    assert index[is_inside].tolist() == [0, 0, 0, 0, 1, 2, 3, 3]
+    column = VoxelGrid((4, 1, 1), (0, -1, -1), (4, 1, 1))
+    ups = torch.tensor([-0.6, -0.4, 0.4, 0.6, 2.4, 2.6, 4.4, 4.6])
+    index, is_inside = _voxels(torch.stack([*[torch.zeros(8)] * 2, ups], 1), column, "simple-bev")
+    assert is_inside.tolist() == [False, True, True, True, True, True, True, False]
+    assert index[is_inside].tolist() == [0, 0, 1, 2, 3, 3]
+
+
+# -- the outer product ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 2), st.integers(1, 4))
+def test_it_is_the_outer_product_splatted_point_by_point(seed: int, batch: int, cams: int) -> None:
+    views, features = random_views(seed, batch, cams), random_input(batch, cams, h=2, w=3, seed=seed)
+    exact = dense(features.double(), views)
+    lss = LSS(GRID, 5)
+    torch.testing.assert_close(lss(features.double(), views), exact)
+    torch.testing.assert_close(lss(features, views).double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_the_outer_products() -> None:
+    views, features = random_views(1, 2, 3), random_input(2).double()
+    grads = []
+    for function in (dense, LSS(GRID, 5)):
+        leaf = features.clone().requires_grad_()
+        out = function(leaf, views)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0] is not None
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("compat", [None, "simple-bev"])
+def test_gradcheck(compat: str | None) -> None:
+    views, features = random_views(1, 1, 2), random_input(1, 2, 2, 2, 3).double().requires_grad_()
+    lss = LSS(GRID, 2, compat)
+    assert torch.autograd.gradcheck(lambda given: lss(given, views), (features,))
+
+
+# -- what must not change a result ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", [None, "simple-bev"])
+def test_two_samples_are_two_of_one(compat: str | None) -> None:
+    views, features = random_views(2, 2, 3), random_input(2)
+    lss = LSS(GRID, 5, compat)
+    both = lss(features, views)
+    for b in range(2):
+        alone = Views(*(getattr(views, name)[b : b + 1] for name in FIELDS))
+        assert torch.equal(both[b : b + 1], lss(features[b : b + 1], alone))
+
+
+def test_cameras_may_come_in_any_order() -> None:
+    views, features = random_views(4, 1, 3), random_input()
+    order = [2, 0, 1]
+    shuffled = Views(*(getattr(views, name)[:, order] for name in FIELDS))
+    lss = LSS(GRID, 5)
+    torch.testing.assert_close(lss(features[:, order], shuffled), lss(features, views))
+
+
+def test_a_mirrored_image_is_a_camera_of_negative_fx() -> None:
+    views, features = random_views(4, 1, 3), random_input()
+    mirrored = views.intrinsics.clone()
+    mirrored[..., 0, :] = views.intrinsics[..., 0, :] * -1
+    mirrored[..., 0, 2] += 60
+    lss = LSS(GRID, 5)
+    torch.testing.assert_close(lss(features.flip(-1), replace(views, intrinsics=mirrored)), lss(features, views))
+
+
+def test_a_camera_of_degenerate_intrinsics_adds_nothing() -> None:
+    views = views_of([FORWARD, FORWARD], [PINHOLE, np.zeros((3, 3))])
+    features = random_input(cams=2).requires_grad_()
+    lifted = LSS(GRID, 5)(features, views)
+    torch.testing.assert_close(lifted, LSS(GRID, 5)(features[:, :1], one_camera()))
+    lifted.sum().backward()
+    assert features.grad is not None
+    assert torch.isfinite(features.grad).all()
+
+
+def test_bfloat16_features_are_summed_in_float32() -> None:
+    views, features = random_views(4, 1, 3), random_input()
+    lifted = LSS(GRID, 5)(features.bfloat16(), views)
+    assert lifted.dtype == torch.bfloat16
+    exact = LSS(GRID, 5)(features.bfloat16().float(), views)
+    torch.testing.assert_close(lifted.float(), exact, atol=1e-2, rtol=1e-2)
+
+
+def test_wrong_inputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="features of 5 channels: 4 depths and 5 expected"):
+        LSS(GRID, 5)(random_features(1, 1, 5), one_camera())
+    with pytest.raises(ValueError, match="images of shape"):
+        LSS(GRID, 5)(random_input(cams=2), one_camera())
+    with pytest.raises(ValueError, match="compat 'lss'"):
+        LSS(GRID, 5, "lss")
