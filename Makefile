@@ -29,7 +29,7 @@ TEACHER ?= random:facebook/dinov2-small
 # What is trained on: more keyframes than pictures need, and all of it small.
 TOWN = --dataroot demo/town --cache demo/small --teacher $(TEACHER) --image-size 80x140 --feature-size 112x196 \
 	--grid 8x50x50 --range -5 5 -25 25 -25 25
-RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress
+RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress --save-every 1000
 FEW = $(RUN) --set labels=12.5 --set optim.epochs=40
 EVALUATE = $(BIN)/occfeat-train evaluate --cache demo/small --split mini_val --no-progress
 demo: setup
@@ -61,7 +61,7 @@ demo: setup
 		--cache demo/small --split mini_val --out demo/report.html
 
 bench: setup
-	for benchmark in voxelizer images sampling reads teacher rounding build memory; do \
+	for benchmark in voxelizer images sampling reads loader lifting teacher rounding build memory; do \
 		echo "## $$benchmark"; $(BIN)/python pipelines/benchmarks/$$benchmark.py || exit; \
 	done
 

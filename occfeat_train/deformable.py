@@ -91,10 +91,11 @@ class _Deformable(torch.autograd.Function):
         ctx.reads = reads
         num_queries, heads = weights.shape[:2]
         out = torch.empty((num_queries, heads, values.shape[-1]))
-        arguments, target = _arrays(values, offsets, weights, reads), out.numpy()
+        arguments: Any = _arrays(values, offsets, weights, reads)
+        target = out.numpy()
 
         def work(first: int) -> None:
-            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)
+            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)  # type: ignore[call-arg]  # mypy counts a starred argument as many
 
         in_threads(work, list(range(0, num_queries, _CHUNK)))
         return out
@@ -105,14 +106,15 @@ class _Deformable(torch.autograd.Function):
         """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
         values, offsets, weights = ctx.saved_tensors
         grads = torch.zeros_like(values), torch.zeros_like(offsets), torch.zeros_like(weights)
-        given, arguments = grad.contiguous().numpy(), _arrays(values, offsets, weights, ctx.reads)
+        arguments: Any = _arrays(values, offsets, weights, ctx.reads)
+        given = grad.contiguous().numpy()
         targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy(), grads[2].numpy()
         num_queries, heads = weights.shape[:2]
         per_sample = num_queries // ctx.reads.batch
 
         def work(task: tuple[int, int]) -> None:
             first, head = task
-            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)
+            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)  # type: ignore[call-arg]
 
         in_threads(work, [(first, head) for first in range(0, num_queries, per_sample) for head in range(heads)])
         return *grads, None

@@ -99,6 +99,19 @@ def test_a_pretrained_network_is_taken_over_whole_and_the_head_is_not(cache, pre
     assert {n for n in found if n.startswith("head.")} != {n for n in given if n.startswith("head.")}
 
 
+def test_a_pretraining_goes_on_from_another_with_its_head(cache, pretrained, tmp_path):
+    run = tmp_path / "run"
+    output = succeed(*pretrain(cache, run, "--from", pretrained, *steps(1), "--set", "optim.lr=1e-30"))
+    assert f"network and head from {pretrained / 'checkpoints' / 'step-00000002'} (pretrain, step 2)" in output
+    found, given = weights(run), weights(pretrained)
+    assert found.keys() == given.keys()
+    for name in found:
+        if name.endswith("weight"):
+            np.testing.assert_allclose(found[name], given[name], atol=1e-12, err_msg=name)
+    output = refuse(*pretrain(cache, tmp_path / "other", "--from", pretrained, "--occ-only"), out=tmp_path / "other")
+    assert "does not fit this network: head." in output and "is not of this network" in output
+
+
 @pytest.mark.parametrize(("labels", "scenes"), [("1", "a"), ("10", "a"), ("60", "ab"), ("100", "abc")])
 def test_labels_choose_scenes_and_the_run_lists_them(cache, tmp_path, labels, scenes):
     output = succeed(*finetune(cache, tmp_path / "run", "--labels", labels, "--epochs", "0.1"))
