@@ -142,7 +142,7 @@ def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
         [
             *header,
             *(name.replace("_", " ") for name in classes),
-            *(band.replace("35-inf", "over 35") for band in bands),
+            *(band.replace("35-inf", "over 35").replace(" ", "\xa0") for band in bands),
             "source",
         ],
         rows,
@@ -250,7 +250,7 @@ def segmentation_pictures(run: Run, shown: Shown) -> Iterable[tuple[bytes, str]]
         yield figures.draw_map(blue, grid, pose, outlined=true[0]), caption
     for k, name in enumerate(CLASSES[run.task]):
         colors = figures.outcome_colors(predicted[k], true[k], valid)
-        caption = f"{run.name}: {name.replace('_', ' ')}, hit, false alarm, missed"
+        caption = f"{run.name}: {name.replace('_', ' ')}, right or wrong"
         yield figures.draw_map(colors, grid, pose, hatched=~valid), caption
 
 

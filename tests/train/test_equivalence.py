@@ -84,10 +84,11 @@ def test_a_step_is_the_same_over_micro_batches_and_ranks(cache, task, batch, acc
     _, expected = gradients(cache, config)
     trained, found = gradients(cache, shared, world)
     assert found.keys() == expected.keys()
+    # Sums in another order through some sixty float32 layers: 2e-6 of the largest was seen, a wrong share is of its size.
     largest = max(g.abs().max() for g in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-4, atol=1e-6 * float(largest), msg=lambda m, n=name: f"{n}: {m}"
+            found[name], value, rtol=1e-4, atol=1e-5 * float(largest), msg=lambda m, n=name: f"{n}: {m}"
         )
     assert all(p.grad is not None for p in trained.parameters())
 
