@@ -308,7 +308,7 @@ def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
         (["--set", "optim.lr=fast"], "optim.lr='fast': a value of type float expected"),
         (["--set", "network.image_size=30x48"], "needs multiples of 16, the nearest is 32x48"),
         (["--set", "augment.num_cameras=7"], "augment.num_cameras=7: the cache has 6"),
-        (["--set", "network.backbone=resnet-18"], "one of efficientnet-b0, resnet-50 expected"),
+        (["--set", "network.backbone=resnet-18"], "one of efficientnet-b0, resnet-50, resnet-101 expected"),
         (["--set", "frame=CAM_BACK_LEFT"], "frame=CAM_BACK_LEFT: this cache has grids in ego, CAM_FRONT, CAM_BACK"),
         (["--lambda", "-1"], "weights of at least 0"),
         (["--epochs", "0"], "optim.epochs=0.0: a number above 0 expected"),

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_reference_is_evaluated_and_finetuned(tmp_path, name
     run("evaluate", out, "--cache", cache, "--split", "train", "--no-progress")
     assert (out / "evaluation" / "train.json").is_file()
     tuned = ["finetune", "--cache", cache, "--from", out, *SMALL, "--set", "optim.epochs=0.5"]
-    assert f"network from {out}" in run(*tuned, "--out", tmp_path / "tuned")
+    assert f"network and head from {out}" in run(*tuned, "--out", tmp_path / "tuned")
 
 
 def test_a_bare_state_dict_will_do_and_another_networks_will_not(tmp_path):
