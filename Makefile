@@ -30,7 +30,7 @@ TEACHER ?= random:facebook/dinov2-small
 TOWN = --dataroot demo/town --cache demo/small --teacher $(TEACHER) --image-size 80x140 --feature-size 112x196 \
 	--grid 8x50x50 --range -5 5 -25 25 -25 25
 RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress --save-every 1000
-FEW = $(RUN) --set labels=12.5 --set optim.epochs=40
+FEW = $(RUN) --set labels=12.5 --set optim.epochs=30
 EVALUATE = $(BIN)/occfeat-train evaluate --cache demo/small --split mini_val --no-progress
 demo: setup
 	rm -rf demo
@@ -49,7 +49,7 @@ demo: setup
 		$(BIN)/occfeat-targets verify --cache demo/small --split $$split && \
 		$(BIN)/occfeat-train check --cache demo/small --split $$split || exit; \
 	done
-	$(BIN)/occfeat-train pretrain $(RUN) --preset small/occfeat --epochs 20 --validate mini_val --save-every 32 --out demo/pretrained
+	$(BIN)/occfeat-train pretrain $(RUN) --preset small/occfeat --epochs 12 --validate mini_val --save-every 32 --out demo/pretrained
 	for task in vehicles map; do \
 		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --from demo/pretrained --out demo/$$task-pretrained && \
 		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --out demo/$$task-scratch || exit; \

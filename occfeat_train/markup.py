@@ -65,8 +65,8 @@ STYLE = (
     ".row p{margin:0;font-size:.85rem}figcaption{flex-basis:100%;font-size:.85rem;color:#444}"
     ".swatch,.ramp{display:inline-block;width:.8em;height:.8em;border:1px solid #999;"
     "print-color-adjust:exact;-webkit-print-color-adjust:exact}.ramp{width:6em}"
-    ".table{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;margin:.5rem 0}"
-    "th,td{padding:.3rem .45rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:bottom}"
+    ".table{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:.5rem 0}"
+    "th,td{padding:.3rem .35rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:bottom}"
     "th:first-child,td:first-child{text-align:left;white-space:nowrap}"
     "@media print{table{font-size:.65rem}h2,h3,h4{break-after:avoid}}"
 )

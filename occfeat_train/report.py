@@ -127,7 +127,9 @@ def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
         yield table(["run", "occupancy IoU at 0.5 [%]", "mean cosine to the teacher's features", "source"], rows)
         return
     classes = list(runs[0].results["per_class"]) if task == "map" else []
-    bands = list(runs[0].results["by_distance"])
+    bands = [
+        b for b in runs[0].results["by_distance"] if any(run.results["by_distance"][b] is not None for run in runs)
+    ]
     rows = []
     for run in runs:
         r, about = run.results, run.checkpoint.about
@@ -142,11 +144,16 @@ def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
         [
             *header,
             *(name.replace("_", " ") for name in classes),
-            *(band.replace("35-inf", "over 35").replace(" ", "\xa0") for band in bands),
+            *(unbroken(band.replace("35-inf", "over 35")) for band in bands),
             "source",
         ],
         rows,
     )
+
+
+def unbroken(text: str) -> str:
+    """The text with a hyphen and spaces at which no line is broken."""
+    return text.replace("-", "\u2011").replace(" ", "\xa0")
 
 
 def initial_weights(initial: str) -> str:
@@ -218,7 +225,7 @@ def pretraining_section(run: Run, shown: Shown, colors: figures.FeatureColors | 
     if predicted is not None:
         mixed = figures.outcome_shares(predicted, true, axis=1)
         pictures.append((figures.draw_from_behind(mixed, grid, pose), "all cells from behind, their outcomes mixed"))
-    yield row_of(pictures, f"{key(figures.OUTCOMES)} {height_key(grid)} Features: three principal components of the targets of all "
+    yield row_of(pictures, f"{key(figures.OUTCOMES)}. {height_key(grid)} Features: three principal components of the targets of all "
         "keyframes shown, as red, green and blue, the same for targets and predictions.")  # fmt: skip
 
 
