@@ -13,15 +13,16 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from occfeat_train.config import Backbone
 from occfeat_train.norms import InstanceNorm
 
-BACKBONES = ("efficientnet-b0", "resnet-50", "resnet-101")
+BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEFAULT_WEIGHTS = {
     "efficientnet-b0": "google/efficientnet-b0",
     "resnet-50": "moco-v2",

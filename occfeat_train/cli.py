@@ -12,16 +12,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from occfeat_train.config import Config
+from occfeat_train.config import Backbone, Config, Lifting, NetworkConfig
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
-NETWORK = click.Choice(["simplebev", "bevformer", "lss"])
-BACKBONE = click.Choice(["efficientnet-b0", "resnet-50", "resnet-101"])
+NETWORK = click.Choice(get_args(Lifting))
+BACKBONE = click.Choice(get_args(Backbone))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -226,8 +226,6 @@ def finetune(
 
     With --from, the network is the pretraining's unless --preset names one.
     """
-    from occfeat_train.config import NetworkConfig
-
     if name is not None:
         if task is not None or labels is not None:
             raise click.UsageError("--preset already says --task and --labels")
@@ -320,7 +318,6 @@ def import_reference(
     The run's compat is simple-bev: it computes what the reference does, on a cache whose grid is in the cameras' frames.
     """
     from occfeat_targets.grid import VoxelGrid
-    from occfeat_train.config import NetworkConfig
     from occfeat_train.import_reference import import_reference
 
     cells = grid.split("x")

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Task = Literal["pretrain", "vehicles", "map"]
-TASKS: tuple[Task, ...] = ("pretrain", "vehicles", "map")
+TASKS: tuple[Task, ...] = typing.get_args(Task)
+Lifting = Literal["simplebev", "bevformer", "lss"]
+Backbone = Literal["efficientnet-b0", "resnet-50", "resnet-101"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class NetworkConfig:
     compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """
 
-    lifting: Literal["simplebev", "bevformer", "lss"] = "simplebev"
-    backbone: Literal["efficientnet-b0", "resnet-50", "resnet-101"] = "efficientnet-b0"
+    lifting: Lifting = "simplebev"
+    backbone: Backbone = "efficientnet-b0"
     weights: str = "default"
     channels: int = 128
     drop_connect: float = 0.2

@@ -75,6 +75,11 @@ class KeyframeDataset:
     def __len__(self) -> int:
         return len(self.keyframes)
 
+    @property
+    def frames(self) -> tuple[str, ...]:
+        """The reference frames that a sample's grid may be in: one in evaluation."""
+        return tuple(self.reader.cache.spec.frames[index] for index in self._frames)
+
     def stream(self, position: int) -> tuple[int, int]:
         """Position in the run's stream of samples -> (epoch, keyframe)."""
         epoch, offset = divmod(position, len(self))

@@ -116,11 +116,12 @@ def evenly_spread(keyframes: NDArray[np.integer[Any]], count: int) -> list[int]:
 def read_or_evaluate(
     path: Path, split: str, checkpoint: Checkpoint, task: AnyTask, dataset: KeyframeDataset, process: Process
 ) -> tuple[dict[str, Any], str]:
-    """RUN/evaluation/SPLIT.json if it is of this checkpoint and cache, otherwise the same evaluation, and which it was."""
+    """RUN/evaluation/SPLIT.json if it is of this checkpoint, cache and frame, otherwise the same evaluation, and which it was."""
     file = path / "evaluation" / f"{split}.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        if (found.get("step"), found.get("cache")) == (checkpoint.step, dataset.reader.cache.spec.fingerprint):
+        wanted = (checkpoint.step, dataset.reader.cache.spec.fingerprint, list(dataset.frames))
+        if tuple(found.get(name) for name in ("step", "cache", "frames")) == wanted:
             return found, f"evaluation/{split}.json"
     return dict(evaluate(task, dataset, process, workers=1, progress=False).results()), "evaluated for this report"
 
@@ -152,12 +153,13 @@ def show(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Proces
 
 def _show_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np.float64]) -> Shown:
     bev = task.network(batch.views(task.config.network.image_size), batch.bev_flip)
-    voxels, target = task.targets(batch) if task.config.loss.feat else (None, None)
+    occupied = batch.occupied()
+    voxels, target = task.targets(batch, occupied) if task.config.loss.feat else (None, None)
     logits, features = task.head(bev, voxels)
     cosine = None
     if voxels is not None and target is not None:
         _, cosine = feature_loss(features, target, torch.zeros_like(voxels), 1)
-    metric, occupied = task.metric(), batch.occupied()
+    metric = task.metric()
     metric.update(logits, occupied, cosine)
     return Shown(
         grid_from_ego,

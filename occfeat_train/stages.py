@@ -127,7 +127,7 @@ def run_evaluation(
     )
     results = {
         "checkpoint": str(checkpoint.path), "step": checkpoint.step, "task": config.task, "split": place.split,
-        "cache": reader.cache.spec.fingerprint, "skipped": skipped, "simulated": warnings, **metric.results(),
+        "cache": reader.cache.spec.fingerprint, "frames": list(dataset.frames), "skipped": skipped, "simulated": warnings, **metric.results(),
     }  # fmt: skip
     for line in metric.lines():
         say(line)

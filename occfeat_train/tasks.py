@@ -36,29 +36,30 @@ class Pretraining(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": eq. 1, "occupancy": eq. 2, "features": eq. 3}, scalars."""
-        logits, _, feat = self._outputs(batch)
+        occupied = batch.occupied()
+        logits, _, feat = self._outputs(batch, occupied)
         losses: dict[str, Tensor] = {}
         if logits is not None:
-            losses["occupancy"] = occupancy_loss(logits, batch.occupied())
+            losses["occupancy"] = occupancy_loss(logits, occupied)
         if feat is not None:
             losses["features"] = feat
         weights = {"occupancy": self.config.loss.occ, "features": self.config.loss.feat}
-        return {"loss": sum_of([weights[name] * loss for name, loss in losses.items()]), **losses}
+        return {"loss": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(), **losses}
 
-    def _outputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _outputs(self, batch: Batch, occupied: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Occupancy logits, cosines of the distilled voxels, and eq. 3; None for what this run leaves out."""
         bev = self.network(batch.views(self.config.network.image_size), batch.bev_flip)
         if not self.config.loss.feat:
             return self.head(bev, None)[0], None, None
-        voxels, target = self.targets(batch)
+        voxels, target = self.targets(batch, occupied)
         logits, predicted = self.head(bev, voxels)
         feat, cosine = feature_loss(predicted, target, voxels // self.grid.num_voxels, len(batch))
         return logits, cosine, feat
 
     @staticmethod
-    def targets(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Flat indices (n,) into (B, Z, H, W) of occupied voxels that some camera sees, and their Y_v (n, N_y)."""
-        voxels = voxel_rows(batch.occupied())
+    def targets(batch: Batch, occupied: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `occupied` voxels (B, Z, H, W) that some camera sees: flat indices (n,), and their Y_v (n, N_y)."""
+        voxels = voxel_rows(occupied)
         target, num_views = batch.voxel_targets(voxels)
         seen = num_views > 0
         return voxels[seen], target[seen]
@@ -67,8 +68,9 @@ class Pretraining(nn.Module):
         return PretrainingMetric()
 
     def measure(self, batch: Batch, metric: Any) -> None:
-        logits, cosine, _ = self._outputs(batch)
-        metric.update(logits, batch.occupied(), cosine)
+        occupied = batch.occupied()
+        logits, cosine, _ = self._outputs(batch, occupied)
+        metric.update(logits, occupied, cosine)
 
 
 class Segmentation(nn.Module):
@@ -126,13 +128,6 @@ def freeze_batchnorm(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.eval()
-
-
-def sum_of(terms: list[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def count_parameters(module: nn.Module) -> int:

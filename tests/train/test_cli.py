@@ -60,7 +60,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
     assert "SIMULATED: all of it" in output and "5 samples" in output
     results = json.loads((pretrained / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "cache", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
+        "checkpoint", "step", "task", "split", "cache", "frames", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
     }  # fmt: skip
     assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "pretrain", "val", 5)
     assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
@@ -82,7 +82,7 @@ def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrai
     succeed(*evaluate(run, cache))
     results = json.loads((run / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "cache", "skipped", "simulated", "samples", "iou", "iou_best",
+        "checkpoint", "step", "task", "split", "cache", "frames", "skipped", "simulated", "samples", "iou", "iou_best",
         "threshold_best", "per_class", "per_class_best", "by_distance",
     }  # fmt: skip
     assert list(results["per_class"]) == (list(MAP_CLASSES) if task == "map" else ["vehicles"])

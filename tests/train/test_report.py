@@ -119,10 +119,11 @@ def test_figures_of_merit_are_those_of_evaluate(work, page):
     assert "evaluated for this report" in section(page, "Map: the whole split")
 
 
-def test_results_of_an_older_checkpoint_are_not_used(work, tmp_path):
+@pytest.mark.parametrize("other", [{"step": 99}, {"frames": ["CAM_BACK"]}, {"cache": "another"}])
+def test_results_of_another_checkpoint_frame_or_cache_are_not_used(work, tmp_path, other):
     copy = shutil.copytree(work / "vehicles", tmp_path / "vehicles")
     file = copy / "evaluation" / "mini_val.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "step": 99, "iou": 77.7}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **other, "iou": 77.7}))
     assert report(work, copy).exit_code == 0
     table = section((work / "report.html").read_text(), "Vehicles: the whole split")
     assert "77.7" not in table

@@ -18,7 +18,7 @@ from occfeat_train.metrics import PretrainingMetric, SegmentationMetric
 from occfeat_train.network import build_network
 from occfeat_train.presets import FEAT_ONLY, OCC_ONLY
 from occfeat_train.sampling import sample_voxel_features_numpy
-from occfeat_train.tasks import Pretraining, Segmentation, build_task, count_parameters, freeze_batchnorm, place, sum_of
+from occfeat_train.tasks import Pretraining, Segmentation, build_task, count_parameters, freeze_batchnorm, place
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
 from tests.train.test_batch import GRID, make_batch
@@ -60,7 +60,7 @@ def test_a_steps_loss_is_eq_1_of_its_parts():
 
 def test_targets_are_occupied_voxels_that_a_camera_sees():
     batch = make_batch(2)
-    voxels, target = Pretraining.targets(batch)
+    voxels, target = Pretraining.targets(batch, batch.occupied())
     everything = voxel_rows(batch.occupied())
     features, views = batch.voxel_targets(everything)
     assert torch.equal(voxels, everything[views > 0])
@@ -212,9 +212,3 @@ def test_frozen_batchnorm_neither_learns_statistics_nor_mixes_samples():
     task.train()
     task.logits(batch)
     assert any(not torch.equal(value, statistics[name]) for name, value in task.named_buffers())
-
-
-def test_sum_of_adds_terms_and_keeps_one_as_it_is():
-    terms = [torch.tensor(v) for v in (1.0, 2.0, 4.0)]
-    assert sum_of(terms).item() == 7
-    assert sum_of(terms[:1]) is terms[0]
