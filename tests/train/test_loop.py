@@ -168,7 +168,9 @@ def test_bfloat16_trains_close_to_float32_with_float32_weights(run, cache, tmp_p
     assert {t.dtype for t in weights(tmp_path / "run").values()} == {torch.float32, torch.int64}
 
 
-# TorchDynamo's own: it instantiates every autograd function and looks for a gradient at every tensor that it traces.
+# TorchDynamo's own: it instantiates every autograd function and looks for a gradient at every tensor that it traces; and
+# TorchInductor's, which still imports torch.jit.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_network_trains_as_it_does_otherwise(run, cache, tmp_path, monkeypatch):
