@@ -1,16 +1,23 @@
 """What is plugged on top of F_B: OccFeat's un-splatting head for pretraining (paper 3.2, 3.3), a segmentation head after.
 
-Volumes inside the head lie in memory as (B, H, W, Z, channels), channels-last maps whose channels are Z groups of
-N_B (3.2): the reshape of a 2D map into a volume moves nothing.
+Volumes inside the head are channels-last maps whose channels are Z groups (3.2): the reshape of a map into a volume
+moves nothing, and a cell's column of voxels is a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from occfeat_train.norms import InstanceNorm
+
+# Numbers of a block of voxels' hidden channels: as many as stay in a core's cache, or fill a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 27
 
 
 class OccFeatHead(nn.Module):
@@ -20,8 +27,8 @@ class OccFeatHead(nn.Module):
     1x1x1 to N_B: F_V -> occupancy logit, and N_y features.
 
     The layers hold exactly the paper's parameters. Computed is the same function, without what nobody reads: the two
-    linear layers before the Softplus are one, so are the two between it and the occupancy logit, and F_V and the
-    features exist only at the voxels asked for.
+    linear layers before the Softplus are one, so are the two between it and the occupancy logit; F_V and the features
+    exist only at the voxels asked for, and what is between the Softplus and the logits in one block of cells at a time.
     """
 
     def __init__(self, channels: int, height: int, feature_dim: int, *, occupancy: bool = True) -> None:
@@ -42,36 +49,94 @@ class OccFeatHead(nn.Module):
         Returns occupancy logits (B, Z_B, H, W), None without that projection, and features (n, N_y), None if voxels is.
         """
         batch, _, height, width = bev.shape
-        wide = 2 * self.channels
         hidden = F.relu(self.norm(self.conv(bev)))
+        cells = hidden.permute(0, 2, 3, 1).reshape(-1, self.channels)
         with torch.autocast(bev.device.type, enabled=False):  # products of weights, formed in their own precision
-            unsplat, to_logit = self._unsplat_and_expand(), self._reduce_and_occupancy()
-        hidden = F.conv2d(hidden, *unsplat)  # (B, Z_B * 2N_B, H, W)
-        hidden = F.softplus(hidden.permute(0, 2, 3, 1).reshape(-1, wide))  # rows: (b, h, w, z)
+            weight, bias = self._unsplat_and_expand()
         logits = features = None
-        if to_logit is not None:
-            logits = F.linear(hidden, *to_logit).reshape(batch, height, width, self.height).permute(0, 3, 1, 2)
+        if self.occupancy is not None:
+            logits = self._occupancy(cells, weight, bias).view(batch, height, width, self.height).permute(0, 3, 1, 2)
         if voxels is not None:
             assert self.features is not None, "this head was built without a feature projection"
-            cells = height * width
-            cell = voxels % cells + voxels // (self.height * cells) * cells
-            rows = hidden.index_select(0, cell * self.height + voxels // cells % self.height)
-            features = self.features(self.reduce(rows))
+            area = height * width
+            cell = voxels % area + voxels // (self.height * area) * area
+            softened = F.softplus(_linear_by_level(cells, cell, voxels // area % self.height, weight, bias))
+            features = self.features(self.reduce(softened))
         return logits, features
 
-    def _unsplat_and_expand(self) -> tuple[Tensor, Tensor]:
-        """The 1x1 convolution and the 1x1x1 one after it, with nothing between, as one: N_B to Z_B groups of 2 N_B."""
-        groups = self.unsplat.weight.reshape(self.height, self.channels, self.channels)
-        weight = self.expand.weight @ groups  # (Z_B, 2N_B, N_B)
-        bias = self.unsplat.bias.reshape(self.height, self.channels) @ self.expand.weight.T + self.expand.bias  # type: ignore[union-attr]
-        return weight.reshape(-1, self.channels, 1, 1), bias.reshape(-1)
+    def _occupancy(self, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(n, N_B) cells -> (n, Z_B) logits; F_V's layer and the occupancy projection after it are one: 2 N_B to 1."""
+        assert self.occupancy is not None
+        with torch.autocast(cells.device.type, enabled=False):
+            to_logit = (self.occupancy.weight @ self.reduce.weight)[0]
+            constant = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
+            parameters = (weight.flatten(0, 1), bias.flatten(), to_logit)
+            logits: Tensor = _SoftplusLogits.apply(cells, *(p.to(cells.dtype) for p in parameters))
+            return logits + constant
 
-    def _reduce_and_occupancy(self) -> tuple[Tensor, Tensor] | None:
-        """F_V's layer and the occupancy projection after it, as one: 2 N_B to a logit."""
-        if self.occupancy is None:
-            return None
-        weight = self.occupancy.weight @ self.reduce.weight
-        return weight, self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
+    def _unsplat_and_expand(self) -> tuple[Tensor, Tensor]:
+        """The 1x1 convolution and the 1x1x1 one after it, with nothing between, as one linear layer for every level.
+
+        Returns weights (Z_B, 2 N_B, N_B) and biases (Z_B, 2 N_B).
+        """
+        groups = self.unsplat.weight.reshape(self.height, self.channels, self.channels)
+        bias = self.unsplat.bias.reshape(self.height, self.channels)  # type: ignore[union-attr]
+        return self.expand.weight @ groups, bias @ self.expand.weight.T + self.expand.bias
+
+
+def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Row i: cells[cell[i]] through the linear layer of level[i]. weight: (Z, out, in), bias: (Z, out) -> (n, out)."""
+    order = level.argsort(stable=True)
+    counts = torch.bincount(level, minlength=len(weight)).tolist()
+    rows = cells.index_select(0, cell[order]).split(counts)
+    found = torch.cat([F.linear(*layer) for layer in zip(rows, weight, bias, strict=True)])
+    return found.index_select(0, order.argsort())
+
+
+class _SoftplusLogits(torch.autograd.Function):
+    """softplus(cells W^T + b), seen as rows of as many channels as `to_logit` has, times `to_logit`.
+
+    Of 8x200x200 voxels the Softplus alone is 328 MB, and its gradient as much, all of it read and written several times.
+    Here a block of cells stays in the cache from the first product to the logit. The backward computes it again, which
+    costs less than reading it back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+        """(n, N_B), (Z * 2N_B, N_B), (Z * 2N_B,), (2N_B,) -> (n, Z), all of one dtype."""
+        ctx.save_for_backward(cells, weight, bias, to_logit)
+        logits = cells.new_empty(len(cells), len(weight) // len(to_logit))
+        for block, product in _blocks(cells, weight, bias):
+            logits[block] = torch.mv(F.softplus(product).view(-1, len(to_logit)), to_logit).view_as(logits[block])
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Sums over blocks are kept in float32, or float64 if that is what came in."""
+        cells, weight, bias, to_logit = ctx.saved_tensors
+        exact = torch.promote_types(cells.dtype, torch.float32)
+        sums = [torch.zeros_like(parameter, dtype=exact) for parameter in (weight, bias, to_logit)]
+        grad_cells = torch.empty_like(cells)
+        for block, product in _blocks(cells, weight, bias):
+            of_logits = grad[block].reshape(-1, 1)
+            softened = F.softplus(product).view(-1, len(to_logit))
+            sums[2] += (softened.T @ of_logits)[:, 0]
+            slope = torch.sigmoid_(product).view(-1, len(to_logit))
+            of_product = torch.mul(of_logits, to_logit, out=softened).mul_(slope).view_as(product)
+            sums[0] += of_product.T @ cells[block]
+            sums[1] += of_product.sum(0, dtype=exact)
+            torch.mm(of_product, weight, out=grad_cells[block])
+        return grad_cells, *(s.to(cells.dtype) for s in sums)
+
+
+def _blocks(cells: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and cells W^T + b of each, in memory that the next one overwrites."""
+    size = max((_CPU_BLOCK if cells.device.type == "cpu" else _GPU_BLOCK) // len(weight), 1)
+    memory = cells.new_empty(min(size, len(cells)), len(weight))
+    for start in range(0, len(cells), size):
+        block = slice(start, min(start + size, len(cells)))
+        yield block, torch.addmm(bias, cells[block], weight.T, out=memory[: block.stop - start])
 
 
 class SegmentationHead(nn.Sequential):
