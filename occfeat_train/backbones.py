@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from occfeat_train.config import Backbone
 from occfeat_train.norms import InstanceNorm
+from occfeat_train.recompute import recomputed
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEFAULT_WEIGHTS = {
@@ -51,6 +52,7 @@ _RESNET: dict[str, Any] = {
     "hidden_sizes": [256, 512, 1024],
     "downsample_in_bottleneck": False,  # v1.5: the 3x3 convolution has the stride
 }
+_LARGE_BLOCKS = 4  # EfficientNet's, up to stride 8: two thirds of its activations, and of its arithmetic less
 _RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
 
 
@@ -60,16 +62,26 @@ class ImageEncoder(nn.Module):
     backbone: one of BACKBONES, its weights random until `load_backbone_weights`.
     extra_channels: what a lifting wants besides, from the same last convolution.
     drop_connect: EfficientNet's rate of dropped residuals in training, reached linearly towards its (missing) block 11.
+    recompute: keep nothing inside the blocks of the largest maps for the backward, and compute it again there.
     Raises ValueError on another backbone, and in `forward` if H or W is no multiple of 16.
     """
 
-    def __init__(self, backbone: str, channels: int = 128, drop_connect: float = 0.2, extra_channels: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        channels: int = 128,
+        drop_connect: float = 0.2,
+        extra_channels: int = 0,
+        recompute: bool = True,
+    ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
         self.name = backbone
         self.backbone = (
-            EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(_RESNET_DEPTHS[backbone])
+            EfficientNetB0(drop_connect, recompute)
+            if backbone == "efficientnet-b0"
+            else ResNet(_RESNET_DEPTHS[backbone], recompute)
         )
         skip, deep = self.backbone.widths
         width = channels if backbone == "efficientnet-b0" else 4 * channels
@@ -97,8 +109,9 @@ class EfficientNetB0(nn.Module):
 
     widths = (40, 112)
 
-    def __init__(self, drop_connect: float) -> None:
+    def __init__(self, drop_connect: float, recompute: bool) -> None:
         super().__init__()
+        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
         from transformers import EfficientNetConfig
         from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings, EfficientNetEncoder
 
@@ -115,9 +128,9 @@ class EfficientNetB0(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = skip = self.embeddings(images)
+        x = skip = self.large(self.embeddings, images)
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.large(block, x) if index < _LARGE_BLOCKS else block(x)
             skip = x if index == 4 else skip
         return skip, x
 
@@ -127,8 +140,9 @@ class ResNet(nn.Module):
 
     widths = (512, 1024)
 
-    def __init__(self, depths: list[int]) -> None:
+    def __init__(self, depths: list[int], recompute: bool) -> None:
         super().__init__()
+        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
         from transformers import ResNetConfig
         from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetEncoder
 
@@ -138,7 +152,10 @@ class ResNet(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.stages[0](self.embedder(images))
+        x = self.large(self.embedder, images)
+        blocks: Any = self.stages[0].layers
+        for block in blocks:
+            x = self.large(block, x)
         skip = self.stages[1](x)
         return skip, self.stages[2](skip)
 

@@ -61,6 +61,53 @@ def test_a_gradient_reaches_every_parameter(name):
     assert all(float(p.grad.abs().sum()) > 0 for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("name", ["efficientnet-b0", "resnet-50"])
+def test_recomputing_changes_no_value_gradient_statistic_or_random_number(name):
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+    def trained(recompute: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        encoder = ImageEncoder(name, 8, drop_connect=0.5, recompute=recompute).train()
+        features = encoder(images)
+        after = torch.rand(1)
+        features.square().sum().backward()
+        assert all(m.momentum > 0 for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))
+        return [features, after, torch.rand(1), *(p.grad for p in encoder.parameters()), *encoder.buffers()]
+
+    for mine, plain in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(mine, plain)
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "resnet-50"])
+def test_recomputing_keeps_less_in_training_and_is_not_done_without_gradients(name):
+    def kept(recompute: bool) -> int:
+        """Bytes kept for the backward, weights included."""
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        encoder = ImageEncoder(name, 8, recompute=recompute).train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            alive.append(encoder(torch.randn(2, 3, 128, 192)))
+        return sum(found.values())
+
+    assert kept(True) < 0.8 * kept(False)
+    encoder = ImageEncoder(name, 8).train()
+    calls: list[int] = []
+    encoder.backbone.register_forward_hook(lambda *_: calls.append(1))
+    stem = encoder.backbone.embeddings if name == "efficientnet-b0" else encoder.backbone.embedder
+    stem.register_forward_pre_hook(lambda *_: calls.append(2))
+    with torch.no_grad():
+        encoder(torch.randn(1, 3, 32, 32))
+    assert calls == [2, 1]
+    encoder(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert calls == [2, 1, 2, 1, 2]
+
+
 def test_the_parameters_are_the_references():
     efficientnet, resnet = ImageEncoder("efficientnet-b0"), ImageEncoder("resnet-50")
     assert parameters(efficientnet) == 1_190_880

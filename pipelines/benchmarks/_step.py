@@ -1,0 +1,183 @@
+"""A step of OccFeat's pretraining to measure: networks, heads, losses and what they are given. Also its peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _reference import Reference
+from sampling import SIZE as SAMPLED_SIZE
+from sampling import real_scene, synthetic_scene
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
+
+from occfeat_targets.geometry import scale_intrinsics
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train.heads import OccFeatHead
+from occfeat_train.losses import feature_loss, occupancy_loss
+from occfeat_train.network import build_network
+from occfeat_train.views import Views
+from tests.train.head_twin import DenseHead
+
+CHANNELS, FEATURE_DIM, LAMBDA = 128, 384, 0.01
+OCCUPIED = 6000 / 320_000  # of the voxels
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is measured at. dataroot: whose first keyframe's rig is taken, a synthetic one without.
+
+    cameras: more or fewer than six repeat or leave out cameras of the rig. compiled: of our network, `--compile`.
+    """
+
+    network: str = "simplebev"
+    backbone: str = "efficientnet-b0"
+    batch: int = 1
+    cameras: int = 6
+    image_size: tuple[int, int] = (224, 400)
+    grid: VoxelGrid = field(default_factory=VoxelGrid)
+    precision: str = "float32"
+    device: str = "cpu"
+    compiled: bool = False
+    dataroot: Path | None = None
+    split: str = "mini_train"
+    threads: int = 2
+
+    def views(self) -> Views:
+        cameras, pinholes, _ = synthetic_scene() if self.dataroot is None else real_scene(self.dataroot, self.split)
+        height, width = self.image_size
+        pinholes = scale_intrinsics(pinholes, width / SAMPLED_SIZE[1], height / SAMPLED_SIZE[0])
+        chosen = np.arange(self.cameras) % len(cameras)
+        cam_from_grid, intrinsics = (
+            torch.from_numpy(m[chosen]).double()[None].repeat(self.batch, 1, 1, 1) for m in (cameras, pinholes)
+        )
+        shape = (self.batch, self.cameras, 3, height, width)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return Views(*(t.to(self.device) for t in (images, intrinsics, cam_from_grid)))
+
+    def targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """occupied (B, Z, H, W) bool, the voxels (n,) whose features are learnt, their target features (n, N_y)."""
+        generator = torch.Generator().manual_seed(0)
+        occupied = torch.rand((self.batch, *self.grid.shape), generator=generator) < OCCUPIED
+        voxels = occupied.flatten().nonzero()[:, 0]
+        features = torch.randn(len(voxels), FEATURE_DIM, generator=generator)
+        return occupied.to(self.device), voxels.to(self.device), features.half().to(self.device)
+
+    def synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+
+class Step(nn.Module):
+    """Forward and backward of eq. 1 on a resident batch, called without arguments. Subclasses say how F_B is had."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.setting = setting
+        self.views = setting.views()
+        self.occupied, self.voxels, self.target = setting.targets()
+
+    def losses(self, logits: Tensor, predicted: Tensor) -> Tensor:
+        samples = self.voxels // self.setting.grid.num_voxels
+        feat, _ = feature_loss(predicted, self.target, samples, self.setting.batch)
+        return occupancy_loss(logits, self.occupied) + LAMBDA * feat
+
+    def loss(self) -> Tensor:
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.precision == "bfloat16"):
+            return self.losses(*self.predictions(self.bev()))
+
+    def bev(self) -> Tensor:
+        raise NotImplementedError
+
+    def predictions(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def __call__(self) -> float:
+        self.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self.setting.synchronize()
+        return loss.item()
+
+
+class OurStep(Step):
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        torch.manual_seed(0)
+        self.network = build_network(setting.grid, setting.backbone, CHANNELS, setting.network, compat="simple-bev").to(
+            setting.device
+        )
+        self.head = OccFeatHead(CHANNELS, setting.grid.shape[0], FEATURE_DIM).to(setting.device)
+        self.to(memory_format=torch.channels_last)
+        if setting.compiled:
+            self.network.compile()
+
+    def bev(self) -> Tensor:
+        return self.network(self.views)
+
+    def predictions(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(bev, self.voxels)
+
+
+class ReferenceStep(Step):
+    """aharley/simple_bev's network under the paper's head as it is worded: every layer at every voxel."""
+
+    def __init__(self, setting: Setting, checkout: Path) -> None:
+        super().__init__(setting)
+        torch.manual_seed(0)
+        self.network = Reference(
+            checkout, setting.network, setting.backbone, setting.grid, torch.device(setting.device)
+        )
+        self.head = DenseHead(CHANNELS, setting.grid.shape[0], FEATURE_DIM).to(setting.device)
+
+    def bev(self) -> Tensor:
+        return self.network(self.views)
+
+    def predictions(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = self.head(bev)
+        return logits, self.at_voxels(features)
+
+    def at_voxels(self, features: Tensor) -> Tensor:
+        """(B, N_y, Z, H, W) -> (n, N_y)."""
+        size = self.setting.grid.num_voxels
+        counts = torch.bincount(self.voxels // size, minlength=self.setting.batch).tolist()
+        split = (self.voxels % size).split(counts)
+        return torch.cat([f.flatten(1)[:, v].T for f, v in zip(features, split, strict=True)])
+
+
+def peak_megabytes(build: Callable[..., Callable[[], Any]], setting: Setting, *arguments: Any) -> tuple[float, float]:
+    """Peak memory of `build(setting, *arguments)()`, of a process that has done nothing else; `build` must be picklable.
+
+    Returns the process's own (on a GPU: what its tensors took) and how much of that is the call's; NaN where not known.
+    """
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(_peak, (build, setting, *arguments))
+
+
+def _peak(build: Callable[..., Callable[[], Any]], setting: Setting, *arguments: Any) -> tuple[float, float]:
+    torch.set_num_threads(setting.threads)
+    step = build(setting, *arguments)
+    before = _kilobytes("VmRSS")
+    if setting.device != "cpu":
+        resident = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() / 1e6, (torch.cuda.max_memory_allocated() - resident) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return float("nan"), float("nan")  # no Linux
+    step()
+    peak = _kilobytes("VmHWM")
+    return peak * 1024 / 1e6, (peak - before) * 1024 / 1e6
+
+
+def _kilobytes(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
