@@ -1,0 +1,209 @@
+"""A step of OccFeat's pretraining, forward and backward: the reference's network under the paper's dense head, and ours.
+
+    python pipelines/benchmarks/step.py --reference ../simple_bev [--networks simplebev/efficientnet-b0 ...] [--no-parts]
+    python pipelines/benchmarks/step.py --device cuda --batch 16 --precision bfloat16 [--reference ../simple_bev]
+
+`_reference.py` says where to get the reference. First both sides are given the same weights and must agree in F_B and
+the loss. Without --reference ours runs alone. On a GPU ours is also measured compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _inputs import find_dataroot
+from _step import CHANNELS, FEATURE_DIM, OurStep, ReferenceStep, Setting, Step, peak_megabytes
+from _timing import Row, compare, machine, table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from occfeat_train.reference_weights import convert
+from tests.train.head_twin import DenseHead
+
+NETWORKS = ("simplebev/efficientnet-b0", "simplebev/resnet-50", "bevformer/efficientnet-b0")
+REFERENCE, OURS, COMPILED = "reference network, dense head", "ours", "ours, compiled"
+LIMIT = "limit: the products alone, at the rate of a large one"
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+def share_weights(ours: OurStep, theirs: ReferenceStep) -> tuple[float, float]:
+    """Gives ours the reference's weights, and the dense head ours. Returns F_B's relative difference, and the loss's."""
+    weights = convert(theirs.network.model.state_dict(), ours.setting.grid)
+    ours.network.load_state_dict({n.removeprefix("network."): w for n, w in weights.items()})
+    theirs.head = DenseHead.of(ours.head)
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        (mine, my_loss), (other, their_loss) = ((s.bev(), s.loss()) for s in (ours, theirs))
+    ours.train(), theirs.train()
+    difference = ((mine - other).abs().max() / other.abs().max()).item()
+    if not difference < _TOLERANCE[ours.setting.precision]:
+        raise ValueError(
+            f"with the same weights F_B differs by {difference:.1e} of its largest value: not the same network"
+        )
+    return difference, abs(my_loss.item() / their_loss.item() - 1)
+
+
+def operations(step: Step) -> float:
+    """Of the convolutions and matrix products of a forward and backward, which takes twice the forward's."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        step.loss()
+    return 3.0 * counter.get_total_flops()
+
+
+def large_product(setting: Setting, size: int = 2048) -> tuple[Callable[[], Any], float]:
+    """A square matrix product of the step's precision, and its operations."""
+    dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+        setting.synchronize()
+
+    return multiply, 2.0 * size**3
+
+
+def parts_of(ours: OurStep, theirs: ReferenceStep | None) -> dict[str, tuple[Part, Part | None]]:
+    """Each part of a SimpleBEV step, ours and the reference's, on given inputs."""
+    setting, network, views = ours.setting, ours.network, ours.views
+    images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        features = network.encoder(images)
+        lifted = network.lifting.lift(features.unflatten(0, views.images.shape[:2]), views)
+        compressed = network.lifting.compressor(lifted)
+        bev = network.decoder(compressed)
+    stacked = features.unflatten(0, views.images.shape[:2])
+    mine: dict[str, Part] = {
+        "encoder": Part(setting, network.encoder, images, needs_grad=False),
+        "lifting": Part(setting, lambda f: network.lifting.lift(f, views), stacked),
+        "compressor": Part(setting, network.lifting.compressor, lifted),
+        "decoder": Part(setting, network.decoder, compressed),
+        "head and losses": Part(setting, lambda f: ours.losses(*ours.predictions(f)), bev),
+    }
+    if theirs is None:
+        return {name: (part, None) for name, part in mine.items()}
+    model = theirs.network.model
+    volume = theirs.network.lift(stacked, views).detach()
+    others: dict[str, Part] = {
+        "encoder": Part(setting, model.encoder, images.contiguous(), needs_grad=False),
+        "lifting": Part(setting, lambda f: theirs.network.lift(f, views), stacked.contiguous()),
+        "compressor": Part(setting, model.bev_compressor, volume),
+        "decoder": Part(setting, lambda f: model.decoder(f)["raw_feat"], compressed.contiguous()),
+        "head and losses": Part(setting, lambda f: theirs.losses(*theirs.predictions(f)), bev.contiguous()),
+    }
+    return {name: (part, others[name]) for name, part in mine.items()}
+
+
+class Part:
+    """Forward and backward of a function of one tensor, whose gradient is given."""
+
+    def __init__(self, setting: Setting, function: Callable[[Tensor], Tensor], x: Tensor, *, needs_grad: bool = True):
+        self.setting, self.function = setting, function
+        self.x = x.detach().requires_grad_(needs_grad)
+
+    def __call__(self) -> None:
+        self.x.grad = None
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.precision == "bfloat16"):
+            out = self.function(self.x)
+        out.backward(torch.ones_like(out))
+        self.setting.synchronize()
+
+
+def build_part(setting: Setting, name: str, checkout: Path | None) -> Part:
+    mine, other = parts_of(OurStep(setting), None if checkout is None else ReferenceStep(setting, checkout))[name]
+    return mine if other is None else other
+
+
+def print_steps(setting: Setting, checkout: Path | None, seconds: float) -> None:
+    ours = OurStep(setting)
+    multiply, of_product = large_product(setting)
+    contenders: dict[str, Callable[[], Any]] = {OURS: ours}
+    builders: dict[str, Any] = {OURS: partial(peak_megabytes, OurStep, setting)}
+    if checkout is not None:
+        theirs = ReferenceStep(setting, checkout)
+        difference, of_loss = share_weights(ours, theirs)
+        print(f"With the same weights, relative differences: F_B {difference:.1e}, loss {of_loss:.1e}.\n")
+        contenders[REFERENCE] = theirs
+        builders[REFERENCE] = partial(peak_megabytes, ReferenceStep, setting, checkout)
+    if setting.device != "cpu":
+        compiled = replace(setting, compiled=True)
+        contenders[COMPILED] = OurStep(compiled)
+        builders[COMPILED] = partial(peak_megabytes, OurStep, compiled)
+    peaks = {name: measure() for name, measure in builders.items()}
+    gigaflop = operations(ours) / 1e9
+    *rows, product = compare({**contenders, "product": multiply}, ours=OURS, seconds=seconds)
+    rate = of_product / product.median / 1e9
+    limit = gigaflop / rate
+    own = next(row.median for row in rows if row.name == OURS)
+    rows.append(Row(LIMIT, limit, (limit, limit), limit / own, None))
+    notes = {name: f"{total:,.0f} ({added:,.0f})" for name, (total, added) in peaks.items()}
+    notes = {row.name: f"{setting.batch / row.median:.2f} | {notes.get(row.name, '')}" for row in rows}
+    print(f"{gigaflop:,.0f} GFLOP a step; a product of 2048 x 2048 runs at {rate:,.0f} GFLOP/s\n")
+    print(table(rows, notes, "samples/s | peak MB (of the step)") + "\n")
+
+
+def print_parts(setting: Setting, checkout: Path | None, seconds: float) -> None:
+    parts = parts_of(OurStep(setting), None if checkout is None else ReferenceStep(setting, checkout))
+    rows = []
+    for name, (mine, other) in parts.items():
+        contenders = {"ours": mine} | ({} if other is None else {"reference": other})
+        found = {row.name: row for row in compare(contenders, ours="ours", seconds=seconds / len(parts), min_rounds=3)}
+        peaks = {"ours": peak_megabytes(build_part, setting, name, None)[1]}
+        if other is not None:
+            peaks["reference"] = peak_megabytes(build_part, setting, name, checkout)[1]
+        rows.append((name, found, peaks))
+    total = sum(found["ours"].median for _, found, _ in rows)
+    print("| part | ours, s | share | its memory, MB | reference, s | its memory, MB | ours is faster by | memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, found, peaks in rows:
+        mine, other = found["ours"], found.get("reference")
+        cells = [name, f"{mine.median:.3f}", f"{mine.median / total:.0%}", f"{peaks['ours']:,.0f}"]
+        if other is not None and other.to_ours is not None:
+            cells += [f"{other.median:.3f}", f"{peaks['reference']:,.0f}", f"{other.to_ours:.2f}"]
+            cells += [f"{peaks['ours'] / peaks['reference']:.0%}"]
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="a checkout of aharley/simple_bev")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="lifting/backbone")
+    parser.add_argument(
+        "--parts", action=argparse.BooleanOptionalAction, default=True, help="each part of the first, too"
+    )
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=120, help="how long each network is measured, at least")
+    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot, whose first keyframe's rig is taken")
+    parser.add_argument("--split", default="mini_train")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    torch.set_num_threads(options.threads)
+    dataroot = find_dataroot(options.dataroot)
+    base = Setting(
+        batch=options.batch, precision=options.precision, device=options.device, dataroot=dataroot,
+        split=options.split, threads=options.threads,
+    )  # fmt: skip
+    rig = "a SYNTHETIC rig: no nuScenes dataroot found" if dataroot is None else "a real keyframe's rig"
+    print(f"{machine()}\n{options.threads} threads" if options.device == "cpu" else torch.cuda.get_device_name())
+    print(f"{rig}; {base.precision}, batch {base.batch}, 6 x 224x400, {base.grid}, N_B {CHANNELS}, N_y {FEATURE_DIM}\n")
+    for number, name in enumerate(options.networks):
+        lifting, backbone = name.split("/")
+        setting = replace(base, network=lifting, backbone=backbone)
+        print(f"### {name}\n")
+        print_steps(setting, options.reference, options.seconds)
+        if options.parts and number == 0 and lifting == "simplebev":
+            print_parts(setting, options.reference, options.seconds)
+
+
+if __name__ == "__main__":
+    main()
