@@ -4,7 +4,10 @@ the decoder; `SimpleBEV` and `lift` are what the rest of the package calls.
 
 Of the (voxel, camera) pairs under a fifth are in view, and a pair is four taps, so that the volume is a sparse product
 of taps and tokens: no camera's volume is ever formed. On a CPU the compiled kernels of `gather` do it, on torch's
-number of threads; elsewhere torch's embedding_bag. A gradient has the same bits in every run, whatever the threads.
+number of threads; on a GPU the Triton kernels of `lifting_kernels`; elsewhere torch's embedding_bag.
+
+A gradient has the same bits in every run, whatever the threads. Not so Triton's, whose additions come in any order: under
+torch.use_deterministic_algorithms(True) embedding_bag takes its place.
 
 Where a feature token lies in its image is said in `sampling`; a mirrored image is a camera with negative fx.
 `compat="simple-bev"` reproduces the reference code instead: it stretches the map by w / (w - 1), takes views up to half
@@ -77,7 +80,7 @@ def lift(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = N
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def lift_triton(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
-    """`lift` by Triton kernels, for a GPU; features float32, bfloat16 or float16. Gradients are added in any order."""
+    """`lift` by Triton's kernels, for a GPU and any float but float64; a gradient's last bits change from run to run."""
     return _lift(_GatherTriton, features, views, grid, compat)
 
 
@@ -236,24 +239,24 @@ class _GatherTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, geometry: _Geometry, dtype: torch.dtype) -> Tensor:
-        from occfeat_train.lifting_kernels import Scene, gather_tokens, scatter_voxels
+        from occfeat_train.lifting_kernels import gather_tokens, scatter_voxels
 
         batch, _, channels = tokens.shape
         z, h, w = geometry.grid.shape
         volume = torch.empty((batch, h, w, z, channels), dtype=dtype, device=tokens.device)
-        scene = Scene(
-            geometry.pixels_from_grid.contiguous(), _axes_on(geometry.grid, tokens.device),
-            geometry.image_size, geometry.feature_size, geometry.is_compat,
+        ctx.places = (
+            geometry.pixels_from_grid.contiguous(), geometry.image_size, geometry.feature_size, geometry.is_compat,
+            _axes_on(geometry.grid, tokens.device),
         )  # fmt: skip
-        gather_tokens(tokens, scene, volume)
-        ctx.scatter, ctx.scene, ctx.shape, ctx.dtype = scatter_voxels, scene, tokens.shape, tokens.dtype
+        ctx.scatter, ctx.shape, ctx.dtype = scatter_voxels, tokens.shape, tokens.dtype
+        gather_tokens(tokens.detach(), *ctx.places, volume)
         return volume
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         out = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
-        ctx.scatter(grad.contiguous(), ctx.scene, out)
+        ctx.scatter(grad.contiguous(), *ctx.places, out)
         return out.to(ctx.dtype), None, None
 
 

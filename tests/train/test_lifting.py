@@ -16,9 +16,13 @@ from occfeat_targets.geometry import rigid
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.lifting import SimpleBEV, lift, lift_torch
 from occfeat_train.views import Views
+from tests.train.interpreted import HAS_TRITON, lift_interpreted
 from tests.train.lifting_twin import lift_dense
 
-BACKENDS = [pytest.param(lift, id="numba"), pytest.param(lift_torch, id="torch")]
+interpreted = pytest.param(
+    lift_interpreted, id="triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton for this platform")
+)
+BACKENDS = [pytest.param(lift, id="numba"), pytest.param(lift_torch, id="torch"), interpreted]
 COMPATS = [None, "simple-bev"]
 SIZE = (40, 60)  # height, width [px]; maps are 4 x 6 tokens of 10 x 10 px
 GRID = VoxelGrid((3, 8, 7), (-2, -8, -7), (2, 8, 7))
