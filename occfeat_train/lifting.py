@@ -249,7 +249,7 @@ class _GatherTriton(torch.autograd.Function):
             _axes_on(geometry.grid, tokens.device),
         )  # fmt: skip
         ctx.scatter, ctx.shape, ctx.dtype = scatter_voxels, tokens.shape, tokens.dtype
-        gather_tokens(tokens.detach(), *ctx.places, volume)
+        gather_tokens(tokens.detach(), *ctx.places, volume)  # type: ignore[call-arg]  # mypy counts a starred argument as many
         return volume
 
     @staticmethod
