@@ -5,6 +5,9 @@ of taps is ever in memory, and the host waits for nothing. Places are float64, e
 none fused with the next, so that on any path the same cameras see a voxel, with the same weights. Sums are float32;
 tokens and volumes are float32, bfloat16 or float16 and converted in registers.
 
+Places are worked out for all cameras at once, and one camera's are taken from them by a sum over the cameras. The sum
+keeps the compiler from working them out in every thread anew, at a multiple of the float64 arithmetic.
+
 `scatter_voxels` adds atomically, in any order: the last bits of a gradient change from run to run.
 """
 
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 2048  # voxels x channels of a program: 16 a thread, of 64 to 80 registers
+_BLOCK = 2048  # voxels x channels of a program: 16 a thread, so that several programs fit a processor's registers
 _MAX_VOXELS = 128  # of a block, however few its channels
 _WARPS = 4
 
