@@ -4,7 +4,10 @@ the decoder; `SimpleBEV` and `lift` are what the rest of the package calls.
 
 Of the (voxel, camera) pairs under a fifth are in view, and a pair is four taps, so that the volume is a sparse product
 of taps and tokens: no camera's volume is ever formed. On a CPU the compiled kernels of `gather` do it, on torch's
-number of threads; elsewhere torch's embedding_bag. A gradient has the same bits in every run, whatever the threads.
+number of threads; on a GPU the Triton kernels of `lifting_kernels`; elsewhere torch's embedding_bag.
+
+A gradient has the same bits in every run, whatever the threads. Not so Triton's, whose additions come in any order: under
+torch.use_deterministic_algorithms(True) embedding_bag takes its place.
 
 Where a feature token lies in its image is said in `sampling`; a mirrored image is a camera with negative fx.
 `compat="simple-bev"` reproduces the reference code instead: it stretches the map by w / (w - 1), takes views up to half
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -65,9 +69,19 @@ def lift(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = N
     Returns (B, Z * C, H, W) of the same dtype, channels_last; channel z * C + c, z = 0 the lowest. Sums are float32.
     Raises ValueError on shapes that don't fit or another compat than None and "simple-bev".
     """
-    if features.device.type != "cpu" or features.dtype == torch.float64:
+    if features.dtype == torch.float64:
         return lift_torch(features, views, grid, compat)
-    return _lift(_GatherNumba, features, views, grid, compat)
+    if features.device.type == "cpu":
+        return _lift(_GatherNumba, features, views, grid, compat)
+    if _runs_triton(features.device) and not torch.are_deterministic_algorithms_enabled():
+        return lift_triton(features, views, grid, compat)
+    return lift_torch(features, views, grid, compat)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def lift_triton(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
+    """`lift` by Triton's kernels, for a GPU and any float but float64; a gradient's last bits change from run to run."""
+    return _lift(_GatherTriton, features, views, grid, compat)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -107,13 +121,13 @@ def _lift(function: type[Any], features: Tensor, views: Views, grid: VoxelGrid, 
     batch, cams, channels, h, w = features.shape
     if min(h, w) < (2 if compat else 1):
         raise ValueError(f"features of {h}x{w} tokens: expected at least {'2x2 for simple-bev' if compat else '1x1'}")
-    pixels_from_grid = views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()
+    pixels_from_grid = (views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()).detach()
+    # from the host, a GPU's copy need not be waited for
+    pixels_from_grid = pixels_from_grid.to(features.device, non_blocking=pixels_from_grid.device.type == "cpu")
     height, width = views.images.shape[-2:]
-    geometry = _Geometry(
-        pixels_from_grid.detach().to(features.device), (height, width), (h, w), grid, compat is not None
-    )
+    geometry = _Geometry(pixels_from_grid, (height, width), (h, w), grid, compat is not None)
     tokens = features.permute(0, 1, 3, 4, 2).reshape(batch, cams * h * w, channels)
-    if tokens.dtype != torch.float64:
+    if function is not _GatherTriton and tokens.dtype != torch.float64:  # its kernels convert what they read
         tokens = tokens.float()
     volume: Tensor = function.apply(tokens.contiguous(), geometry, features.dtype)
     return volume.flatten(3).permute(0, 3, 1, 2)
@@ -203,6 +217,49 @@ def cell_axes(grid: VoxelGrid) -> tuple[Any, Any, Any]:
     return up, forward, right
 
 
+@lru_cache(maxsize=8)
+def _axes_on(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`cell_axes` as tensors."""
+    up, forward, right = (torch.from_numpy(axis).to(device) for axis in cell_axes(grid))
+    return up, forward, right
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is there, which comes with torch's CUDA wheels for Linux, and made for this GPU."""
+    is_supported = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_supported and find_spec("triton") is not None
+
+
+class _GatherTriton(torch.autograd.Function):
+    """Tokens (B, T, C) -> volume (B, H, W, Z, C) of some dtype, by `lifting_kernels`. Nothing is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, geometry: _Geometry, dtype: torch.dtype) -> Tensor:
+        from occfeat_train.lifting_kernels import gather_tokens, scatter_voxels
+
+        batch, _, channels = tokens.shape
+        z, h, w = geometry.grid.shape
+        volume = torch.empty((batch, h, w, z, channels), dtype=dtype, device=tokens.device)
+        ctx.places = (
+            geometry.pixels_from_grid.contiguous(), geometry.image_size, geometry.feature_size, geometry.is_compat,
+            _axes_on(geometry.grid, tokens.device),
+        )  # fmt: skip
+        ctx.scatter, ctx.shape, ctx.dtype = scatter_voxels, tokens.shape, tokens.dtype
+        gather_tokens(tokens.detach(), *ctx.places, volume)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+        return volume
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        out = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
+        ctx.scatter(grad.contiguous(), *ctx.places, out)
+        return out.to(ctx.dtype), None, None
+
+
 # -- plain torch ------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +306,7 @@ def _taps_torch(pixels_from_grid: Tensor, geometry: _Geometry, dtype: torch.dtyp
     """One sample's. Every operation is `gather.find_taps`'s, in its order."""
     device = pixels_from_grid.device
     (height, width), (h, w) = geometry.image_size, geometry.feature_size
-    up, forward, right = (torch.from_numpy(axis).to(device) for axis in cell_axes(geometry.grid))
+    up, forward, right = _axes_on(geometry.grid, device)
     x, y, z = right[:, None, None], forward[:, None, None, None], up[:, None]  # to (H, W, Z, S)
     u, v, depth = (row[:, 0] * x + row[:, 1] * y + row[:, 2] * z + row[:, 3] for row in pixels_from_grid.unbind(1))
     if geometry.is_compat:

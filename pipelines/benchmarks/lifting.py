@@ -1,6 +1,6 @@
 """Lifting of six feature maps to the grid, forward and backward: time and peak memory against other ways to write it.
 
-python pipelines/benchmarks/lifting.py [--dataroot nuscenes --split mini_train]
+python pipelines/benchmarks/lifting.py [--dataroot nuscenes --split mini_train] [--device cuda]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
 
 from occfeat_targets.geometry import project, scale_intrinsics, transform
 from occfeat_targets.grid import VoxelGrid
-from occfeat_train.lifting import lift, lift_torch
+from occfeat_train.lifting import lift, lift_torch, lift_triton
 from occfeat_train.views import Views
 from tests.train.lifting_twin import lift_dense
 
@@ -32,13 +32,12 @@ SIZE = (224, 400)
 MAPS = (1, 6, 128, 28, 50)
 GRID = VoxelGrid()
 LIMIT = "limit: writing the volume once, reading its gradient once"
-OURS = "ours: numba"
 
 
-def views_of(rig: tuple[np.ndarray, np.ndarray]) -> Views:
+def views_of(rig: tuple[np.ndarray, np.ndarray], device: str = "cpu") -> Views:
     """(cam_from_grid, intrinsics) -> a batch of one."""
-    cam_from_grid, intrinsics = (torch.from_numpy(matrices)[None] for matrices in rig)
-    return Views(torch.zeros(1, 6, 3, *SIZE), intrinsics, cam_from_grid)
+    cam_from_grid, intrinsics = (torch.from_numpy(matrices)[None].to(device) for matrices in rig)
+    return Views(torch.zeros(1, 6, 3, *SIZE, device=device), intrinsics, cam_from_grid)
 
 
 def csr_of(views: Views) -> torch.Tensor:
@@ -70,52 +69,76 @@ def lift_csr(features: torch.Tensor, views: Views, grid: VoxelGrid) -> torch.Ten
     return volume.view(1, *grid.map_shape, -1).permute(0, 3, 1, 2)
 
 
-WAYS: dict[str, Callable[..., torch.Tensor]] = {
-    OURS: lift,
-    "ours: numba, bfloat16": lift,
-    "ours: plain torch": lift_torch,
-    "one sparse CSR product, its construction included": lift_csr,
-    "dense: every camera sampled for every voxel, then averaged": lift_dense,
+DENSE = "dense: every camera sampled for every voxel, then averaged"
+WAYS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {  # by device, ours first
+    "cpu": {
+        "ours: numba": lift,
+        "ours: numba, bfloat16": lift,
+        "ours: plain torch": lift_torch,
+        "one sparse CSR product, its construction included": lift_csr,
+        DENSE: lift_dense,
+    },
+    "cuda": {
+        "ours: Triton": lift_triton,
+        "ours: Triton, bfloat16": lift_triton,
+        "ours: plain torch": lift_torch,
+        DENSE: lift_dense,
+    },
 }
 
 
-def step_of(name: str, rig: tuple[np.ndarray, np.ndarray]) -> Callable[[], Any]:
+def step_of(name: str, rig: tuple[np.ndarray, np.ndarray], device: str) -> Callable[[], Any]:
     """One forward and backward; the volume's gradient is there before, in the volume's own memory order."""
-    views = views_of(rig)
+    views, way = views_of(rig, device), WAYS[device].get(name)
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    features = torch.randn(MAPS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    features = torch.randn(MAPS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     # the encoder's memory order, channels_last, except for the one that wants channels first
     leaf = (
-        features.clone()
-        if WAYS.get(name) is lift_dense
-        else features.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        features.clone() if way is lift_dense else features.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     )
     leaf.requires_grad_()
     shape = (1, *GRID.map_shape, GRID.shape[0] * MAPS[2])
-    grad = torch.ones(shape, dtype=dtype).permute(0, 3, 1, 2)
-    if WAYS.get(name) is lift_dense:
+    grad = torch.ones(shape, dtype=dtype, device=device).permute(0, 3, 1, 2)
+    if way is lift_dense:
         grad = grad.contiguous()
 
     def touch() -> None:
-        torch.empty(shape, dtype=dtype).fill_(1)
+        torch.empty(shape, dtype=dtype, device=device).fill_(1)
         grad.sum()
 
     def step() -> torch.Tensor:
         leaf.grad = None
-        volume = WAYS[name](leaf, views, GRID)
+        assert way is not None
+        volume = way(leaf, views, GRID)
         volume.backward(grad)
         return volume.detach()
 
-    return touch if name == LIMIT else step
+    def finished() -> Any:
+        result = (touch if name == LIMIT else step)()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return finished
+
+
+def peak_megabytes_cuda(name: str, rig: tuple[np.ndarray, np.ndarray]) -> float:
+    """How much a step adds to the GPU's memory that holds its inputs."""
+    step = step_of(name, rig, "cuda")
+    step()  # what is compiled and kept is none of its memory
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def peak_megabytes(name: str, rig: tuple[np.ndarray, np.ndarray], threads: int) -> float:
     """How much a step adds to the memory of a process that holds its inputs. Run in a process of its own."""
     torch.set_num_threads(threads)
-    step = step_of(name, rig)
+    step, way = step_of(name, rig, "cpu"), WAYS["cpu"].get(name)
     small = VoxelGrid((1, 4, 4))
-    if name in WAYS and WAYS[name] is not lift_csr:  # what is loaded and compiled is none of its memory
-        WAYS[name](torch.ones(MAPS, requires_grad=True), views_of(rig), small).sum().backward()
+    if way is not None and way is not lift_csr:  # what is loaded and compiled is none of its memory
+        way(torch.ones(MAPS, requires_grad=True), views_of(rig), small).sum().backward()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:
@@ -134,9 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot")
     parser.add_argument("--split", default="mini_train", help="whose first keyframe is taken")
+    parser.add_argument("--device", choices=list(WAYS), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long it is measured")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave it out to measure the CPU")
     torch.set_num_threads(options.threads)
     dataroot = find_dataroot(options.dataroot)
     cameras, pinholes, _ = synthetic_scene() if dataroot is None else real_scene(dataroot, options.split)
@@ -144,14 +170,20 @@ def main() -> None:
     source = (
         "SYNTHETIC ring of cameras: no nuScenes dataroot found" if dataroot is None else "a real keyframe's cameras"
     )
-    print(f"{machine()}\n{options.threads} threads, {source}; {'x'.join(map(str, MAPS[1:]))} float32 maps, grid {GRID}")
-    contenders = {name: step_of(name, rig) for name in (LIMIT, *WAYS)}
-    ours = contenders[OURS]()
-    for name in list(WAYS)[1:]:
+    runner = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
+    print(f"{machine()}\n{runner}, {source}; {'x'.join(map(str, MAPS[1:]))} float32 maps, grid {GRID}")
+    first, *others = WAYS[options.device]
+    contenders = {name: step_of(name, rig, options.device) for name in (LIMIT, first, *others)}
+    ours = contenders[first]()
+    for name in others:
         print(f"largest difference from ours: {(contenders[name]() - ours).abs().max():.1e} ({name})")
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {name: f"{pool.apply(peak_megabytes, (name, rig, options.threads)):,.0f}" for name in contenders}
-    rows = compare(contenders, ours=OURS, limit=LIMIT, seconds=options.seconds)
+    del ours
+    if options.device == "cuda":
+        peaks = {name: f"{peak_megabytes_cuda(name, rig):,.0f}" for name in contenders}
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            peaks = {name: f"{pool.apply(peak_megabytes, (name, rig, options.threads)):,.0f}" for name in contenders}
+    rows = compare(contenders, ours=first, limit=LIMIT, seconds=options.seconds)
     print("\n" + table(rows, peaks, "peak MB"))
 
 

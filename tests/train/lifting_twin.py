@@ -13,12 +13,12 @@ def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
     """features: (B, S, C, h, w) -> (B, Z * C, H, W), channel z * C + c."""
     batch, cams, channels, h, w = features.shape
     height, width = views.images.shape[-2:]
-    centers = torch.from_numpy(grid.voxel_centers()).double().reshape(-1, 3)
+    centers = torch.from_numpy(grid.voxel_centers()).double().reshape(-1, 3).to(features.device)
     points = torch.einsum("bsij,nj->bsni", views.cam_from_grid[..., :3, :3], centers)
     points = points + views.cam_from_grid[..., None, :3, 3]
     intrinsics = views.intrinsics
     if compat is not None:  # of the feature map
-        intrinsics = intrinsics * torch.tensor([[w / width], [h / height], [1]], dtype=torch.float64)
+        intrinsics = intrinsics * intrinsics.new_tensor([[w / width], [h / height], [1]])
     homogeneous = torch.einsum("bsij,bsnj->bsni", intrinsics, points)
     depth = homogeneous[..., 2]
     u, v = (homogeneous[..., :2] / (depth if compat is None else depth.clamp(min=1e-6))[..., None]).unbind(-1)

@@ -1,0 +1,221 @@
+"""The Triton kernels of lifting: interpreted in NumPy, compiled without a GPU, and run at full size where there is one.
+
+`test_lifting` holds the interpreted ones to the same closed forms and twins as the other ways of lifting.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from occfeat_targets.grid import VoxelGrid
+from occfeat_train import lifting
+from occfeat_train.lifting import lift, lift_torch, lift_triton
+from occfeat_train.views import Views
+from tests.train.interpreted import KERNELS, lift_interpreted
+from tests.train.test_lifting import (
+    COMPATS,
+    FORWARD,
+    GRID,
+    PINHOLE,
+    Lift,
+    one_camera,
+    random_features,
+    random_views,
+    value_and_gradient,
+    views_of,
+)
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def assert_as_torch(function: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> None:
+    """Values and gradients: float32 to its rounding, less precise ones to a last place."""
+    place = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[features.dtype]
+    found = value_and_gradient(function, features, views, grid, compat)
+    for a, b in zip(found, value_and_gradient(lift_torch, features, views, grid, compat), strict=True):
+        assert a.dtype == b.dtype and a.isfinite().all()
+        scale = max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a.double(), b.double(), atol=1e-5 * scale, rtol=place)
+
+
+# -- interpreted ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), cams=st.integers(1, 3), compat=st.sampled_from(COMPATS))
+def test_weights_are_those_of_the_cpus_to_the_last_bit(seed: int, cams: int, compat: str | None) -> None:
+    """A token for every channel: the volume is the matrix of weights."""
+    h, w = 3, 4
+    features = torch.eye(cams * h * w).view(cams, h, w, -1).permute(0, 3, 1, 2)[None]
+    views = random_views(seed, cams=cams)
+    assert torch.equal(lift_interpreted(features, views, GRID, compat), lift(features, views, GRID, compat))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 3, 40, 200]),
+    size=st.sampled_from([(2, 2), (4, 6), (5, 3)]),
+    dtype=st.sampled_from([torch.float32, *HALVES]),
+    compat=st.sampled_from(COMPATS),
+)
+def test_any_rig_gives_what_torch_gives(
+    seed: int, batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype, compat: str | None
+) -> None:
+    """Values and gradients, in blocks of 8 to 128 voxels that don't divide the grid's 45."""
+    grid = VoxelGrid((3, 5, 3), (-2, -6, -5), (2, 7, 5))
+    features = random_features(batch, 2, channels, *size, seed=seed).to(dtype)
+    assert_as_torch(lift_interpreted, features, random_views(seed, batch, cams=2), grid, compat)
+
+
+def test_a_map_of_one_token() -> None:
+    features, views = random_features(2, channels=3, h=1, w=1), random_views(1, batch=2)
+    assert_as_torch(lift_interpreted, features, views, GRID, None)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+def test_a_camera_in_a_voxels_centre_and_one_without_focal_length_poison_nothing(compat: str | None) -> None:
+    up, forward, right = (float(c) for c in GRID.voxel_centers()[1, 4, 3][::-1])
+    camera = FORWARD.copy()
+    camera[:3, 3] = -right, up, -forward
+    views = views_of([camera, FORWARD], [PINHOLE, PINHOLE * [[0], [0], [1]]])
+    assert (torch.tensor([right, forward, up, 1.0]).double() @ views.cam_from_grid[0, 0].T)[:3].abs().max() == 0
+    assert_as_torch(lift_interpreted, random_features(cams=2), views, GRID, compat)
+
+
+def test_a_rig_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
+    grid = VoxelGrid((2, 3, 3), (-1, -6, -3), (1, -1, 3))  # all behind
+    volume, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid, None)
+    assert not volume.any() and not gradient.any()
+
+
+def test_a_token_that_nobody_sees_gets_no_gradient() -> None:
+    grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))  # at the centre of a map of 4 x 6 tokens
+    _, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid, None)
+    seen = torch.zeros(4, 6, dtype=torch.bool)
+    seen[1:3, 2:4] = True
+    assert torch.equal(gradient[0, 0].ne(0), seen.expand(5, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("runs_triton", "deterministic", "expected"),
+    [(True, False, "lift_triton"), (True, True, "lift_torch"), (False, False, "lift_torch")],
+)
+def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
+    runs_triton: bool, deterministic: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(lifting, "_runs_triton", lambda device: runs_triton)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    for name in ("lift_triton", "lift_torch"):
+        monkeypatch.setattr(lifting, name, lambda *arguments, name=name: called.append(name))
+    lift(torch.empty(1, 1, 2, 4, 6, device="meta"), one_camera(), GRID)
+    lift(torch.empty(1, 1, 2, 4, 6, device="meta", dtype=torch.float64), one_camera(), GRID)
+    assert called == [expected, "lift_torch"]
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_voxels"])
+@pytest.mark.parametrize(("compat", "dtype", "target"), [(False, torch.bfloat16, 90), (True, torch.float32, 80)])
+def test_it_compiles_for_a_gpu_and_fuses_no_float64(
+    name: str, compat: bool, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fused product would put a voxel at an image's edge on another side than `gather.find_taps` does."""
+    pytest.importorskip("triton", minversion="3.3", reason="its compiler is called otherwise")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = importlib.import_module(KERNELS)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *arguments, **options: calls.append((arguments, options))
+
+    for kernel in ("_gather", "_scatter"):
+        monkeypatch.setattr(kernels, kernel, Recorder(getattr(kernels, kernel)))
+    volume = torch.empty(1, 4, 4, 2, 80, dtype=dtype)
+    tokens = torch.empty(1, 6 * 24, 80, dtype=dtype if name == "gather_tokens" else torch.float32)
+    axes = tuple(torch.empty(n, dtype=torch.float64) for n in (2, 4, 4))
+    places = torch.empty(1, 6, 3, 4, dtype=torch.float64), (40, 60), (4, 6), compat, axes
+    getattr(kernels, name)(*((tokens, *places, volume) if name == "gather_tokens" else (volume, *places, tokens)))
+    ((arguments, options),) = calls
+
+    kernel = getattr(kernels, "_gather" if name == "gather_tokens" else "_scatter").kernel
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+    named = dict(zip(kernel.arg_names, arguments, strict=True))
+    signature = {key: types[v.dtype] if isinstance(v, Tensor) else "constexpr" for key, v in named.items()}
+    constants = {(i,): v for i, v in enumerate(arguments) if not isinstance(v, Tensor)}
+    source = ASTSource(kernel, signature, constants)
+    ptx = compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+    assert "mul.rn.f64" in ptx and not re.search(
+        r"fma\.rn\.f64|mul\.f64", ptx
+    )  # one that isn't marked .rn may be fused
+
+
+@pytest.fixture
+def full_size() -> tuple[Tensor, Views]:
+    """Two samples of six 28x50 maps of 128 channels, and a ring of cameras, on the GPU."""
+    cameras = []
+    for yaw in np.arange(6) * np.pi / 3:
+        turn = np.array([[np.cos(yaw), np.sin(yaw), 0, 0], [-np.sin(yaw), np.cos(yaw), 0, 0], [0, 0, 1, 1.5]])
+        cameras.append(FORWARD @ np.vstack([turn, [0, 0, 0, 1]]))
+    ring = views_of(cameras, [np.array([[316, 0, 204], [0, 316, 122], [0, 0, 1.0]])] * 6, (224, 400))
+    tensors = (torch.cat([t, t]).cuda() for t in (ring.images, ring.intrinsics, ring.cam_from_grid))
+    return random_features(2, 6, 128, 28, 50).cuda(), Views(*tensors)
+
+
+@needs_gpu
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_at_full_size_a_gpu_gives_what_torch_gives(
+    full_size: tuple[Tensor, Views], dtype: torch.dtype, compat: str | None
+) -> None:
+    features, views = full_size
+    assert_as_torch(lift_triton, features.to(dtype), views, VoxelGrid(), compat)
+
+
+@needs_gpu
+def test_the_host_waits_for_nothing(full_size: tuple[Tensor, Views]) -> None:
+    features, views = full_size
+    leaf, on_host = features.requires_grad_(), Views(views.images, views.intrinsics.cpu(), views.cam_from_grid.cpu())
+    weight = torch.ones_like(lift_triton(leaf, views, VoxelGrid()))
+    lift_triton(leaf, views, VoxelGrid()).backward(weight)  # compiled, and the axes there
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for there in (views, on_host):
+            lift_triton(leaf, there, VoxelGrid()).backward(weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_deterministic_algorithms_give_the_same_bits_in_every_run(full_size: tuple[Tensor, Views]) -> None:
+    features, views = full_size
+    views = Views(views.images, views.intrinsics.cpu(), views.cam_from_grid.cpu())  # cuBLAS would ask for a setting
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (value_and_gradient(lift, features, views, VoxelGrid(), None) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
