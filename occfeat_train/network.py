@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from occfeat_train.backbones import ImageEncoder
 from occfeat_train.bevformer import BEVFormer
 from occfeat_train.decoder import BEVDecoder
 from occfeat_train.lifting import SimpleBEV
+from occfeat_train.reference_weights import convert
 from occfeat_train.splat import LSS
 from occfeat_train.views import Views
 
@@ -47,6 +50,16 @@ class BEVNetwork(nn.Module):
             lifted = _flip(lifted, bev_flip)
         bev = self.decoder(lifted)
         return bev if bev_flip is None else _flip(bev, bev_flip)
+
+    def load_reference(self, state_dict: Mapping[str, Any]) -> None:
+        """Fill this network from the reference's Segnet, Bevformernet or Liftnet (liftnet2.py), whose heads are left out.
+
+        To compute what the reference does, build it with compat="simple-bev".
+        Raises ValueError or RuntimeError on weights that are of none of these, or of another network or grid than this.
+        """
+        weights = convert(state_dict, self.lifting.grid)
+        prefix = "network."
+        self.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
 
 
 def _flip(bev: torch.Tensor, bev_flip: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,20 @@ def test_outputs_are_the_references_to_a_ten_thousandth(file):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_loads_the_references_weights_without_its_heads(name):
+    file = GOLDEN / f"{name}-effb0_64x112_40x8x40.npz"
+    grid = VoxelGrid((8, 40, 40))
+    network = build_network(grid, "efficientnet-b0", lifting=NETWORKS[name])
+    network.load_reference(seeded_state_dict(file))
+    expected = convert(seeded_state_dict(file), grid)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, expected[f"network.{key}"]), key
+    other = build_network(grid, "efficientnet-b0", lifting="lss" if name == "segnet" else "simplebev")
+    with pytest.raises(RuntimeError, match="(Missing|Unexpected) key"):
+        other.load_reference(seeded_state_dict(file))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_without_compat_they_are_not(name):
     found, golden = outputs(GOLDEN / f"{name}-effb0_64x112_40x8x40.npz", None)
     torch.testing.assert_close(found["features"], golden["features"], atol=1e-4, rtol=0)
