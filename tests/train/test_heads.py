@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from occfeat_train import losses
+from occfeat_train import heads, losses
 from occfeat_train.heads import OccFeatHead, SegmentationHead, voxel_rows
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
@@ -126,6 +126,69 @@ def test_the_head_equals_the_papers_equations_at_a_handy_size():
 )
 def test_the_head_equals_the_papers_equations_at_any_size(sizes, seed, share):
     assert_equals_the_twin(*sizes, seed=seed, share=share)
+
+
+def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Logits, features and gradients of eq. 1 of ours and of the dense head, several blocks of cells, and the exact ones.
+
+    dtype: float32, or bfloat16 for autocast.
+    """
+    torch.manual_seed(0)
+    head = OccFeatHead(128, 8, 384)
+    bev, shape = torch.randn(1, 128, 40, 60), (1, 8, 40, 60)
+    assert bev[0, 0].numel() * 8 * 256 > 4 * heads._CPU_BLOCK
+    occupied = torch.rand(shape) < 0.02
+    voxels = voxel_rows(occupied)
+    target = torch.randn(len(voxels), 384)
+
+    def computed(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        exact = dtype == torch.float64
+        x = bev.to(dtype if exact else torch.float32).contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if isinstance(module, DenseHead):
+                logits, dense = module(x)
+                features = dense[0].flatten(1).T[voxels]
+            else:
+                logits, features = module(x, voxels)
+            loss = losses.occupancy_loss(logits, occupied)
+            loss = loss + losses.feature_loss(features, target, torch.zeros_like(voxels), 1)[0]
+        return {"logits": logits, "features": features, **gradients(loss, module, x)}
+
+    twin = DenseHead.of(head)
+    return {
+        "ours": computed(head, dtype),
+        "dense": computed(twin, dtype),
+        "exact": computed(DenseHead.of(head).double(), torch.float64),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_at_the_papers_sizes_values_and_gradients_are_as_near_the_exact_ones_as_the_dense_heads(dtype):
+    found = of_the_papers_sizes(dtype)
+    epsilon = torch.finfo(dtype).eps
+    for name, exact in found["exact"].items():
+        if name == "conv.bias":  # InstanceNorm takes it away: the gradient is zero, and rounding
+            continue
+        ours, dense = (
+            (found[key][name].detach().double().reshape(exact.shape) - exact).norm() / exact.norm()
+            for key in ("ours", "dense")
+        )
+        assert ours < max(1.5 * dense, 4 * epsilon), f"{name}: {ours:.1e} off, the dense head {dense:.1e}"
+        assert ours < 50 * epsilon, f"{name}: {ours:.1e} off"
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
+def test_the_block_by_block_logits_pass_gradcheck(cells, levels, wide, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    given = randn(cells, 3), randn(levels * wide, 3), randn(levels * wide), randn(wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "_CPU_BLOCK", 7 * levels * wide)  # 7 cells
+        assert torch.autograd.gradcheck(heads._SoftplusLogits.apply, given)
 
 
 @pytest.mark.parametrize(("n_y", "occupancy"), [(0, True), (5, False)])
