@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.deformable import Reads, deformable
-from occfeat_train.feed_forward import feed_forward
 from occfeat_train.lifting import cell_axes, check_compat
+from occfeat_train.rows import by_rows, feed_forward
 from occfeat_train.views import Views, check_shapes
 
 HEADS = 4
@@ -55,14 +55,15 @@ class BEVFormer(nn.Module):
         cells = neighbour_reads(batch, (height, width), self.compat, features.device)
         cameras, num_views = camera_reads(views, self.grid, (h, w), self.compat)
         tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, h, w, channels)
-        positions = self.positions.flatten(1).mT.contiguous()
-        query = self.queries.flatten(1).mT.contiguous().expand(batch, -1, -1)
+        query, positions = (  # rows (B * H * W, C)
+            p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
+        )
         for layer in self.layers:
-            given = (query, positions, tokens, cells, cameras, num_views, (height, width))
+            given = (query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
             is_kept = self.checkpointing and torch.is_grad_enabled()
             query = checkpoint(layer.attend, *given, use_reentrant=False) if is_kept else layer.attend(*given)
-            query = layer.norm3(feed_forward(query, layer.feed_forward[0], layer.feed_forward[2]))
-        return query.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+            query = layer.transform(query)
+        return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class Layer(nn.Module):
@@ -80,16 +81,21 @@ class Layer(nn.Module):
 
     def attend(
         self,
-        query: Tensor,  # (B, H * W, C)
-        positions: Tensor,  # (H * W, C)
+        query: Tensor,  # (B * H * W, C), and so are positions
+        positions: Tensor,
         tokens: Tensor,  # (B * S, h, w, C)
         cells: Reads,
         cameras: Reads,
-        num_views: Tensor,  # (B, H * W)
+        num_views: Tensor,  # (B * H * W,)
         map_shape: tuple[int, int],
     ) -> Tensor:
-        query = self.norm1(self.self_attention(query, positions, cells, map_shape))
-        return self.norm2(self.cross_attention(query, positions, tokens, cameras, num_views))
+        query = self.self_attention(query, positions, cells, map_shape, self.norm1)
+        return self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
+
+    def transform(self, query: Tensor) -> Tensor:
+        first, _, second = self.feed_forward
+        (query,) = by_rows(_norm, (feed_forward(query, first, second),), tuple(self.norm3.parameters()))
+        return query
 
 
 class SelfAttention(nn.Module):
@@ -103,12 +109,18 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(channels, channels)
         self.dropout = AddDropped(_DROPOUT)
 
-    def forward(self, query: Tensor, positions: Tensor, cells: Reads, map_shape: tuple[int, int]) -> Tensor:
-        placed = query + positions
-        values = self.value(placed).unflatten(1, map_shape).unflatten(-1, (HEADS, -1))
-        read = deformable(values, self.places(placed), cells).view_as(query)
-        weight, bias = self._inner_and_output()
-        return self.dropout(nn.functional.linear(read, weight, bias), query)
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        cells: Reads,
+        map_shape: tuple[int, int],
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        values, places = by_rows(_linears, (query, positions), (*self.value.parameters(), *self.places.linear()))
+        values = values.unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
+        read = deformable(values, self.places.unflatten(places), cells).flatten(1)
+        return self.dropout(query, read, None, *self._inner_and_output(), norm)
 
     def _inner_and_output(self) -> tuple[Tensor, Tensor]:
         """Two linear layers with nothing between them, as one."""
@@ -131,28 +143,62 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(channels, channels)
         self.dropout = AddDropped(_DROPOUT)
 
-    def forward(self, query: Tensor, positions: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        cameras: Reads,
+        num_views: Tensor,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
-        read = deformable(values, self.places(query + positions), cameras).view_as(query)
-        return self.dropout(self.output(read / num_views[..., None].clamp(min=1)), query)
+        (places,) = by_rows(_linears, (query, positions), self.places.linear())
+        read = deformable(values, self.places.unflatten(places), cameras).flatten(1)
+        return self.dropout(query, read, num_views, *self.output.parameters(), norm)
 
 
 class AddDropped(nn.Dropout):
-    """query + dropout(x). On a CPU in place of x, by 16 random bits an element: torch's own takes five times as long."""
+    """query (n, C) + dropout(a linear layer of what it read (n, C) from num_views (n,) cameras, the mean), normalised.
 
-    def forward(self, x: Tensor, query: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu" or x.dtype != query.dtype:
-            return query + super().forward(x)
-        drawn = round(self.p * 2**16)  # 0.1 becomes 0.100006
-        return x.masked_fill_(_is_dropped(x.shape, drawn), 0).mul_(2**16 / (2**16 - drawn)).add_(query)
+    On a CPU by 16 random bits an element, of torch's generator: its own dropout takes five times as long. Chances are
+    65536ths: 0.1 is 0.100006.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        read: Tensor,
+        num_views: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.LayerNorm | None,
+    ) -> Tensor:
+        drawn = round(self.p * 2**16) if self.training else 0
+        rows = [query, read, _is_dropped(query, drawn)]
+        if num_views is not None:
+            rows.append(num_views.clamp(min=1)[:, None])
+        keep = 1 - drawn / 2**16
+
+        def add(query: Tensor, read: Tensor, is_dropped: Tensor, *rest: Tensor) -> tuple[Tensor]:
+            if num_views is not None:
+                count, *rest = rest
+                read = read / count
+            weight, bias, *norm = rest
+            query = query + nn.functional.linear(read, weight, bias).masked_fill(is_dropped, 0) / keep
+            return _norm(query, *norm) if norm else (query,)
+
+        (out,) = by_rows(add, tuple(rows), (weight, bias, *(norm.parameters() if norm else ())))
+        return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _is_dropped(shape: torch.Size, drawn: int) -> Tensor:
-    """drawn of 65536 elements, by torch's generator."""
-    count = shape.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (bits[:count] < drawn - 2**15).view(shape)
+def _is_dropped(query: Tensor, drawn: int) -> Tensor:
+    """Bool of the shape of query (n, C), drawn of 65536 true; (n, 1) if none."""
+    if not drawn:
+        return torch.zeros((len(query), 1), dtype=torch.bool, device=query.device)
+    bits = torch.empty(-(-query.numel() // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[: query.numel()] < drawn - 2**15).view(query.shape)
 
 
 class Places(nn.Module):
@@ -176,11 +222,28 @@ class Places(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, query: Tensor) -> Tensor:
+        return self.unflatten(nn.functional.linear(query, *self.linear()))
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Offsets and weights as one linear layer's weight and bias, a point's three outputs side by side."""
         weight, bias = (
             torch.cat([offset.view(HEADS, self.points, 2, -1), score.view(HEADS, self.points, 1, -1)], 2).flatten(0, 2)
             for offset, score in zip(self.offsets.parameters(), self.weights.parameters(), strict=True)
         )
-        return nn.functional.linear(query, weight, bias.flatten()).view(-1, HEADS, self.points, 3)
+        return weight, bias.flatten()
+
+    def unflatten(self, places: Tensor) -> Tensor:
+        return places.view(-1, HEADS, self.points, 3)
+
+
+def _linears(query: Tensor, positions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Linear layers, parameters in pairs, of queries at their positions."""
+    placed = query + positions
+    return tuple(nn.functional.linear(placed, *pair) for pair in zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def _norm(query: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (nn.functional.layer_norm(query, weight.shape, weight, bias),)
 
 
 def _linear(channels: int) -> nn.Linear:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_train.deformable_kernels import weighted_samples, weighted_samples_backward
+from occfeat_train.rows import empty
 from occfeat_train.threads import in_threads
 
 _CHUNK = 2048  # queries of one task
@@ -92,7 +93,7 @@ class _Deformable(torch.autograd.Function):
         ctx.save_for_backward(values, places)
         ctx.reads = reads
         num_queries, heads = places.shape[:2]
-        out = torch.empty((num_queries, heads, values.shape[-1]))
+        out = empty((num_queries, heads, values.shape[-1]))
         arguments: Any = _arrays(values, places, reads)
         target = out.numpy()
 
@@ -107,7 +108,7 @@ class _Deformable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
         values, places = ctx.saved_tensors
-        grads = torch.zeros_like(values), torch.zeros_like(places)
+        grads = empty(values.shape).zero_(), empty(places.shape).zero_()
         arguments: Any = _arrays(values, places, ctx.reads)
         given = grad.contiguous().numpy()
         targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy()
