@@ -177,15 +177,15 @@ class AddDropped(nn.Dropout):
         drawn = round(self.p * 2**16) if self.training else 0
         rows = [query, read, _is_dropped(query, drawn)]
         if num_views is not None:
-            rows.append(num_views.clamp(min=1)[:, None])
-        keep = 1 - drawn / 2**16
+            rows.append(1 / num_views.clamp(min=1)[:, None].to(read.dtype))
+        scale = 1 / (1 - drawn / 2**16)
 
         def add(query: Tensor, read: Tensor, is_dropped: Tensor, *rest: Tensor) -> tuple[Tensor]:
             if num_views is not None:
-                count, *rest = rest
-                read = read / count
+                share, *rest = rest
+                read = read * share
             weight, bias, *norm = rest
-            query = query + nn.functional.linear(read, weight, bias).masked_fill(is_dropped, 0) / keep
+            query = query.add(nn.functional.linear(read, weight, bias).masked_fill_(is_dropped, 0), alpha=scale)
             return _norm(query, *norm) if norm else (query,)
 
         (out,) = by_rows(add, tuple(rows), (weight, bias, *(norm.parameters() if norm else ())))

@@ -76,10 +76,11 @@ class _ByRows(torch.autograd.Function):
         kept = ctx.saved_tensors
         rows, parameters = kept[: ctx.count], kept[ctx.count :]
         leaves = [p.detach().requires_grad_() for p in parameters]
-        out = [empty(t.shape, t.dtype) if t.is_floating_point() else None for t in rows]
+        needed = ctx.needs_input_grad[2 : 2 + ctx.count]
+        out = [empty(t.shape, t.dtype) if is_needed else None for t, is_needed in zip(rows, needed, strict=True)]
         for first, *chunk in _chunks(_ROWS, *rows, *grads):
             with torch.enable_grad():
-                given = [t.detach().requires_grad_(t.is_floating_point()) for t in chunk[: ctx.count]]
+                given = [t.detach().requires_grad_(is_needed) for t, is_needed in zip(chunk, needed, strict=False)]
                 found = ctx.function(*given, *leaves)
             torch.autograd.backward(found, chunk[ctx.count :])
             for target, t in zip(out, given, strict=True):
