@@ -27,7 +27,7 @@ def by_rows(
 
     Keeps rows and parameters for the backward, not what is between. Differentiable once.
     """
-    if not _is_by_rows(rows[0]):
+    if not goes_by_rows(rows[0]):
         return function(*rows, *parameters)
     found: tuple[Tensor, ...] = _ByRows.apply(function, len(rows), *rows, *parameters)
     return found
@@ -36,7 +36,7 @@ def by_rows(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def feed_forward(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
     """x + second(relu(first(x))) for x (n, C). Keeps x for the backward, where it doesn't go by rows everything."""
-    if not _is_by_rows(x):
+    if not goes_by_rows(x):
         return x + second(first(x).relu())
     out: Tensor = _FeedForward.apply(x, first.weight, first.bias, second.weight, second.bias)
     return out
@@ -53,7 +53,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(padded, dtype=dtype)[:count].view(shape)
 
 
-def _is_by_rows(x: Tensor) -> bool:
+def goes_by_rows(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
@@ -85,7 +85,7 @@ class _ByRows(torch.autograd.Function):
             torch.autograd.backward(found, chunk[ctx.count :])
             for target, t in zip(out, given, strict=True):
                 if target is not None:
-                    target[first : first + len(t)] = t.grad  # type: ignore[assignment]
+                    target[first : first + len(t)] = t.grad
         return None, None, *out, *(leaf.grad for leaf in leaves)
 
 
