@@ -81,6 +81,20 @@ def test_a_map_of_the_papers_size_has_the_plain_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+def test_any_number_of_threads_has_the_plain_gradients_and_torch_keeps_its_own(few_rows: None) -> None:
+    first, second = linears(4, 6)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    expected = gradients(plain_feed_forward, x, first, second)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        found = gradients(feed_forward, x, first, second)
+        assert torch.get_num_threads() == threads
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    torch.set_num_threads(before)
+
+
 def test_autocast_computes_what_linear_layers_do() -> None:
     first, second = linears(16, 32, torch.float32)
     x = torch.randn(5000, 16)
