@@ -11,6 +11,8 @@ by a depth clamped at 1e-4 alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.deformable import Reads, deformable
 from occfeat_train.lifting import cell_axes, check_compat
+from occfeat_train.rows import by_rows, feed_forward, goes_by_rows
 from occfeat_train.views import Views, check_shapes
 
 HEADS = 4
@@ -30,7 +33,9 @@ class BEVFormer(nn.Module):
     """(B, S, C, h, w) features -> (B, C, H, W) map.
 
     channels: C, a multiple of 4 heads. compat: None or "simple-bev".
-    checkpointing: in training, keep a layer's input and compute the rest again: at 200 x 200 cells a layer is 0.5 GB.
+    checkpointing: in training, compute a layer's attention again from its input. At 200 x 200 cells of 128 channels in
+    float32 a layer then keeps three maps of 20 MB a sample on a CPU: its input, and those of its feed-forward layers and
+    of their norm. On a GPU or in autocast those layers are computed again, too, and it keeps two.
     Raises ValueError if channels is no such multiple.
     """
 
@@ -54,13 +59,22 @@ class BEVFormer(nn.Module):
         cells = neighbour_reads(batch, (height, width), self.compat, features.device)
         cameras, num_views = camera_reads(views, self.grid, (h, w), self.compat)
         tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, h, w, channels)
-        positions = self.positions.flatten(1).mT
-        query = self.queries.flatten(1).mT.expand(batch, -1, -1)
-        for layer in self.layers:
-            given = (query, positions, tokens, cells, cameras, num_views, (height, width))
-            is_kept = self.checkpointing and torch.is_grad_enabled()
-            query = checkpoint(layer, *given, use_reentrant=False) if is_kept else layer(*given)
-        return query.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        query, positions = (  # rows (B * H * W, C)
+            p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
+        )
+        is_lean = self.checkpointing and torch.is_grad_enabled()
+        layer: Layer
+        for layer in self.layers:  # type: ignore[assignment]
+            given = (query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
+            query = _again(layer.attend, *given) if is_lean else layer.attend(*given)
+            query = _again(layer.transform, query) if is_lean and not goes_by_rows(query) else layer.transform(query)
+        return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _again(function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Keeps what is given and computes the rest again in the backward."""
+    found: Tensor = checkpoint(function, *given, use_reentrant=False)
+    return found
 
 
 class Layer(nn.Module):
@@ -73,22 +87,26 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.cross_attention = CrossAttention(channels, levels)
         self.norm2 = nn.LayerNorm(channels)
-        self.feed_forward = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(True), nn.Linear(hidden, channels))
+        self.feed_forward = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(
+    def attend(
         self,
-        query: Tensor,  # (B, H * W, C)
-        positions: Tensor,  # (H * W, C)
+        query: Tensor,  # (B * H * W, C), and so are positions
+        positions: Tensor,
         tokens: Tensor,  # (B * S, h, w, C)
         cells: Reads,
         cameras: Reads,
-        num_views: Tensor,  # (B, H * W)
+        num_views: Tensor,  # (B * H * W,)
         map_shape: tuple[int, int],
     ) -> Tensor:
-        query = self.norm1(self.self_attention(query, positions, cells, map_shape))
-        query = self.norm2(self.cross_attention(query, positions, tokens, cameras, num_views))
-        return self.norm3(query + self.feed_forward(query))
+        query = self.self_attention(query, positions, cells, map_shape, self.norm1)
+        return self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
+
+    def transform(self, query: Tensor) -> Tensor:
+        first, _, second = self.feed_forward
+        (query,) = by_rows(_norm, (feed_forward(query, first, second),), tuple(self.norm3.parameters()))
+        return query
 
 
 class SelfAttention(nn.Module):
@@ -100,14 +118,20 @@ class SelfAttention(nn.Module):
         self.value = _linear(channels)
         self.inner = _linear(channels)  # Deformable-DETR's own, and the reference has one more after it
         self.output = nn.Linear(channels, channels)
-        self.dropout = nn.Dropout(_DROPOUT)
+        self.dropout = AddDropped(_DROPOUT)
 
-    def forward(self, query: Tensor, positions: Tensor, cells: Reads, map_shape: tuple[int, int]) -> Tensor:
-        placed = query + positions
-        values = self.value(placed).unflatten(1, map_shape).unflatten(-1, (HEADS, -1))
-        read = deformable(values, *self.places(placed), cells).view_as(query)
-        weight, bias = self._inner_and_output()
-        return query + self.dropout(nn.functional.linear(read, weight, bias))
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        cells: Reads,
+        map_shape: tuple[int, int],
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        values, places = by_rows(_linears, (query, positions), (*self.value.parameters(), *self.places.linear()))
+        values = values.unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
+        read = deformable(values, self.places.unflatten(places), cells).flatten(1)
+        return self.dropout(query, read, None, *self._inner_and_output(), norm)
 
     def _inner_and_output(self) -> tuple[Tensor, Tensor]:
         """Two linear layers with nothing between them, as one."""
@@ -128,16 +152,67 @@ class CrossAttention(nn.Module):
         self.places = Places(channels, points, levels)
         self.value = _linear(channels)
         self.output = nn.Linear(channels, channels)
-        self.dropout = nn.Dropout(_DROPOUT)
+        self.dropout = AddDropped(_DROPOUT)
 
-    def forward(self, query: Tensor, positions: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        cameras: Reads,
+        num_views: Tensor,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
-        read = deformable(values, *self.places(query + positions), cameras).view_as(query)
-        return query + self.dropout(self.output(read / num_views[..., None].clamp(min=1)))
+        (places,) = by_rows(_linears, (query, positions), self.places.linear())
+        read = deformable(values, self.places.unflatten(places), cameras).flatten(1)
+        return self.dropout(query, read, num_views, *self.output.parameters(), norm)
+
+
+class AddDropped(nn.Dropout):
+    """query (n, C) + dropout(a linear layer of what it read (n, C) from num_views (n,) cameras, the mean), normalised.
+
+    On a CPU by 16 random bits an element, of torch's generator: its own dropout takes five times as long. Chances are
+    65536ths: 0.1 is 0.100006.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        read: Tensor,
+        num_views: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.LayerNorm | None,
+    ) -> Tensor:
+        drawn = round(self.p * 2**16) if self.training else 0
+        rows = [query, read, _is_dropped(query, drawn)]
+        if num_views is not None:
+            rows.append(1 / num_views.clamp(min=1)[:, None].to(read.dtype))
+        scale = 1 / (1 - drawn / 2**16)
+
+        def add(query: Tensor, read: Tensor, is_dropped: Tensor, *rest: Tensor) -> tuple[Tensor]:
+            if num_views is not None:
+                read, rest = read * rest[0], rest[1:]
+            weight, bias, *norm = rest
+            query = query.add(nn.functional.linear(read, weight, bias).masked_fill_(is_dropped, 0), alpha=scale)
+            return _norm(query, *norm) if norm else (query,)
+
+        (out,) = by_rows(add, tuple(rows), (weight, bias, *(norm.parameters() if norm else ())))
+        return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _is_dropped(query: Tensor, drawn: int) -> Tensor:
+    """Bool of the shape of query (n, C), drawn of 65536 true; (n, 1) if none."""
+    if not drawn:
+        return torch.zeros((len(query), 1), dtype=torch.bool, device=query.device)
+    bits = torch.empty(-(-query.numel() // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[: query.numel()] < drawn - 2**15).view(query.shape)
 
 
 class Places(nn.Module):
-    """Queries (B, N, C) -> where and how much they read: offsets (B * N, heads, P, 2) [tokens], weights (B * N, heads, P).
+    """Queries (B, N, C) -> where and how much they read: (B * N, heads, P, 3), offsets (column, row) [tokens] and scores.
 
     In the beginning every query reads alike: a head to the right, up, left and down, its point i at i + 1 tokens.
     levels: of anchors that points take in turn; the highest one's point is the nearest in the beginning.
@@ -156,10 +231,29 @@ class Places(nn.Module):
         for tensor in (self.offsets.weight, self.weights.weight, self.weights.bias):
             nn.init.zeros_(tensor)
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        offsets = self.offsets(query).view(-1, HEADS, self.points, 2)
-        weights = self.weights(query).view(-1, HEADS, self.points)
-        return offsets, weights.softmax(-1)
+    def forward(self, query: Tensor) -> Tensor:
+        return self.unflatten(nn.functional.linear(query, *self.linear()))
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Offsets and weights as one linear layer's weight and bias, a point's three outputs side by side."""
+        weight, bias = (
+            torch.cat([offset.view(HEADS, self.points, 2, -1), score.view(HEADS, self.points, 1, -1)], 2).flatten(0, 2)
+            for offset, score in zip(self.offsets.parameters(), self.weights.parameters(), strict=True)
+        )
+        return weight, bias.flatten()
+
+    def unflatten(self, places: Tensor) -> Tensor:
+        return places.view(-1, HEADS, self.points, 3)
+
+
+def _linears(query: Tensor, positions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Linear layers, parameters in pairs, of queries at their positions."""
+    placed = query + positions
+    return tuple(nn.functional.linear(placed, *pair) for pair in zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def _norm(query: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (nn.functional.layer_norm(query, weight.shape, weight, bias),)
 
 
 def _linear(channels: int) -> nn.Linear:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_train.deformable_kernels import weighted_samples, weighted_samples_backward
+from occfeat_train.rows import empty
 from occfeat_train.threads import in_threads
 
 _CHUNK = 2048  # queries of one task
@@ -41,23 +42,25 @@ class Reads:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def deformable(values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
 
-    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. offsets: (Q, heads, P, 2) (columns, rows), in tokens.
-    weights: (Q, heads, P). P is a multiple of A.
-    Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values, offsets and weights.
+    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. places: (Q, heads, P, 3), a point's offset (column,
+    row) in tokens and its score; the weights of a query's and head's points are the softmax of their scores. P is a
+    multiple of A.
+    Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
     """
     if values.device.type != "cpu" or values.dtype == torch.float64:
-        return deformable_torch(values, offsets, weights, reads)
-    found: Tensor = _Deformable.apply(values.float(), offsets.float(), weights.float(), reads)
+        return deformable_torch(values, places, reads)
+    found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
     return found
 
 
-def deformable_torch(values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     """`deformable` in plain torch, for any device."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    values, offsets, weights = values.to(dtype), offsets.to(dtype), weights.to(dtype)
+    values, places = values.to(dtype), places.to(dtype)
+    offsets, weights = places[..., :2], places[..., 2].softmax(-1)
     _, h, w, heads, d = values.shape
     queries, points = reads.queries, weights.shape[2]
     anchors = reads.anchors.to(dtype).repeat(1, points // reads.anchors.shape[1], 1)
@@ -85,13 +88,13 @@ class _Deformable(torch.autograd.Function):
     """By the compiled kernels, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
-        values, offsets, weights = values.contiguous(), offsets.contiguous(), weights.contiguous()
-        ctx.save_for_backward(values, offsets, weights)
+    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+        values, places = values.contiguous(), places.contiguous()
+        ctx.save_for_backward(values, places)
         ctx.reads = reads
-        num_queries, heads = weights.shape[:2]
-        out = torch.empty((num_queries, heads, values.shape[-1]))
-        arguments: Any = _arrays(values, offsets, weights, reads)
+        num_queries, heads = places.shape[:2]
+        out = empty((num_queries, heads, values.shape[-1]))
+        arguments: Any = _arrays(values, places, reads)
         target = out.numpy()
 
         def work(first: int) -> None:
@@ -102,14 +105,14 @@ class _Deformable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
-        values, offsets, weights = ctx.saved_tensors
-        grads = torch.zeros_like(values), torch.zeros_like(offsets), torch.zeros_like(weights)
-        arguments: Any = _arrays(values, offsets, weights, ctx.reads)
+        values, places = ctx.saved_tensors
+        grads = empty(values.shape).zero_(), empty(places.shape).zero_()
+        arguments: Any = _arrays(values, places, ctx.reads)
         given = grad.contiguous().numpy()
-        targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy(), grads[2].numpy()
-        num_queries, heads = weights.shape[:2]
+        targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy()
+        num_queries, heads = places.shape[:2]
         per_sample = num_queries // ctx.reads.batch
 
         def work(task: tuple[int, int]) -> None:
@@ -120,7 +123,7 @@ class _Deformable(torch.autograd.Function):
         return *grads, None
 
 
-def _arrays(values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Any:
-    tensors = (values.flatten(1, 2), offsets, weights, reads.starts, reads.anchors.float(), reads.maps)
+def _arrays(values: Tensor, places: Tensor, reads: Reads) -> Any:
+    tensors = (values.flatten(1, 2), places, reads.starts, reads.anchors.float(), reads.maps)
     tokens, *rest = (t.detach().contiguous().numpy() for t in tensors)
     return tokens, tuple(values.shape[1:3]), *rest

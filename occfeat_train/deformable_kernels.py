@@ -30,12 +30,25 @@ def _taps(x: Any, y: Any, h: Any, w: Any) -> Any:
     return (top + x0, top + x1, bottom + x0, bottom + x1), (left, right, upper, lower), inside
 
 
+@numba.njit(inline="always")
+def _softmax(places: Any, weights: Any) -> None:
+    """weights[p] = softmax over p of a query's and head's scores places[p, 2]."""
+    highest = places[0, 2]
+    for p in range(weights.size):
+        highest = max(highest, places[p, 2])
+    total = np.float32(0)
+    for p in range(weights.size):
+        weights[p] = np.exp(places[p, 2] - highest)
+        total += weights[p]
+    for p in range(weights.size):
+        weights[p] /= total
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def weighted_samples(
     values: Floats,  # (M, h * w, heads, d)
     size: tuple[int, int],  # h, w
-    offsets: Floats,  # (Q, heads, P, 2)
-    weights: Floats,  # (Q, heads, P)
+    places: Floats,  # (Q, heads, P, 3): offset's column and row, score
     starts: Ints,  # (Q + 1,)
     anchors: Floats,  # (n, A, 2)
     maps: Ints,  # (n,)
@@ -44,23 +57,23 @@ def weighted_samples(
 ) -> None:
     """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p."""
     h, w = size
-    heads, points, d = weights.shape[1], weights.shape[2], values.shape[3]
+    heads, points, d = places.shape[1], places.shape[2], values.shape[3]
     num_anchors = anchors.shape[1]
-    total = np.empty(d, np.float32)
+    total, weights = np.empty(d, np.float32), np.empty(points, np.float32)
     for q in range(queries[0], queries[1]):
         for head in range(heads):
+            _softmax(places[q, head], weights)
             total[:] = 0
             for pair in range(starts[q], starts[q + 1]):
                 tokens = values[maps[pair]]
                 for p in range(points):
-                    x = anchors[pair, p % num_anchors, 0] + offsets[q, head, p, 0]
-                    y = anchors[pair, p % num_anchors, 1] + offsets[q, head, p, 1]
+                    x = anchors[pair, p % num_anchors, 0] + places[q, head, p, 0]
+                    y = anchors[pair, p % num_anchors, 1] + places[q, head, p, 1]
                     if not ((x > -1) & (x < w) & (y > -1) & (y < h)):
                         continue
                     (i0, i1, i2, i3), (left, right, upper, lower), inside = _taps(x, y, h, w)
-                    weight = weights[q, head, p]
-                    w0, w1 = weight * upper * left * inside[0], weight * upper * right * inside[1]
-                    w2, w3 = weight * lower * left * inside[2], weight * lower * right * inside[3]
+                    w0, w1 = weights[p] * upper * left * inside[0], weights[p] * upper * right * inside[1]
+                    w2, w3 = weights[p] * lower * left * inside[2], weights[p] * lower * right * inside[3]
                     t0, t1, t2, t3 = tokens[i0, head], tokens[i1, head], tokens[i2, head], tokens[i3, head]
                     for c in range(d):
                         total[c] += (w0 * t0[c] + w1 * t1[c]) + (w2 * t2[c] + w3 * t3[c])
@@ -72,31 +85,31 @@ def weighted_samples_backward(
     grad: Floats,  # (Q, heads, d)
     values: Floats,  # (M, h * w, heads, d)
     size: tuple[int, int],  # h, w
-    offsets: Floats,  # (Q, heads, P, 2)
-    weights: Floats,  # (Q, heads, P)
+    places: Floats,  # (Q, heads, P, 3)
     starts: Ints,  # (Q + 1,)
     anchors: Floats,  # (n, A, 2)
     maps: Ints,  # (n,)
     queries: tuple[int, int],  # first, and behind the last
     head: int,
     grad_values: Floats,  # (M, h * w, heads, d) zeros, of this head
-    grad_offsets: Floats,  # (Q, heads, P, 2) zeros, of these queries and this head
-    grad_weights: Floats,  # (Q, heads, P) zeros, likewise
+    grad_places: Floats,  # (Q, heads, P, 3) zeros, of these queries and this head
 ) -> None:
     """Gradients of `weighted_samples`; no other call may have these queries' maps and this head."""
     h, w = size
-    points, d, num_anchors = weights.shape[2], values.shape[3], anchors.shape[1]
+    points, d, num_anchors = places.shape[2], values.shape[3], anchors.shape[1]
+    weights = np.empty(points, np.float32)
     for q in range(queries[0], queries[1]):
-        g = grad[q, head]
+        g, own = grad[q, head], grad_places[q, head]
+        _softmax(places[q, head], weights)
         for pair in range(starts[q], starts[q + 1]):
             tokens, targets = values[maps[pair]], grad_values[maps[pair]]
             for p in range(points):
-                x = anchors[pair, p % num_anchors, 0] + offsets[q, head, p, 0]
-                y = anchors[pair, p % num_anchors, 1] + offsets[q, head, p, 1]
+                x = anchors[pair, p % num_anchors, 0] + places[q, head, p, 0]
+                y = anchors[pair, p % num_anchors, 1] + places[q, head, p, 1]
                 if not ((x > -1) & (x < w) & (y > -1) & (y < h)):
                     continue
                 (i0, i1, i2, i3), (left, right, upper, lower), inside = _taps(x, y, h, w)
-                weight = weights[q, head, p]
+                weight = weights[p]
                 t0, t1, t2, t3 = tokens[i0, head], tokens[i1, head], tokens[i2, head], tokens[i3, head]
                 s0 = s1 = s2 = s3 = np.float32(0)
                 for c in range(d):
@@ -105,9 +118,9 @@ def weighted_samples_backward(
                     s2 += g[c] * t2[c]
                     s3 += g[c] * t3[c]
                 s0, s1, s2, s3 = s0 * inside[0], s1 * inside[1], s2 * inside[2], s3 * inside[3]
-                grad_weights[q, head, p] += upper * (left * s0 + right * s1) + lower * (left * s2 + right * s3)
-                grad_offsets[q, head, p, 0] += weight * (upper * (s1 - s0) + lower * (s3 - s2))
-                grad_offsets[q, head, p, 1] += weight * (left * (s2 - s0) + right * (s3 - s1))
+                own[p, 0] += weight * (upper * (s1 - s0) + lower * (s3 - s2))
+                own[p, 1] += weight * (left * (s2 - s0) + right * (s3 - s1))
+                own[p, 2] += upper * (left * s0 + right * s1) + lower * (left * s2 + right * s3)
                 w0, w1 = weight * upper * left * inside[0], weight * upper * right * inside[1]
                 w2, w3 = weight * lower * left * inside[2], weight * lower * right * inside[3]
                 a0, a1, a2, a3 = targets[i0, head], targets[i1, head], targets[i2, head], targets[i3, head]
@@ -120,3 +133,8 @@ def weighted_samples_backward(
                     a2[c] += w2 * g[c]
                 for c in range(d):
                     a3[c] += w3 * g[c]
+        mean = np.float32(0)  # from here through the softmax
+        for p in range(points):
+            mean += weights[p] * own[p, 2]
+        for p in range(points):
+            own[p, 2] = weights[p] * (own[p, 2] - mean)

@@ -33,7 +33,7 @@ __all__ = ["three_threads"]  # a fixture
 BACKENDS = [pytest.param(deformable, id="numba"), pytest.param(deformable_torch, id="torch")]
 COMPATS = [None, "simple-bev"]
 GRID = VoxelGrid((2, 5, 4), (-2, -8, -7), (2, 8, 7))
-Deformable = Callable[[Tensor, Tensor, Tensor, Reads], Tensor]
+Deformable = Callable[[Tensor, Tensor, Reads], Tensor]
 
 
 def random_reads(seed: int, batch: int = 2, queries: int = 5, cams: int = 2) -> tuple[Reads, Tensor]:
@@ -46,15 +46,15 @@ def random_reads(seed: int, batch: int = 2, queries: int = 5, cams: int = 2) -> 
     return Reads(batch, sample * cams + cam, starts, anchors), seen
 
 
-def random_inputs(seed: int, batch: int = 2, queries: int = 5, points: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def random_inputs(seed: int, batch: int = 2, queries: int = 5, points: int = 4) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     values = torch.randn(2 * batch, 3, 4, HEADS, 3, generator=rng, dtype=torch.float64)
-    offsets = torch.randn(batch * queries, HEADS, points, 2, generator=rng, dtype=torch.float64)
-    weights = torch.rand(batch * queries, HEADS, points, generator=rng, dtype=torch.float64)
-    return values, offsets, weights
+    places = torch.randn(batch * queries, HEADS, points, 3, generator=rng, dtype=torch.float64)
+    return values, places
 
 
-def looped(values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+def looped(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    offsets, weights = places[..., :2], places[..., 2].softmax(-1)
     out = torch.zeros(*weights.shape[:2], values.shape[-1], dtype=values.dtype)
     for pair, query in enumerate(reads.queries.tolist()):
         for head in range(weights.shape[1]):
@@ -124,9 +124,9 @@ def test_a_place_on_a_token_reads_it_and_one_a_token_outside_reads_nothing(funct
     places = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [4.0, 1.0], [2.0, 3.0], [-0.5, 0.0], [1e6, -1e6]])
     count = len(places)
     reads = Reads(1, torch.zeros(count, dtype=torch.int64), torch.arange(count + 1), places[:, None])
-    read = function(values, torch.zeros(count, 1, 1, 2), torch.ones(count, 1, 1), reads).flatten()
+    read = function(values, torch.zeros(count, 1, 1, 3), reads).flatten()
     assert read.tolist() == [6, 0, 0, 0, 0, 0]  # half of token 0 is 0, too
-    assert function(values + 1, torch.zeros(count, 1, 1, 2), torch.ones(count, 1, 1), reads)[4].item() == 0.5
+    assert function(values + 1, torch.zeros(count, 1, 1, 3), reads)[4].item() == 0.5
 
 
 def test_a_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_threads() -> None:
@@ -143,11 +143,11 @@ def test_a_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_threads(
 
 def test_bfloat16_values_are_read_in_float32() -> None:
     reads, _ = random_reads(1)
-    values, offsets, weights = (t.float() for t in random_inputs(1))
+    values, places = (t.float() for t in random_inputs(1))
     low = values.bfloat16().requires_grad_()
-    out = deformable(low, offsets, weights, reads)
+    out = deformable(low, places, reads)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, deformable(low.float(), offsets, weights, reads))
+    torch.testing.assert_close(out, deformable(low.float(), places, reads))
     out.sum().backward()
     assert low.grad is not None and low.grad.dtype == torch.bfloat16
 
@@ -196,7 +196,7 @@ def test_the_cross_attention_of_equal_weights_is_the_mean_of_levels_and_cameras(
     grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
     reads, num_views = camera_reads(views, grid, (4, 6), None)
     tokens = torch.tensor([1.0, 4.0, 100.0])[:, None, None, None].expand(3, 4, 6, 4)
-    read = module(torch.zeros(1, 56, 4), torch.zeros(56, 4), tokens, reads, num_views)[0, :, 0].view(8, 7)
+    read = module(torch.zeros(56, 4), torch.zeros(56, 4), tokens, reads, num_views.flatten())[:, 0].view(8, 7)
     inner = read[5:, 2:5]  # far from the images' borders, where a token fades out
     torch.testing.assert_close(inner, torch.full_like(inner, 2.5))
     torch.testing.assert_close(read[:3, 2:5], torch.full((3, 3), 100.0))
@@ -207,10 +207,10 @@ def test_a_query_that_no_camera_sees_is_only_passed_on() -> None:
     reads, num_views = camera_reads(one_camera(), GRID, (4, 6), None)
     unseen = num_views[0] == 0
     assert unseen.any() and not unseen.all()
-    query = torch.randn(1, 20, 8)
-    out = module(query, torch.zeros(20, 8), torch.ones(1, 4, 6, 8), reads, num_views)
-    assert torch.equal(out[0, unseen], query[0, unseen])
-    assert (out - query)[0, ~unseen].abs().min() > 0
+    query = torch.randn(20, 8)
+    out = module(query, torch.zeros(20, 8), torch.ones(1, 4, 6, 8), reads, num_views.flatten())
+    assert torch.equal(out[unseen], query[unseen])
+    assert (out - query)[~unseen].abs().min() > 0
 
 
 def test_a_centre_behind_the_camera_is_read_nowhere_although_its_column_is_seen() -> None:
@@ -353,9 +353,9 @@ def test_points_are_8_where_the_levels_divide_it_and_one_a_level_otherwise(level
 
 def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_nearest() -> None:
     places = Places(8, 8, levels=4)
-    offsets, weights = places(torch.randn(1, 2, 8))
+    offsets, scores = places(torch.randn(2, 8)).split([2, 1], -1)
     assert torch.equal(offsets[0], offsets[1])
-    assert torch.equal(weights, torch.full_like(weights, 1 / 8))
+    assert torch.equal(scores, torch.zeros_like(scores))
     assert offsets[0, :, 3].tolist() == [[1, 0], [0, 1], [-1, 0], [0, -1]]
     assert offsets[0, 0, :, 0].tolist() == [4, 3, 2, 1, 8, 7, 6, 5]
 
