@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train.deformable import Reads, deformable
 from occfeat_train.lifting import cell_axes, check_compat
+from occfeat_train.recompute import recomputed
 from occfeat_train.rows import by_rows, feed_forward, goes_by_rows
 from occfeat_train.views import Views, check_shapes
 
@@ -33,9 +33,8 @@ class BEVFormer(nn.Module):
     """(B, S, C, h, w) features -> (B, C, H, W) map.
 
     channels: C, a multiple of 4 heads. compat: None or "simple-bev".
-    checkpointing: in training, compute a layer's attention again from its input. At 200 x 200 cells of 128 channels in
-    float32 a layer then keeps three maps of 20 MB a sample on a CPU: its input, and those of its feed-forward layers and
-    of their norm. On a GPU or in autocast those layers are computed again, too, and it keeps two.
+    recompute: of a layer keep the input alone for the backward and compute it again there, where it does not go by rows
+    (on a GPU, or in autocast): at 200 x 200 cells the rest is 0.5 GB a layer and sample.
     Raises ValueError if channels is no such multiple.
     """
 
@@ -47,7 +46,7 @@ class BEVFormer(nn.Module):
         if channels % HEADS:
             raise ValueError(f"BEVFormer of {channels} channels: its attention has {HEADS} heads, give a multiple")
         self.grid, self.compat, self.feature_channels = grid, compat, channels
-        self.checkpointing = True
+        self.recompute = True
         self.queries = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
         self.positions = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
         self.layers = nn.ModuleList([Layer(channels, grid.shape[0]) for _ in range(_LAYERS)])
@@ -62,19 +61,10 @@ class BEVFormer(nn.Module):
         query, positions = (  # rows (B * H * W, C)
             p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
         )
-        is_lean = self.checkpointing and torch.is_grad_enabled()
-        layer: Layer
-        for layer in self.layers:  # type: ignore[assignment]
-            given = (query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
-            query = _again(layer.attend, *given) if is_lean else layer.attend(*given)
-            query = _again(layer.transform, query) if is_lean and not goes_by_rows(query) else layer.transform(query)
+        call: Callable[..., Any] = recomputed if self.recompute and not goes_by_rows(query) else nn.Module.__call__
+        for layer in self.layers:
+            query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
         return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _again(function: Callable[..., Tensor], *given: Any) -> Tensor:
-    """Keeps what is given and computes the rest again in the backward."""
-    found: Tensor = checkpoint(function, *given, use_reentrant=False)
-    return found
 
 
 class Layer(nn.Module):
@@ -90,7 +80,7 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.norm3 = nn.LayerNorm(channels)
 
-    def attend(
+    def forward(
         self,
         query: Tensor,  # (B * H * W, C), and so are positions
         positions: Tensor,
@@ -101,9 +91,7 @@ class Layer(nn.Module):
         map_shape: tuple[int, int],
     ) -> Tensor:
         query = self.self_attention(query, positions, cells, map_shape, self.norm1)
-        return self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
-
-    def transform(self, query: Tensor) -> Tensor:
+        query = self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
         first, _, second = self.feed_forward
         (query,) = by_rows(_norm, (feed_forward(query, first, second),), tuple(self.norm3.parameters()))
         return query

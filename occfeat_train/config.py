@@ -27,7 +27,8 @@ class NetworkConfig:
     weights: of the image backbone: ``default`` (RN-50 MoCo-v2, the others supervised, all on ImageNet), a hub id, a local
     folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
     image_size: (height, width) of the student's input [px], multiples of 16.
-    recompute: inside the encoder's first blocks, of the largest maps, keep nothing for the backward and compute it again.
+    recompute: inside the encoder's first blocks, of the largest maps, and BEVFormer's layers, keep nothing for the backward
+    and compute it again.
     freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its micro-batch.
     compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """

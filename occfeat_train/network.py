@@ -103,12 +103,14 @@ def build_network(
     """A network with random weights, channels-last.
 
     backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for the reference's defects.
-    recompute: less memory for a little time, see `ImageEncoder`.
+    recompute: less memory for a little time, see `ImageEncoder` and `BEVFormer`.
     Raises ValueError on a name that isn't known, or channels that the lifting or the decoder can't have.
     """
     if lifting not in LIFTINGS:
         raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")
     lifted = LIFTINGS[lifting](grid, channels, compat)
+    if isinstance(lifted, BEVFormer):
+        lifted.recompute = recompute
     encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels, recompute)
     network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

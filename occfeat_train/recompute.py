@@ -1,36 +1,37 @@
 """Memory for arithmetic: a module whose inside is not kept for the backward but computed again there.
 
-Used by `backbones`, whose first blocks work on large maps with little arithmetic.
+Used by `backbones`, whose first blocks work on large maps with little arithmetic, and by `bevformer` for its layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x): the same values, gradients, running statistics and random numbers, of which only x is kept.
+def recomputed(module: nn.Module, *given: Any) -> Any:
+    """module(*given): the same values, gradients, running statistics and random numbers; only what is given is kept.
 
-    Without gradients it is a plain call, and where torch.compile traces it, whose partitioner decides what to keep.
+    A plain call without gradients; and for a module with BatchNorms where torch.compile traces it, which can't be told
+    to leave their statistics alone, and decides itself what it keeps.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        plain: Tensor = module(x)
-        return plain
-    again: Tensor = checkpoint(
-        module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _statistics_counted(module))
-    )
-    return again
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    if not torch.is_grad_enabled() or (norms and torch.compiler.is_compiling()):
+        return module(*given)
+    if not norms:
+        return checkpoint(module, *given, use_reentrant=False)
+    contexts = contextlib.nullcontext(), _statistics_counted(norms)
+    return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: contexts)
 
 
 @contextlib.contextmanager
-def _statistics_counted(module: nn.Module) -> Iterator[None]:
+def _statistics_counted(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
     """In it, BatchNorms in training normalise as before, and count nothing a second time."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

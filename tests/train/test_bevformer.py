@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from occfeat_targets.grid import VoxelGrid
+from occfeat_train import bevformer, rows
 from occfeat_train.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
 from occfeat_train.deformable import Reads, deformable, deformable_torch
 from occfeat_train.views import Views
@@ -269,7 +270,9 @@ def test_it_is_the_looped_twin(levels: int, compat: str | None) -> None:
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_are_the_looped_twins_with_and_without_checkpointing() -> None:
+def test_gradients_are_the_looped_twins_by_rows_and_otherwise_recomputed_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = random_model(dtype=torch.float64)
     views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
 
@@ -281,10 +284,15 @@ def test_gradients_are_the_looped_twins_with_and_without_checkpointing() -> None
         return [leaf.grad, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
 
     expected = gradients(lambda leaf: deformable_twin.run(model, leaf, views))
-    for is_kept in (True, False):
-        model.checkpointing = is_kept
+    calls: list[int] = []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for by_rows, recompute in ((True, True), (False, True), (False, False)):
+        for module in (bevformer, rows):
+            monkeypatch.setattr(module, "goes_by_rows", lambda _, by_rows=by_rows: by_rows)
+        model.recompute = recompute
         for a, b in zip(gradients(lambda leaf: model(leaf, views)), expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 1 + 2 + 1
 
 
 @pytest.mark.parametrize("compat", COMPATS)
