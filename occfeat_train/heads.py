@@ -113,20 +113,23 @@ class _SoftplusLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """Sums over blocks are kept in float32, or float64 if that is what came in."""
+        """Sums over blocks are kept in float32, or float64 if that is what came in. `to_logit`'s factor is left to the ends."""
         cells, weight, bias, to_logit = ctx.saved_tensors
+        factor = to_logit.repeat(len(weight) // len(to_logit))
+        to_cells = weight * factor[:, None]
         exact = torch.promote_types(cells.dtype, torch.float32)
         sums = [torch.zeros_like(parameter, dtype=exact) for parameter in (weight, bias, to_logit)]
         grad_cells = torch.empty_like(cells)
         for block, product in _blocks(cells, weight, bias):
             of_logits = grad[block].reshape(-1, 1)
-            softened = F.softplus(product).view(-1, len(to_logit))
-            sums[2] += (softened.T @ of_logits)[:, 0]
-            slope = torch.sigmoid_(product).view(-1, len(to_logit))
-            of_product = torch.mul(of_logits, to_logit, out=softened).mul_(slope).view_as(product)
-            sums[0] += of_product.T @ cells[block]
-            sums[1] += of_product.sum(0, dtype=exact)
-            torch.mm(of_product, weight, out=grad_cells[block])
+            sums[2] += (F.softplus(product).view(-1, len(to_logit)).T @ of_logits)[:, 0]
+            slope = torch.sigmoid_(product)
+            slope.view(-1, len(to_logit)).mul_(of_logits)
+            sums[0] += slope.T @ cells[block]
+            sums[1] += slope.sum(0, dtype=exact)
+            torch.mm(slope, to_cells, out=grad_cells[block])
+        sums[0] *= factor[:, None]
+        sums[1] *= factor
         return grad_cells, *(s.to(cells.dtype) for s in sums)
 
 
