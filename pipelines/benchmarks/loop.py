@@ -1,0 +1,110 @@
+"""The training loop's samples a second from a cache, against the same steps on one batch that lies on the device.
+
+    python pipelines/benchmarks/loop.py [--batch 1] [--device cuda --batch 16] [--set network.lifting=bevformer ...]
+
+The cache is of random bytes at the default sizes (2.3 MB of images and 2.1 MB of features a keyframe), the run is
+`occfeat-train pretrain` with the paper's recipe. The limit is measured twice after it. What the
+loop does besides is reading, drawing the augmentation, copying and logging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from _timing import machine
+from loader import write
+
+from occfeat_targets.reader import CacheReader
+from occfeat_targets.store import Cache
+from occfeat_train.checkpoint import latest_checkpoint
+from occfeat_train.cli import main as occfeat_train
+from occfeat_train.config import Config
+from occfeat_train.dataset import KeyframeDataset
+from occfeat_train.distributed import Process
+from occfeat_train.log import read_log
+from occfeat_train.loop import forward_backward, set_training
+from occfeat_train.optim import build_optimizer
+from occfeat_train.tasks import build_task, place
+
+
+def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
+    """The log of a run of options.steps steps, without its first two: compilation, and data nobody could read ahead."""
+    epochs = (options.steps * options.batch + 0.5) / len(cache)
+    arguments = [
+        "pretrain", "--cache", cache.path.parent, "--out", run, "--batch", options.batch, "--epochs", epochs,
+        "--backbone-weights", "none", "--device", options.device, "--workers", options.workers, "--no-progress",
+        "--compile" if options.compile else "--no-compile",
+    ]  # fmt: skip
+    for assignment in options.overrides:
+        arguments += ["--set", assignment]
+    occfeat_train([str(a) for a in arguments], standalone_mode=False)
+    return read_log(run)[2:]
+
+
+def resident_samples_per_second(cache: Cache, config: Config, device: torch.device, steps: int) -> float:
+    """Of whole optimiser steps on one batch, the median."""
+    dataset = KeyframeDataset(CacheReader(cache), config, training=True)
+    task = build_task(config, cache.spec.grid, 384)
+    place(task, device)
+    if config.compile:
+        task.network.compile()
+    optimizer, schedule = build_optimizer(task.parameters(), config.optim, steps + 2, fused=device.type == "cuda")
+    batch = dataset.batch([dataset.stream(i) for i in range(config.optim.batch)]).to(device)
+    process, times = Process(0, 1, device), []
+    for step in range(steps + 2):
+        start = time.perf_counter()
+        set_training(task, config)
+        losses, _ = forward_backward(task, itertools.repeat(batch), config, process, step)
+        norm = torch.nn.utils.clip_grad_norm_(task.parameters(), config.optim.clip)
+        torch.stack([losses["loss"], norm]).tolist()  # the loop, too, waits for the device
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        times.append(time.perf_counter() - start)
+    return config.optim.samples_per_step / statistics.median(times[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
+    parser.add_argument("--keyframes", type=int, default=64)
+    parser.add_argument("--directory", type=Path, default=None, help="where the temporary 0.6 GB go")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    device = torch.device(options.device)
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        cache, _ = write(Path(directory), options.keyframes)
+        run = Path(directory) / "run"
+        records = train(cache, run, options)
+        checkpoint = latest_checkpoint(run)
+        assert checkpoint is not None, "a finished run has a checkpoint"
+        limits = [
+            resident_samples_per_second(cache, checkpoint.about.config, device, options.steps // 2) for _ in range(2)
+        ]
+        rate = statistics.median(record["samples_per_s"] for record in records)
+        waits = [record["data_wait"] for record in records]
+    print(f"\n{machine() if device.type == 'cpu' else torch.cuda.get_device_name()}")
+    print(f"batch {options.batch}{', compiled' if options.compile else ''} {' '.join(options.overrides)}\n")
+    print("| samples/s of the loop | of steps on a resident batch | share of it | waiting for data, mean | most |")
+    print("|---|---|---|---|---|")
+    limit = statistics.mean(limits)
+    print(
+        f"| {rate:.3g} | {limits[0]:.3g}, {limits[1]:.3g} | {rate / limit:.1%} "
+        f"| {statistics.mean(waits):.3%} | {max(waits):.3%} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
