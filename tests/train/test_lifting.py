@@ -57,6 +57,15 @@ def stack(samples: list[Views]) -> Views:
     )
 
 
+def ring_of_six() -> Views:
+    """One sample at 224x400, cameras all around, with about nuScenes' pinhole."""
+    cameras = []
+    for yaw in np.arange(6) * np.pi / 3:
+        turn = np.array([[np.cos(yaw), np.sin(yaw), 0, 0], [-np.sin(yaw), np.cos(yaw), 0, 0], [0, 0, 1, 1.5]])
+        cameras.append(FORWARD @ np.vstack([turn, [0, 0, 0, 1]]))
+    return views_of(cameras, [np.array([[316, 0, 204], [0, 316, 122], [0, 0, 1.0]])] * 6, (224, 400))
+
+
 def random_features(batch: int = 1, cams: int = 4, channels: int = 5, h: int = 4, w: int = 6, seed: int = 0) -> Tensor:
     return torch.randn(batch, cams, channels, h, w, generator=torch.Generator().manual_seed(seed))
 
@@ -192,6 +201,30 @@ def test_channels_are_heights_then_features_and_lie_last_in_memory() -> None:
 @pytest.mark.parametrize("function", BACKENDS)
 def test_values_and_gradients_equal_the_dense_twins(function: Lift, compat: str | None) -> None:
     assert_equal_to(lift_dense, function, random_features(2), random_views(0, batch=2), GRID, compat)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(
+    dtype: torch.dtype, place: float, compat: str | None
+) -> None:
+    """Six 28x50 maps of 128 channels to 8x200x200. place: half a last digit, or what float32 sums are off by."""
+    features, views = random_features(1, 6, 128, 28, 50).to(dtype), ring_of_six()
+    shape = (1, 8 * 128, 200, 200)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+
+    def run(function: Lift, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        leaf.requires_grad_()
+        volume = function(leaf, views, VoxelGrid(), compat)
+        volume.backward(weight.to(volume.dtype))
+        assert leaf.grad is not None
+        return volume.detach(), leaf.grad
+
+    exact = run(lift_torch, features.double())
+    for a, b in zip(run(lift, features.clone()), exact, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, atol=2e-6 * b.abs().max().item(), rtol=place)
 
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 9))

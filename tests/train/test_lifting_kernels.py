@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +31,7 @@ from tests.train.test_lifting import (
     one_camera,
     random_features,
     random_views,
+    ring_of_six,
     value_and_gradient,
     views_of,
 )
@@ -176,11 +176,7 @@ def test_it_compiles_for_a_gpu_and_fuses_no_float64(
 @pytest.fixture
 def full_size() -> tuple[Tensor, Views]:
     """Two samples of six 28x50 maps of 128 channels, and a ring of cameras, on the GPU."""
-    cameras = []
-    for yaw in np.arange(6) * np.pi / 3:
-        turn = np.array([[np.cos(yaw), np.sin(yaw), 0, 0], [-np.sin(yaw), np.cos(yaw), 0, 0], [0, 0, 1, 1.5]])
-        cameras.append(FORWARD @ np.vstack([turn, [0, 0, 0, 1]]))
-    ring = views_of(cameras, [np.array([[316, 0, 204], [0, 316, 122], [0, 0, 1.0]])] * 6, (224, 400))
+    ring = ring_of_six()
     tensors = (torch.cat([t, t]).cuda() for t in (ring.images, ring.intrinsics, ring.cam_from_grid))
     return random_features(2, 6, 128, 28, 50).cuda(), Views(*tensors)
 
