@@ -369,7 +369,7 @@ def test_at_real_sizes_values_and_gradients_are_as_near_float64s_as_plain_torchs
     for a, b, expected in zip(ours, plain, exact, strict=True):
         off, plain_off = ((x - expected).norm() / expected.norm() for x in (a, b))
         assert off < 3 * plain_off + 2 * torch.finfo(dtype).eps  # crossings are few, and fall by chance
-    assert (ours[0] - exact[0]).norm() < 4 * torch.finfo(dtype).eps * exact[0].norm()
+    assert (ours[0] - exact[0]).norm() < 20 * torch.finfo(dtype).eps * exact[0].norm()
 
 
 def test_bfloat16_autocast_is_close_to_float32() -> None:
