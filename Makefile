@@ -61,7 +61,7 @@ demo: setup
 		--cache demo/small --split mini_val --out demo/report.html
 
 bench: setup
-	for benchmark in voxelizer images sampling reads loader lifting teacher rounding build memory; do \
+	for benchmark in voxelizer images sampling reads loader lifting step growth loop teacher rounding build memory; do \
 		echo "## $$benchmark"; $(BIN)/python pipelines/benchmarks/$$benchmark.py || exit; \
 	done
 
