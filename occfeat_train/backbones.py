@@ -52,7 +52,7 @@ _RESNET: dict[str, Any] = {
     "hidden_sizes": [256, 512, 1024],
     "downsample_in_bottleneck": False,  # v1.5: the 3x3 convolution has the stride
 }
-_LARGE_BLOCKS = 4  # EfficientNet's, up to stride 8: two thirds of its activations, and of its arithmetic less
+_LARGE_BLOCKS = 4  # EfficientNet's, up to the first of stride 8: with the stem, two thirds of what it would keep
 _RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
 
 

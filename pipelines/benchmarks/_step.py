@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import forget_peak, megabytes
 from _reference import Reference
 from sampling import SIZE as SAMPLED_SIZE
 from sampling import real_scene, synthetic_scene
@@ -164,20 +165,14 @@ def peak_megabytes(build: Callable[..., Callable[[], Any]], setting: Setting, *a
 def _peak(build: Callable[..., Callable[[], Any]], setting: Setting, *arguments: Any) -> tuple[float, float]:
     torch.set_num_threads(setting.threads)
     step = build(setting, *arguments)
-    before = _kilobytes("VmRSS")
     if setting.device != "cpu":
         resident = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 1e6, (torch.cuda.max_memory_allocated() - resident) / 1e6
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        return float("nan"), float("nan")  # no Linux
+    if not forget_peak():
+        return float("nan"), float("nan")
+    before = megabytes("VmRSS")
     step()
-    peak = _kilobytes("VmHWM")
-    return peak * 1024 / 1e6, (peak - before) * 1024 / 1e6
-
-
-def _kilobytes(name: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+    peak = megabytes("VmHWM")
+    return peak, peak - before

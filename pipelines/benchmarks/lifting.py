@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from _inputs import find_dataroot
+from _memory import forget_peak, megabytes
 from _timing import compare, machine, table
 from sampling import SIZE as SAMPLED_SIZE
 from sampling import real_scene, synthetic_scene
@@ -139,18 +140,11 @@ def peak_megabytes(name: str, rig: tuple[np.ndarray, np.ndarray], threads: int) 
     small = VoxelGrid((1, 4, 4))
     if way is not None and way is not lift_csr:  # what is loaded and compiled is none of its memory
         way(torch.ones(MAPS, requires_grad=True), views_of(rig), small).sum().backward()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        return float("nan")  # no Linux
-    before = _peak_kilobytes()
+    if not forget_peak():
+        return float("nan")
+    before = megabytes("VmHWM")
     step()
-    return (_peak_kilobytes() - before) * 1024 / 1e6
-
-
-def _peak_kilobytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    return megabytes("VmHWM") - before
 
 
 def main() -> None:
