@@ -81,5 +81,7 @@ class UpAdd(nn.Module):
         self.norm = InstanceNorm()
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        up = functional.interpolate(self.conv(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        up = self.conv(x)
+        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would return float32
+            up = functional.interpolate(up, size=skip.shape[-2:], mode="bilinear", align_corners=False)
         return skip + self.norm(up)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_train.deformable_kernels import weighted_samples, weighted_samples_backward
+from occfeat_train.devices import runs_triton
 from occfeat_train.rows import empty
 from occfeat_train.threads import in_threads
 
@@ -50,14 +51,41 @@ def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     multiple of A.
     Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
     """
-    if values.device.type != "cpu" or values.dtype == torch.float64:
+    if values.dtype == torch.float64:
         return deformable_torch(values, places, reads)
-    found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
+    if values.device.type == "cpu":
+        found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
+        return found
+    if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
+        return deformable_triton(values, places, reads)
+    return deformable_torch(values, places, reads)
+
+
+def deformable_triton(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    """`deformable` by Triton's kernels, for a GPU and any float but float64; gradients' last bits change from run to run."""
+    places = places.float()
+    found: Tensor = _TritonDeformable.apply(values, places[..., :2], places[..., 2].softmax(-1), reads)
     return found
 
 
 def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
-    """`deformable` in plain torch, for any device."""
+    """`deformable` in plain torch, for any device, a sample at a time.
+
+    A batch at once would be more elements than embedding_bag's gradient can index on a GPU (2^31).
+    """
+    queries, maps = (len(reads.starts) - 1) // reads.batch, len(values) // reads.batch
+    bounds = reads.starts[::queries].tolist()
+    found = []
+    for sample, (own, placed) in enumerate(zip(values.split(maps), places.split(queries), strict=True)):
+        pairs = slice(bounds[sample], bounds[sample + 1])
+        starts = reads.starts[sample * queries : (sample + 1) * queries + 1] - bounds[sample]
+        found.append(
+            _one_sample(own, placed, Reads(1, reads.maps[pairs] - sample * maps, starts, reads.anchors[pairs]))
+        )
+    return torch.cat(found)
+
+
+def _one_sample(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     values, places = values.to(dtype), places.to(dtype)
     offsets, weights = places[..., :2], places[..., 2].softmax(-1)
@@ -82,6 +110,27 @@ def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
         every_pair, rows.view(-1, heads * d), reads.starts, mode="sum", include_last_offset=True
     )
     return summed.view(-1, heads, d)
+
+
+class _TritonDeformable(torch.autograd.Function):
+    """Values (M, h, w, heads, d), offsets (Q, heads, P, 2) and weights (Q, heads, P) float32 -> (Q, heads, d) float32."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+        from occfeat_train.deformable_triton import weighted_samples
+
+        given = [t.contiguous() for t in (values, offsets, weights)]
+        ctx.save_for_backward(*given)
+        ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
+        return weighted_samples(*given, *ctx.reads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from occfeat_train.deformable_triton import weighted_samples_backward
+
+        of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.reads)
+        return of_values.to(ctx.saved_tensors[0].dtype), of_offsets, of_weights, None
 
 
 class _Deformable(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from occfeat_train.devices import runs_triton
 from occfeat_train.norms import InstanceNorm
 
 # Numbers of a block of voxels' hidden channels: as many as stay in a core's cache, or fill a GPU.
@@ -71,8 +72,7 @@ class OccFeatHead(nn.Module):
             to_logit = (self.occupancy.weight @ self.reduce.weight)[0]
             constant = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
             parameters = (weight.flatten(0, 1), bias.flatten(), to_logit)
-            logits: Tensor = _SoftplusLogits.apply(cells, *(p.to(cells.dtype) for p in parameters))
-            return logits + constant
+            return softplus_logits(cells, *(p.to(cells.dtype) for p in parameters)) + constant
 
     def _unsplat_and_expand(self) -> tuple[Tensor, Tensor]:
         """The 1x1 convolution and the 1x1x1 one after it, with nothing between, as one linear layer for every level.
@@ -93,8 +93,40 @@ def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor,
     return found.index_select(0, order.argsort())
 
 
-class _SoftplusLogits(torch.autograd.Function):
+def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
     """softplus(cells W^T + b), seen as rows of as many channels as `to_logit` has, times `to_logit`.
+
+    cells: (n, C); weight: (Z * K, C); bias: (Z * K,); to_logit: (K,), all of one dtype. Returns (n, Z).
+    In bfloat16 and float16 a GPU runs one Triton kernel, which returns float32; elsewhere it goes block by block.
+    """
+    is_half = cells.dtype in (torch.bfloat16, torch.float16)
+    function = _TritonSoftplusLogits if is_half and runs_triton(cells.device) else _SoftplusLogits
+    logits: Tensor = function.apply(cells, weight, bias, to_logit)
+    return logits
+
+
+class _TritonSoftplusLogits(torch.autograd.Function):
+    """`softplus_logits` by `head_kernels`. No hidden value is ever in memory; the backward computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+        from occfeat_train.head_kernels import forward
+
+        given = [t.contiguous() for t in (cells, weight, bias, to_logit)]
+        ctx.save_for_backward(*given)
+        return forward(*given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        from occfeat_train.head_kernels import backward
+
+        given = ctx.saved_tensors
+        return tuple(g.to(t.dtype) for g, t in zip(backward(grad.contiguous(), *given), given, strict=True))
+
+
+class _SoftplusLogits(torch.autograd.Function):
+    """`softplus_logits` in plain torch.
 
     Of 8x200x200 voxels the Softplus alone is 328 MB, and its gradient as much, all of it read and written several times.
     Here a block of cells stays in the cache from the first product to the logit. The backward computes it again, which

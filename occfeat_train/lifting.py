@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_targets.grid import VoxelGrid
+from occfeat_train.devices import runs_triton
 from occfeat_train.gather import find_taps, gather, scatter
 from occfeat_train.norms import InstanceNorm
 from occfeat_train.threads import in_threads
@@ -73,7 +73,7 @@ def lift(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = N
         return lift_torch(features, views, grid, compat)
     if features.device.type == "cpu":
         return _lift(_GatherNumba, features, views, grid, compat)
-    if _runs_triton(features.device) and not torch.are_deterministic_algorithms_enabled():
+    if runs_triton(features.device) and not torch.are_deterministic_algorithms_enabled():
         return lift_triton(features, views, grid, compat)
     return lift_torch(features, views, grid, compat)
 
@@ -225,13 +225,6 @@ def _axes_on(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is there, which comes with torch's CUDA wheels for Linux, and made for this GPU."""
-    is_supported = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return is_supported and find_spec("triton") is not None
 
 
 class _GatherTriton(torch.autograd.Function):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from occfeat_train.devices import runs_triton
 
 _EPS = 1e-5
 
@@ -15,17 +16,18 @@ _EPS = 1e-5
 class InstanceNorm(nn.Module):
     """(N, C, H, W) -> the same shape; every channel of every map to mean 0 and variance 1, eps 1e-5, no parameters.
 
-    `nn.InstanceNorm2d` without its copies to channels-first and back, which take longer than the norm. Nor is it right
-    on a CPU: torch 2.13 returns a wrong gradient for one sample whose incoming gradient is channels-last. Group norm of
-    one channel a group is right, but its channels-last CPU kernel takes E[x^2] - E[x]^2 in float32: an error of 1e-3
-    where the mean is ten deviations. So on a CPU this computes mean and deviation in turn, as far as float32 goes.
+    The result has the input's type and layout, also in autocast. torch's own do not serve:
+    `nn.InstanceNorm2d` copies to channels-first and back, and on a CPU torch 2.13 returns a wrong gradient for one
+    sample whose incoming gradient is channels-last. Group norm of one channel a group is right, but its channels-last
+    CPU kernel takes E[x^2] - E[x]^2 in float32, an error of 1e-3 where the mean is ten deviations; and on a GPU
+    autocast computes it in float32, and it returns channels-first.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu":
-            normed: torch.Tensor = _InstanceNorm.apply(x)
-            return normed
-        return functional.group_norm(x, x.shape[1], eps=_EPS)
+        # torch.compile fuses the plain operations by itself
+        is_fused = runs_triton(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+        normed: torch.Tensor = (_TritonInstanceNorm if is_fused else _InstanceNorm).apply(x)
+        return normed
 
 
 class _InstanceNorm(torch.autograd.Function):
@@ -52,6 +54,36 @@ class _InstanceNorm(torch.autograd.Function):
         out -= exact.mean((2, 3), keepdim=True)
         out *= scale
         return out.to(x.dtype)
+
+
+class _TritonInstanceNorm(torch.autograd.Function):
+    """The same by the kernels of `norm_kernels`; x of any layout, the result channels-last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        from occfeat_train.norm_kernels import normalize
+
+        rows = _rows(x)
+        normed, mean, scale = normalize(rows, _EPS)
+        ctx.save_for_backward(rows, mean, scale)
+        return _maps(normed, x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        from occfeat_train.norm_kernels import normalize_backward
+
+        return _maps(normalize_backward(_rows(grad), *ctx.saved_tensors), grad.shape)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H * W, C), contiguous: a view of channels-last maps."""
+    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def _maps(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """(B, H * W, C) -> (B, C, H, W), channels-last."""
+    return rows.unflatten(1, shape[2:]).permute(0, 3, 1, 2)
 
 
 def _exact(x: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,16 @@
-"""`lift_triton` on a CPU: its kernels run by Triton's interpreter, in NumPy."""
+"""Triton kernels without a GPU: run by Triton's interpreter in NumPy, or compiled for one."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,33 +21,91 @@ from occfeat_targets.grid import VoxelGrid
 from occfeat_train.lifting import lift_triton
 from occfeat_train.views import Views
 
-KERNELS = "occfeat_train.lifting_kernels"
+LIFTING = "occfeat_train.lifting_kernels"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @lru_cache
-def _kernels() -> ModuleType:
-    """The module a second time: whether a kernel is interpreted is decided once, where it is defined."""
+def _kernels(name: str) -> ModuleType:
+    """A module of kernels a second time: whether a kernel is interpreted is decided once, where it is defined."""
     import triton
 
-    spec = importlib.util.find_spec(KERNELS)
+    spec = importlib.util.find_spec(name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setitem(sys.modules, KERNELS, module)
+        patch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
-    module._launch = np.errstate(all="ignore")(module._launch)  # it divides by a depth of 0 where nobody looks
-    module._plus = triton.language.standard._sum_combine  # the one sum that is left to NumPy, all others are loops
+    if name == LIFTING:
+        module._launch = np.errstate(all="ignore")(module._launch)  # it divides by a depth of 0, which nobody uses
+        module._plus = triton.language.standard._sum_combine  # the one sum that is left to NumPy, all others are loops
     return module
+
+
+@contextlib.contextmanager
+def interpreted(name: str) -> Iterator[ModuleType]:
+    """Within it, importing the module of kernels `name` gives the interpreted one.
+
+    What is stored as bfloat16 is cut off, where a GPU rounds.
+    """
+    import triton.language as tl
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, _kernels(name))
+        # Triton's own were compiled functions when it was imported
+        patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+        patch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
+        yield _kernels(name)
 
 
 @torch.compiler.disable
 def lift_interpreted(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
-    """As `lift_triton`. The rest of this process sees the compiled kernels.
-
-    What is stored as bfloat16 is cut off, where a GPU rounds.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, KERNELS, _kernels())
+    """As `lift_triton`, also in the backward. The rest of this process sees the compiled kernels."""
+    with interpreted(LIFTING):
         return lift_triton(features, views, grid, compat)
+
+
+class _Recorder:
+    """In place of a kernel: notes what it is launched with."""
+
+    def __init__(self, kernel: Any, calls: list[Any]) -> None:
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *arguments, **options: self.calls.append((self.kernel, arguments, options))
+
+
+def compiled(
+    name: str, target: int, call: Callable[[ModuleType], Any], patch: pytest.MonkeyPatch, cache: Path
+) -> dict[str, str]:
+    """PTX by kernel of every launch that call(module of kernels `name`) makes, for GPUs of capability `target`, say 90."""
+    pytest.importorskip("triton", minversion="3.3", reason="its compiler is called otherwise")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.runtime.jit import JITFunction
+
+    patch.setenv("TRITON_CACHE_DIR", str(cache))
+    module = importlib.import_module(name)
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    with pytest.MonkeyPatch.context() as recording:
+        for key, value in vars(module).items():
+            if isinstance(value, JITFunction):
+                recording.setattr(module, key, _Recorder(value, calls))
+        call(module)
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+    types |= {torch.int64: "*i64"}
+    found = {}
+    for kernel, arguments, options in calls:
+        is_constant = {p.name for p in kernel.params if p.is_constexpr}
+        signature, constants = {}, {}
+        for i, (key, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+            if isinstance(value, Tensor):
+                signature[key] = types[value.dtype]
+            elif key in is_constant:
+                signature[key], constants[(i,)] = "constexpr", value
+            else:
+                signature[key] = "i32"
+        source = ASTSource(kernel, signature, constants)
+        found[kernel.__name__] = compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+    return found

@@ -87,7 +87,7 @@ def value_and_gradient(
 ) -> list[Tensor]:
     leaf = features.clone().requires_grad_()
     volume = function(leaf, views, grid, compat)
-    weight = torch.randn(volume.shape, generator=torch.Generator().manual_seed(1)).to(volume.dtype)
+    weight = torch.randn(volume.shape, generator=torch.Generator().manual_seed(1)).to(volume)
     (volume * weight).sum().backward()
     assert leaf.grad is not None
     return [volume.detach(), leaf.grad]

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from occfeat_targets.grid import VoxelGrid
 from occfeat_train import lifting
 from occfeat_train.lifting import lift, lift_torch, lift_triton
 from occfeat_train.views import Views
-from tests.train.interpreted import KERNELS, lift_interpreted
+from tests.train.interpreted import LIFTING, compiled, lift_interpreted
 from tests.train.test_lifting import (
     COMPATS,
     FORWARD,
@@ -119,7 +116,7 @@ def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
     runs_triton: bool, deterministic: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    monkeypatch.setattr(lifting, "_runs_triton", lambda device: runs_triton)
+    monkeypatch.setattr(lifting, "runs_triton", lambda device: runs_triton)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     for name in ("lift_triton", "lift_torch"):
         monkeypatch.setattr(lifting, name, lambda *arguments, name=name: called.append(name))
@@ -137,37 +134,12 @@ def test_it_compiles_for_a_gpu_and_fuses_no_float64(
     name: str, compat: bool, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A fused product would put a voxel at an image's edge on another side than `gather.find_taps` does."""
-    pytest.importorskip("triton", minversion="3.3", reason="its compiler is called otherwise")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = importlib.import_module(KERNELS)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *arguments, **options: calls.append((arguments, options))
-
-    for kernel in ("_gather", "_scatter"):
-        monkeypatch.setattr(kernels, kernel, Recorder(getattr(kernels, kernel)))
     volume = torch.empty(1, 4, 4, 2, 80, dtype=dtype)
     tokens = torch.empty(1, 6 * 24, 80, dtype=dtype if name == "gather_tokens" else torch.float32)
     axes = tuple(torch.empty(n, dtype=torch.float64) for n in (2, 4, 4))
     places = torch.empty(1, 6, 3, 4, dtype=torch.float64), (40, 60), (4, 6), compat, axes
-    getattr(kernels, name)(*((tokens, *places, volume) if name == "gather_tokens" else (volume, *places, tokens)))
-    ((arguments, options),) = calls
-
-    kernel = getattr(kernels, "_gather" if name == "gather_tokens" else "_scatter").kernel
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
-    named = dict(zip(kernel.arg_names, arguments, strict=True))
-    signature = {key: types[v.dtype] if isinstance(v, Tensor) else "constexpr" for key, v in named.items()}
-    constants = {(i,): v for i, v in enumerate(arguments) if not isinstance(v, Tensor)}
-    source = ASTSource(kernel, signature, constants)
-    ptx = compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
+    given = (tokens, *places, volume) if name == "gather_tokens" else (volume, *places, tokens)
+    (ptx,) = compiled(LIFTING, target, lambda kernels: getattr(kernels, name)(*given), monkeypatch, tmp_path).values()
     assert "mul.rn.f64" in ptx and not re.search(
         r"fma\.rn\.f64|mul\.f64", ptx
     )  # one that isn't marked .rn may be fused

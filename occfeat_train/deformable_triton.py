@@ -1,0 +1,241 @@
+"""Triton kernels of deformable attention's sums, forward and backward: `deformable.deformable_torch` on a GPU.
+
+A program takes a block of rows, a row being one head of one query, and loops over their maps and points. No sample is
+ever in memory. Values are of any float type and converted in registers; sums are float32.
+
+The gradient of the values is added atomically, so its last bits change from run to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 2048  # rows x channels of a program
+_WARPS = 4
+
+
+def weighted_samples(
+    values: Tensor,  # (M, h, w, heads, d)
+    offsets: Tensor,  # (Q, heads, P, 2) float32, column and row [tokens]
+    weights: Tensor,  # (Q, heads, P) float32
+    maps: Tensor,  # (n,) int64
+    starts: Tensor,  # (Q + 1,) int64
+    anchors: Tensor,  # (n, A, 2) float32
+) -> Tensor:
+    """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p.
+
+    All contiguous. Returns (Q, heads, d) float32.
+    """
+    out = torch.empty((*weights.shape[:2], values.shape[-1]), dtype=torch.float32, device=values.device)
+    grid, sizes = _sizes(values, weights, anchors)
+    with torch.cuda.device_of(values):  # Triton launches on the current device
+        _forward[grid](values, offsets, weights, maps, starts, anchors, out, *sizes, num_warps=_WARPS)
+    return out
+
+
+def weighted_samples_backward(
+    grad: Tensor,  # (Q, heads, d) float32
+    values: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    maps: Tensor,
+    starts: Tensor,
+    anchors: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `weighted_samples`'s values, offsets and weights, float32, from its result's. All contiguous."""
+    of_values = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
+    of_offsets, of_weights = torch.empty_like(offsets), torch.empty_like(weights)
+    grid, sizes = _sizes(values, weights, anchors)
+    with torch.cuda.device_of(values):
+        _backward[grid](
+            grad, values, offsets, weights, maps, starts, anchors, of_values, of_offsets, of_weights, *sizes,
+            num_warps=_WARPS,
+        )  # fmt: skip
+    return of_values, of_offsets, of_weights
+
+
+def _sizes(values: Tensor, weights: Tensor, anchors: Tensor) -> tuple[tuple[int], tuple[int, ...]]:
+    """The kernels' grid, and their sizes: a row is a query's head."""
+    _, h, w, heads, d = values.shape
+    padded = triton.next_power_of_2(d)
+    block = max(1, _TILE // padded)
+    rows = len(weights) * heads
+    return (triton.cdiv(rows, block),), (rows, h, w, heads, d, padded, weights.shape[2], anchors.shape[1], block)
+
+
+@triton.jit
+def _forward(
+    values: tl.tensor,  # (M, h, w, heads, d)
+    offsets: tl.tensor,  # (rows, P, 2)
+    weights: tl.tensor,  # (rows, P)
+    maps: tl.tensor,  # (n,)
+    starts: tl.tensor,  # (Q + 1,)
+    anchors: tl.tensor,  # (n, A, 2)
+    out: tl.tensor,  # (rows, d)
+    rows: tl.tensor,  # Q * heads
+    h: tl.constexpr,
+    w: tl.constexpr,
+    heads: tl.constexpr,
+    d: tl.constexpr,
+    padded: tl.constexpr,  # d, to a power of two
+    points: tl.constexpr,  # P
+    num_anchors: tl.constexpr,  # A
+    block: tl.constexpr,  # rows of a program
+) -> None:
+    row, is_row, first, count, channel, is_channel = _rows(starts, rows, heads, d, padded, block)
+    total = tl.full((block, padded), 0, tl.float32)
+    for i in range(tl.max(count, 0)):
+        is_pair, pair = i < count, first + i
+        start = tl.load(maps + pair, is_pair, 0) * (h * w * heads) + row % heads
+        for p in range(points):
+            i00, i01, i10, i11, m00, m01, m10, m11, right, lower = _taps(
+                offsets, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
+            )
+            weight = tl.load(weights + row * points + p, is_row, 0)
+            upper, lower = (weight * (1 - lower))[:, None], (weight * lower)[:, None]
+            left, right = 1 - right[:, None], right[:, None]
+            v00 = _read(values, start, i00, m00, heads, d, channel, is_channel)
+            v01 = _read(values, start, i01, m01, heads, d, channel, is_channel)
+            v10 = _read(values, start, i10, m10, heads, d, channel, is_channel)
+            v11 = _read(values, start, i11, m11, heads, d, channel, is_channel)
+            total += upper * (left * v00 + right * v01) + lower * (left * v10 + right * v11)
+    tl.store(out + row[:, None] * d + channel, total, is_row[:, None] & is_channel)
+
+
+@triton.jit
+def _backward(
+    grad: tl.tensor,  # (rows, d)
+    values: tl.tensor,
+    offsets: tl.tensor,
+    weights: tl.tensor,
+    maps: tl.tensor,
+    starts: tl.tensor,
+    anchors: tl.tensor,
+    of_values: tl.tensor,  # (M, h, w, heads, d) added to
+    of_offsets: tl.tensor,  # (rows, P, 2) out
+    of_weights: tl.tensor,  # (rows, P) out
+    rows: tl.tensor,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    heads: tl.constexpr,
+    d: tl.constexpr,
+    padded: tl.constexpr,
+    points: tl.constexpr,
+    num_anchors: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row, is_row, first, count, channel, is_channel = _rows(starts, rows, heads, d, padded, block)
+    g = tl.load(grad + row[:, None] * d + channel, is_row[:, None] & is_channel, 0)
+    most = tl.max(count, 0)
+    for p in range(points):
+        weight = tl.load(weights + row * points + p, is_row, 0)
+        along_x, along_y = tl.full((block,), 0, tl.float32), tl.full((block,), 0, tl.float32)
+        of_weight = tl.full((block,), 0, tl.float32)
+        for i in range(most):
+            is_pair, pair = i < count, first + i
+            start = tl.load(maps + pair, is_pair, 0) * (h * w * heads) + row % heads
+            i00, i01, i10, i11, m00, m01, m10, m11, right, lower = _taps(
+                offsets, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
+            )
+            left, upper = 1 - right, 1 - lower
+            s00 = tl.sum(g * _read(values, start, i00, m00, heads, d, channel, is_channel), 1)
+            s01 = tl.sum(g * _read(values, start, i01, m01, heads, d, channel, is_channel), 1)
+            s10 = tl.sum(g * _read(values, start, i10, m10, heads, d, channel, is_channel), 1)
+            s11 = tl.sum(g * _read(values, start, i11, m11, heads, d, channel, is_channel), 1)
+            along_x += upper * (s01 - s00) + lower * (s11 - s10)
+            along_y += left * (s10 - s00) + right * (s11 - s01)
+            of_weight += upper * (left * s00 + right * s01) + lower * (left * s10 + right * s11)
+            _add(of_values, start, i00, m00, weight * upper * left, g, heads, d, channel, is_channel)
+            _add(of_values, start, i01, m01, weight * upper * right, g, heads, d, channel, is_channel)
+            _add(of_values, start, i10, m10, weight * lower * left, g, heads, d, channel, is_channel)
+            _add(of_values, start, i11, m11, weight * lower * right, g, heads, d, channel, is_channel)
+        out = row * points + p
+        tl.store(of_offsets + 2 * out, weight * along_x, is_row)
+        tl.store(of_offsets + 2 * out + 1, weight * along_y, is_row)
+        tl.store(of_weights + out, of_weight, is_row)
+
+
+@triton.jit
+def _rows(
+    starts: tl.tensor,
+    rows: tl.tensor,
+    heads: tl.constexpr,
+    d: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+) -> Any:
+    """A program's rows (block,), their first pair and number of pairs (block,), and channels (1, padded)."""
+    row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    is_row = row < rows
+    first = tl.load(starts + row // heads, is_row, 0)
+    count = tl.load(starts + row // heads + 1, is_row, 0) - first
+    channel = tl.arange(0, padded)[None, :]
+    return row, is_row, first, count.to(tl.int32), channel, channel < d
+
+
+@triton.jit
+def _taps(
+    offsets: tl.tensor,
+    anchors: tl.tensor,
+    row: tl.tensor,
+    is_row: tl.tensor,
+    pair: tl.tensor,
+    is_pair: tl.tensor,
+    p: tl.tensor,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    points: tl.constexpr,
+    num_anchors: tl.constexpr,
+) -> Any:
+    """Of every row's point p in its map: the four tokens around it, which of them exist, and how far right and low it lies."""
+    offset, anchor = offsets + (row * points + p) * 2, anchors + (pair * num_anchors + p % num_anchors) * 2
+    x = tl.load(anchor, is_pair, 0) + tl.load(offset, is_row, 0)
+    y = tl.load(anchor + 1, is_pair, 0) + tl.load(offset + 1, is_row, 0)
+    x0, y0 = tl.floor(x), tl.floor(y)
+    right, lower = x - x0, y - y0
+    x0, y0 = x0.to(tl.int32), y0.to(tl.int32)
+    is_left, is_right = is_pair & (x0 >= 0) & (x0 < w), is_pair & (x0 >= -1) & (x0 < w - 1)
+    is_upper, is_lower = (y0 >= 0) & (y0 < h), (y0 >= -1) & (y0 < h - 1)
+    i00 = y0 * w + x0
+    return (
+        i00, i00 + 1, i00 + w, i00 + w + 1,
+        is_left & is_upper, is_right & is_upper, is_left & is_lower, is_right & is_lower, right, lower,
+    )  # fmt: skip
+
+
+@triton.jit
+def _read(
+    values: tl.tensor,
+    start: tl.tensor,
+    token: tl.tensor,
+    exists: tl.tensor,
+    heads: tl.constexpr,
+    d: tl.constexpr,
+    channel: tl.tensor,
+    is_channel: tl.tensor,
+) -> Any:
+    """(block, padded) float32 of the rows' tokens, zeros where there is none."""
+    at = (start + token * heads)[:, None] * d + channel
+    return tl.load(values + at, exists[:, None] & is_channel, 0).to(tl.float32)
+
+
+@triton.jit
+def _add(
+    of_values: tl.tensor,
+    start: tl.tensor,
+    token: tl.tensor,
+    exists: tl.tensor,
+    weight: tl.tensor,
+    g: tl.tensor,
+    heads: tl.constexpr,
+    d: tl.constexpr,
+    channel: tl.tensor,
+    is_channel: tl.tensor,
+) -> None:
+    at = (start + token * heads)[:, None] * d + channel
+    tl.atomic_add(of_values + at, weight[:, None] * g, exists[:, None] & is_channel, sem="relaxed")

@@ -1,0 +1,168 @@
+"""Triton kernels of instance normalisation on channels-last maps: two passes forward, two backward, in the input's type.
+
+torch's autocast computes a group norm in float32 and returns it channels-first, whatever came in. These keep 16-bit
+types and channels-last. Statistics are float32: a tile of rows gives its sum and the squares about its own mean,
+which `_combined` adds up exactly (Chan et al.), so a mean of many deviations costs no precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 8192  # elements of a program
+_WARPS = 8
+
+
+def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (B, n, C), contiguous. Returns (x - mean) / sqrt(variance + eps) over n in x's type, mean and 1 / sqrt (B, C)."""
+    grid, sizes = _tiles(x)
+    sums, squares, out = *_sums(x, grid), torch.empty_like(x)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _statistics[grid](x, sums, squares, *sizes, num_warps=_WARPS)
+        mean, variance = _combined(sums, squares, x.shape[1], sizes[-1])
+        scale = torch.rsqrt(variance + eps)
+        _normalize[grid](x, mean, scale, out, *sizes, num_warps=_WARPS)
+    return out, mean, scale
+
+
+def normalize_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of x from that of `normalize`'s first result: scale * (g - mean(g) - normed * mean(g * normed))."""
+    grid, sizes = _tiles(x)
+    sums, products, out = *_sums(x, grid), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _products[grid](x, grad, mean, scale, sums, products, *sizes, num_warps=_WARPS)
+        means = sums.sum(1) / x.shape[1], products.sum(1) / x.shape[1]
+        _gradient[grid](x, grad, mean, scale, *means, out, *sizes, num_warps=_WARPS)
+    return out
+
+
+def _tiles(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """The kernels' grid (tiles of rows, B), and their sizes: rows, channels, those to a power of two, rows of a tile."""
+    batch, rows, channels = x.shape
+    padded = triton.next_power_of_2(channels)
+    block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
+    return (triton.cdiv(rows, block), batch), (rows, channels, padded, block)
+
+
+def _sums(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Two buffers (B, tiles, C) float32."""
+    first, second = torch.empty((2, len(x), grid[0], x.shape[2]), device=x.device).unbind()
+    return first, second
+
+
+def _combined(sums: Tensor, squares: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
+    """(B, tiles, C) sums and squares about the tiles' means -> mean and variance (B, C) over all rows."""
+    first = torch.arange(0, rows, block, device=sums.device)
+    counts = (rows - first).clamp(max=block)[:, None]
+    mean = sums.sum(1) / rows
+    between = counts * (sums / counts - mean[:, None]).square()
+    return mean, (squares + between).sum(1) / rows
+
+
+@triton.jit
+def _tile(rows: tl.constexpr, channels: tl.constexpr, padded: tl.constexpr, block: tl.constexpr) -> Any:
+    """Offsets (block, padded) of a program's elements in (B, n, C), whether they exist, and the same of (B, C) (1, padded)."""
+    row = tl.program_id(0) * block + tl.arange(0, block)[:, None]
+    channel = tl.arange(0, padded)[None, :]
+    sample = tl.program_id(1).to(tl.int64)
+    is_channel = channel < channels
+    return (
+        (sample * rows + row) * channels + channel,
+        (row < rows) & is_channel,
+        sample * channels + channel,
+        is_channel,
+    )
+
+
+@triton.jit
+def _store_sums(
+    first: tl.tensor, second: tl.tensor, a: tl.tensor, b: tl.tensor, channels: tl.constexpr, padded: tl.constexpr
+) -> None:
+    """Two results (padded,) of a program into (B, tiles, C)."""
+    channel = tl.arange(0, padded)
+    out = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * channels + channel
+    tl.store(first + out, a, channel < channels)
+    tl.store(second + out, b, channel < channels)
+
+
+@triton.jit
+def _statistics(
+    x: tl.tensor,  # (B, n, C)
+    sums: tl.tensor,  # (B, tiles, C) out
+    squares: tl.tensor,  # (B, tiles, C) out
+    rows: tl.constexpr,  # n
+    channels: tl.constexpr,  # C
+    padded: tl.constexpr,  # C, to a power of two
+    block: tl.constexpr,  # rows of a program
+) -> None:
+    at, is_there, _, _ = _tile(rows, channels, padded, block)
+    value = tl.load(x + at, is_there, 0).to(tl.float32)
+    total = tl.sum(value, 0)
+    count = tl.minimum(rows - tl.program_id(0) * block, block).to(tl.float32)
+    centred = tl.where(is_there, value - (total / count)[None, :], 0.0)
+    _store_sums(sums, squares, total, tl.sum(centred * centred, 0), channels, padded)
+
+
+@triton.jit
+def _normalize(
+    x: tl.tensor,  # (B, n, C)
+    mean: tl.tensor,  # (B, C)
+    scale: tl.tensor,  # (B, C)
+    out: tl.tensor,  # (B, n, C)
+    rows: tl.constexpr,
+    channels: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    at, is_there, channel, is_channel = _tile(rows, channels, padded, block)
+    value = tl.load(x + at, is_there, 0).to(tl.float32)
+    normed = (value - tl.load(mean + channel, is_channel, 0)) * tl.load(scale + channel, is_channel, 0)
+    tl.store(out + at, normed.to(out.dtype.element_ty), is_there)
+
+
+@triton.jit
+def _products(
+    x: tl.tensor,  # (B, n, C)
+    grad: tl.tensor,  # (B, n, C)
+    mean: tl.tensor,  # (B, C)
+    scale: tl.tensor,  # (B, C)
+    sums: tl.tensor,  # (B, tiles, C) out, of the gradient
+    products: tl.tensor,  # (B, tiles, C) out, of gradient times normed
+    rows: tl.constexpr,
+    channels: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    at, is_there, channel, is_channel = _tile(rows, channels, padded, block)
+    value = tl.load(x + at, is_there, 0).to(tl.float32)
+    normed = (value - tl.load(mean + channel, is_channel, 0)) * tl.load(scale + channel, is_channel, 0)
+    g = tl.load(grad + at, is_there, 0).to(tl.float32)
+    _store_sums(sums, products, tl.sum(g, 0), tl.sum(g * normed, 0), channels, padded)
+
+
+@triton.jit
+def _gradient(
+    x: tl.tensor,  # (B, n, C)
+    grad: tl.tensor,  # (B, n, C)
+    mean: tl.tensor,  # (B, C)
+    scale: tl.tensor,  # (B, C)
+    mean_grad: tl.tensor,  # (B, C)
+    mean_product: tl.tensor,  # (B, C)
+    out: tl.tensor,  # (B, n, C)
+    rows: tl.constexpr,
+    channels: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    at, is_there, channel, is_channel = _tile(rows, channels, padded, block)
+    factor = tl.load(scale + channel, is_channel, 0)
+    value = tl.load(x + at, is_there, 0).to(tl.float32)
+    normed = (value - tl.load(mean + channel, is_channel, 0)) * factor
+    g = tl.load(grad + at, is_there, 0).to(tl.float32) - tl.load(mean_grad + channel, is_channel, 0)
+    g = factor * (g - normed * tl.load(mean_product + channel, is_channel, 0))
+    tl.store(out + at, g.to(out.dtype.element_ty), is_there)
