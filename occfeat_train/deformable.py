@@ -53,11 +53,11 @@ def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     """
     if values.dtype == torch.float64:
         return deformable_torch(values, places, reads)
+    if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
+        return deformable_triton(values, places, reads)
     if values.device.type == "cpu":
         found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
         return found
-    if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
-        return deformable_triton(values, places, reads)
     return deformable_torch(values, places, reads)
 
 
@@ -129,8 +129,9 @@ class _TritonDeformable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         from occfeat_train.deformable_triton import weighted_samples_backward
 
-        of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.reads)
-        return of_values.to(ctx.saved_tensors[0].dtype), of_offsets, of_weights, None
+        given = ctx.saved_tensors  # once: activation checkpointing gives them out once
+        of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
+        return of_values.to(given[0].dtype), of_offsets, of_weights, None
 
 
 class _Deformable(torch.autograd.Function):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # rows x channels of a program
+_TILE = 1024  # rows x channels of a program
 _WARPS = 4
 
 

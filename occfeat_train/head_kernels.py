@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CELLS, _HIDDEN = 128, 64  # tile of cells x hidden channels
-_WARPS, _STAGES = 8, 3
+_CELLS, _HIDDEN = 64, 64  # tile of cells x hidden channels
+_WARPS, _STAGES = 4, 3
 _SPLITS = 64  # of the cells, in the weights' gradient
 
 

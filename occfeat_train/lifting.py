@@ -71,10 +71,10 @@ def lift(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = N
     """
     if features.dtype == torch.float64:
         return lift_torch(features, views, grid, compat)
-    if features.device.type == "cpu":
-        return _lift(_GatherNumba, features, views, grid, compat)
     if runs_triton(features.device) and not torch.are_deterministic_algorithms_enabled():
         return lift_triton(features, views, grid, compat)
+    if features.device.type == "cpu":
+        return _lift(_GatherNumba, features, views, grid, compat)
     return lift_torch(features, views, grid, compat)
 
 

@@ -18,27 +18,29 @@ _TILE = 8192  # elements of a program
 _WARPS = 8
 
 
-def normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (B, n, C), contiguous. Returns (x - mean) / sqrt(variance + eps) over n in x's type, mean and 1 / sqrt (B, C)."""
+def normalize(x: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """out = (x - mean) / sqrt(variance + eps) over n; x and out: (B, n, C), contiguous, of one type.
+
+    Returns the means and 1 / sqrt(variance + eps), (B, C) float32.
+    """
     grid, sizes = _tiles(x)
-    sums, squares, out = *_sums(x, grid), torch.empty_like(x)
+    sums, squares = _sums(x, grid)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _statistics[grid](x, sums, squares, *sizes, num_warps=_WARPS)
         mean, variance = _combined(sums, squares, x.shape[1], sizes[-1])
         scale = torch.rsqrt(variance + eps)
         _normalize[grid](x, mean, scale, out, *sizes, num_warps=_WARPS)
-    return out, mean, scale
+    return mean, scale
 
 
-def normalize_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Gradient of x from that of `normalize`'s first result: scale * (g - mean(g) - normed * mean(g * normed))."""
+def normalize_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out = gradient of x from that of what `normalize` wrote: scale * (g - mean(g) - normed * mean(g * normed))."""
     grid, sizes = _tiles(x)
-    sums, products, out = *_sums(x, grid), torch.empty_like(x)
+    sums, products = _sums(x, grid)
     with torch.cuda.device_of(x):
         _products[grid](x, grad, mean, scale, sums, products, *sizes, num_warps=_WARPS)
         means = sums.sum(1) / x.shape[1], products.sum(1) / x.shape[1]
         _gradient[grid](x, grad, mean, scale, *means, out, *sizes, num_warps=_WARPS)
-    return out
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:

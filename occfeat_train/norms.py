@@ -63,27 +63,24 @@ class _TritonInstanceNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         from occfeat_train.norm_kernels import normalize
 
-        rows = _rows(x)
-        normed, mean, scale = normalize(rows, _EPS)
-        ctx.save_for_backward(rows, mean, scale)
-        return _maps(normed, x.shape)
+        rows, out = _rows(x), torch.empty_like(x, memory_format=torch.channels_last)
+        ctx.save_for_backward(rows, *normalize(rows, _EPS, _rows(out)))
+        return out  # not a view, which an activation could not overwrite
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         from occfeat_train.norm_kernels import normalize_backward
 
-        return _maps(normalize_backward(_rows(grad), *ctx.saved_tensors), grad.shape)
+        out = torch.empty_like(grad, memory_format=torch.channels_last)
+        x, mean, scale = ctx.saved_tensors
+        normalize_backward(_rows(grad), x, mean, scale, _rows(out))
+        return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) -> (B, H * W, C), contiguous: a view of channels-last maps."""
     return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
-
-
-def _maps(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """(B, H * W, C) -> (B, C, H, W), channels-last."""
-    return rows.unflatten(1, shape[2:]).permute(0, 3, 1, 2)
 
 
 def _exact(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"""What a training step runs on a GPU, here by Triton's interpreter: a whole step with every kernel against one without.
+
+In float16: the interpreter multiplies no bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from occfeat_train import deformable, heads, lifting, norms
+from occfeat_train.network import LIFTINGS
+from tests.train.interpreted import LIFTING, interpreted
+from tests.train.test_batch import make_batch
+from tests.train.test_tasks import CONFIG, task_of
+
+pytest.importorskip("triton", reason="no Triton for this platform")
+KERNELS = [LIFTING, *(f"occfeat_train.{name}" for name in ("norm_kernels", "head_kernels", "deformable_triton"))]
+
+
+def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[str, Tensor], set[torch.dtype]]:
+    task = task_of(network=dataclasses.replace(CONFIG.network, lifting=name)).train()
+    for module in task.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    dtypes: set[torch.dtype] = set()
+    for module in task.modules():
+        if isinstance(module, norms.InstanceNorm):
+            module.register_forward_hook(lambda module, given, out: dtypes.add(out.dtype))
+    with contextlib.ExitStack() as stack:
+        if with_kernels:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for module in (norms, heads, deformable, lifting):
+                patch.setattr(module, "runs_triton", lambda device: True)
+            for kernels in KERNELS:
+                stack.enter_context(interpreted(kernels))
+        with torch.autocast("cpu", torch.float16):
+            loss = task(make_batch(2))["loss"]
+        loss.backward()
+    return loss.item(), {n: p.grad for n, p in task.named_parameters()}, dtypes
+
+
+@pytest.mark.parametrize("name", LIFTINGS)
+def test_a_half_precision_step_with_every_kernel_is_the_one_without(name: str) -> None:
+    loss, gradients, dtypes = loss_and_gradients(name, with_kernels=True)
+    plain_loss, plain, _ = loss_and_gradients(name, with_kernels=False)
+    assert dtypes == {torch.float16}
+    assert loss == pytest.approx(plain_loss, rel=2e-2)
+    ours, theirs = (torch.cat([g[n].flatten() for n in sorted(plain)]) for g in (gradients, plain))
+    assert ours.isfinite().all()
+    # two roundings of one step: the directions agree
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98
