@@ -1,0 +1,38 @@
+"""Run by torchrun, in two processes: rank 1 is given the same samples as rank 0, mirrored. Fails where that shows."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from occfeat_train.distributed import processes
+from occfeat_train.network import LIFTINGS
+from tests.train.test_network import augmented, mirrorable_network
+
+
+def gradients(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def main() -> None:
+    with processes("cpu") as process:
+        assert process.world == 2, "run it under torchrun --nproc-per-node 2"
+        for lifting in LIFTINGS:
+            alone, network = (mirrorable_network(lifting, None) for _ in range(2))
+            plain = alone(augmented([[False, False]] * 2))
+            plain.square().mean().backward()
+            shared = DistributedDataParallel(network)
+            mapped = shared(augmented([[process.rank == 1] * 2] * 2))
+            mapped.square().mean().backward()
+            maps = [torch.empty_like(plain) for _ in range(2)]
+            dist.all_gather(maps, mapped.detach().contiguous())
+            for found in maps:
+                assert (found - plain).norm() < 1e-9 * plain.norm(), lifting
+            assert (gradients(network) - gradients(alone)).norm() < 1e-9 * gradients(alone).norm(), lifting
+            if process.is_main:
+                print(f"{lifting}: the same on both ranks", flush=True)
+
+
+if __name__ == "__main__":
+    main()
