@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,8 @@ def test_a_mirrored_grid_maps_each_cell_to_its_opposite():
 
 def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
-    views = two_cameras(4)
+    views, small_network = two_cameras(4), small_network.double()
+    views = replace(views, images=views.images.double())
     with torch.no_grad():
         found = small_network(views, flips)
         features = small_network.encoder(views.images.flatten(0, 1)).unflatten(0, (4, 2))
@@ -134,7 +136,7 @@ def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
         mirrored = torch.stack([v.flip(a) for v, a in zip(volume, axes, strict=True)])
         bev = small_network.decoder(small_network.lifting.compressor(mirrored))
         expected = torch.stack([b.flip(a) for b, a in zip(bev, axes, strict=True)])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("lifting", LIFTINGS)
