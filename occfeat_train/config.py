@@ -65,7 +65,7 @@ class AugmentConfig:
 
     resize: the image's size after resizing, times the final size, uniform; each camera draws its own.
     crop: the crop's centre moves by up to this share of the final height, in both directions; black outside.
-    flip_images: mirror each image with p = 0.5, its calibration following (the same as mirroring its features back).
+    flip_images: mirror each image with p = 0.5, and its features back before the lifting.
     flip_bev: mirror the lifted volume along each axis with p = 0.5, and F_B back after the decoder.
     shuffle_cameras: their order. num_cameras: keep only so many of them; 0 keeps all.
     random_frame: the grid in a random camera's frame, where the cache has camera frames.

@@ -9,7 +9,7 @@ number of threads; on a GPU the Triton kernels of `lifting_kernels`; elsewhere t
 A gradient has the same bits in every run, whatever the threads. Not so Triton's, whose additions come in any order: under
 torch.use_deterministic_algorithms(True) embedding_bag takes its place.
 
-Where a feature token lies in its image is said in `sampling`; a mirrored image is a camera with negative fx.
+Where a feature token lies in its image is said in `sampling`; mirrored images are turned back before, see `network`.
 `compat="simple-bev"` reproduces the reference code instead: it stretches the map by w / (w - 1), takes views up to half
 a token outside the image, and fades them out there.
 """

@@ -44,8 +44,8 @@ class BEVNetwork(nn.Module):
             views = replace(views, cam_from_grid=views.cam_from_grid @ mirror[:, None])
         batch, cams = views.images.shape[:2]
         images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        features = self.encoder(images)
-        lifted: torch.Tensor = self.lifting(features.unflatten(0, (batch, cams)), views)
+        features, views = unmirror(self.encoder(images).unflatten(0, (batch, cams)), views)
+        lifted: torch.Tensor = self.lifting(features, views)
         if bev_flip is not None and not self.lifting.mirrors_grid:
             lifted = _flip(lifted, bev_flip)
         bev = self.decoder(lifted)
@@ -62,18 +62,33 @@ class BEVNetwork(nn.Module):
         self.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
 
 
-def _flip(bev: torch.Tensor, bev_flip: torch.Tensor) -> torch.Tensor:
+def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
+    """Turn mirrored views, whose fx is negative, back: the columns of their features (B, S, C, h, w), and the intrinsics.
+
+    Simple-BEV's way. No lifting then needs to know of mirrored images: learned offsets point in image columns, and the
+    reference's conventions (`compat`) are not the same from the left and from the right. views.images stay as they are,
+    since a lifting reads their size alone.
+    """
+    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, S)
+    plain = views.intrinsics.clone()
+    plain[..., 0, :] = views.images.shape[-1] * plain[..., 2, :] - plain[..., 0, :]
+    intrinsics = torch.where(is_mirrored[..., None, None], plain, views.intrinsics)
+    flips = nn.functional.pad(is_mirrored.flatten()[:, None], (1, 0))  # of columns, not of rows
+    return _flip(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape), replace(views, intrinsics=intrinsics)
+
+
+def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) with the axes mirrored that (B, 2) names: one pass over cells, and no wait for a GPU to name them."""
-    batch, channels, height, width = bev.shape
+    batch, channels, height, width = maps.shape
     rows, columns = (
         torch.where(
-            flipped[:, None], torch.arange(n - 1, -1, -1, device=bev.device), torch.arange(n, device=bev.device)
+            flipped[:, None], torch.arange(n - 1, -1, -1, device=maps.device), torch.arange(n, device=maps.device)
         )
-        for flipped, n in zip(bev_flip.to(bev.device).unbind(1), (height, width), strict=True)
+        for flipped, n in zip(flips.to(maps.device).unbind(1), (height, width), strict=True)
     )
-    samples = torch.arange(batch, device=bev.device)[:, None, None]
+    samples = torch.arange(batch, device=maps.device)[:, None, None]
     cells = (samples * height + rows[:, :, None]) * width + columns[:, None, :]
-    flipped = bev.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, cells.flatten())
+    flipped = maps.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, cells.flatten())
     return flipped.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -16,7 +16,8 @@ class Views:
     """Images of B samples, S cameras each, all of one size.
 
     images: (B, S, 3, H, W) float RGB, (value in [0, 1] - IMAGENET_MEAN) / IMAGENET_STD.
-    intrinsics: (B, S, 3, 3) float64 of exactly these images, after any resize and crop [px].
+    intrinsics: (B, S, 3, 3) float64 of exactly these images, after any resize, crop and mirroring [px]. fx is negative if
+    and only if the image is mirrored; the network turns the features of such a view back before the lifting.
     cam_from_grid: (B, S, 4, 4) float64, from the grid's (right, forward, up) to each camera's axes [m].
     """
 

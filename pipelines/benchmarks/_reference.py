@@ -31,10 +31,23 @@ _HEADS = ("feat_head", "segmentation_head", "instance_offset_head", "instance_ce
 
 
 class Reference(nn.Module):
-    """Segnet or Bevformernet on a grid centred on its reference camera: views -> `raw_feat` (B, 128, H, W)."""
+    """Segnet, Bevformernet or liftnet2's Liftnet on a grid centred on its reference camera: views -> `raw_feat` (B, 128,
+    H, W).
+    """
 
-    def __init__(self, checkout: Path, network: str, backbone: str, grid: VoxelGrid, device: torch.device) -> None:
-        """network: "simplebev" or "bevformer". Raises ValueError if the checkout or a package of its is missing."""
+    def __init__(
+        self,
+        checkout: Path,
+        network: str,
+        backbone: str,
+        grid: VoxelGrid,
+        device: torch.device,
+        rand_flip: bool = False,
+    ) -> None:
+        """network: "simplebev", "bevformer" or "lss". rand_flip: with its own flips of images and maps.
+
+        Raises ValueError if the checkout or a package of its is missing.
+        """
         super().__init__()
         self.grid = grid
         z, forward, right = grid.shape
@@ -43,9 +56,11 @@ class Reference(nn.Module):
             bounds = (lower[2], upper[2], -upper[0], -lower[0], lower[1], upper[1])
             centre = torch.from_numpy(np.linalg.inv(GRID_FROM_CAMERA_AXES)[:3, 3])[None]  # 1 m below the camera
             self.vox_util = modules["vox"].Vox_util(forward, z, right, centre, bounds)
-            arguments: dict[str, Any] = {"encoder_type": ENCODERS[backbone]}
+            arguments: dict[str, Any] = {"encoder_type": ENCODERS[backbone], "rand_flip": rand_flip}
             if network == "simplebev":
                 self.model = modules["segnet"].Segnet(forward, z, right, self.vox_util, **arguments)
+            elif network == "lss":
+                self.model = modules["liftnet2"].Liftnet(forward, z, right, upper[1], do_rgbcompress=False, **arguments)
             else:
                 self.model = modules["bevformernet"].Bevformernet(forward, z, right, **arguments)
         for name in _HEADS:
@@ -106,6 +121,7 @@ def _imported(checkout: Path, device: torch.device) -> Iterator[dict[str, Any]]:
             build = getattr(torchvision.models.resnet, name)
             setattr(torchvision.models, name, lambda pretrained, build=build: build(weights=None))
         import nets.bevformernet
+        import nets.liftnet2
         import nets.ops.functions.ms_deform_attn_func
         import nets.ops.modules.ms_deform_attn
         import nets.segnet
@@ -122,7 +138,7 @@ def _imported(checkout: Path, device: torch.device) -> Iterator[dict[str, Any]]:
                 if isinstance(function, types.FunctionType) and function.__defaults__:
                     function.__defaults__ = tuple(str(device) if v == "cuda" else v for v in function.__defaults__)
         Tensor.cuda = lambda self, *_, **__: self.to(device)
-        modules = {"segnet": nets.segnet, "bevformernet": nets.bevformernet}
+        modules = {"segnet": nets.segnet, "bevformernet": nets.bevformernet, "liftnet2": nets.liftnet2}
         yield {**modules, "basic": utils.basic, "geom": utils.geom, "vox": utils.vox}
     except ImportError as err:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GOLDEN = Path(__file__).parent / "golden"
+NETWORKS = {"segnet": "simplebev", "bevformernet": "bevformer", "liftnet2": "lss"}  # the reference's names, ours
 
 
 def seeded_array(name: str, shape: tuple[int, ...], kind: str) -> NDArray[np.generic]:
@@ -39,6 +40,11 @@ def seeded_state_dict(file: Path) -> dict[str, NDArray[np.generic]]:
     with np.load(file) as golden:
         entries = zip(golden["names"].tolist(), golden["shapes"].tolist(), golden["kinds"].tolist(), strict=True)
         return {name: seeded_array(name, tuple(json.loads(shape)), kind) for name, shape, kind in entries}
+
+
+def seeded_direction(name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Of unit variance: the sum of a gradient times this is about as large as the gradient's norm, or its error's."""
+    return np.random.RandomState(zlib.crc32(f"direction of {name}".encode())).standard_normal(shape)
 
 
 def seeded_images(batch: int, height: int, width: int) -> NDArray[np.float32]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ from torch import nn
 
 from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.grid import VoxelGrid
+from occfeat_train.augment import transform_intrinsics
 from occfeat_train.decoder import BEVDecoder
 from occfeat_train.lifting import SimpleBEV
 from occfeat_train.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
 from occfeat_train.views import Views
+from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
 
 # Its middle lies 1 m ahead and 2 m to the right.
@@ -41,6 +46,73 @@ def small_network() -> BEVNetwork:
     return BEVNetwork(encoder, SimpleBEV(OFF_CENTRE, 8), BEVDecoder(8)).eval()
 
 
+class MirrorableEncoder(nn.Module):
+    """(N, 3, H, W) images -> (N, channels, H / 8, W / 8): of a mirrored image it gives the mirrored map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, 3, 8, 8) / 8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(images, self.weight + self.weight.flip(-1), stride=8)
+
+
+def augmented(mirror: list[list[bool]]) -> Views:
+    """Two samples of `two_cameras` with noise for images, float64, calibrated as after a resize, a crop and mirroring."""
+    views, rng = two_cameras(2), np.random.default_rng(0)
+    resized, crop = (torch.from_numpy(rng.integers(*between, (2, 2, 2))) for between in ((50, 70), (-9, 9)))
+    is_mirrored = torch.tensor(mirror)
+    images = views.images.double()
+    return Views(
+        torch.where(is_mirrored[..., None, None, None], images.flip(-1), images),
+        transform_intrinsics(views.intrinsics, (40, 72), resized, crop, is_mirrored, (32, 64)),
+        views.cam_from_grid,
+    )
+
+
+def mirrorable_network(lifting: str, compat: str | None) -> BEVNetwork:
+    """Of weights, in float64, of a size that matters everywhere, learned places among them; F_B is the lifted map."""
+    torch.manual_seed(2)
+    lifted = LIFTINGS[lifting](OFF_CENTRE, 8, compat)
+    for name, parameter in lifted.named_parameters():
+        if not name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+        elif "places" in name:  # where BEVFormer reads
+            nn.init.normal_(parameter)
+    return BEVNetwork(MirrorableEncoder(lifted.feature_channels), lifted, nn.Identity()).double().eval()
+
+
+@pytest.mark.parametrize("compat", [None, "simple-bev"])
+@pytest.mark.parametrize("lifting", LIFTINGS)
+def test_a_mirrored_image_gives_the_same_map_whatever_the_lifting_and_its_weights(lifting, compat):
+    network = mirrorable_network(lifting, compat)
+    with torch.no_grad():
+        plain = network(augmented([[False, False], [False, False]]))
+        found = network(augmented([[True, False], [True, True]]))
+    assert (found - plain).norm() < 1e-9 * plain.norm()
+
+
+def test_two_processes_of_which_one_sees_mirrored_images_have_the_same_maps_and_gradients():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*torchrun, "-m", "tests.train.mirrored_ranks"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout.splitlines() == [f"{lifting}: the same on both ranks" for lifting in LIFTINGS]
+
+
+def test_gradients_of_a_mirrored_view_come_back_to_its_columns():
+    network, grads = mirrorable_network("simplebev", None), []
+    for mirror in (False, True):
+        views = augmented([[mirror, False], [False, mirror]])
+        views.images.requires_grad_()
+        network(views).square().sum().backward()
+        grads.append(views.images.grad)
+    plain, mirrored = grads
+    expected = torch.where(torch.eye(2, dtype=torch.bool)[:, :, None, None, None], plain.flip(-1), plain)
+    assert (mirrored - expected).norm() < 1e-9 * plain.norm()
+
+
 def test_a_mirrored_grid_maps_each_cell_to_its_opposite():
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
     mirror = grid_mirror(OFF_CENTRE, flips).numpy()
@@ -53,7 +125,8 @@ def test_a_mirrored_grid_maps_each_cell_to_its_opposite():
 
 def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
-    views = two_cameras(4)
+    views, small_network = two_cameras(4), small_network.double()
+    views = replace(views, images=views.images.double())
     with torch.no_grad():
         found = small_network(views, flips)
         features = small_network.encoder(views.images.flatten(0, 1)).unflatten(0, (4, 2))
@@ -63,7 +136,7 @@ def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
         mirrored = torch.stack([v.flip(a) for v, a in zip(volume, axes, strict=True)])
         bev = small_network.decoder(small_network.lifting.compressor(mirrored))
         expected = torch.stack([b.flip(a) for b, a in zip(bev, axes, strict=True)])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("lifting", LIFTINGS)

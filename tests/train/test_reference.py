@@ -18,11 +18,10 @@ from occfeat_train.norms import InstanceNorm
 from occfeat_train.reference_weights import convert
 from occfeat_train.views import IMAGENET_MEAN, IMAGENET_STD, Views
 from tests.conftest import REPOSITORY
-from tests.train.reference_seeds import GOLDEN, seeded_images, seeded_state_dict
+from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_images, seeded_state_dict
 from tests.train.test_backbones import torchvision_resnet50
 
 OFF_CENTRE = VoxelGrid((2, 8, 12), (-2, -7, -10), (2, 9, 14))
-NETWORKS = {"segnet": "simplebev", "bevformernet": "bevformer", "liftnet2": "lss"}
 ENCODERS = {"effb0": "efficientnet-b0", "res50": "resnet-50", "res101": "resnet-101"}
 
 
@@ -94,7 +93,7 @@ def test_without_compat_they_are_not(name):
 def test_every_network_is_compared_with_every_encoder():
     names = {tuple(file.stem.split("_")[0].split("-")) for file in GOLDEN.glob("*.npz")}
     assert names == {(network, encoder) for network in NETWORKS for encoder in ENCODERS}
-    assert all(file.stat().st_size < 150_000 for file in GOLDEN.iterdir())
+    assert all(file.stat().st_size < 150_000 for file in GOLDEN.rglob("*.npz"))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
