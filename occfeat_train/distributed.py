@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who am I, and sums over all."""
+"""One process or many (torchrun): who am I, and sums and means over all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,21 @@ def sum_over_processes(value: Tensor) -> Tensor:
     total = value.to(device, copy=True)
     dist.all_reduce(total)
     return total.to(value.device)
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Set the running statistics of every BatchNorm in training to their mean over all processes, in one message.
+
+    Each process normalises by its own batch, so each updates them with other numbers. num_batches_tracked stays: it is
+    the same everywhere.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
+    if not dist.is_initialized() or not norms:
+        return
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    means = sum_over_processes(torch.cat(buffers)) / dist.get_world_size()
+    for buffer, mean in zip(buffers, means.split([len(b) for b in buffers]), strict=True):
+        buffer.copy_(mean)
 
 
 def gather_strings(values: list[str]) -> list[str]:
