@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,26 @@ def processes(device: str) -> Iterator[Process]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def prepare_together(prepare: Callable[[], Result]) -> Result:
+    """prepare(), which every process calls and which waits for no other; none goes on unless it succeeds in all.
+
+    Where it raises ValueError or OSError, the first process in which it does raises that, and the others exit with 1:
+    one message instead of one a process, and nobody waits for a process that is gone.
+    """
+    try:
+        result, error = prepare(), None
+    except (ValueError, OSError) as err:
+        result, error = None, err
+    if dist.is_initialized():
+        failed: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(failed, error is not None)
+        if any(failed) and failed.index(True) != dist.get_rank():
+            sys.exit(1)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

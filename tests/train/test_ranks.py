@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from occfeat_train.checkpoint import find_checkpoint
 from occfeat_train.log import read_log
 from tests.train.runs import (
     assert_same_run,
+    config_of,
     evaluate,
+    finetune,
     pretrain,
-    records,
     start_apart,
     steps,
     succeed,
-    weights,
     write_caches,
 )
 
@@ -65,3 +64,20 @@ def test_two_processes_resume_to_the_same_bytes_whenever_they_save(cache, pair, 
     whole = tmp_path / "whole"
     run_pair(pretrain(cache, whole, *steps(3)))
     assert_same_run(whole, pair)
+
+
+def test_two_processes_finetune_in_the_frame_of_the_pretraining(cache, tmp_path):
+    pretrained, run = tmp_path / "pretrained", tmp_path / "run"
+    succeed(*pretrain(cache, pretrained, *steps(1), "--set", "frame=ego"))
+    output = run_pair(finetune(cache, run, "--from", pretrained, *steps(1)))
+    assert "overrides" not in output
+    assert config_of(run)["frame"] == "ego"
+
+
+def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
+    """Neither waits for the other, and nothing is trained."""
+    run = tmp_path / "run"
+    output = run_pair(pretrain(cache, run, *steps(1), "--set", "network.image_size=48x80"), expected=1)
+    assert output.count("error: ") == 1, output
+    assert "images of 40x60, network.image_size=48x80 needs up to 57x96 of them" in output
+    assert not (run / "log.jsonl").exists()
