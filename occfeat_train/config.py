@@ -101,7 +101,7 @@ class AugmentConfig:
 
 
 NO_AUGMENTATION = AugmentConfig(
-    resize=(1, 1), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
+    resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
 
 

@@ -22,6 +22,7 @@ from occfeat_train.dataset import KeyframeDataset, label_scenes, resolve_frame
 from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.evaluate import evaluate
 from occfeat_train.loop import LoopOptions, train
+from occfeat_train.paper import DATA, describe_data
 from occfeat_train.tasks import AnyTask, build_task, count_parameters
 
 Say = Callable[[str], None]
@@ -125,6 +126,14 @@ def prepare(
         initial=describe_initial(config, start),
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
         simulated=tuple(cache.simulated),
+        preset=preset,
+        targets=spec.to_dict(),
+        data={
+            **describe_data(cache.provenance, len(cache)),
+            "label scenes": "from a list" if scenes_file else DATA["label scenes"],
+            "simulated": " and ".join(cache.simulated) or DATA["simulated"],
+        },
+        parent=None if start is None else start.about,
     )
     return Ready(about, dataset, held_out, scenes, start)
 
