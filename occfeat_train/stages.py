@@ -113,7 +113,7 @@ def prepare(
         require_same_features(held_out, feature_dim, f"the {place.split} split")
     start = find_checkpoint(initial) if initial is not None else None
     if start is not None:
-        for line in changes_of_meaning(config, start):
+        for line in changes_of_meaning(dataset, start):
             say(line)
     if dataset.enlarges:
         say(f"the cache's images of {spec.image_size[0]}x{spec.image_size[1]} are enlarged (allow_upsampling)")
@@ -138,12 +138,12 @@ def prepare(
     return Ready(about, dataset, held_out, scenes, start)
 
 
-def changes_of_meaning(config: Config, start: Checkpoint) -> list[str]:
-    """A line for each field of MEANING in which a run uses a network otherwise than it was trained.
+def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
+    """A line for each field of MEANING in which a network is used otherwise than it was trained; and for another teacher.
 
     Raises CheckpointError where the network's weights fit no other value.
     """
-    here, there = config.flat(), start.about.config.flat()
+    here, there = dataset.config.flat(), start.about.config.flat()
     changed = [name for name in MEANING if here[name] != there[name]]
     for name in changed:
         if name in FIXED:
@@ -151,10 +151,14 @@ def changes_of_meaning(config: Config, start: Checkpoint) -> list[str]:
                 f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
                 "nothing else: leave that option or preset out, or train without --from"
             )
-    return [
+    lines = [
         f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
         for name in changed
     ]
+    ours, theirs = dataset.reader.cache.spec.to_dict()["teacher"], start.about.targets.get("teacher")
+    if "features" in dataset.arrays and theirs is not None and ours != theirs:
+        lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
+    return lines
 
 
 def run_evaluation(
@@ -163,7 +167,7 @@ def run_evaluation(
     """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
     checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, place, frame))
     about, config, reader = checkpoint.about, dataset.config, dataset.reader
-    for line in changes_of_meaning(config, checkpoint):
+    for line in changes_of_meaning(dataset, checkpoint):
         say(line)
     warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
     for line in warnings:

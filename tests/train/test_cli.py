@@ -289,6 +289,15 @@ def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrain
     assert "was trained with" in message and "its weights fit nothing else: leave that option or preset out" in message
 
 
+def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
+    write_caches(tmp_path, teacher="another one")
+    said = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
+    said += succeed(*pretrain(tmp_path, tmp_path / "run", "--from", pretrained, *steps(1)))
+    assert said.count("another teacher: the cache's features are {'name': 'another one', ") == 2
+    assert said.count("predicts {'name': 'made up', ") == 2
+    assert "another teacher" not in succeed(*evaluate(pretrained, cache, "--out", tmp_path / "out"))
+
+
 def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tmp_path):
     out = tmp_path / "run"
     large = ["--set", "network.image_size=48x64"]
