@@ -38,7 +38,17 @@ DIVIDER_WIDTH = 1.0
 MAP_CLASSES = tuple(MAP_LAYERS)
 # 1600x900 times exactly 0.3. Simple-BEV's augmentation resizes to at most 1.2 x 224x400 = 268x480: nothing is upsampled.
 STUDENT_SIZE = (270, 480)
+LARGEST_RESIZE = 1.2  # what Simple-BEV's augmentation multiplies a network's image size by, at most
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it, in the sensor's frame, are the vehicle's own (Simple-BEV's)
+
+
+def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
+    """(height, width) [px] of the largest network, in multiples of 16, that cached images serve without being enlarged.
+
+    resize: what training multiplies the network's image size by, at most.
+    """
+    height, width = (next(n for n in range(side // 16 * 16, -1, -16) if int(resize * n) <= side) for side in image_size)
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,11 @@ class TargetSpec:
         """The spec in a few lines of text."""
         height, width = self.image_size
         lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps a keyframe: {self.num_sweeps}"]
-        lines.append(f"images {height}x{width} of {len(self.cameras)} cameras")
+        trained, plain = ("{}x{}".format(*largest_network(self.image_size, r)) for r in (LARGEST_RESIZE, 1.0))
+        lines.append(
+            f"images {height}x{width} of {len(self.cameras)} cameras: without enlarging them, networks train at up to {trained} "
+            f"(resizing by up to {LARGEST_RESIZE:g}) and are evaluated at up to {plain}"
+        )
         if self.teacher is None:
             lines.append("teacher: none, no features")
         else:

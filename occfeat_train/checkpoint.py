@@ -15,7 +15,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class About:
 
     num_samples: of the training set, which fixes the order of samples. initial: where the weights came from, a sentence.
     scenes: hash of the label scenes. simulated: what in it is not real, from the cache.
+    preset: the config's, before options changed it. targets: the cache's spec. data: what it was built from (paper.py).
+    parent: the run whose weights it started from.
     """
 
     config: Config
@@ -51,9 +53,15 @@ class About:
     initial: str
     scenes: str = ""
     simulated: tuple[str, ...] = ()
+    preset: str = ""
+    targets: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    parent: About | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "config": self.config.to_dict(), "grid": self.grid.to_dict()}
+        parent = None if self.parent is None else self.parent.to_dict()
+        own = asdict(replace(self, parent=None))
+        return {**own, "config": self.config.to_dict(), "grid": self.grid.to_dict(), "parent": parent}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> About:
@@ -61,6 +69,8 @@ class About:
         values["config"] = Config.from_dict(values["config"])
         values["grid"] = VoxelGrid.from_dict(values["grid"])
         values["simulated"] = tuple(values["simulated"])
+        if values.get("parent") is not None:
+            values["parent"] = cls.from_dict(values["parent"])
         return cls(**values)
 
     def warnings(self) -> list[str]:

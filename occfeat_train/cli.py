@@ -16,10 +16,12 @@ from typing import Any, get_args
 
 import click
 
+from occfeat_targets.schema import STUDENT_SIZE
 from occfeat_train.config import Backbone, Config, Lifting, NetworkConfig
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
+PRETRAINING = "table1/simplebev-enb0/occfeat"
 NETWORK = click.Choice(get_args(Lifting))
 BACKBONE = click.Choice(get_args(Backbone))
 
@@ -98,14 +100,34 @@ def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any
     return config.override([*given, *overrides])
 
 
-def variant(name: str, shortcuts: dict[str, Any]) -> str:
-    """A run's name that says which network it has, where that is not the preset's."""
-    return "-".join([name, *(shortcuts[option] for option in ("network", "backbone") if shortcuts[option])])
+def variant(name: str, shortcuts: dict[str, Any], initial: Path | None, *, arms: bool = False) -> str:
+    """A run's name that says which network it has, where that is not the preset's, and which run it starts from.
+
+    arms: say so, too, where it starts from none: several such runs are compared.
+    """
+    parts = [name, *(shortcuts[option] for option in ("network", "backbone") if shortcuts[option])]
+    if initial is not None:
+        path = initial.resolve()
+        is_checkpoint = path.parent.name == "checkpoints"
+        parts += ["from", path.parent.parent.name, path.name] if is_checkpoint else ["from", path.name]
+    elif arms:
+        parts.append("scratch")
+    return "-".join(parts)
+
+
+def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
+    """A preset with the initial run's reference frame, and with its whole network where no preset was asked for."""
+    if initial is None:
+        return config
+    from occfeat_train.checkpoint import find_checkpoint
+
+    found = find_checkpoint(initial).about.config
+    return replace(config, frame=found.frame, network=found.network if network else config.network)
 
 
 def start_training(
     config: Config, name: str, cache: Path, split: str, out: Path | None, device: str, validate: str | None, loop: dict[str, Any],
-    initial: Path | None = None, scenes: Path | None = None,
+    initial: Path | None = None, scenes: Path | None = None, preset: str = "",
 ) -> None:  # fmt: skip
     from occfeat_train.distributed import processes
     from occfeat_train.loop import LoopOptions
@@ -114,7 +136,7 @@ def start_training(
     place = Place(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
     with processes(device) as process:
         say = click.echo if process.is_main else lambda line: None
-        finished = run_training(config, place, process, say, initial=initial, scenes_file=scenes)
+        finished = run_training(config, place, process, say, initial=initial, scenes_file=scenes, preset=preset)
         if finished:
             say(f"finished: {place.out}")
         else:
@@ -144,8 +166,12 @@ def config() -> None:
 
 @config.command("list")
 def list_presets() -> None:
-    """The presets, named after the paper's table rows."""
-    click.echo("\n".join(PRESETS))
+    """The presets, named after the paper's table rows, and the cache that one needs if not one of the default size."""
+    width = max(map(len, PRESETS))
+    for name, chosen in PRESETS.items():
+        height, wide = chosen.smallest_cache()
+        needs = f"{name:{width}}  a cache built with --image-size {height}x{wide}"
+        click.echo(name if height <= STUDENT_SIZE[0] else needs)
 
 
 @config.command()
@@ -156,13 +182,17 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     """Every field of a preset, or of the config of a run directory, as key=value."""
     file = Path(name) / "config.json"
     chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
-    for key, value in chosen.override(overrides).flat().items():
+    chosen = chosen.override(overrides)
+    for key, value in chosen.flat().items():
         click.echo(f"{key}={json.dumps(value)}")
+    click.echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
 
 
 @main.command()
 @cache_option
-@click.option("--preset", "name", default="table1/simplebev-enb0/occfeat", show_default=True, help="See 'config list'.")
+@click.option(
+    "--preset", "asked", help=f"See 'config list'.  [default: {PRETRAINING}; its network, with --from, is that run's]"
+)
 @click.option("--occ-only", is_flag=True, help="Occupancy alone (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Features alone (Table 3).")
 @click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
@@ -173,14 +203,16 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
 @machine_options
 @reports_errors
 def pretrain(
-    cache: Path, name: str, occ_only: bool, feat_only: bool, lambda_: float | None, initial: Path | None, split: str, out: Path | None,
+    cache: Path, asked: str | None, occ_only: bool, feat_only: bool, lambda_: float | None, initial: Path | None, split: str, out: Path | None,
     overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int, tensorboard: bool,
     progress: bool, **shortcuts: Any,
 ) -> None:  # fmt: skip
     """Pretrain a network on occupancy and features (paper 3); the preset's defaults are the paper's."""
-    chosen = preset(name)
+    name = asked or PRETRAINING
+    chosen = inherit(preset(name), initial, network=asked is None)
     if chosen.task != "pretrain":
         raise click.UsageError(f"--preset {name} is a finetuning: occfeat-train finetune --preset {name}")
+    row = name
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other")
     if occ_only or feat_only:
@@ -190,8 +222,8 @@ def pretrain(
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
     loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts)
-    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial)
+    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts, initial)
+    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial, preset=row)
 
 
 @main.command()
@@ -213,37 +245,36 @@ def pretrain(
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="File with the label scenes' names instead, one a line.",
 )
-@click.option("--preset", "name", help="A finetuning of 'config list' instead of --task and --labels.")
+@click.option("--preset", "asked", help="A finetuning of 'config list' instead of --task and --labels.")
 @training_options
 @machine_options
 @reports_errors
 def finetune(
-    cache: Path, initial: Path | None, task: Any, labels: float | None, scenes: Path | None, name: str | None, split: str,
+    cache: Path, initial: Path | None, task: Any, labels: float | None, scenes: Path | None, asked: str | None, split: str,
     out: Path | None, overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int,
     tensorboard: bool, progress: bool, **shortcuts: Any,
 ) -> None:  # fmt: skip
     """Finetune for vehicles or map on a share of the labels, from a pretraining or from none (paper 4.1).
 
-    With --from, the network is the pretraining's unless --preset names one.
+    With --from, the reference frame is the pretraining's, and so is the network unless --preset names one.
     """
-    if name is not None:
+    if asked is not None:
         if task is not None or labels is not None:
             raise click.UsageError("--preset already says --task and --labels")
-        chosen = preset(name)
+        name, chosen = asked, preset(asked)
         if chosen.task == "pretrain":
             raise click.UsageError(f"--preset {name} is a pretraining: occfeat-train pretrain --preset {name}")
     else:
-        network = NetworkConfig()
-        if initial is not None:
-            from occfeat_train.checkpoint import find_checkpoint
-
-            network = find_checkpoint(initial).about.config.network
         task, labels = task or "vehicles", 100.0 if labels is None else labels
-        chosen = finetuning(task, labels, network)
-        name = f"{task}-{labels:g}"
+        name, chosen = f"{task}-{labels:g}", finetuning(task, labels, NetworkConfig())
+    chosen = inherit(chosen, initial, network=asked is None)
+    if scenes is not None:
+        name += f"-{scenes.stem}"
     loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts)
-    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial, scenes=scenes)
+    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts, initial, arms=True)
+    start_training(
+        chosen, name, cache, split, out, device, validate, loop, initial=initial, scenes=scenes, preset=asked or ""
+    )
 
 
 @main.command()

@@ -14,10 +14,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from occfeat_targets.schema import LARGEST_RESIZE, STUDENT_SIZE
+
 Task = Literal["pretrain", "vehicles", "map"]
 TASKS: tuple[Task, ...] = typing.get_args(Task)
 Lifting = Literal["simplebev", "bevformer", "lss"]
 Backbone = Literal["efficientnet-b0", "resnet-50", "resnet-101"]
+# What decides the meaning of F_B: with another value, the same weights compute something else. `--from` inherits these.
+# The weights of a network fit no other value of the first three.
+FIXED = ("network.lifting", "network.backbone", "network.channels")
+MEANING = (*FIXED, "network.image_size", "network.compat", "frame")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class AugmentConfig:
     random_frame: the grid in a random camera's frame, where the cache has camera frames.
     """
 
-    resize: tuple[float, float] = (0.8, 1.2)
+    resize: tuple[float, float] = (0.8, LARGEST_RESIZE)
     crop: float = 0.2
     flip_images: bool = True
     flip_bev: bool = True
@@ -88,9 +94,14 @@ class AugmentConfig:
         if self.num_cameras < 0:
             raise ValueError(f"augment.num_cameras={self.num_cameras}: at least 0 expected (0 keeps all)")
 
+    def largest(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) [px] to which images of a network of `image_size` are resized at most."""
+        height, width = (int(self.resize[1] * n) for n in image_size)
+        return height, width
+
 
 NO_AUGMENTATION = AugmentConfig(
-    resize=(1, 1), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
+    resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
 
 
@@ -150,8 +161,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. labels: percent of the training scenes whose labels finetuning may see. frame: the grid's; ``auto`` is
-    the cameras' where the cache has them (random in training, CAM_FRONT in evaluation), otherwise the ego's.
+    """One run. labels: percent of the training scenes whose labels finetuning may see. frame: the grid's; ``cameras``
+    (random in training, CAM_FRONT in evaluation), ``ego``, or a camera's name. ``auto`` becomes ``cameras`` where the
+    cache has them, otherwise ``ego``, before a run starts. allow_upsampling: whether the cache's images may be enlarged.
     precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
     """
 
@@ -162,6 +174,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     labels: float = 100
     frame: str = "auto"
+    allow_upsampling: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     seed: int = 0
@@ -201,6 +214,11 @@ class Config:
         for name, value in self.to_dict().items():
             out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
         return out
+
+    def smallest_cache(self, like: tuple[int, int] = STUDENT_SIZE) -> tuple[int, int]:
+        """(height, width) [px] of the smallest cached images, shaped like `like`, that training never enlarges."""
+        scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
+        return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
 
     def differences(self, other: Config) -> list[str]:
         """One line a field in which two configs differ."""

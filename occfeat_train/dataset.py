@@ -11,6 +11,7 @@ import collections
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +47,7 @@ class KeyframeDataset:
         self.grid = spec.grid
         self._augment = config.augment if training else NO_AUGMENTATION
         self._frames = reference_frames(spec.frames, config.frame, training=training and config.augment.random_frame)
+        self._require_large_images()
         self.arrays = ["images"]
         if config.task == "pretrain":
             self.arrays.append("occupancy")
@@ -79,6 +81,24 @@ class KeyframeDataset:
     def frames(self) -> tuple[str, ...]:
         """The reference frames that a sample's grid may be in: one in evaluation."""
         return tuple(self.reader.cache.spec.frames[index] for index in self._frames)
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether images are resized to more pixels than the cache has of them, on either axis."""
+        largest = self._augment.largest(self.config.network.image_size)
+        return any(n > given for n, given in zip(largest, self.reader.cache.spec.image_size, strict=True))
+
+    def _require_large_images(self) -> None:
+        if self.config.allow_upsampling or not self.enlarges:
+            return
+        network, cached = self.config.network.image_size, self.reader.cache.spec.image_size
+        largest = self._augment.largest(network)
+        needed = replace(self.config, augment=self._augment).smallest_cache(like=cached)
+        raise CacheError(
+            f"{self.reader.cache.path} has images of {cached[0]}x{cached[1]}, network.image_size={network[0]}x{network[1]} "
+            f"needs up to {largest[0]}x{largest[1]} of them, and enlarged images are not as sharp as real ones: build it "
+            f"with --image-size {needed[0]}x{needed[1]}, or train with --set allow_upsampling=true"
+        )
 
     def stream(self, position: int) -> tuple[int, int]:
         """Position in the run's stream of samples -> (epoch, keyframe)."""
@@ -121,6 +141,13 @@ def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
+def resolve_frame(available: Sequence[str], wanted: str) -> str:
+    """``auto`` as the frame that a cache with these frames makes of it; anything else as it is."""
+    if wanted != "auto":
+        return wanted
+    return EGO_FRAME if set(available) <= {EGO_FRAME} else "cameras"
+
+
 def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -> list[int]:
     """Indices of the reference frames a sample may use: one in evaluation, the cameras' in training.
 
@@ -128,13 +155,14 @@ def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -
     Raises ValueError if the cache has no such frame.
     """
     cameras = [name for name in available if name != EGO_FRAME]
-    if wanted == "cameras" or (wanted == "auto" and cameras):
+    wanted = resolve_frame(available, wanted)
+    if wanted == "cameras":
         if training:
             names = [name for name in cameras if name != NEVER_REFERENCE] or cameras
         else:
             names = [EVALUATION_CAMERA] if EVALUATION_CAMERA in cameras or not cameras else cameras[:1]
     else:
-        names = [EGO_FRAME if wanted == "auto" else wanted]
+        names = [wanted]
     missing = [name for name in names if name not in available]
     if missing or not names:
         raise ValueError(

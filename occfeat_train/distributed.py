@@ -1,15 +1,19 @@
-"""One process or many (torchrun): who am I, and sums over all."""
+"""One process or many (torchrun): who am I, and sums and means over all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ def processes(device: str) -> Iterator[Process]:
             dist.destroy_process_group()
 
 
+def prepare_together(prepare: Callable[[], Result]) -> Result:
+    """prepare(), which every process calls and which waits for no other; none goes on unless it succeeds in all.
+
+    Where it raises ValueError or OSError, the first process in which it does raises that, and the others exit with 1:
+    one message instead of one a process, and nobody waits for a process that is gone.
+    """
+    try:
+        result, error = prepare(), None
+    except (ValueError, OSError) as err:
+        result, error = None, err
+    if dist.is_initialized():
+        failed: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(failed, error is not None)
+        if any(failed) and failed.index(True) != dist.get_rank():
+            sys.exit(1)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Raises ValueError if a GPU is asked for that isn't there, or the name means nothing."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -71,6 +95,21 @@ def sum_over_processes(value: Tensor) -> Tensor:
     total = value.to(device, copy=True)
     dist.all_reduce(total)
     return total.to(value.device)
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Set the running statistics of every BatchNorm in training to their mean over all processes, in one message.
+
+    Each process normalises by its own batch, so each updates them with other numbers. num_batches_tracked stays: it is
+    the same everywhere.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
+    if not dist.is_initialized() or not norms:
+        return
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+    means = sum_over_processes(torch.cat(buffers)) / dist.get_world_size()
+    for buffer, mean in zip(buffers, means.split([len(b) for b in buffers]), strict=True):
+        buffer.copy_(mean)
 
 
 def gather_strings(values: list[str]) -> list[str]:

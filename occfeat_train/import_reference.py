@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
         weights = convert(state, grid)
     except ValueError as err:
         raise CheckpointError(f"{file} can't be imported: {err}") from err
+    config = replace(config, frame="cameras")  # the reference knows no other
     task = build_task(config, grid, 0)
     load_weights(task, weights, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from occfeat_train.checkpoint import About, Checkpoint, load_weights, save_checkpoint
 from occfeat_train.config import Config
 from occfeat_train.dataset import KeyframeDataset, Prefetcher
-from occfeat_train.distributed import Process, gather_strings, sum_over_processes
+from occfeat_train.distributed import Process, average_statistics, gather_strings, sum_over_processes
 from occfeat_train.log import RunLog, read_log
 from occfeat_train.optim import build_optimizer
 from occfeat_train.tasks import AnyTask, freeze_batchnorm, place
@@ -83,7 +83,9 @@ def train(
         task.network.compile()
     model: Any = task
     if process.world > 1:
-        model = DistributedDataParallel(task)  # batches are on the device already
+        # Batches are on the device already. DDP would overwrite every rank's BatchNorm statistics with the first rank's
+        # before a forward pass, and leave them different after it; `average_statistics` keeps what every rank saw.
+        model = DistributedDataParallel(task, broadcast_buffers=False)
     log = RunLog(run, start=start, total=num_steps, tensorboard=options.tensorboard, progress=options.progress) \
         if process.is_main else None  # fmt: skip
     samples = stream_of_batches(dataset, config, process, start, num_steps)
@@ -110,6 +112,7 @@ def train(
                 began, waited = time.perf_counter(), prefetcher.waited
                 set_training(task, config)
                 losses, tokens = forward_backward(model, batches, config, process, step)
+                average_statistics(task)  # after every step: when a run is saved or validated must not change it
                 norm = torch.nn.utils.clip_grad_norm_(task.parameters(), optim.clip)
                 record = reduce_losses({**losses, "grad_norm": norm / process.world, "stop": stop.flag(device)})
                 if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):

@@ -7,22 +7,20 @@ and what the networks make of a few keyframes. All numbers come from the modules
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.reader import CacheReader
 from occfeat_train import figures
-from occfeat_train.checkpoint import Checkpoint
-from occfeat_train.config import TASKS, NetworkConfig, OptimConfig
+from occfeat_train.config import TASKS
 from occfeat_train.dataset import CLASSES
 from occfeat_train.distributed import Process
 from occfeat_train.markup import STYLE, height_key, key, number, percent, picture, row_of, swatch, table
 from occfeat_train.outputs import Run, Shown, load_runs
-from occfeat_train.presets import FINETUNING, LABELS
+from occfeat_train.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.stages import open_reader
 
 HEADINGS = {"pretrain": "Pretraining", "vehicles": "Vehicles", "map": "Map"}
@@ -63,13 +61,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         "<p>What <code>occfeat-train</code> trained, measured on all "
         f"{len(runs[0].dataset)} keyframes of the split and shown on {len(chosen)} of them.</p>"
     )
-    scaled = {run.name: ", ".join(differences_from_paper(run.checkpoint)) for run in runs}
-    if any(scaled.values()):
-        yield '<div class="scaled"><p><b>Not what the paper did</b>, so not to be compared with its tables:</p><ul>'
-        for text in dict.fromkeys(filter(None, scaled.values())):
-            names = ", ".join(name for name, other in scaled.items() if other == text)
-            yield f"<li><b>{html.escape(names)}</b>: {html.escape(text)}</li>"
-        yield "</ul></div>"
+    yield from paper_section(runs, describe_data(cache.provenance, len(cache)))
     for task in TASKS:
         group = [run for run in runs if run.task == task]
         if group:
@@ -94,26 +86,21 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
     yield "</body>\n</html>\n"
 
 
-def differences_from_paper(checkpoint: Checkpoint) -> list[str]:
-    """What a run has smaller than, or else unlike, the paper's section 4.1; follows from its config and grid alone."""
-    about, network, paper = checkpoint.about, checkpoint.about.config.network, NetworkConfig()
-    optim = about.config.optim
-    lines = []
-    if network.image_size not in (paper.image_size, (448, 800)):
-        lines.append("images {}x{} instead of {}x{}".format(*network.image_size, *paper.image_size))
-    if network.channels != paper.channels:
-        lines.append(f"{network.channels} channels instead of {paper.channels}")
-    if about.grid != VoxelGrid():
-        lines.append(f"grid {about.grid} instead of 8x200x200 over ±50 m")
-    if about.initial == "backbone weights: none":
-        lines.append("backbone from random weights instead of ImageNet's")
-    if about.config.task == "pretrain":
-        epochs = [OptimConfig().epochs, 100.0]
-    else:
-        epochs = [FINETUNING[min(p for p in LABELS if p >= about.config.labels)].epochs]
-    if optim.epochs not in epochs:
-        lines.append(f"{optim.epochs:g} epochs of {about.num_samples} keyframes instead of {epochs[0]:g}")
-    return lines
+def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterable[str]:
+    """A table of all that the runs, and the data they are measured on, have unlike the paper; nothing where that is nothing."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}  # what differs: in which runs
+    for run in runs:
+        about = run.checkpoint.about
+        row = nearest_row(about)
+        for d in (*differences(about), *evaluation_differences(measured_on)):
+            rows.setdefault((d.field, d.here, d.paper, row), []).append(run.name)
+    if rows:
+        yield '<div class="scaled"><p><b>Not what the paper did</b>, so not to be compared with its tables:</p>'
+        cells = [
+            [html.escape(text) for text in (", ".join(names), field, here, paper, row)]
+            for (field, here, paper, row), names in rows.items()
+        ]
+        yield table(["run", "field", "this run", "the paper", "its row"], cells) + "</div>"
 
 
 def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from occfeat_targets.reader import CacheReader
 from occfeat_train.backbones import DEFAULT_WEIGHTS, load_backbone_weights
 from occfeat_train.checkpoint import About, Checkpoint, CheckpointError, begin_run, find_checkpoint, load_weights
-from occfeat_train.config import Config
-from occfeat_train.dataset import KeyframeDataset, label_scenes
-from occfeat_train.distributed import Process
+from occfeat_train.config import FIXED, MEANING, Config
+from occfeat_train.dataset import KeyframeDataset, label_scenes, resolve_frame
+from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.evaluate import evaluate
 from occfeat_train.loop import LoopOptions, train
+from occfeat_train.paper import DATA, describe_data
 from occfeat_train.tasks import AnyTask, build_task, count_parameters
 
 Say = Callable[[str], None]
@@ -46,16 +47,56 @@ def run_training(
     *,
     initial: Path | None = None,
     scenes_file: Path | None = None,
+    preset: str = "",
 ) -> bool:
     """Pretrain or finetune, whichever `config.task` is, to the end or to a signal; continue what stands at place.out.
 
     initial: a run or checkpoint whose network to start from, and whose head if it is of the same task. scenes_file: names
-    of the label scenes, one a line, instead of config.labels. Returns whether the run is finished.
+    of the label scenes, one a line, instead of config.labels. preset: the name of the one that config came from, for the
+    report. Returns whether the run is finished.
     """
+    ready = prepare_together(lambda: prepare(config, place, say, initial, scenes_file, preset))
+    about, dataset, held_out, scenes = ready.about, ready.dataset, ready.held_out, ready.scenes
+    config, cache = about.config, dataset.reader.cache
+    task = build_task(config, about.grid, about.feature_dim)
+    resume = claim(place.out, about, process)
+    if resume is None:
+        say(prepare_together(lambda: load_initial(task, config, ready.start)))
+    if scenes is not None:
+        say(f"labels: {len(scenes)} of {len(set(cache.identity.scenes))} scenes, listed in {place.out / 'scenes.txt'}")
+        if process.is_main:
+            (place.out / "scenes.txt").write_text("".join(f"{name}\n" for name in scenes))
+    announce(task, about, dataset, place, process, resume, say)
+    validate = None
+    if held_out is not None:
+
+        def validate(task: AnyTask) -> dict[str, Any]:
+            metric = evaluate(task, held_out, process, workers=place.options.workers, progress=False)
+            return dict(metric.results())
+
+    return train(task, about, dataset, place.out, process, resume, place.options, validate)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a training needs and every process opens for itself. start: whose weights it starts from."""
+
+    about: About
+    dataset: KeyframeDataset
+    held_out: KeyframeDataset | None
+    scenes: list[str] | None
+    start: Checkpoint | None
+
+
+def prepare(
+    config: Config, place: Place, say: Say, initial: Path | None, scenes_file: Path | None, preset: str
+) -> Ready:
+    """Open caches and the initial network, and check that they fit each other and the config. Raises ValueError."""
     reader = open_reader(place.cache, place.split)
-    cache = reader.cache
+    cache, spec = reader.cache, reader.cache.spec
     for line in cache.warnings:
         say(line)
+    config = replace(config, frame=resolve_frame(spec.frames, config.frame))
     scenes = None
     if config.task != "pretrain":
         scenes = (
@@ -64,56 +105,70 @@ def run_training(
             else label_scenes(cache.identity.scenes, config.labels)
         )
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
+    feature_dim = spec.teacher.dim if spec.teacher is not None else 0
     held_out = None
     if place.validate is not None:
         held_out = KeyframeDataset(open_reader(place.cache, place.validate), config, training=False)
         require_same_grid(held_out, dataset.grid, f"the {place.split} split")
-    feature_dim = cache.spec.teacher.dim if cache.spec.teacher is not None else 0
-    if held_out is not None:
         require_same_features(held_out, feature_dim, f"the {place.split} split")
-    task = build_task(config, cache.spec.grid, feature_dim)
     start = find_checkpoint(initial) if initial is not None else None
+    if start is not None:
+        for line in changes_of_meaning(dataset, start):
+            say(line)
+    if dataset.enlarges:
+        say(f"the cache's images of {spec.image_size[0]}x{spec.image_size[1]} are enlarged (allow_upsampling)")
     about = About(
         config=config,
-        grid=cache.spec.grid,
+        grid=spec.grid,
         feature_dim=feature_dim,
-        cache=cache.spec.fingerprint,
+        cache=spec.fingerprint,
         num_samples=len(dataset),
         initial=describe_initial(config, start),
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
         simulated=tuple(cache.simulated),
+        preset=preset,
+        targets=spec.to_dict(),
+        data={
+            **describe_data(cache.provenance, len(cache)),
+            "label scenes": "from a list" if scenes_file else DATA["label scenes"],
+            "simulated": " and ".join(cache.simulated) or DATA["simulated"],
+        },
+        parent=None if start is None else start.about,
     )
-    resume = claim(place.out, about, process)
-    if resume is None:
-        say(load_initial(task, config, start))
-    if scenes is not None:
-        say(f"labels: {len(scenes)} of {len(set(cache.identity.scenes))} scenes, listed in {place.out / 'scenes.txt'}")
-        if process.is_main:
-            (place.out / "scenes.txt").write_text("".join(f"{name}\n" for name in scenes))
-    announce(task, about, dataset, place, process, resume, say)
-    validate = None
-    if held_out is not None:
-        chosen = held_out
+    return Ready(about, dataset, held_out, scenes, start)
 
-        def validate(task: AnyTask) -> dict[str, Any]:
-            metric = evaluate(task, chosen, process, workers=place.options.workers, progress=False)
-            return dict(metric.results())
 
-    return train(task, about, dataset, place.out, process, resume, place.options, validate)
+def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
+    """A line for each field of MEANING in which a network is used otherwise than it was trained; and for another teacher.
+
+    Raises CheckpointError where the network's weights fit no other value.
+    """
+    here, there = dataset.config.flat(), start.about.config.flat()
+    changed = [name for name in MEANING if here[name] != there[name]]
+    for name in changed:
+        if name in FIXED:
+            raise CheckpointError(
+                f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
+                "nothing else: leave that option or preset out, or train without --from"
+            )
+    lines = [
+        f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
+        for name in changed
+    ]
+    ours, theirs = dataset.reader.cache.spec.to_dict()["teacher"], start.about.targets.get("teacher")
+    if "features" in dataset.arrays and theirs is not None and ours != theirs:
+        lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
+    return lines
 
 
 def run_evaluation(
     path: Path, place: Place, process: Process, say: Say, *, batch: int, frame: str | None = None
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
-    checkpoint = find_checkpoint(path)
-    about = checkpoint.about
-    config = about.config if frame is None else replace(about.config, frame=frame)
-    reader = open_reader(place.cache, place.split)
-    dataset = KeyframeDataset(reader, config, training=False)
-    require_same_grid(dataset, about.grid, str(checkpoint.path))
-    require_same_features(dataset, about.feature_dim, str(checkpoint.path))
-    task = restore(checkpoint, config)
+    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, place, frame))
+    about, config, reader = checkpoint.about, dataset.config, dataset.reader
+    for line in changes_of_meaning(dataset, checkpoint):
+        say(line)
     warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
     for line in warnings:
         say(line)
@@ -138,6 +193,17 @@ def run_evaluation(
         file.write_text(json.dumps(results, indent=1))
         say(f"written to {file}")
     return results
+
+
+def prepare_evaluation(path: Path, place: Place, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
+    """A run's newest checkpoint, the split in the run's frame or another, and the task. Raises ValueError."""
+    checkpoint = find_checkpoint(path)
+    about = checkpoint.about
+    config = about.config if frame is None else replace(about.config, frame=frame)
+    dataset = KeyframeDataset(open_reader(place.cache, place.split), config, training=False)
+    require_same_grid(dataset, about.grid, str(checkpoint.path))
+    require_same_features(dataset, about.feature_dim, str(checkpoint.path))
+    return checkpoint, dataset, restore(checkpoint, config)
 
 
 def open_reader(cache: Path, split: str) -> CacheReader:
@@ -209,7 +275,7 @@ def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
 
 def claim(out: Path, about: About, process: Process) -> Checkpoint | None:
     """`begin_run` once for all processes."""
-    found = begin_run(out, about) if process.is_main else None
+    found = prepare_together(lambda: begin_run(out, about) if process.is_main else None)
     if process.world == 1:
         return found
     message = [None if found is None else str(found.path)]

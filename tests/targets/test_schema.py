@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import CAMERAS, MAP_CLASSES, TargetSpec, TeacherSpec
+from occfeat_targets.schema import CAMERAS, LARGEST_RESIZE, MAP_CLASSES, TargetSpec, TeacherSpec, largest_network
 
 TEACHER = TeacherSpec("facebook/dinov2-small", "abc", (224, 392), 14, 384)
 
@@ -73,6 +73,23 @@ def test_a_spec_that_cannot_be_built_is_refused(bad):
 
 def test_map_label_channels_are_the_papers_five():
     assert MAP_CLASSES == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
+
+
+@pytest.mark.parametrize(
+    ("cached", "trained", "evaluated"),
+    [
+        ((270, 480), (224, 400), (256, 480)),
+        ((540, 960), (448, 800), (528, 960)),
+        ((80, 140), (64, 112), (80, 128)),
+        ((18, 480), (0, 400), (16, 480)),
+    ],
+)
+def test_a_spec_says_which_networks_its_images_serve_without_being_enlarged(cached, trained, evaluated):
+    assert largest_network(cached, LARGEST_RESIZE) == trained
+    assert largest_network(cached, 1) == evaluated
+    line = next(line for line in TargetSpec(image_size=cached).describe() if line.startswith("images"))
+    assert "train at up to {}x{} (resizing by up to 1.2)".format(*trained) in line
+    assert line.endswith("evaluated at up to {}x{}".format(*evaluated))
 
 
 def test_a_spec_without_teacher_or_labels_has_no_such_arrays():

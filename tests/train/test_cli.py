@@ -15,7 +15,9 @@ from occfeat_targets.store import shard_file
 from occfeat_train.checkpoint import find_checkpoint
 from occfeat_train.config import Config
 from occfeat_train.dataset import KeyframeDataset
+from occfeat_train.presets import PRESETS
 from tests.train.runs import (
+    QUIET,
     TINY,
     assert_same_run,
     config_of,
@@ -146,7 +148,20 @@ def test_the_run_directory_is_named_after_what_it_is_by_default(cache, tmp_path,
     short = [*TINY, "--batch", "2", "--epochs", "0.1", "--no-tensorboard", "--no-progress", "--device", "cpu"]
     succeed("pretrain", *short, "--preset", "small/occfeat", "--lambda", "0.1")
     succeed("finetune", *short, "--task", "map", "--labels", "10")
-    assert sorted(os.listdir("runs")) == ["map-10", "small-occfeat-lambda-0.1"]
+    assert sorted(os.listdir("runs")) == ["map-10-scratch", "small-occfeat-lambda-0.1"]
+
+
+def test_each_arm_of_a_comparison_has_a_run_directory_of_its_own_by_default(cache, pretrained, tmp_path, monkeypatch):
+    """The paper's None, OccFeat and OccFeat-100, and one checkpoint of the latter."""
+    monkeypatch.chdir(tmp_path)
+    long = Path(shutil.copytree(pretrained, "occfeat-100ep"))
+    short = [*TINY, "--cache", cache, "--batch", "1", "--epochs", "0.2", "--no-tensorboard", *QUIET, "--labels", "1"]
+    for start in ([], ["--from", pretrained], ["--from", long], ["--from", long / "checkpoints" / "step-00000002"]):
+        succeed("finetune", *short, *start)
+    (tmp_path / "mine").write_text("b\n")
+    succeed("finetune", *short, "--scenes", "mine")
+    arms = ["from-occfeat-100ep", "from-occfeat-100ep-step-00000002", "from-run", "mine-scratch", "scratch"]
+    assert sorted(os.listdir("runs")) == [f"vehicles-1-{arm}" for arm in arms]
 
 
 def test_shortcuts_and_set_change_the_config_and_set_comes_last(cache, tmp_path):
@@ -206,6 +221,103 @@ def test_the_grid_s_frame_can_be_chosen(cache, pretrained, tmp_path):
     assert config_of(tmp_path / "run")["frame"] == "ego"
 
 
+def frames_of(run: Path, cache: Path) -> list[str]:
+    """The frame that an evaluation of a run uses."""
+    succeed(*evaluate(run, cache))
+    return json.loads((run / "evaluation" / "val.json").read_text())["frames"]
+
+
+def test_a_finetuning_and_its_evaluation_keep_the_pretrainings_frame(cache, tmp_path):
+    ego, run = tmp_path / "ego", tmp_path / "run"
+    succeed(*pretrain(cache, ego, "--set", "frame=ego", *steps(1)))
+    for more in ([], ["--preset", "small/map-10"]):
+        output = succeed(*finetune(cache, run, "--from", ego, *more, *steps(1)))
+        assert config_of(run)["frame"] == "ego"
+        assert "overrides" not in output
+        assert frames_of(run, cache) == ["ego"]
+        shutil.rmtree(run)
+    output = succeed(*finetune(cache, run, "--from", ego, "--set", "frame=cameras", *steps(1)))
+    assert f"frame=cameras overrides ego, with which the network of {ego / 'checkpoints'}" in output
+    assert frames_of(run, cache) == ["CAM_FRONT"]
+    output = succeed(*evaluate(run, cache, "--frame", "ego"))
+    assert "frame=ego overrides cameras, with which the network of" in output
+
+
+def test_a_run_keeps_the_frame_that_its_cache_chose_on_any_cache(cache, tmp_path):
+    """``auto`` is what it meant when the run began, not what it would mean on the cache at hand."""
+    write_caches(tmp_path, frames=("ego",))
+    run = tmp_path / "run"
+    succeed(*pretrain(tmp_path, run, *steps(1)))
+    assert config_of(run)["frame"] == "ego"
+    assert frames_of(run, cache) == ["ego"]
+    succeed(*pretrain(cache, tmp_path / "next", "--from", run, *steps(1)))
+    assert config_of(tmp_path / "next")["frame"] == "ego"
+
+
+def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cache, tmp_path):
+    start, run = tmp_path / "start", tmp_path / "run"
+    short = [
+        "--cache",
+        cache,
+        "--batch",
+        "1",
+        "--no-tensorboard",
+        *QUIET,
+        "--epochs",
+        "0.15",
+        "--from",
+        start,
+        "--out",
+        run,
+    ]
+    succeed(*pretrain(cache, start, "--set", "network.compat=simple-bev", *steps(1)))
+    for command in ("pretrain", "finetune"):
+        assert "overrides" not in succeed(command, *short)
+        network = config_of(run)["network"]
+        assert (network["compat"], network["image_size"], network["channels"]) == ("simple-bev", [32, 48], 8)
+        shutil.rmtree(run)
+    output = succeed("finetune", *short, "--set", "network.compat=none", "--set", "network.image_size=16x48")
+    assert "network.image_size=[16, 48] overrides [32, 48], with which" in output
+    assert "network.compat=none overrides simple-bev, with which" in output
+
+
+@pytest.mark.parametrize(
+    "options", [["--network", "lss"], ["--backbone", "resnet-50"], ["--set", "network.channels=12"]]
+)
+def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrained, tmp_path, options):
+    message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
+    assert "was trained with" in message and "its weights fit nothing else: leave that option or preset out" in message
+
+
+def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
+    write_caches(tmp_path, teacher="another one")
+    said = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
+    said += succeed(*pretrain(tmp_path, tmp_path / "run", "--from", pretrained, *steps(1)))
+    assert said.count("another teacher: the cache's features are {'name': 'another one', ") == 2
+    assert said.count("predicts {'name': 'made up', ") == 2
+    assert "another teacher" not in succeed(*evaluate(pretrained, cache, "--out", tmp_path / "out"))
+
+
+def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tmp_path):
+    out = tmp_path / "run"
+    large = ["--set", "network.image_size=48x64"]
+    message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
+    assert "has images of 40x60, network.image_size=48x64 needs up to 57x76 of them" in message
+    assert "build it with --image-size 57x86, or train with --set allow_upsampling=true" in message
+    resized = ["--set", "augment.resize=[1, 1.5]"]  # of 32x48
+    assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
+    output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
+    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
+
+
+def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pretrained, tmp_path):
+    write_caches(tmp_path / "plain", image_size=(32, 48))
+    succeed(*evaluate(pretrained, tmp_path / "plain", "--out", tmp_path / "out"))
+    write_caches(tmp_path / "less", image_size=(32, 47))
+    message = refuse(*evaluate(pretrained, tmp_path / "less", "--out", tmp_path / "out"))
+    assert "has images of 32x47, network.image_size=32x48 needs up to 32x48 of them" in message
+
+
 def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pretrained, tmp_path):
     results = []
     for more in (["--batch", "1", "--workers", "1"], ["--batch", "5", "--workers", "3"]):
@@ -229,6 +341,16 @@ def test_progress_is_shown_unless_told_not_to(cache, tmp_path):
     assert "1/1" in output and "samples/s, waiting for data" in output
     assert "waiting for data" not in succeed(*pretrain(cache, tmp_path / "quiet", *steps(1)))
     assert "sample/s" in succeed(*[a for a in evaluate(tmp_path / "run", cache) if a != "--no-progress"])
+
+
+def test_presets_that_need_a_larger_cache_than_the_default_say_so():
+    lines = succeed("config", "list").splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    needy = [line for line in lines if "--image-size" in line]
+    assert [line.split()[0] for line in needy] == [name for name in PRESETS if "448x800" in name]
+    assert all(line.endswith("a cache built with --image-size 540x960") for line in needy)
+    for name, size in (("table2/simplebev-enb0-448x800/occfeat", "540x960"), ("small/occfeat", "76x136")):
+        assert f"# needs a cache built with --image-size {size} or more" in succeed("config", "show", name)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -360,7 +482,7 @@ def test_a_damaged_chunk_met_on_the_way_stops_naming_it_and_the_run_continues_on
     cache, tmp_path, name
 ):
     broken, run = copy_of(cache, tmp_path / "cache"), tmp_path / "run"
-    dataset = KeyframeDataset(reader(broken), Config(), training=True)
+    dataset = KeyframeDataset(reader(broken), Config(allow_upsampling=True), training=True)
     keyframe = dataset.stream(6)[1]  # of step 3
     array = next(a for a in dataset.reader.cache.spec.arrays() if a.name == name)
     file = shard_file(broken / "train.zarr", array, keyframe // 2)

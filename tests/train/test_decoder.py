@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from occfeat_train.decoder import BasicBlock, BEVDecoder, UpAdd
+from occfeat_train.decoder import BasicBlock, BEVDecoder, ShortcutConv, UpAdd
 from occfeat_train.norms import InstanceNorm
 
 
@@ -140,3 +143,32 @@ def test_a_gradient_reaches_every_parameter():
             nn.init.ones_(module.bn2.weight)
     decoder(torch.randn(2, 8, 25, 37)).square().sum().backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in decoder.parameters())
+
+
+def test_a_decoder_of_few_channels_trains_at_200x200():
+    """In a process of its own: a fault here ends the process."""
+    code = """
+import torch
+from occfeat_train.decoder import BEVDecoder
+for channels in (6, 12, 16, 24, 30):
+    decoder = BEVDecoder(channels).to(memory_format=torch.channels_last)
+    x = torch.randn(1, channels, 200, 200).to(memory_format=torch.channels_last).requires_grad_()
+    decoder(x).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr}"
+
+
+@pytest.mark.parametrize("inside", [3, 12, 16])
+@pytest.mark.parametrize("side", [20, 21])
+def test_a_shortcuts_convolution_is_the_strided_one_whatever_its_channels(inside, side):
+    torch.manual_seed(0)
+    conv = ShortcutConv(inside, 2 * inside, 1, stride=2, bias=False).double()
+    x = torch.randn(2, inside, side, side, dtype=torch.float64, requires_grad=True)
+    ours, theirs = conv(x), functional.conv2d(x, conv.weight, stride=2)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    for found, expected in zip(
+        *(torch.autograd.grad(y, (x, conv.weight), weight) for y in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(found, expected)

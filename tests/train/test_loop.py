@@ -110,7 +110,7 @@ def poisoned(folder: Path, keyframe: int, name: str = "features") -> Path:
 
 def test_a_loss_that_is_no_number_stops_naming_the_samples_and_saves_nothing_after_it(tmp_path):
     cache, run = poisoned(tmp_path / "cache", 3), tmp_path / "run"
-    dataset = KeyframeDataset(reader(cache), Config(seed=1), training=True)
+    dataset = KeyframeDataset(reader(cache), Config(seed=1, allow_upsampling=True), training=True)
     order = [dataset.stream(i)[1] for i in range(12)]
     bad = order.index(3) // 2
     assert bad > 0, "choose a seed that leaves a step before it"

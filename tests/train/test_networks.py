@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
+from occfeat_targets.schema import CAMERAS
 from occfeat_targets.store import create_cache
 from occfeat_train.checkpoint import find_checkpoint
 from occfeat_train.cli import main
@@ -29,14 +30,14 @@ FIELDS = ["--set", "network.channels=8", "--set", "network.image_size=32x48"]
 def write_cache(path: Path, **changes: Any) -> Path:
     """4 keyframes of noise under a level rig of six cameras, 60 degrees apart and 1 m above the grid's origin."""
     cache = create_cache(
-        path / "train.zarr", small_spec(**changes), small_identity(4), keyframes_per_shard=2, provenance={}
-    )
+        path / "train.zarr", small_spec(image_size=(40, 60), **changes), small_identity(4), keyframes_per_shard=2, provenance={}
+    )  # fmt: skip
     angles = np.arange(6) * np.pi / 6
     turns = [rigid((np.cos(a), 0, np.sin(a), 0), (0, 1, 0)) @ inverse_rigid(GRID_FROM_CAMERA_AXES) for a in angles]
     for shard in range(cache.num_shards):
         arrays = random_arrays(cache, shard)
         arrays["cam_from_ego"][:] = turns
-        arrays["intrinsics"][:] = [[12, 0, 12], [0, 12, 8], [0, 0, 1]]
+        arrays["intrinsics"][:] = [[30, 0, 30], [0, 30, 20], [0, 0, 1]]
         arrays["grid_from_ego"][:] = np.eye(4)
         cache.write_shard(shard, arrays, {"skipped": {}, "cosine": None})
     return path
@@ -80,7 +81,8 @@ def test_it_pretrains_resumes_finetunes_and_is_evaluated(cache, tmp_path, networ
 def test_another_network_than_the_pretrained_is_refused(cache, tmp_path):
     run("pretrain", "--cache", cache, *SMALL, *FIELDS, "--out", tmp_path / "run")
     other = ["finetune", "--cache", cache, "--from", tmp_path / "run", *SMALL, "--out", tmp_path / "other"]
-    assert "does not fit this network" in run(*other, "--network", "lss", code=1)
+    message = run(*other, "--network", "lss", code=1)
+    assert "network.lifting=lss: the network of" in message and "was trained with simplebev" in message
 
 
 def test_a_run_is_named_after_the_network_that_was_asked_for(cache, tmp_path, monkeypatch):
@@ -117,7 +119,8 @@ def test_a_checkpoint_of_the_reference_is_evaluated_and_finetuned(tmp_path, name
     assert (about.config.network.lifting, about.config.network.compat) == (network, "simple-bev")
     assert about.initial.startswith("imported from model.pth")
 
-    cache = write_cache(tmp_path / "cache", grid=about.grid)
+    assert about.config.frame == "cameras"  # of which the reference draws one
+    cache = write_cache(tmp_path / "cache", grid=about.grid, frames=CAMERAS)
     run("evaluate", out, "--cache", cache, "--split", "train", "--no-progress")
     assert (out / "evaluation" / "train.json").is_file()
     tuned = ["finetune", "--cache", cache, "--from", out, *SMALL, "--set", "optim.epochs=0.5"]

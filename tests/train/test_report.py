@@ -1,9 +1,11 @@
 import base64
+import dataclasses
 import io
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,13 @@ from click.testing import CliRunner
 
 from occfeat_targets.grid import VoxelGrid
 from occfeat_train import figures
+from occfeat_train.checkpoint import About
 from occfeat_train.cli import main
+from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.outputs import evenly_spread
-from occfeat_train.report import curve, differences_from_paper, initial_weights
+from occfeat_train.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
+from occfeat_train.presets import PRESETS, preset
+from occfeat_train.report import curve, initial_weights
 from tests.targets.command_line import run as targets
 
 GRID = VoxelGrid((2, 12, 10), (-1, -6, -5), (1, 6, 5))
@@ -83,10 +89,22 @@ def section(page: str, heading: str) -> str:
 
 def test_the_page_says_in_red_what_is_not_real_and_lists_what_is_smaller(page):
     assert '<p class="simulated">SIMULATED: the data set is a synthetic city' in page
-    assert "images 32x48 instead of 224x400" in page
-    assert "8 channels instead of 128" in page
-    assert "grid 4x16x20" in page
-    assert "backbone from random weights" in page
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.split("<h2>")[0])]
+    found = {field: (runs, here, paper, row) for runs, field, here, paper, row in rows[1:] if row.endswith("/occfeat")}
+    row = "table1/simplebev-enb0/occfeat"
+    assert found["network.image_size"] == ("pre", "32x48", "224x400", row)
+    assert found["network.channels"] == ("pre", "8", "128", row)
+    assert found["network.weights"] == ("pre", "none", "default", row)
+    assert found["optim.batch"] == ("pre", "2", "16", row)
+    assert found["frame"] == ("pre", "ego", "cameras", row)
+    assert found["targets.grid.shape"] == ("pre", "4x16x20", "8x200x200", row)
+    assert found["targets.teacher.input_size"] == ("pre", "56x98", "224x392", row)
+    assert found["data.simulated"][1].startswith("the data set is a synthetic city")
+    assert found["data.split"] == ("pre", "mini_train", "train", row)
+    assert found["measured on: split"] == ("pre", "mini_val", "val", row)
+    fields = {(runs, field) for runs, field, *_ in rows[1:]}
+    assert ("vehicles", "labels") in fields
+    assert ("vehicles", "pretrain: network.channels") in fields and ("map", "pretrain: network.channels") in fields
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -225,13 +243,91 @@ def test_shown_keyframes_are_spread_over_the_split():
     assert evenly_spread(np.array([4, 9]), 5) == [4, 9]
 
 
-def test_what_the_paper_did_differs_in_nothing():
-    from occfeat_train.checkpoint import About, Checkpoint
-    from occfeat_train.presets import PRESETS
+def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> About:
+    """A run of a config on the paper's data."""
+    targets = {**TARGETS.to_dict(), "image_size": list(size)}
+    values = {"feature_dim": 384, "cache": "", "num_samples": 28_130, "initial": "", "targets": targets, "data": DATA}
+    return About(config, VoxelGrid(), **{**values, **changes})
 
-    for name, config in PRESETS.items():
-        about = About(config, VoxelGrid(), 384, "0" * 8, 28130, "backbone weights: default")
-        assert bool(differences_from_paper(Checkpoint(Path("step-1"), about))) == name.startswith("small/"), name
+
+def found_in(about: About) -> dict[str, tuple[str, str]]:
+    return {d.field: (d.here, d.paper) for d in differences(about)}
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_what_the_paper_did_differs_in_nothing(name):
+    assert bool(differences(about_of(preset(name), preset=name))) == name.startswith("small/")
+
+
+def test_a_row_that_options_lead_to_is_that_row():
+    base = preset("table1/simplebev-enb0/occfeat")
+    assert nearest_row(about_of(base.override(["loss.feat=0.1"]))) == "table4/lambda-0.1"
+    assert nearest_row(about_of(base.override(["network.backbone=resnet-50"]))) == "table1/simplebev-rn50/occfeat"
+    assert nearest_row(about_of(preset("table1/bevformer-enb0/map-10"))) == "table1/bevformer-enb0/map-10"
+    for name in ("table1/simplebev-enb0/occfeat", "table1/simplebev-enb0/occfeat-100ep"):
+        assert nearest_row(about_of(base.override(["optim.epochs=75"]), preset=name)) == name
+
+
+OTHER = {str: "other", bool: None, int: 7, float: 0.5}
+LITERAL = {
+    "task": None, "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
+    "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [name for name in Config().flat() if name != "task"])
+def test_a_difference_in_any_field_of_the_config_is_reported(field):
+    """Except in how a run is computed: also in a field that the next release adds."""
+    value = Config().flat()[field]
+    other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
+    config = Config().override([f"{field}={json.dumps(other)}"])
+    computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling")
+    assert list(found_in(about_of(config))) == ([] if field in computing else [field])
+
+
+def test_changes_of_every_kind_are_reported_with_both_values():
+    changes = ["optim.batch=2", "optim.lr=1e-5", "optim.optimizer=adamw", "loss.feat=5", "frame=ego"]
+    config = dataclasses.replace(Config().override(changes), augment=NO_AUGMENTATION)
+    found = found_in(about_of(config))
+    assert found["optim.batch"] == ("2", "16") and found["optim.lr"] == ("1e-05", "0.001")
+    assert found["optim.optimizer"] == ("adamw", "adam") and found["frame"] == ("ego", "cameras")
+    assert found["loss.feat"][0] == "5"
+    assert found["augment.resize"] == ("1, 1", "0.8, 1.2") and "augment.flip_bev" in found
+
+
+def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
+    teacher = {**TARGETS.to_dict()["teacher"], "name": "random:facebook/dinov2-small", "input_size": [112, 196]}
+    targets = {**TARGETS.to_dict(), "teacher": teacher, "num_sweeps": 5}
+    data = {**DATA, "version": "v1.0-mini", "keyframes": 323}
+    found = found_in(about_of(Config(), targets=targets, data=data))
+    assert found == {
+        "targets.teacher.name": ("random:facebook/dinov2-small", "dinov2-small"),
+        "targets.teacher.input_size": ("112x196", "224x392"),
+        "targets.num_sweeps": ("5", "1"),
+        "data.version": ("v1.0-mini", "v1.0-trainval"),
+        "data.keyframes": ("323", "28130"),
+    }
+    large = preset("table2/simplebev-enb0-448x800/occfeat")
+    assert found_in(about_of(large, size=(270, 480))) == {
+        "upsampling": ("from 270x480 to up to 537x960 pixels", "none")
+    }
+    local = {**TARGETS.to_dict(), "teacher": {**TARGETS.to_dict()["teacher"], "name": "/models/dinov2-small"}}
+    assert found_in(about_of(Config(), targets=local)) == {}
+    none = {**TARGETS.to_dict(), "teacher": None}  # finetuning reads no features
+    assert found_in(about_of(preset("table1/simplebev-enb0/map-1"), targets=none)) == {}
+    assert {d.field for d in evaluation_differences({"version": "v1.0-mini", "split": "mini_val", "keyframes": 81})} == {
+        "measured on: version", "measured on: split", "measured on: keyframes",
+    }  # fmt: skip
+
+
+def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
+    short = about_of(Config().override(["optim.epochs=1"]))
+    about = about_of(preset("table1/simplebev-enb0/vehicles-1"), parent=short)
+    assert About.from_dict(json.loads(json.dumps(about.to_dict()))).to_dict() == about.to_dict()
+    assert found_in(about) == {"pretrain: optim.epochs": ("1", "50")}
+    again = found_in(about_of(Config(), parent=about_of(Config())))
+    assert again == {"initial weights": ("a run of pretrain", "a pretraining, or the backbone's")}
 
 
 def test_pictures_in_the_page_are_whole(page):

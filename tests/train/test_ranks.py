@@ -1,0 +1,83 @@
+"""What several processes must agree on, shown by torchrun with two of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from occfeat_train.log import read_log
+from tests.train.runs import (
+    assert_same_run,
+    config_of,
+    evaluate,
+    finetune,
+    pretrain,
+    start_apart,
+    steps,
+    succeed,
+    write_caches,
+)
+
+# BatchNorm in training, with statistics that move far in a few steps: every rank sees samples of its own.
+STEPS = [*steps(3), "--validate", "val"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("ranks"))
+
+
+def run_pair(arguments: list[str], expected: int = 0) -> str:
+    """occfeat-train under torchrun with two processes; what it printed."""
+    with start_apart(arguments, processes=2) as process:
+        output = process.communicate(timeout=300)[0]
+    assert process.returncode == expected, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def pair(cache, tmp_path_factory) -> Path:
+    """A run of two processes, validated and saved after every step."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    run_pair(pretrain(cache, out, *STEPS, "--save-every", "1"))
+    return out
+
+
+def test_the_network_that_two_processes_validate_is_the_one_they_save(cache, pair, tmp_path):
+    succeed(*evaluate(pair, cache, "--out", tmp_path))
+    saved = json.loads((tmp_path / "val.json").read_text())
+    validated = next(r["validation"] for r in read_log(pair) if r["step"] == 2 and "validation" in r)
+    assert validated["samples"] == saved["samples"]
+    assert validated["cosine"] == pytest.approx(saved["cosine"], abs=1e-5)
+
+
+def test_two_processes_resume_to_the_same_bytes_whenever_they_save(cache, pair, tmp_path):
+    """BatchNorm's statistics are part of the run: neither a checkpoint nor a validation changes them."""
+    copy = Path(shutil.copytree(pair, tmp_path / "resumed"))
+    shutil.rmtree(copy / "checkpoints" / "step-00000003")
+    output = run_pair(pretrain(cache, copy, *STEPS))
+    assert "continuing at step 2 of 3" in output
+    assert_same_run(copy, pair)
+    whole = tmp_path / "whole"
+    run_pair(pretrain(cache, whole, *steps(3)))
+    assert_same_run(whole, pair)
+
+
+def test_two_processes_finetune_in_the_frame_of_the_pretraining(cache, tmp_path):
+    pretrained, run = tmp_path / "pretrained", tmp_path / "run"
+    succeed(*pretrain(cache, pretrained, *steps(1), "--set", "frame=ego"))
+    output = run_pair(finetune(cache, run, "--from", pretrained, *steps(1)))
+    assert "overrides" not in output
+    assert config_of(run)["frame"] == "ego"
+
+
+def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
+    """Neither waits for the other, and nothing is trained."""
+    run = tmp_path / "run"
+    output = run_pair(pretrain(cache, run, *steps(1), "--set", "network.image_size=48x80"), expected=1)
+    assert output.count("error: ") == 1, output
+    assert "images of 40x60, network.image_size=48x80 needs up to 57x96 of them" in output
+    assert not (run / "log.jsonl").exists()
