@@ -175,7 +175,8 @@ def build(
     if no_labels and labels is not None:
         raise click.UsageError("--labels and --no-labels contradict each other")
     started = time.monotonic()
-    click.echo(f"reading the tables of {dataroot} ...")
+    weights = "" if teacher == "none" else f" and the weights of {teacher}"
+    click.echo(f"reading the tables of {dataroot}{weights} ...")
     plan = make_plan(
         BuildOptions(
             dataroot=dataroot, cache=cache, split=split, version=version,

@@ -67,11 +67,12 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, ready to run. shards: those still to be built by this process or cluster."""
+    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun. shards: those still to be built by this process or cluster."""
 
     options: BuildOptions
     split: Split
     cache: Cache
+    teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
     shards: tuple[int, ...]
 
@@ -88,6 +89,7 @@ class Plan:
             shard=shard,
             keyframes=keyframes,
             maps=self._maps_near(keyframes),
+            teacher=self.teacher,
             on_error=self.options.on_error,
             device=self.options.device,
             keyframes_per_batch=self.options.keyframes_per_batch or default_batch(self.options.device),
@@ -169,7 +171,7 @@ def make_plan(options: BuildOptions) -> Plan:
         keyframes_per_shard=options.keyframes_per_shard,
         provenance=_provenance(options, split, maps, teacher),
     )
-    return Plan(options, split, cache, maps, _shards_to_build(cache, options))
+    return Plan(options, split, cache, teacher, maps, _shards_to_build(cache, options))
 
 
 def _labels(asked: tuple[str, ...] | None, split: Split) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from occfeat_targets.keyframe import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
 from occfeat_targets.labels import MapGeometry
 from occfeat_targets.nuscenes import Keyframe
-from occfeat_targets.schema import TargetSpec
+from occfeat_targets.schema import TargetSpec, TeacherSpec
 from occfeat_targets.store import open_cache
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class ShardTask:
     """What a worker is sent: one shard, its keyframes, and the part of the maps they can see.
 
-    keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
+    teacher: with the name under which it is found now. keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
     on_error: ``fail`` the shard on a bad keyframe, or ``skip`` it: recorded, masked in `is_valid`, all zeros.
     """
 
@@ -38,6 +38,7 @@ class ShardTask:
     shard: int
     keyframes: tuple[Keyframe, ...]
     maps: Mapping[str, MapGeometry]
+    teacher: TeacherSpec | None = None
     on_error: str = "fail"
     device: str = "auto"
     keyframes_per_batch: int = 1
@@ -85,7 +86,7 @@ def build_shard(task: ShardTask) -> ShardReport:
 
 def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dict[str, NDArray[Any]]:
     arrays = {a.name: np.zeros((len(task.keyframes), *a.shape), a.dtype) for a in spec.arrays()}
-    teacher = _teacher(task, spec)
+    teacher = _teacher(task)
     cosines = []
     for batch in _batches_ahead(task, spec, report):
         for i, targets in batch:
@@ -112,12 +113,12 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
     return arrays
 
 
-def _teacher(task: ShardTask, spec: TargetSpec) -> Any:
-    if spec.teacher is None:
+def _teacher(task: ShardTask) -> Any:
+    if task.teacher is None:
         return None
     from occfeat_targets.teacher import load_teacher
 
-    return load_teacher(spec.teacher, task.device, task.num_threads)
+    return load_teacher(task.teacher, task.device, task.num_threads)
 
 
 def _batches_ahead(
