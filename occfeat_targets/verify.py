@@ -134,7 +134,11 @@ def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps:
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
     for volume, frame in zip(volumes, _frames(spec, source), strict=True):
-        must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+        try:
+            must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+        except ValueError as err:
+            yield False, str(err)
+            return
         wrong += int((must & ~volume).sum() + (volume & ~may).sum())
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} of all wrong"
 
