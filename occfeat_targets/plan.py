@@ -67,19 +67,27 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun. shards: those still to be built by this process or cluster."""
+    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun.
+
+    rows: {shard: which of its keyframes are still to be built by this process or cluster}.
+    """
 
     options: BuildOptions
     split: Split
     cache: Cache
     teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
-    shards: tuple[int, ...]
+    rows: dict[int, tuple[int, ...]]
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Those to be built by this process or cluster."""
+        return tuple(self.rows)
 
     @property
     def num_keyframes(self) -> int:
         """Keyframes still to be built."""
-        return sum(len(self.cache.shard_range(shard)) for shard in self.shards)
+        return sum(len(rows) for rows in self.rows.values())
 
     def task(self, shard: int, *, num_threads: int | None) -> ShardTask:
         """The shard's task, with only the keyframes and the part of the maps it needs."""
@@ -88,6 +96,7 @@ class Plan:
             cache=self.cache.path.absolute(),
             shard=shard,
             keyframes=keyframes,
+            rows=self.rows[shard],
             maps=self._maps_near(keyframes),
             teacher=self.teacher,
             on_error=self.options.on_error,
@@ -171,7 +180,7 @@ def make_plan(options: BuildOptions) -> Plan:
         keyframes_per_shard=options.keyframes_per_shard,
         provenance=_provenance(options, split, maps, teacher),
     )
-    return Plan(options, split, cache, teacher, maps, _shards_to_build(cache, options))
+    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
 
 
 def _labels(asked: tuple[str, ...] | None, split: Split) -> tuple[str, ...]:
@@ -220,12 +229,21 @@ def _provenance(
     }
 
 
-def _shards_to_build(cache: Cache, options: BuildOptions) -> tuple[int, ...]:
-    finished = cache.finished_shards()
-    if options.retry_skipped:
-        finished = {shard: record for shard, record in finished.items() if not record["skipped"]}
+def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
+    """{shard: which of its keyframes are left to build}: all, or in a finished shard the skipped ones on --retry-skipped."""
     k, n = options.shard or (0, 1)
-    return tuple(shard for shard in range(k, cache.num_shards, n) if shard not in finished)
+    mine = range(k, cache.num_shards, n)
+    for shard in mine:
+        cache.settle_draft(shard)
+    finished = cache.finished_shards()
+    rows = {}
+    for shard in mine:
+        tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
+        if shard not in finished:
+            rows[shard] = tuple(range(len(tokens)))
+        elif options.retry_skipped and finished[shard]["skipped"]:
+            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in finished[shard]["skipped"])
+    return rows
 
 
 def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
