@@ -275,7 +275,8 @@ def _open_matching(wanted: Cache) -> Cache:
     if found.identity != wanted.identity:
         raise CacheError(
             f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
-            "point --dataroot at the data set it was built from, choose another --cache, or delete it to rebuild"
+            "point --dataroot at the data set it was built from, pass the --scenes it was begun with, choose another --cache, "
+            "or delete it to rebuild"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:
         raise CacheError(

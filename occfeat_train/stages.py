@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,9 @@ def run_training(
     for line in cache.warnings:
         say(line)
     scenes = None
+    usable = [scene for scene, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid]
     if config.task != "pretrain":
-        scenes = (
-            read_scenes(scenes_file, cache.identity.scenes)
-            if scenes_file
-            else label_scenes(cache.identity.scenes, config.labels)
-        )
+        scenes = read_scenes(scenes_file, usable) if scenes_file else label_scenes(usable, config.labels)
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
     held_out = None
     if place.validate is not None:
@@ -87,9 +84,12 @@ def run_training(
     if resume is None:
         say(load_initial(task, config, start))
     if scenes is not None:
-        say(f"labels: {len(scenes)} of {len(set(cache.identity.scenes))} scenes, listed in {place.out / 'scenes.txt'}")
+        without = list(dict.fromkeys(scene for scene in cache.identity.scenes if scene not in usable))
+        note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
+        say(f"labels: {len(scenes)} of {len(set(usable))} scenes, listed in {place.out / 'scenes.txt'}{note}")
         if process.is_main:
-            (place.out / "scenes.txt").write_text("".join(f"{name}\n" for name in scenes))
+            lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
+            (place.out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
     announce(task, about, dataset, place, process, resume, say)
     validate = None
     if held_out is not None:
@@ -161,14 +161,15 @@ def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
         )
 
 
-def read_scenes(file: Path, available: tuple[str, ...]) -> list[str]:
-    """Scene names from a file, one a line. Raises ValueError if one of them is not in the split."""
-    names = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
+def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
+    """Scene names from a file, one a line, comments after #. Raises ValueError if one of them is not available."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
+    names = list(dict.fromkeys(line for line in lines if line))
     known = set(available)
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise ValueError(
-            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split"
+            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
             + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
             + ": correct the list, or build a cache that has them"
         )

@@ -99,7 +99,9 @@ def test_bad_input_fails_by_name_and_can_be_skipped_on_the_record(name, broken_c
     assert "Traceback" not in message
     for part in (token, file, reason):
         assert part in message
-    if name not in ("missing camera", "NaN pose"):  # these are found in the tables, before a cache exists
+    if name in ("missing image", "missing camera", "NaN pose"):  # found when planning, before a cache exists
+        assert not cache.exists()
+    else:
         assert open_cache(cache / "mini_train.zarr").finished_shards().keys() == {0}
         assert "failed: shard 1" in run("status", "--cache", cache, "--split", "mini_train", check=False).stdout
     skipped = run(*arguments, "--on-error", "skip", check=False)
