@@ -115,14 +115,9 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @dataroot_option
 @cache_options
 @click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; found from the split by default.")
-@click.option(
-    "--grid",
-    "grid_shape",
-    type=Size("ZxHxW"),
-    default="8x200x200",
-    show_default=True,
-    help="Voxels up, forward, right.",
-)
+@click.option("--scenes", default=None, metavar="A,B,...", help="These scenes alone: names, or a file with one a line.")
+@click.option("--grid", "grid_shape", type=Size("ZxHxW"), default="8x200x200", show_default=True,
+              help="Voxels up, forward, right.")  # fmt: skip
 @click.option("--range", "grid_range", type=float, nargs=6, default=(-5, 5, -50, 50, -50, 50), show_default=True,
               metavar="U0 U1 F0 F1 R0 R1", help="Bounds [m] up, forward, right, about the grid's origin.")  # fmt: skip
 @click.option("--frames", type=click.Choice(["ego", "cameras", "both"]), default="ego", show_default=True,
@@ -158,7 +153,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--device", default="auto", show_default=True, help="Of the teacher: auto, cpu, cuda, cuda:1.")
 @reports_errors
 def build(
-    dataroot: Path, cache: Path, split: str, version: str | None, grid_shape: tuple[int, int, int],
+    dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, workers: int | None,
@@ -169,16 +164,19 @@ def build(
     from occfeat_targets.build import default_workers, run
     from occfeat_targets.plan import BuildOptions, make_plan
     from occfeat_targets.report import describe_outcome, describe_plan
+    from occfeat_targets.scenes import parse_scenes
 
     if sum(x is not None for x in (workers, scheduler, shard)) > 1:
         raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one")
     if no_labels and labels is not None:
         raise click.UsageError("--labels and --no-labels contradict each other")
     started = time.monotonic()
-    click.echo(f"reading the tables of {dataroot} ...")
+    weights = "" if teacher == "none" else f" and the weights of {teacher}"
+    click.echo(f"reading the tables of {dataroot}{weights} ...")
     plan = make_plan(
         BuildOptions(
             dataroot=dataroot, cache=cache, split=split, version=version,
+            scenes=None if scenes is None else parse_scenes(scenes),
             grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
             frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
             teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,

@@ -18,8 +18,9 @@ from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, 
 from occfeat_targets.images import load_image
 from occfeat_targets.labels import MapGeometry, draw_map, draw_vehicles
 from occfeat_targets.nuscenes import Keyframe
-from occfeat_targets.occupancy import read_sweep, voxelize
+from occfeat_targets.occupancy import voxelize
 from occfeat_targets.schema import EGO_FRAME, TargetSpec
+from occfeat_targets.sweeps import read_sweep
 
 Seconds = MutableMapping[str, float]
 

@@ -74,6 +74,7 @@ class Keyframe:
 class Split:
     """The keyframes of a split. missing_scenes: scenes the devkit counts to it that this data set has not.
 
+    left_out_scenes: those that are there and were not chosen.
     locations: map names. has_annotations: false for the test set. is_synthetic: made by 'occfeat-targets synth'.
     """
 
@@ -85,6 +86,7 @@ class Split:
     locations: tuple[str, ...]
     has_annotations: bool
     is_synthetic: bool
+    left_out_scenes: tuple[str, ...] = ()
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:

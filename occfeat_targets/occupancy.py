@@ -1,5 +1,5 @@
-"""LiDAR returns -> bit-packed occupancy (paper 3.2): the sweep's reader and the voxelizer. Stands between
-`nuscenes` (which names the files and composes the transforms) and `build` (which writes the cache).
+"""LiDAR returns -> bit-packed occupancy (paper 3.2). Stands between `sweeps`, which reads the returns, and `keyframe`,
+which puts them into the grids of all reference frames.
 
 A voxel is occupied if at least one return falls inside it. What is hot is numba, single-threaded, without the
 GIL: a build runs one keyframe per core.
@@ -7,7 +7,6 @@ GIL: a build runs one keyframe per core.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -18,85 +17,8 @@ from numpy.typing import NDArray
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.schema import EGO_BOX
 
-COLUMNS = 5  # x, y, z [m], intensity, ring: what a nuScenes .pcd.bin holds for every return
-
 MAX_VOXELS = 2**27  # what the kernel's 24-bit byte index reaches: 16 MiB of bits a volume
-
-# The firing order turns once around the sensor, so these overlapping quarter turns all hold returns unless the file
-# was cut. Axis-aligned ones alone would pass half a sweep: its ends overlap by a few degrees.
-SECTORS = ("x>0 y>0", "x<0 y>0", "x>0 y<0", "x<0 y<0", "x>|y|", "x<-|y|", "y>|x|", "y<-|x|")
-_ALL_SECTORS = (1 << len(SECTORS)) - 1
-_STEP = 61  # prime, so that a quick look at every 61st return meets all rings
 _BLOCK = 4096  # returns unpacked at a time: their coordinates and bits stay in the nearest caches
-
-
-@numba.njit(nogil=True, cache=True)
-def _all_finite(bits: NDArray[np.int32]) -> bool:
-    """float32 values as their bits: is none of them NaN or infinite? A maximum, because that vectorises."""
-    top = np.int32(0)
-    for i in range(bits.shape[0]):
-        top = np.int32(max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF))))
-    return bool(top < np.int32(0x7F800000))
-
-
-@numba.njit(nogil=True, cache=True)
-def _sectors_of(points: NDArray[np.float32], step: int) -> int:
-    """Bits, in SECTORS' order, of the sectors that every step-th return lies in; a border belongs to both sides.
-
-    Around the sensor lie the vehicle's own returns and the shots without one, which say nothing of where it looked.
-    """
-    mask = 0
-    for i in range(0, points.shape[0], step):
-        x, y = points[i, 0], points[i, 1]
-        if abs(x) < EGO_BOX and abs(y) < EGO_BOX:
-            continue
-        mask |= (x >= 0 and y >= 0) | ((x <= 0 and y >= 0) << 1)
-        mask |= ((x >= 0 and y <= 0) << 2) | ((x <= 0 and y <= 0) << 3)
-        mask |= ((x >= abs(y)) << 4) | ((x <= -abs(y)) << 5) | ((y >= abs(x)) << 6) | ((y <= -abs(x)) << 7)
-    return mask
-
-
-def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Reads a nuScenes LiDAR sweep: (n, 5) float32 rows of x, y, z [m], intensity, ring, in the sensor's frame.
-
-    Raises ValueError, naming the file and the remedy, if it is missing, empty, cut inside a return, holds a coordinate
-    that is no number, or was cut between two returns so far from the end that a quarter turn around the sensor
-    is without any (a later cut shows only in the file's checksum).
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            values = np.empty(size // 4 + 1, np.float32)  # one to spare for a size that is no multiple of 4
-            size = file.readinto(values.view(np.uint8).data[:size])
-    except FileNotFoundError as err:
-        raise ValueError(f"sweep {path} is missing: check the dataroot, or download its blob again") from err
-    except OSError as err:
-        raise ValueError(f"sweep {path} can't be read ({err.strerror}): check the dataroot's files and rights") from err
-    if size == 0 or size % (4 * COLUMNS):
-        seen = "is empty" if size == 0 else f"has {size} bytes, {size % (4 * COLUMNS)} past a whole return"
-        raise ValueError(
-            f"sweep {path} {seen}; expected a multiple of {4 * COLUMNS} bytes (float32 x, y, z, intensity, ring): "
-            "the copy was cut short, restore the file"
-        )
-    points = values[: size // 4].reshape(-1, COLUMNS)
-    if not _all_finite(values[: size // 4].view(np.int32)):
-        bad = np.flatnonzero(~np.isfinite(points[:, :3]).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"sweep {path}: {len(bad)} of {len(points)} returns have a NaN or infinite coordinate (first: return "
-                f"{bad[0]}, {points[bad[0], :3].tolist()}); expected finite metres: the file is damaged, restore it"
-            )
-    mask = _sectors_of(points, _STEP)
-    if mask != _ALL_SECTORS:  # an exact look, only where the quick one left a doubt
-        mask = _sectors_of(points, 1)
-    if mask != _ALL_SECTORS:
-        covered = [name for bit, name in enumerate(SECTORS) if mask >> bit & 1]
-        missing = [name for bit, name in enumerate(SECTORS) if not mask >> bit & 1]
-        raise ValueError(
-            f"sweep {path} ends early: its {len(points)} returns cover the quadrants [{', '.join(covered)}] around the "
-            f"sensor and not [{', '.join(missing)}]; expected returns in all: the copy was cut short, restore the file"
-        )
-    return points
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

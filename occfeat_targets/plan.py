@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from occfeat_targets.keyframe import grids_from_ego
 from occfeat_targets.labels import MapGeometry, map_window
 from occfeat_targets.nuscenes import DatasetError, Keyframe, Split, map_file, read_map, read_split
 from occfeat_targets.records import digest
+from occfeat_targets.scenes import choose_scenes, note_missing_files, require_no_problems
 from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec
 from occfeat_targets.shard import ShardTask
 from occfeat_targets.store import Cache, Identity, create_cache
@@ -38,13 +40,14 @@ _TEACHER_EFFICIENCY = 0.55  # of the matmul rate that the machine shows (BENCHMA
 class BuildOptions:
     """What the command line of 'occfeat-targets build' says. labels: None for whatever the data set has.
 
-    teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th shard from the k-th.
+    scenes: to build these alone. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th shard from the k-th.
     """
 
     dataroot: Path
     cache: Path
     split: str
     version: str | None = None
+    scenes: tuple[str, ...] | None = None
     grid: VoxelGrid = field(default_factory=VoxelGrid)
     frames: str = "ego"
     num_sweeps: int = 1
@@ -67,18 +70,32 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, ready to run. shards: those still to be built by this process or cluster."""
+    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun.
+
+    rows: {shard: which of its keyframes are still to be built by this process or cluster}.
+    """
 
     options: BuildOptions
     split: Split
     cache: Cache
+    teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
-    shards: tuple[int, ...]
+    rows: dict[int, tuple[int, ...]]
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Those to be built by this process or cluster."""
+        return tuple(self.rows)
 
     @property
     def num_keyframes(self) -> int:
         """Keyframes still to be built."""
-        return sum(len(self.cache.shard_range(shard)) for shard in self.shards)
+        return sum(len(rows) for rows in self.rows.values())
+
+    @property
+    def left_to_build(self) -> list[int]:
+        """Indices into the split's keyframes of those still to be built."""
+        return _indices(self.cache, self.rows)
 
     def task(self, shard: int, *, num_threads: int | None) -> ShardTask:
         """The shard's task, with only the keyframes and the part of the maps it needs."""
@@ -87,7 +104,9 @@ class Plan:
             cache=self.cache.path.absolute(),
             shard=shard,
             keyframes=keyframes,
+            rows=self.rows[shard],
             maps=self._maps_near(keyframes),
+            teacher=self.teacher,
             on_error=self.options.on_error,
             device=self.options.device,
             keyframes_per_batch=self.options.keyframes_per_batch or default_batch(self.options.device),
@@ -131,13 +150,8 @@ def make_plan(options: BuildOptions) -> Plan:
         num_sweeps=options.num_sweeps,
         with_boxes=options.labels is None or "vehicles" in options.labels,
     )
-    problems = [f"sample {k.token} of {k.scene}: {k.problem}" for k in split.keyframes if k.problem is not None]
-    if problems and options.on_error == "fail":
-        more = f"\n  ... and {len(problems) - 3} more" if len(problems) > 3 else ""
-        listed = "\n  ".join(problems[:3])
-        raise DatasetError(
-            f"{len(problems)} keyframes cannot be built (--on-error skip leaves them out):\n  {listed}{more}"
-        )
+    if options.scenes is not None:
+        split = choose_scenes(split, options.scenes)
     labels = _labels(options.labels, split)
     teacher = _teacher(options)
     spec = TargetSpec(
@@ -160,16 +174,25 @@ def make_plan(options: BuildOptions) -> Plan:
         tuple(k.timestamp_us for k in split.keyframes),
     )
     path = options.cache / f"{options.split}.zarr"
-    if not path.exists():
-        _check_disk(options.cache, spec, len(identity))
-    cache = create_cache(
+    create = partial(
+        create_cache,
         path,
         spec,
         identity,
         keyframes_per_shard=options.keyframes_per_shard,
         provenance=_provenance(options, split, maps, teacher),
     )
-    return Plan(options, split, cache, maps, _shards_to_build(cache, options))
+    left: Collection[int] = range(len(identity))  # files of finished shards may be gone by now
+    if path.exists():
+        cache = create()
+        left = _indices(cache, _rows_to_build(cache, options))
+    split = note_missing_files(split, left)
+    if options.on_error == "fail":
+        require_no_problems(split, left)
+    if not path.exists():  # only now: nothing is left behind that has other keyframes than the corrected command's
+        _check_disk(options.cache, spec, len(identity))
+        cache = create()
+    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
 
 
 def _labels(asked: tuple[str, ...] | None, split: Split) -> tuple[str, ...]:
@@ -213,17 +236,31 @@ def _provenance(
         "version": split.version,
         "dataroot": str(options.dataroot.absolute()),
         "missing_scenes": list(split.missing_scenes),
+        "left_out_scenes": list(split.left_out_scenes),
         "maps_sha256": {location: digest(map_file(split.dataroot, location)) for location in maps},
         "packages": {name: importlib.metadata.version(name) for name in names},
     }
 
 
-def _shards_to_build(cache: Cache, options: BuildOptions) -> tuple[int, ...]:
-    finished = cache.finished_shards()
-    if options.retry_skipped:
-        finished = {shard: record for shard, record in finished.items() if not record["skipped"]}
+def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
+    """{shard: which of its keyframes are left to build}: all, or in a finished shard the skipped ones on --retry-skipped."""
     k, n = options.shard or (0, 1)
-    return tuple(shard for shard in range(k, cache.num_shards, n) if shard not in finished)
+    mine = range(k, cache.num_shards, n)
+    for shard in mine:
+        cache.settle_draft(shard)
+    finished = cache.finished_shards()
+    rows = {}
+    for shard in mine:
+        tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
+        if shard not in finished:
+            rows[shard] = tuple(range(len(tokens)))
+        elif options.retry_skipped and finished[shard]["skipped"]:
+            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in finished[shard]["skipped"])
+    return rows
+
+
+def _indices(cache: Cache, rows: dict[int, tuple[int, ...]]) -> list[int]:
+    return [cache.shard_range(shard)[row] for shard, chosen in rows.items() for row in chosen]
 
 
 def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:

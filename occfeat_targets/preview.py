@@ -59,8 +59,8 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
     default. Raises ValueError if the data set is not there or lacks a keyframe.
     """
     from occfeat_targets.nuscenes import find_dataroot
-    from occfeat_targets.occupancy import read_sweep
     from occfeat_targets.reference import read_source
+    from occfeat_targets.sweeps import read_sweep
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():

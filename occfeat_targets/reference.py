@@ -140,14 +140,14 @@ def occupancy_bounds(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Two (Z, H, W) bool volumes in float64: voxels that must be occupied, and voxels that may be.
 
-    They differ only where a return lies within BORDER of a cell's border.
+    They differ only where a return lies within BORDER of a cell's border. Raises ValueError if a file is no sweep.
     """
     must, may = np.zeros((2, *grid.shape), np.bool_)
     lower = np.array(grid.lower[::-1])
     size = np.array(grid.cell_size[::-1])
     shape = np.array(grid.shape[::-1])
     for path, ego_from_sensor in zip(source.sweeps, source.ego_from_sensor, strict=True):
-        returns = np.fromfile(path, np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+        returns = _returns(path)
         own = (np.abs(returns[:, 0]) < ego_box) & (np.abs(returns[:, 1]) < ego_box)
         grid_from_sensor = frame_from_ego @ ego_from_sensor
         points = returns[~own] @ grid_from_sensor[:3, :3].T + grid_from_sensor[:3, 3]
@@ -160,6 +160,16 @@ def occupancy_bounds(
         for shift in shifts:
             _mark(may, np.floor((points + shift - lower) / size).astype(np.int64), shape)
     return must, may
+
+
+def _returns(path: Path) -> Matrix:
+    """(n, 3) coordinates [m] of a sweep, if a spinning LiDAR of 32 beams can have sent them."""
+    values = np.fromfile(path, "<f4").astype(np.float64)
+    rows = values[: len(values) // 5 * 5].reshape(-1, 5)
+    rings, distances = set(rows[:, 4].tolist()), np.linalg.norm(rows[:, :3], axis=1)
+    if len(rows) * 20 != path.stat().st_size or not rings <= set(range(32)) or not (distances < 200).all():
+        raise ValueError(f"{path} is no nuScenes sweep: ring {rows[0, 4]}, {distances[0]:.3g} m in its first return")
+    return rows[:, :3]
 
 
 def _mark(volume: NDArray[np.bool_], index: NDArray[np.int64], shape: NDArray[np.int64]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from occfeat_targets.build import Outcome
 from occfeat_targets.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.scenes import describe_problems
 from occfeat_targets.schema import LABEL_KINDS
 from occfeat_targets.store import Cache
 
@@ -25,6 +26,12 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
             f"  {len(missing)} of the split's {len(scenes) + len(missing)} scenes are not in this data set and are left out "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
+    if split.left_out_scenes:
+        there = len(scenes) + len(split.left_out_scenes)
+        lines.append(f"  --scenes: {len(scenes)} of the {there} scenes of the split in this data set")
+    problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
+    if problems is not None:
+        lines.append(f"  {problems} cannot be built and are skipped")
     if plan.options.labels is None:
         reasons = {
             "vehicles": f"{split.version} has no annotations",
@@ -115,11 +122,12 @@ def is_complete(cache: Cache) -> bool:
 def describe_info(cache: Cache) -> list[str]:
     """What a cache holds and where it came from."""
     spec, origin = cache.spec, cache.provenance
-    scenes = len(set(cache.identity.scenes))
+    scenes, left_out = len(set(cache.identity.scenes)), origin.get("left_out_scenes", [])
     lines = [
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
         *cache.warnings,
-        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}",
+        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}"
+        + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
         *spec.describe(),
         f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
     ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from occfeat_targets.grid import VoxelGrid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Simple-BEV's order; index into the camera axis of every array.
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
@@ -51,19 +51,29 @@ def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, in
     return height, width
 
 
+def check_format(version: int) -> None:
+    """Raises ValueError if a cache of this version is not for this library."""
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"this cache has format version {version}, this library writes and reads {FORMAT_VERSION}: "
+            "use the matching release of occfeat, or rebuild the cache"
+        )
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """The frozen image model of paper 3.3 and how it is fed.
 
-    name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture.
-    revision: hub commit, or a hash of the weights: which weights the name stood for.
+    name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture. Where the weights
+    were found, not which they are: specs are equal whatever their teachers' names.
+    digest: of the loaded weights.
     layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens), or ``pre-norm``, its input (as ScaLR).
     input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: what it computes in.
     mean, std: of RGB in [0, 1], as the model was trained (ImageNet's, unless its own processor says otherwise).
     """
 
-    name: str
-    revision: str
+    name: str = field(compare=False)
+    digest: str
     input_size: tuple[int, int]
     patch_size: int
     dim: int
@@ -145,11 +155,7 @@ class TargetSpec:
     def __post_init__(self) -> None:
         for name in ("frames", "cameras", "image_size", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"this cache has format version {self.format_version}, this library writes and reads {FORMAT_VERSION}: "
-                "use the matching release of occfeat, or rebuild the cache"
-            )
+        check_format(self.format_version)
         unknown = [f for f in self.frames if f != EGO_FRAME and f not in self.cameras]
         if unknown or not self.frames or len(set(self.frames)) != len(self.frames):
             raise ValueError(
@@ -174,6 +180,7 @@ class TargetSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TargetSpec:
         values = dict(data)
+        check_format(values["format_version"])
         values["grid"] = VoxelGrid.from_dict(values["grid"])
         if values["teacher"] is not None:
             values["teacher"] = TeacherSpec(**values["teacher"])
@@ -181,14 +188,23 @@ class TargetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over everything above."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """Sixteen hex digits over everything above but the teacher's name, which is not its identity."""
+        identity = self.to_dict()
+        if self.teacher is not None:
+            del identity["teacher"]["name"]
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: TargetSpec) -> list[str]:
         """One line a field in which two specs differ: ``field: mine != theirs``."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        lines = []
+        for name in (name for name in mine if getattr(self, name) != getattr(other, name)):
+            a, b = mine[name], theirs[name]
+            if isinstance(a, dict) and isinstance(b, dict):
+                a, b = ({key: d[key] for key in a if a[key] != b[key]} for d in (a, b))
+            lines.append(f"{name}: {a} != {b}")
+        return lines
 
     def describe(self) -> list[str]:
         """The spec in a few lines of text."""
@@ -204,7 +220,7 @@ class TargetSpec:
         else:
             (height, width), (h, w) = self.teacher.input_size, self.teacher.map_size
             lines.append(
-                f"teacher {self.teacher.name} ({self.teacher.revision}), {height}x{width} -> {h}x{w} tokens of "
+                f"teacher {self.teacher.name} ({self.teacher.digest}), {height}x{width} -> {h}x{w} tokens of "
                 f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
             )
         lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from occfeat_targets.keyframe import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
 from occfeat_targets.labels import MapGeometry
 from occfeat_targets.nuscenes import Keyframe
-from occfeat_targets.schema import TargetSpec
-from occfeat_targets.store import open_cache
+from occfeat_targets.schema import TargetSpec, TeacherSpec
+from occfeat_targets.store import Cache, open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,17 @@ logger = logging.getLogger(__name__)
 class ShardTask:
     """What a worker is sent: one shard, its keyframes, and the part of the maps they can see.
 
-    keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
+    rows: which of the keyframes to build; the others stay as the finished shard has them.
+    teacher: with the name under which it is found now. keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
     on_error: ``fail`` the shard on a bad keyframe, or ``skip`` it: recorded, masked in `is_valid`, all zeros.
     """
 
     cache: Path
     shard: int
     keyframes: tuple[Keyframe, ...]
+    rows: tuple[int, ...]
     maps: Mapping[str, MapGeometry]
+    teacher: TeacherSpec | None = None
     on_error: str = "fail"
     device: str = "auto"
     keyframes_per_batch: int = 1
@@ -47,6 +50,8 @@ class ShardTask:
 @dataclass
 class ShardReport:
     """What became of a task. error: why nothing was written, or None. skipped: {sample token: why}.
+
+    num_keyframes: how many were to be built.
 
     seconds: time by stage. ``wait`` is how long the teacher had to wait for the next keyframes; ``images``,
     ``occupancy`` and ``labels`` go on meanwhile, so ``total`` is less than the sum.
@@ -63,14 +68,15 @@ class ShardReport:
 
 def build_shard(task: ShardTask) -> ShardReport:
     """Build, write and record one shard. Never raises for bad input: the report says what was wrong."""
-    report = ShardReport(task.shard, len(task.keyframes))
+    report = ShardReport(task.shard, len(task.rows))
     cache = None
     try:
         with timed(report.seconds, "total"):
             cache = open_cache(task.cache)
             arrays = _shard_arrays(task, cache.spec, report)
             with timed(report.seconds, "write"):
-                cache.write_shard(task.shard, arrays, {"skipped": report.skipped, "cosine": report.cosine})
+                notes = {"skipped": report.skipped, "cosine": _cosine_of_all(task, cache, report)}
+                cache.write_shard(task.shard, arrays, notes)
     except (ValueError, OSError) as err:
         report.error = str(err)
     except Exception:  # a defect of ours, or of a library: the whole trace, and the build ends in order
@@ -84,8 +90,11 @@ def build_shard(task: ShardTask) -> ShardReport:
 
 
 def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dict[str, NDArray[Any]]:
-    arrays = {a.name: np.zeros((len(task.keyframes), *a.shape), a.dtype) for a in spec.arrays()}
-    teacher = _teacher(task, spec)
+    if len(task.rows) < len(task.keyframes):
+        arrays = open_cache(task.cache).read_shard(task.shard)
+    else:
+        arrays = {a.name: np.zeros((len(task.keyframes), *a.shape), a.dtype) for a in spec.arrays()}
+    teacher = _teacher(task)
     cosines = []
     for batch in _batches_ahead(task, spec, report):
         for i, targets in batch:
@@ -112,12 +121,23 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
     return arrays
 
 
-def _teacher(task: ShardTask, spec: TargetSpec) -> Any:
-    if spec.teacher is None:
+def _cosine_of_all(task: ShardTask, cache: Cache, report: ShardReport) -> tuple[float, float] | None:
+    """(mean, minimum) over the whole shard, of which this task may have built only some rows."""
+    kept = len(task.keyframes) - len(task.rows)
+    before = cache.finished_shards()[task.shard]["cosine"] if kept else None
+    if before is None or report.cosine is None:
+        return report.cosine or before
+    built = len(task.rows) - len(report.skipped)
+    mean = (kept * before[0] + built * report.cosine[0]) / (kept + built)
+    return mean, min(before[1], report.cosine[1])
+
+
+def _teacher(task: ShardTask) -> Any:
+    if task.teacher is None:
         return None
     from occfeat_targets.teacher import load_teacher
 
-    return load_teacher(spec.teacher, task.device, task.num_threads)
+    return load_teacher(task.teacher, task.device, task.num_threads)
 
 
 def _batches_ahead(
@@ -125,10 +145,10 @@ def _batches_ahead(
 ) -> Iterator[list[tuple[int, KeyframeTargets]]]:
     """Batches of (row in the shard, targets); the next batch is being read while the caller works on this one."""
     size = task.keyframes_per_batch
-    starts = range(0, len(task.keyframes), size)
+    starts = range(0, len(task.rows), size)
 
     def read(start: int) -> list[tuple[int, KeyframeTargets]]:
-        rows = range(start, min(start + size, len(task.keyframes)))
+        rows = task.rows[start : start + size]
         built = ((row, _build_or_skip(task.keyframes[row], task, spec, report)) for row in rows)
         return [(row, targets) for row, targets in built if targets is not None]
 

@@ -3,7 +3,8 @@
 One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into the same shards of K keyframes, and one
 task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
 when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
-the shard. Whatever else a killed build left behind is cleared when that shard is built again.
+the shard. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
+then whatever stood there stands. What a killed build left of a draft is moved or cleared by the next build.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from occfeat_targets.schema import ArraySpec, TargetSpec
 KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
+_WHOLE = "record.json"  # in a draft that only has to be moved
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ class Cache:
         return self._progress / f"{shard:05d}.json"
 
     def write_shard(self, shard: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> None:
-        """Write one shard of every array, flush it, and only then record it as done.
+        """Write one shard of every array, flush it, and only then put it in the place of what stood there.
 
         arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: kept in the record.
-        Raises CacheError when the disk is full or not writable; nothing is recorded then.
+        Raises CacheError when the disk is full or not writable; what stood there stays then, and so does its record.
         """
         keyframes = self.shard_range(shard)
         span = slice(keyframes.start, keyframes.stop)
@@ -108,18 +110,60 @@ class Cache:
             values = arrays[array.name]
             assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
         with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
-            self.clear_shard(shard)
+            draft = self._draft(shard)
+            shutil.rmtree(draft, ignore_errors=True)
             files = {}
-            for array in self.spec.arrays():
-                # An absent chunk must always mean "never written", also where a keyframe holds zeros.
-                with zarr.config.set({"array.write_empty_chunks": True}):
-                    writable = zarr.open_array(self.path / array.name, mode="r+")
-                writable[span] = arrays[array.name]
-                file = shard_file(self.path, array, shard)
-                files[str(file.relative_to(self.path))] = sync_and_digest(file)
-            record = {"shard": shard, "keyframes": [span.start, span.stop], "files": files, **notes}
-            write_record(self._record_path(shard), record)
+            try:
+                for array in self.spec.arrays():
+                    (draft / array.name).mkdir(parents=True)
+                    shutil.copy(self.path / array.name / "zarr.json", draft / array.name)
+                    # An absent chunk must always mean "never written", also where a keyframe holds zeros.
+                    with zarr.config.set({"array.write_empty_chunks": True}):
+                        writable = zarr.open_array(draft / array.name, mode="r+")
+                    writable[span] = arrays[array.name]
+                    file = shard_file(draft, array, shard)
+                    files[str(file.relative_to(draft))] = sync_and_digest(file)
+                record = {"shard": shard, "keyframes": [span.start, span.stop], "files": files, **notes}
+                write_record(draft / _WHOLE, record)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            self.settle_draft(shard)
+
+    def settle_draft(self, shard: int) -> None:
+        """Move a shard's draft into the arrays if it is whole, remove it if it is not; nothing happens without one.
+
+        Killed at any moment, it is whole or not as before, and the next call goes on. Only for who builds this shard.
+        """
+        draft = self._draft(shard)
+        if (draft / _WHOLE).is_file():
+            record = read_record(draft / _WHOLE)
+            # Without a record while files of two builds stand side by side: readers refuse such a shard.
+            self._record_path(shard).unlink(missing_ok=True)
+            for name in record["files"]:
+                if (draft / name).is_file():  # not yet moved
+                    (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                    (draft / name).replace(self.path / name)
+            (draft / _WHOLE).replace(self._record_path(shard))
             self._failed_path(shard).unlink(missing_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+
+    def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
+        """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not, or was changed."""
+        keyframes = self.shard_range(shard)
+        for name, sha256 in read_record(self._record_path(shard))["files"].items():
+            if not (self.path / name).is_file() or digest(self.path / name) != sha256:
+                raise CacheError(
+                    f"{self.path / name} is missing or was changed after it was written: delete "
+                    f"{self._record_path(shard)} and run the build again: it makes that shard anew"
+                )
+        return {
+            array.name: np.asarray(zarr.open_array(self.path / array.name, mode="r")[keyframes.start : keyframes.stop])
+            for array in self.spec.arrays()
+        }
+
+    def _draft(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.draft"
 
     def _failed_path(self, shard: int) -> Path:
         return self._progress / f"{shard:05d}.failed.json"
@@ -129,16 +173,10 @@ class Cache:
         with writing(f"the failure of shard {shard}"):
             write_record(self._failed_path(shard), {"shard": shard, "error": error})
 
-    def clear_shard(self, shard: int) -> None:
-        """Remove every trace of a shard, its record first, so that it is never recorded without its files."""
-        self._record_path(shard).unlink(missing_ok=True)
-        for array in self.spec.arrays():
-            chunk = self.path / array.name / "c" / str(shard)
-            if chunk.is_dir():
-                shutil.rmtree(chunk)
-            for file in chunk.parent.glob(f"{shard}.*.partial"):
-                file.unlink()
-            chunk.unlink(missing_ok=True)
+
+def is_draft(name: str) -> bool:
+    """Is this file, by its name relative to the cache, of a shard that is being written, or was when its build died?"""
+    return name.startswith(f"{PROGRESS}/") and ".draft/" in name
 
 
 def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
@@ -237,7 +275,8 @@ def _open_matching(wanted: Cache) -> Cache:
     if found.identity != wanted.identity:
         raise CacheError(
             f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
-            "point --dataroot at the data set it was built from, choose another --cache, or delete it to rebuild"
+            "point --dataroot at the data set it was built from, pass the --scenes it was begun with, choose another --cache, "
+            "or delete it to rebuild"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:
         raise CacheError(

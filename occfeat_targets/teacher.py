@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
+import pickle
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,11 @@ _BUDGET = (224, 400)  # student resolution of the paper; the teacher sees the la
 _DINOV2 = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24)}
 _DINOV3 = {"vits16": (384, 12, 6), "vitb16": (768, 12, 12), "vitl16": (1024, 24, 16)}
 
+_UNUSED = "mask_token"  # the one tensor of these models that no feature depends on
+_HEADS = re.compile(rf"(embeddings\.)?{_UNUSED}|(pooler|classifier|neck|heads?|\w+_head)\..*")  # may be left over
+# What decides features and shows in no tensor's name or shape.
+_ARCHITECTURE = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "rope_theta")
+
 
 class TeacherError(ValueError):
     """A teacher that cannot be had; the message says what to do."""
@@ -34,13 +41,16 @@ class TeacherError(ValueError):
 def teacher_spec(
     name: str, *, input_size: tuple[int, int] | None = None, layer: str = "post-norm", dtype: str = "auto"
 ) -> TeacherSpec:
-    """Work out what `name` stands for without loading its weights.
+    """Work out what `name` stands for; its weights are loaded once and dropped again, to take their digest.
 
     input_size: (height, width), exact patch multiples; by default the largest within 224x400 (224x392 for patch 14).
     dtype: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively.
-    Raises TeacherError if the model cannot be found, ValueError if the size does not fit the patches.
+    Raises TeacherError if the model cannot be found or its weights do not fill it, ValueError if the size does not fit
+    the patches.
     """
-    config, revision, processor = _config(name)
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())  # so that workers and `verify` find it from anywhere
+    config, processor = _config(name)
     patch = int(config.patch_size)
     if input_size is None:
         input_size = (_BUDGET[0] // patch * patch, _BUDGET[1] // patch * patch)
@@ -49,7 +59,8 @@ def teacher_spec(
     if dtype not in ("float32", "bfloat16"):
         raise TeacherError(f"teacher dtype {dtype!r}: float32, bfloat16 or auto expected")
     statistics = {k: tuple(processor[f"image_{k}"]) for k in ("mean", "std") if f"image_{k}" in processor}
-    return TeacherSpec(name, revision, input_size, patch, int(config.hidden_size), layer, dtype, **statistics)
+    spec = TeacherSpec(name, "", input_size, patch, int(config.hidden_size), layer, dtype, **statistics)
+    return replace(spec, digest=_random_digest(config) if spec.is_random else _digest(_model(name, config)))
 
 
 class Teacher:
@@ -57,15 +68,17 @@ class Teacher:
 
     def __init__(self, spec: TeacherSpec, device: str = "auto") -> None:
         """Raises TeacherError if the weights cannot be had, or are not those the spec names."""
-        config, revision, _ = _config(spec.name)
-        if revision != spec.revision:
+        config, _ = _config(spec.name)
+        model = _model(spec.name, config)
+        digest = _random_digest(config) if spec.is_random else _digest(model)
+        if digest != spec.digest:
             raise TeacherError(
-                f"teacher {spec.name} now has revision {revision}, the cache was begun with {spec.revision}: "
+                f"the weights of teacher {spec.name} have digest {digest}, the cache was begun with {spec.digest}: "
                 "restore those weights, or build another cache"
             )
         self.spec = spec
         self.device = torch.device(resolve_device(device))
-        self._model = _model(spec.name, config).to(self.device).eval().requires_grad_(False)
+        self._model = model.to(self.device).eval().requires_grad_(False)
         self._prefix = 1 + int(getattr(config, "num_register_tokens", 0) or 0)  # CLS and registers are no places
         self._pre_norm: torch.Tensor | None = None
         if spec.layer == "pre-norm":
@@ -155,10 +168,10 @@ def _has_fast_bfloat16() -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _config(name: str) -> tuple[Any, str, dict[str, Any]]:
-    """(config, revision, image processor settings) of a teacher name."""
+def _config(name: str) -> tuple[Any, dict[str, Any]]:
+    """(config, image processor settings) of a teacher name."""
     if name.startswith("random:"):
-        return _random_config(name.removeprefix("random:")), f"seed-{_RANDOM_SEED}", {}
+        return _random_config(name.removeprefix("random:")), {}
     from transformers import AutoConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -172,13 +185,16 @@ def _config(name: str) -> tuple[Any, str, dict[str, Any]]:
         processor = ImageProcessingMixin.get_image_processor_dict(name)[0]
     except OSError:
         processor = {}  # a folder of bare weights: ImageNet statistics, as every DINOv2 was trained with
-    if Path(name).is_dir():
-        return config, _digest_of_weights(Path(name)), processor
-    return config, str(getattr(config, "_commit_hash", None)), processor
+    return config, processor
 
 
 def _unavailable(name: str, err: Exception) -> str:
-    first_line = str(err).strip().splitlines()[0]
+    first_line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    if Path(name).exists():
+        return (
+            f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "
+            "and whole .safetensors or .bin weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+        )
     return (
         f"teacher {name} cannot be loaded ({first_line}). It is neither a local folder nor in the Hugging Face cache, and "
         f"the hub was not reached or refused: run 'hf download {name}' where there is internet and pass the folder or set "
@@ -209,25 +225,54 @@ def _random_config(name: str) -> Any:
 
 
 def _model(name: str, config: Any) -> Any:
+    """The model with all of its weights. Raises TeacherError if the file's tensors do not fill it exactly."""
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     if name.startswith("random:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)
             return AutoModel.from_config(config)
-    try:
-        return AutoModel.from_pretrained(name, config=config)
-    except (OSError, ValueError) as err:
+    try:  # mismatched sizes are let through to be named below
+        model, info = AutoModel.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
         raise TeacherError(_unavailable(name, err)) from err
+    # transformers makes up what is missing, at random and anew in every process.
+    shapes = [f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    faults = {
+        "missing": [key for key in info["missing_keys"] if not key.endswith(_UNUSED)],
+        "unexpected": [key for key in info["unexpected_keys"] if not _HEADS.fullmatch(key)],
+        "of another shape": shapes,
+    }
+    if any(faults.values()):
+        text = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in faults.items() if keys)
+        raise TeacherError(
+            f"the weights of teacher {name} are not those of a {config.model_type} as its config.json has it ({text}): "
+            "pass a folder in transformers' layout (from 'hf download' or save_pretrained), with its own config.json"
+        )
+    return model
 
 
-def _digest_of_weights(folder: Path) -> str:
-    """Sixteen hex digits over a local folder's weights and configuration."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
-    if not any(p.suffix in (".safetensors", ".bin") for p in files):
-        raise TeacherError(f"teacher folder {folder} holds no .safetensors or .bin weights: {os.listdir(folder)}")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+def _few(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _digest(model: Any) -> str:
+    """Sixteen hex digits over what features depend on: every tensor's name, type, shape and bytes, and the architecture.
+
+    Of the loaded tensors, so that neither the file's format, nor heads beside the model, nor where it lies count.
+    """
+    digest = hashlib.sha256(repr([getattr(model.config, key, None) for key in _ARCHITECTURE]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(_UNUSED):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _random_digest(config: Any) -> str:
+    """The same for seeded random weights: of the recipe, since their last bits differ between processors."""
+    recipe = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
+    return hashlib.sha256(f"seed {_RANDOM_SEED} {sorted(recipe.items())}".encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from occfeat_targets.records import digest, read_record
 from occfeat_targets.reference import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 from occfeat_targets.reference_labels import reference_map, reference_vehicles
 from occfeat_targets.schema import TargetSpec
-from occfeat_targets.store import CREATED, PROGRESS, Cache
+from occfeat_targets.store import CREATED, PROGRESS, Cache, is_draft
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; DCT-scaled decoding gives 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together leave 0.999
@@ -49,6 +49,7 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
         records.add(f"{PROGRESS}/{shard:05d}.json")
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
     there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
+    there = {name: size for name, size in there.items() if not is_draft(name)}  # the next build removes them
     unfinished = {str(shard) for shard in cache.pending_shards()}
     for name in sorted(set(expected) - set(there)):
         findings.problems.append(f"{cache.path / name} is missing")
@@ -134,7 +135,11 @@ def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps:
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
     for volume, frame in zip(volumes, _frames(spec, source), strict=True):
-        must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+        try:
+            must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+        except ValueError as err:
+            yield False, str(err)
+            return
         wrong += int((must & ~volume).sum() + (volume & ~may).sum())
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} of all wrong"
 

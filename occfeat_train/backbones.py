@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 
@@ -242,9 +243,13 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
             raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
     model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
     model, info = _local_first(
-        weights, functools.partial(model_class.from_pretrained, config=config, output_loading_info=True)
+        weights,
+        functools.partial(
+            model_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        ),
     )
-    absent = set(info["missing_keys"])  # transformers makes those up
+    # transformers makes up what is missing or of another shape.
+    absent = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
     state = {n.removeprefix("encoder."): v for n, v in model.state_dict().items() if n not in absent}
     revision = getattr(config, "_commit_hash", None)
     return state, weights if revision is None else f"{weights} (revision {revision[:12]})"
@@ -258,14 +263,17 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
         return load(weights, local_files_only=True)
     except pickle.UnpicklingError as err:
         raise ValueError(_refused(weights, err)) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, SafetensorError) as err:
         if Path(weights).is_dir():
-            raise ValueError(f"backbone weights in folder {weights} cannot be read ({_first_line(err)})") from err
+            raise ValueError(
+                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json and "
+                "whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            ) from err
     try:
         return load(weights)
     except pickle.UnpicklingError as err:
         raise ValueError(_refused(weights, err)) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, SafetensorError) as err:
         raise ValueError(
             f"backbone weights {weights} cannot be loaded ({_first_line(err)}). They are neither a local folder nor in "
             f"the Hugging Face cache, and the hub was not reached or refused: run 'hf download {weights}' where there "

@@ -174,7 +174,7 @@ def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -
 def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
     """Every (100 / percent)-th scene of the split, in its order, at least one (paper 4.1 leaves the choice open).
 
-    scenes: a split's scene names, one a keyframe.
+    scenes: scene names in the split's order, one a keyframe; those of valid keyframes, so that each has something to learn.
     """
     names = list(dict.fromkeys(scenes))
     count = max(round(len(names) * percent / 100), 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,12 @@ def run_training(
     if resume is None:
         say(prepare_together(lambda: load_initial(task, config, ready.start)))
     if scenes is not None:
-        say(f"labels: {len(scenes)} of {len(set(cache.identity.scenes))} scenes, listed in {place.out / 'scenes.txt'}")
+        without = list(dict.fromkeys(scene for scene in cache.identity.scenes if scene not in ready.usable))
+        note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
+        say(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {place.out / 'scenes.txt'}{note}")
         if process.is_main:
-            (place.out / "scenes.txt").write_text("".join(f"{name}\n" for name in scenes))
+            lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
+            (place.out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
     announce(task, about, dataset, place, process, resume, say)
     validate = None
     if held_out is not None:
@@ -79,12 +82,16 @@ def run_training(
 
 @dataclass(frozen=True)
 class Ready:
-    """What a training needs and every process opens for itself. start: whose weights it starts from."""
+    """What a training needs and every process opens for itself.
+
+    scenes: whose labels are used, None without labels. usable: all with a valid keyframe. start: whose weights it starts from.
+    """
 
     about: About
     dataset: KeyframeDataset
     held_out: KeyframeDataset | None
     scenes: list[str] | None
+    usable: list[str]
     start: Checkpoint | None
 
 
@@ -98,12 +105,11 @@ def prepare(
         say(line)
     config = replace(config, frame=resolve_frame(spec.frames, config.frame))
     scenes = None
+    usable = list(
+        dict.fromkeys(s for s, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid)
+    )
     if config.task != "pretrain":
-        scenes = (
-            read_scenes(scenes_file, cache.identity.scenes)
-            if scenes_file
-            else label_scenes(cache.identity.scenes, config.labels)
-        )
+        scenes = read_scenes(scenes_file, usable) if scenes_file else label_scenes(usable, config.labels)
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
     feature_dim = spec.teacher.dim if spec.teacher is not None else 0
     held_out = None
@@ -135,7 +141,7 @@ def prepare(
         },
         parent=None if start is None else start.about,
     )
-    return Ready(about, dataset, held_out, scenes, start)
+    return Ready(about, dataset, held_out, scenes, usable, start)
 
 
 def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
@@ -227,14 +233,15 @@ def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
         )
 
 
-def read_scenes(file: Path, available: tuple[str, ...]) -> list[str]:
-    """Scene names from a file, one a line. Raises ValueError if one of them is not in the split."""
-    names = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
+def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
+    """Scene names from a file, one a line, comments after #. Raises ValueError if one of them is not available."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
+    names = list(dict.fromkeys(line for line in lines if line))
     known = set(available)
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise ValueError(
-            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split"
+            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
             + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
             + ": correct the list, or build a cache that has them"
         )

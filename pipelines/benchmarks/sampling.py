@@ -27,7 +27,8 @@ CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "C
 def real_scene(dataroot: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(cam_from_grid, intrinsics, centres of the occupied voxels) of a split's first keyframe."""
     from occfeat_targets.nuscenes import read_split
-    from occfeat_targets.occupancy import read_sweep, voxelize
+    from occfeat_targets.occupancy import voxelize
+    from occfeat_targets.sweeps import read_sweep
 
     keyframe = read_split(dataroot, split, version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False).keyframes[0]
     grid, sweep = VoxelGrid(), keyframe.sweeps[0]

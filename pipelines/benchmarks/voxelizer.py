@@ -17,8 +17,9 @@ from threadpoolctl import threadpool_limits
 
 from occfeat_targets.geometry import GRID_FROM_EGO_AXES, Matrix, rigid
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.occupancy import read_sweep, voxelize
+from occfeat_targets.occupancy import voxelize
 from occfeat_targets.schema import EGO_BOX
+from occfeat_targets.sweeps import read_sweep
 
 
 def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from occfeat_targets.nuscenes import read_split
 from occfeat_targets.reader import CacheReader
 from occfeat_targets.schema import CAMERAS
 from occfeat_targets.store import open_cache
-from tests.targets.command_line import assert_same_bytes, build_arguments, run, table, tmpfs, write_table
+from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, table, tmpfs, write_table
 
 
 def victim(city: Path, channel: str) -> dict:
@@ -98,7 +99,9 @@ def test_bad_input_fails_by_name_and_can_be_skipped_on_the_record(name, broken_c
     assert "Traceback" not in message
     for part in (token, file, reason):
         assert part in message
-    if name not in ("missing camera", "NaN pose"):  # these are found in the tables, before a cache exists
+    if name in ("missing image", "missing camera", "NaN pose"):  # found when planning, before a cache exists
+        assert not cache.exists()
+    else:
         assert open_cache(cache / "mini_train.zarr").finished_shards().keys() == {0}
         assert "failed: shard 1" in run("status", "--cache", cache, "--split", "mini_train", check=False).stdout
     skipped = run(*arguments, "--on-error", "skip", check=False)
@@ -121,6 +124,40 @@ def test_a_repaired_file_is_built_with_retry_skipped(broken_city, city, tiny_tea
     run(*arguments, "--retry-skipped")
     assert CacheReader(cache / "mini_train.zarr").is_valid.all()
     run("status", "--cache", cache, "--split", "mini_train")
+
+
+def test_retrying_skipped_keyframes_loses_none_that_were_valid(broken_city, city, tiny_teacher, tmp_path):
+    """What was valid stays as it is, also where its files are gone by now, whether the retry fails or not."""
+    repaired = remove_image(broken_city)
+    cache = tmp_path / "cache"
+    arguments = build_arguments(broken_city, cache, tiny_teacher, "--workers", "0", "--shard-size", "5")
+    arguments += ["--feature-dtype", "int8"]
+    run(*arguments, "--on-error", "skip", check=False)
+    before = contents(cache)
+    record = open_cache(cache / "mini_train.zarr").finished_shards()[0]
+    for file in (broken_city / "samples" / "LIDAR_TOP").iterdir():
+        file.unlink()  # every keyframe's
+    for mode in ("fail", "skip"):
+        run(*arguments, "--retry-skipped", "--on-error", mode, check=False)
+        assert_same_bytes(cache, before)
+    for folder in ("LIDAR_TOP", "CAM_BACK"):
+        shutil.copytree(city / "samples" / folder, broken_city / "samples" / folder, dirs_exist_ok=True)
+    needed = broken_city / victim(broken_city, "CAM_FRONT")["filename"]
+    for file in set((broken_city / "samples" / "CAM_FRONT").iterdir()) - {needed}:
+        file.unlink()
+    assert (broken_city / repaired).exists()
+    output = run(*arguments, "--retry-skipped").stdout
+    assert "to build here: 1 shard, 1 keyframe" in output
+    after = contents(cache)
+    assert after["is_valid"].all()
+    others = np.arange(10) != 2
+    for name, values in after.items():
+        assert (values[others] == before[name][others]).all(), name
+    again = open_cache(cache / "mini_train.zarr").finished_shards()[0]
+    assert again["skipped"] == {}
+    assert again["cosine"][1] <= record["cosine"][1]
+    assert again["cosine"][0] == pytest.approx(record["cosine"][0], abs=1e-3)
+    assert run("verify", "--cache", cache, "--split", "mini_train", "--samples", "0").returncode == 0
 
 
 def test_a_dataroot_without_the_version_says_what_it_has(city, tiny_teacher, tmp_path):
@@ -155,12 +192,18 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_built(city, tiny
         assert not list(disk.iterdir())
 
 
+def unbuild(cache: Path, shard: int) -> None:
+    for name in open_cache(cache).finished_shards()[shard]["files"]:
+        (cache / name).unlink()
+    (cache / "progress" / f"{shard:05d}.json").unlink()
+
+
 def test_a_disk_that_fills_up_keeps_the_finished_shards(city, tiny_teacher, tmp_path, expected):
     with tmpfs(tmp_path / "disk", "size=12m") as disk:
         arguments = build_arguments(city, disk, tiny_teacher, "--workers", "0", "--frames", "both")
         run(*arguments)
         for shard in (1, 3):  # as if they had not been built yet, and something else had taken their room
-            open_cache(disk / "mini_train.zarr").clear_shard(shard)
+            unbuild(disk / "mini_train.zarr", shard)
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
         result = run(*arguments, check=False)

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occfeat_targets import teacher
 from occfeat_targets.store import open_cache
+from occfeat_targets.teacher import teacher_spec
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_apart, write_table
 
 
@@ -170,6 +172,29 @@ def test_teacher_batches_change_no_more_than_rounding(city, tiny_teacher, tmp_pa
         found["features"].astype(np.float32), expected["features"].astype(np.float32), rtol=1e-2, atol=1e-2
     )
     np.testing.assert_array_equal(found["occupancy"], expected["occupancy"])
+
+
+def test_a_build_goes_on_with_a_teacher_that_moved_and_not_with_another(city, tiny_teacher, tmp_path, expected):
+    first, moved, cache = tmp_path / "tiny", tmp_path / "elsewhere", tmp_path / "cache"
+    shutil.copytree(tiny_teacher, first)
+    run(*build_arguments(city, cache, str(first), "--shard", "0/2", "--frames", "both"))
+    first.rename(moved)
+    run(*build_arguments(city, cache, str(moved), "--shard", "1/2", "--frames", "both"))
+    assert_same_bytes(cache, expected)
+    begun_with = open_cache(cache / "mini_train.zarr").spec.teacher.digest
+    data = bytearray((moved / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(data)
+    other = teacher_spec(str(moved)).digest
+    refused = run(*build_arguments(city, cache, str(moved), "--frames", "both"), check=False)
+    assert refused.returncode == 1
+    assert f"'digest': '{begun_with}'" in refused.stderr
+    assert f"'digest': '{other}'" in refused.stderr
+    moved.rename(first)
+    teacher._load_once.cache_clear()  # this process still has the weights that the cache was begun with
+    verified = run("verify", "--cache", cache, "--split", "mini_train", "--samples", "1", check=False)
+    assert verified.returncode == 1
+    assert f"have digest {other}, the cache was begun with {begun_with}" in verified.stderr
 
 
 def test_contradicting_ways_to_run_are_refused(city, tmp_path):

@@ -1,4 +1,4 @@
-"""Reading a sweep and voxelizing it: closed forms, a float64 twin, and the real sweep straight from its JSON tables."""
+"""Voxelizing a sweep: closed forms, a float64 twin, and the real sweep straight from its JSON tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pyquaternion import Quaternion
 
 from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, rigid
 from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.occupancy import MAX_VOXELS, read_sweep, voxelize
+from occfeat_targets.occupancy import MAX_VOXELS, voxelize
+from occfeat_targets.sweeps import read_sweep
 
 GRID = VoxelGrid()
 ODD = VoxelGrid((3, 5, 7), (-0.9, -1.0, -2.1), (0.6, 1.5, 2.1))  # 105 voxels: not a whole number of bytes
@@ -145,89 +146,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         voxelize(points, pose, GRID, out=np.zeros(5, np.uint8))
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def turn(n: int = 4000) -> np.ndarray:
-    """A sweep in firing order: once around the sensor, at 10 m, 32 rings."""
-    angle = np.linspace(0, -2 * np.pi, n, endpoint=False)
-    return np.stack([10 * np.cos(angle), 10 * np.sin(angle), -np.ones(n), np.ones(n), np.arange(n) % 32], 1).astype(
-        np.float32
-    )
-
-
-def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
-    turn().tofile(tmp_path / "sweep.pcd.bin")
-    points = read_sweep(tmp_path / "sweep.pcd.bin")
-    assert points.dtype == np.float32
-    np.testing.assert_array_equal(points, turn())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"is empty; expected a multiple of 20 bytes.*restore the file"),
-        (
-            turn().tobytes()[:-7],
-            r"has 79993 bytes, 13 past a whole return; expected a multiple of 20.*restore the file",
-        ),
-        (turn().tobytes()[:-2], r"has 79998 bytes, 18 past a whole return"),
-    ],
-    ids=["empty", "cut inside a return", "cut inside a number"],
-)
-def test_a_cut_sweep_is_an_error_with_its_size(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "cut.pcd.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=r"sweep .*cut\.pcd\.bin " + message):
-        read_sweep(tmp_path / "cut.pcd.bin")
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_coordinate_that_is_no_number_is_an_error_with_its_place(tmp_path: Path, bad: float) -> None:
-    points = turn()
-    points[1234, 2] = bad
-    points.tofile(tmp_path / "bad.pcd.bin")
-    with pytest.raises(
-        ValueError, match=r"bad\.pcd\.bin: 1 of 4000 returns have a NaN or infinite.*return 1234.*restore"
-    ):
-        read_sweep(tmp_path / "bad.pcd.bin")
-
-
-def test_shots_without_a_return_around_the_sensor_do_not_hide_a_cut(tmp_path: Path) -> None:
-    nothing = turn() * np.array([0.02, 0.02, 0, 1, 1], np.float32)
-    np.concatenate([turn()[:1000], nothing]).tofile(tmp_path / "cut.pcd.bin")
-    with pytest.raises(ValueError, match="ends early"):
-        read_sweep(tmp_path / "cut.pcd.bin")
-
-
-def test_an_intensity_that_is_no_number_is_of_no_consequence(tmp_path: Path) -> None:
-    points = turn()
-    points[7, 3] = np.nan
-    points.tofile(tmp_path / "sweep.pcd.bin")
-    np.testing.assert_array_equal(read_sweep(tmp_path / "sweep.pcd.bin"), points)
-
-
-@pytest.mark.parametrize("part", [0.02, 0.2, 0.4, 0.5, 0.6])
-def test_a_sweep_cut_between_returns_is_an_error_with_the_quadrants_it_covers(tmp_path: Path, part: float) -> None:
-    turn()[: int(4000 * part)].tofile(tmp_path / "cut.pcd.bin")
-    with pytest.raises(
-        ValueError, match=r"cut\.pcd\.bin ends early: .* cover the quadrants \[.*x>0 y<0.*restore the file"
-    ):
-        read_sweep(tmp_path / "cut.pcd.bin")
-
-
-def test_a_return_in_every_quadrant_is_enough(tmp_path: Path) -> None:
-    points = cloud((5, 5, 0), (-5, 5, 0), (-5, -5, 0), (5, -5, 0))
-    points.tofile(tmp_path / "sparse.pcd.bin")
-    np.testing.assert_array_equal(read_sweep(tmp_path / "sparse.pcd.bin"), points)
-
-
-def test_a_missing_or_unreadable_sweep_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sweep .*none\.pcd\.bin is missing: check the dataroot"):
-        read_sweep(tmp_path / "none.pcd.bin")
-    with pytest.raises(ValueError, match=r"can't be read \(Is a directory\): check"):
-        read_sweep(tmp_path)
-
-
 # -- the real keyframe ------------------------------------------------------------------------------------------------
 
 
@@ -263,12 +181,3 @@ def test_the_real_sweeps_voxels_equal_a_float64_computation_from_the_tables_in_a
         assert may.sum() - must.sum() < 40
         assert (volume >= must).all()
         assert (volume <= may).all()
-
-
-@pytest.mark.parametrize("part", [0.1, 0.25, 0.5, 0.55])
-def test_the_real_sweep_cut_between_returns_is_an_error(real_sample: Path, tmp_path: Path, part: float) -> None:
-    (sweep,) = (real_sample / "samples" / "LIDAR_TOP").glob("*.pcd.bin")
-    points = read_sweep(sweep)
-    points[: int(part * len(points))].tofile(tmp_path / "cut.pcd.bin")
-    with pytest.raises(ValueError, match="ends early"):
-        read_sweep(tmp_path / "cut.pcd.bin")

@@ -22,7 +22,7 @@ def test_a_spec_survives_json_with_its_fingerprint():
         {"frames": ("CAM_FRONT",)},
         {"image_size": (448, 800)},
         {"teacher": None},
-        {"teacher": dataclasses.replace(TEACHER, revision="abd")},
+        {"teacher": dataclasses.replace(TEACHER, digest="abd")},
         {"teacher": dataclasses.replace(TEACHER, layer="pre-norm")},
         {"feature_dtype": "int8"},
         {"num_sweeps": 2},
@@ -38,6 +38,26 @@ def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
     assert changed.fingerprint != spec.fingerprint
     (difference,) = spec.differences(changed)
     assert difference.startswith(next(iter(change)))
+
+
+def test_the_teachers_name_is_no_part_of_the_fingerprint_and_its_digest_is():
+    spec = TargetSpec(teacher=TEACHER)
+    moved = dataclasses.replace(spec, teacher=dataclasses.replace(TEACHER, name="/models/d2"))
+    other = dataclasses.replace(spec, teacher=dataclasses.replace(TEACHER, name="/models/d2", digest="abd"))
+    assert moved.fingerprint == spec.fingerprint
+    assert moved == spec
+    (difference,) = spec.differences(other)
+    assert difference.startswith("teacher:")
+    for part in ("abc", "abd", "facebook/dinov2-small", "/models/d2"):
+        assert part in difference
+    assert "384" not in difference
+
+
+def test_a_cache_of_the_first_format_is_refused_with_the_remedy():
+    data = TargetSpec(teacher=TEACHER).to_dict()
+    data["teacher"]["revision"] = data["teacher"].pop("digest")
+    with pytest.raises(ValueError, match="format version 1.*rebuild the cache"):
+        TargetSpec.from_dict({**data, "format_version": 1})
 
 
 def test_bytes_of_the_papers_feature_maps_are_as_designed():
@@ -63,7 +83,7 @@ def test_teacher_input_that_is_no_patch_multiple_is_refused_with_the_nearest():
         {"dividers": "lane"},
         {"compat": "lss"},
         {"image_size": (4, 4)},
-        {"format_version": 2},
+        {"format_version": 1},
     ],
 )
 def test_a_spec_that_cannot_be_built_is_refused(bad):

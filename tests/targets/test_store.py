@@ -1,7 +1,10 @@
+import itertools
 import multiprocessing
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import zarr
 from occfeat_targets import store
 from occfeat_targets.records import CacheError, read_record, write_record
 from occfeat_targets.store import create_cache, open_cache
+from occfeat_targets.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 
 NOTES = {"skipped": {}, "cosine": None}
@@ -72,22 +76,85 @@ def test_keyframes_of_zeros_are_written_not_left_out(small_cache):
         assert store.shard_file(small_cache.path, array, 2).stat().st_size > 0
 
 
-def test_a_shard_without_its_record_is_pending_and_is_cleared_before_it_is_written_again(small_cache, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
+class Killed(BaseException):
+    """Raised by everything from some moment on: nothing is cleaned up either."""
 
-    monkeypatch.setattr(store, "write_record", die)
-    with pytest.raises(KeyboardInterrupt):
-        small_cache.write_shard(0, random_arrays(small_cache, 0, seed=1), NOTES)
-    monkeypatch.undo()
-    left = store.shard_file(small_cache.path, small_cache.spec.arrays()[0], 0)
-    assert left.is_file()
-    partial = left.with_name("0.0123abcd.partial")  # as zarr leaves behind when it is killed while writing
-    partial.write_bytes(b"half")
-    assert small_cache.pending_shards() == [0, 1, 2]
-    small_cache.write_shard(0, random_arrays(small_cache, 0), NOTES)
-    assert not partial.exists()
-    np.testing.assert_array_equal(contents(small_cache.path)["features"][:3], random_arrays(small_cache, 0)["features"])
+
+def stop_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the step-th operation on files fail; after a kill all later ones too. zarr's own threads are left alone."""
+    count = itertools.count(1)
+
+    def stopping(function):
+        def wrapped(*arguments, **options):
+            if threading.current_thread() is threading.main_thread():
+                number = next(count)
+                if number == step or (number > step and error is Killed):
+                    raise error(28, "No space left on device")
+            return function(*arguments, **options)
+
+        return wrapped
+
+    for owner, name in [
+        (Path, "mkdir"), (Path, "replace"), (Path, "unlink"), (zarr, "open_array"), (store.shutil, "copy"),
+        (store, "sync_and_digest"), (store, "write_record"), (store.shutil, "rmtree"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("error", [Killed, OSError])
+def test_a_rewritten_shard_is_wholly_the_old_or_the_new_one_wherever_the_writing_stops(tmp_path, monkeypatch, error):
+    spec = small_spec(teacher=None, labels=("vehicles",))
+    cache = create(tmp_path / "whole.zarr", spec=spec)
+    old, new = (random_arrays(cache, 1, seed) for seed in (0, 1))
+    for shard in range(cache.num_shards):
+        cache.write_shard(shard, random_arrays(cache, shard), NOTES)
+    seen = set()
+    for step in itertools.count(1):
+        path = Path(shutil.copytree(cache.path, tmp_path / f"{step}.zarr"))
+        stopped = open_cache(path)
+        with monkeypatch.context() as patch:
+            stop_at(step, error, patch)
+            try:
+                stopped.write_shard(1, new, NOTES)
+                break
+            except (Killed, CacheError):
+                pass
+        if 1 in stopped.finished_shards():  # what a reader may read is never a mixture
+            assert_holds_one_of(stopped, (old, new))
+        stopped.settle_draft(1)  # as the next build does
+        assert stopped.pending_shards() == []
+        seen.add(assert_holds_one_of(stopped, (old, new)))
+        assert verify_checksums(stopped, progress=False).problems == []
+        assert not list(path.rglob("*.draft"))
+    assert step > 30
+    assert seen == {0, 1}
+    assert assert_holds_one_of(stopped, (new,)) == 0
+
+
+def assert_holds_one_of(cache: store.Cache, versions: Sequence[dict[str, np.ndarray]]) -> int:
+    """Which of these is the shard 1."""
+    found = cache.read_shard(1)  # and its files have the digests of its record
+    (which,) = [i for i, v in enumerate(versions) if all((found[name] == v[name]).all() for name in found)]
+    return which
+
+
+def test_a_draft_in_the_making_is_no_part_of_the_cache(finished_cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(20, Killed, patch)
+        with pytest.raises(Killed):
+            finished_cache.write_shard(0, random_arrays(finished_cache, 0, seed=1), NOTES)
+    assert list(finished_cache.path.rglob("*.draft"))
+    assert verify_checksums(finished_cache, progress=False).problems == []
+    finished_cache.write_shard(0, random_arrays(finished_cache, 0, seed=2), NOTES)
+    assert not list(finished_cache.path.rglob("*.draft"))
+    np.testing.assert_array_equal(finished_cache.read_shard(0)["images"], random_arrays(finished_cache, 0, 2)["images"])
+
+
+def test_a_finished_shard_that_was_changed_is_not_read_back(finished_cache):
+    file = store.shard_file(finished_cache.path, finished_cache.spec.arrays()[4], 0)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CacheError, match=r"was changed after it was written: delete .*00000.json and run"):
+        finished_cache.read_shard(0)
 
 
 def test_another_fingerprint_is_refused_with_both_named(small_cache):

@@ -100,6 +100,20 @@ def test_targets_that_were_wrong_when_they_were_written_are_found(sound, tmp_pat
     assert "problems found" in result.stderr
 
 
+def test_a_sweep_of_another_layout_that_the_build_took_is_found(broken_city, tmp_path, monkeypatch):
+    for sweep in (broken_city / "samples" / "LIDAR_TOP").iterdir():
+        points = np.fromfile(sweep, np.float32).reshape(-1, 5)
+        points.astype(np.float64).tofile(sweep)
+    monkeypatch.setattr(
+        "occfeat_targets.keyframe.read_sweep", lambda path: np.fromfile(path, np.float32).reshape(-1, 5)
+    )
+    run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0"))
+    result = verify(tmp_path / "cache", samples=1)
+    assert result.returncode == 1
+    assert "is no nuScenes sweep" in result.stdout
+    assert "sound" not in result.stdout
+
+
 def test_a_data_set_that_moved_is_asked_for(sound, city, tmp_path):
     cache = Path(shutil.copytree(sound, tmp_path / "cache"))
     result = verify(cache, "--dataroot", str(tmp_path / "gone"), samples=1)

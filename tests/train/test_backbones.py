@@ -313,14 +313,25 @@ def test_another_width_or_layout_is_refused(tmp_path, efficientnet, resnet):
         load_backbone_weights(resnet, str(tmp_path / "deep"))
 
 
-def test_a_folder_that_lacks_a_tensor_is_refused(resnet_folder, resnet, tmp_path):
+@pytest.mark.parametrize("change", [None, (7, 7)], ids=["lacking", "of another shape"])
+def test_a_folder_that_lacks_a_tensor_or_has_another_shape_is_refused(resnet_folder, resnet, tmp_path, change):
     from safetensors.torch import load_file, save_file
 
     state = load_file(resnet_folder / "model.safetensors")
-    del state["encoder.stages.2.layers.5.layer.0.convolution.weight"]
+    name = "encoder.stages.2.layers.5.layer.0.convolution.weight"
+    del state[name]
+    if change is not None:
+        state[name] = torch.zeros(change)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((resnet_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"lack 1 of \d+ tensors: stages.2.layers.5.layer.0.convolution.weight"):
+        load_backbone_weights(resnet, str(tmp_path))
+
+
+def test_a_git_lfs_pointer_is_refused_with_the_remedy(resnet_folder, resnet, tmp_path):
+    (tmp_path / "config.json").write_text((resnet_folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="cannot be read .*no git-lfs pointers"):
         load_backbone_weights(resnet, str(tmp_path))
 
 

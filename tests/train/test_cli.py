@@ -134,6 +134,22 @@ def test_scenes_come_from_a_file_instead(cache, tmp_path):
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
+def test_label_scenes_are_drawn_among_those_with_valid_keyframes(tmp_path):
+    def skip(arrays):
+        arrays["is_valid"][:3] = False  # all of scene a
+
+    write_cache(tmp_path, "train", change=skip)
+    output = succeed(*finetune(tmp_path, tmp_path / "run", "--labels", "1", "--epochs", "0.5"))
+    listed = tmp_path / "run" / "scenes.txt"
+    assert listed.read_text() == "b\n# no valid keyframe: a\n"
+    assert f"labels: 1 of 2 scenes, listed in {listed}; 1 more have no valid keyframe: a" in output
+    again = succeed(*finetune(tmp_path, tmp_path / "again", "--scenes", listed, "--epochs", "0.5"))
+    assert "labels: 1 of 2 scenes" in again
+    (tmp_path / "mine").write_text("a\nb\n")
+    message = refuse(*finetune(tmp_path, tmp_path / "no", "--scenes", tmp_path / "mine"))
+    assert "1 of them not among the 2 of this split that have valid keyframes (a)" in message
+
+
 def test_by_default_training_is_on_train_and_evaluation_on_val(cache, pretrained, tmp_path):
     assert f"of {cache / 'val.zarr'}" in succeed(*evaluate(pretrained, cache, "--out", tmp_path))
     output = succeed(*evaluate(pretrained, cache, "--split", "train", "--out", tmp_path))
@@ -411,7 +427,10 @@ def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
     out, file = tmp_path / "run", tmp_path / "scenes"
     file.write_text("a\nx\ny\n")
     message = refuse(*finetune(cache, out, "--scenes", file), out=out)
-    assert "lists 3 scenes, 2 of them not among the 3 of this split (x, y): correct the list" in message
+    assert (
+        "lists 3 scenes, 2 of them not among the 3 of this split that have valid keyframes (x, y): correct the list"
+        in message
+    )
     file.write_text("\n")
     assert "lists 0 scenes" in refuse(*finetune(cache, out, "--scenes", file), out=out)
     assert "does not exist" in refuse(*finetune(cache, out, "--scenes", tmp_path / "absent"), out=out)
