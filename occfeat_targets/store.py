@@ -4,6 +4,9 @@ One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into t
 task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
 when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
 the shard. Whatever else a killed build left behind is cleared when that shard is built again.
+
+``progress/created.json`` holds the SHA-256 of every file of metadata, and each shard's record the SHA-256 of
+``created.json``: metadata that were edited, and a record of another cache or shard, do not fit together.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Cache:
     """An existing cache.
 
     provenance: what made it (versions, data set, whether anything is simulated); not part of the fingerprint.
+    metadata: SHA-256 of ``created.json``, and through it of all metadata; every shard's record repeats it.
     """
 
     path: Path
@@ -53,6 +57,7 @@ class Cache:
     identity: Identity
     keyframes_per_shard: int
     provenance: Mapping[str, Any]
+    metadata: str = ""
 
     def __len__(self) -> int:
         return len(self.identity)
@@ -77,8 +82,43 @@ class Cache:
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
     def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on a damaged record."""
-        return {int(p.stem): read_record(p) for p in sorted(self._progress.glob("[0-9]*.json")) if p.stem.isdigit()}
+        """{shard: its record}. Raises CacheError on a record that shard_record refuses, or if one of its files is lost."""
+        finished = {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+        lost = [
+            name for record in finished.values() for name in record["files"] if not os.path.exists(self.path / name)
+        ]
+        if lost:
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            raise CacheError(
+                f"{self.path} lost {len(lost)} files of finished shards ({shown}): restore them, or delete these shards' "
+                f"records in {self._progress} and run the build again; 'occfeat-targets verify' lists all"
+            )
+        return finished
+
+    def recorded_shards(self) -> list[int]:
+        """The shards that have a record, whatever it says."""
+        names = {p.name for p in self._progress.iterdir()}
+        return [shard for shard in range(self.num_shards) if self._record_path(shard).name in names]
+
+    def shard_record(self, shard: int) -> dict[str, Any]:
+        """What write_shard recorded. Raises CacheError if it is damaged, or was written for another shard or cache."""
+        file = self._record_path(shard)
+        record = read_record(file)
+        found = {**record, "files": sorted(record.get("files", ()))}
+        files = sorted(str(shard_file(Path(), array, shard)) for array in self.spec.arrays())
+        for name, expected in {**self._record_head(shard), "files": files}.items():
+            if found.get(name) != expected:
+                raise CacheError(
+                    f"{file} is not the record of this shard: its {name} is {found.get(name)}, {expected} expected. If all "
+                    "records are refused, the cache's metadata were edited: restore them. Otherwise delete this record and "
+                    "run the build again: it makes that shard anew"
+                )
+        return record
+
+    def _record_head(self, shard: int) -> dict[str, Any]:
+        """What binds a record to its shard and its cache."""
+        rows = self.shard_range(shard)
+        return {"shard": shard, "keyframes": [rows.start, rows.stop], "metadata": self.metadata}
 
     def failed_shards(self) -> dict[int, dict[str, Any]]:
         """{shard: why its last attempt failed}."""
@@ -117,8 +157,7 @@ class Cache:
                 writable[span] = arrays[array.name]
                 file = shard_file(self.path, array, shard)
                 files[str(file.relative_to(self.path))] = sync_and_digest(file)
-            record = {"shard": shard, "keyframes": [span.start, span.stop], "files": files, **notes}
-            write_record(self._record_path(shard), record)
+            write_record(self._record_path(shard), {**self._record_head(shard), "files": files, **notes})
             self._failed_path(shard).unlink(missing_ok=True)
 
     def _failed_path(self, shard: int) -> Path:
@@ -256,7 +295,8 @@ def open_cache(path: Path) -> Cache:
             f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
             + ": build it with 'occfeat-targets build', or correct --cache and --split"
         )  # fmt: skip
-    created = read_record(path / PROGRESS / f"{CREATED}.json")
+    record = path / PROGRESS / f"{CREATED}.json"
+    created = read_record(record)
     for name, sha256 in created["files"].items():
         if not (path / name).is_file() or digest(path / name) != sha256:
             raise CacheError(
@@ -269,5 +309,15 @@ def open_cache(path: Path) -> Cache:
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
         tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
     )
-    spec = TargetSpec.from_dict(about["spec"])
-    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"])
+    try:
+        spec = TargetSpec.from_dict(about["spec"])
+    except (KeyError, TypeError) as err:
+        raise CacheError(
+            f"{path} was not written by this release of occfeat ({err}): use the one that built it"
+        ) from err
+    if spec.fingerprint != about["fingerprint"]:
+        raise CacheError(
+            f"{path / 'zarr.json'} says fingerprint {about['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "
+            "restore it, or delete the cache and build it again"
+        )
+    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"], digest(record))
