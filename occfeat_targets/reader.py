@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.records import CacheError
 from occfeat_targets.schema import ArraySpec
-from occfeat_targets.store import Cache, open_cache, shard_file
+from occfeat_targets.store import Cache, open_cache, shard_file, shard_name
 
 Check = Literal["first", "always", "never"]
 _ABSENT = np.uint64(2**64 - 1)
@@ -111,7 +111,7 @@ class CacheReader:
                 data = file.read_bytes()
             except OSError as err:
                 raise self._damaged(file, rows.start, err.strerror or str(err)) from err
-            if hashlib.sha256(data).hexdigest() != record["files"][str(file.relative_to(self.cache.path))]:
+            if hashlib.sha256(data).hexdigest() != record["files"][shard_name(array, shard)]:
                 raise self._damaged(file, rows.start, "its SHA-256 is not the one in its shard's record")
             chunk = np.frombuffer(data[:-4], array.dtype)  # K keyframes, also in the last shard, and their CRC-32C
             whole[rows.start : rows.stop] = chunk.reshape(-1, *array.shape)[: len(rows)]

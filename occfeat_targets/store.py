@@ -85,7 +85,10 @@ class Cache:
         """{shard: its record}. Raises CacheError on a record that shard_record refuses, or if one of its files is lost."""
         finished = {shard: self.shard_record(shard) for shard in self.recorded_shards()}
         lost = [
-            name for record in finished.values() for name in record["files"] if not os.path.exists(self.path / name)
+            name
+            for record in finished.values()
+            for name in record["files"]
+            if not os.path.exists(f"{self.path}/{name}")
         ]
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -105,7 +108,7 @@ class Cache:
         file = self._record_path(shard)
         record = read_record(file)
         found = {**record, "files": sorted(record.get("files", ()))}
-        files = sorted(str(shard_file(Path(), array, shard)) for array in self.spec.arrays())
+        files = sorted(shard_name(array, shard) for array in self.spec.arrays())
         for name, expected in {**self._record_head(shard), "files": files}.items():
             if found.get(name) != expected:
                 raise CacheError(
@@ -155,8 +158,7 @@ class Cache:
                 with zarr.config.set({"array.write_empty_chunks": True}):
                     writable = zarr.open_array(self.path / array.name, mode="r+")
                 writable[span] = arrays[array.name]
-                file = shard_file(self.path, array, shard)
-                files[str(file.relative_to(self.path))] = sync_and_digest(file)
+                files[shard_name(array, shard)] = sync_and_digest(shard_file(self.path, array, shard))
             write_record(self._record_path(shard), {**self._record_head(shard), "files": files, **notes})
             self._failed_path(shard).unlink(missing_ok=True)
 
@@ -182,7 +184,12 @@ class Cache:
 
 def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
     """The one file that holds a shard of an array."""
-    return path / array.name / "c" / "/".join([str(shard)] + ["0"] * len(array.shape))
+    return path / shard_name(array, shard)
+
+
+def shard_name(array: ArraySpec, shard: int) -> str:
+    """The same within the cache, as records name it."""
+    return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
 
 
 def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
