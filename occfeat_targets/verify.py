@@ -59,9 +59,10 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
         expected.update(record["files"])
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
     there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
+    remedy = f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
     unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}
     for name in sorted(set(expected) - set(there)):
-        findings.problems.append(f"{cache.path / name} is missing")
+        findings.problems.append(f"{cache.path / name} is missing: restore it, or {remedy}")
     strangers = set(there) - set(expected) - records if len(sound) == len(recorded) else set()
     for name in sorted(strangers):
         if _shard_of(name) not in unfinished:
@@ -71,10 +72,7 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
     with ThreadPoolExecutor() as pool, bar:
         for name, sha256 in zip(names, pool.map(lambda n: digest(cache.path / n), names), strict=True):
             if sha256 != expected[name]:
-                findings.problems.append(
-                    f"{cache.path / name} was changed after it was written: delete the record of its shard in "
-                    f"{cache.path / PROGRESS} and run the build again"
-                )
+                findings.problems.append(f"{cache.path / name} was changed after it was written: {remedy}")
             bar.update(there[name])
     findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
     if not findings.problems:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zarr
 
@@ -194,10 +193,20 @@ def renew(path: Path) -> None:
     write_record(created, {"files": {name: digest(path / name) for name in read_record(created)["files"]}})
 
 
+@pytest.mark.parametrize("name", ["sample_token", "scene", "timestamp_us"])
+def test_a_cache_that_lost_who_its_keyframes_are_is_not_opened(finished_cache, name):
+    (finished_cache.path / name / "c" / "0").unlink()
+    with pytest.raises(CacheError, match=f"{name}/c/0 is missing or was changed"):
+        open_cache(finished_cache.path)
+
+
 @pytest.mark.parametrize("name", ["status", "info", "preview"])
 def test_every_command_refuses_a_cache_that_lost_files_of_finished_shards(finished_cache, tmp_path, name):
     shard_file(finished_cache.path, finished_cache.spec.arrays()[0], 1).unlink()
     found = command(name, finished_cache, *(["--out", str(tmp_path / "preview")] if name == "preview" else []))
     assert found.returncode == 1
     assert "lost 1 files of finished shards (is_valid/c/1): restore them" in found.stderr
-    assert np.array_equal(problems(finished_cache), [f"{finished_cache.path / 'is_valid/c/1'} is missing"])
+    (problem,) = problems(finished_cache)
+    assert (
+        f"{finished_cache.path / 'is_valid/c/1'} is missing: restore it, or delete the record of its shard" in problem
+    )
