@@ -169,6 +169,7 @@ def make_plan(options: BuildOptions) -> Plan:
         keyframes_per_shard=options.keyframes_per_shard,
         provenance=_provenance(options, split, maps, teacher),
     )
+    cache.require_files()
     return Plan(options, split, cache, maps, _shards_to_build(cache, options))
 
 

@@ -39,7 +39,7 @@ class CacheReader:
     def __init__(self, cache: Cache | Path, *, check: Check = "first", allow_incomplete: bool = False) -> None:
         """check: when to verify a large array's chunk against its CRC-32C.
 
-        Raises CacheError if finished shards lost files, or if shards are missing, unless allow_incomplete.
+        Raises CacheError on a record that is not its shard's, or if shards are missing, unless allow_incomplete.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self._check = check

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,20 @@ class Cache:
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
     def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on a record that shard_record refuses, or if one of its files is lost."""
-        finished = {shard: self.shard_record(shard) for shard in self.recorded_shards()}
-        lost = [
-            name
-            for record in finished.values()
-            for name in record["files"]
-            if not os.path.exists(f"{self.path}/{name}")
-        ]
+        """{shard: its record}. Raises CacheError on a record that shard_record refuses."""
+        return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+
+    def require_files(self, names: Collection[str] | None = None) -> None:
+        """Raises CacheError if finished shards lost files of these arrays, of any array by default."""
+        arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
+        files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
+        lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
             raise CacheError(
                 f"{self.path} lost {len(lost)} files of finished shards ({shown}): restore them, or delete these shards' "
                 f"records in {self._progress} and run the build again; 'occfeat-targets verify' lists all"
             )
-        return finished
 
     def recorded_shards(self) -> list[int]:
         """The shards that have a record, whatever it says."""

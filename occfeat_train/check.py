@@ -46,6 +46,7 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
 
     Raises CacheError if a chunk is damaged or lost, ValueError if every keyframe of the cache is masked, or a target is not finite.
     """
+    reader.cache.require_files()
     valid = np.flatnonzero(reader.is_valid)
     if not len(valid):
         raise ValueError(f"{reader.cache.path} has no valid keyframe: every one was skipped by the build")

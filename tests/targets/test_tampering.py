@@ -205,7 +205,8 @@ def test_every_command_refuses_a_cache_that_lost_files_of_finished_shards(finish
     shard_file(finished_cache.path, finished_cache.spec.arrays()[0], 1).unlink()
     found = command(name, finished_cache, *(["--out", str(tmp_path / "preview")] if name == "preview" else []))
     assert found.returncode == 1
-    assert "lost 1 files of finished shards (is_valid/c/1): restore them" in found.stderr
+    lost = "is_valid/c/1 is damaged" if name == "preview" else "lost 1 files of finished shards (is_valid/c/1): restore"
+    assert lost in found.stderr
     (problem,) = problems(finished_cache)
     assert (
         f"{finished_cache.path / 'is_valid/c/1'} is missing: restore it, or delete the record of its shard" in problem

@@ -70,11 +70,10 @@ def test_a_cache_that_lost_any_chunk_is_neither_ready_nor_trained_on(small, tmp_
     for array in open_cache(small / "train.zarr").spec.arrays():
         file = shard_file(small / "train.zarr", array, 1)
         file.rename(tmp_path / "aside")
-        for arguments in (
-            ["check", "--cache", small, "--split", "train"],
-            pretrain(small, tmp_path / "run", *steps(1)),
-        ):
-            assert f"lost 1 files of finished shards ({array.name}/c/1" in refuse(*arguments, out=tmp_path / "run")
+        message = refuse("check", "--cache", small, "--split", "train")
+        assert f"lost 1 files of finished shards ({array.name}/c/1" in message
+        if not array.name.startswith("labels/"):  # which pretraining never opens
+            assert f"{array.name}/c/1" in refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
         (tmp_path / "aside").rename(file)
     assert invoke("check", "--cache", small, "--split", "train").exit_code == 0
 
@@ -84,7 +83,7 @@ def test_a_cache_that_lost_most_of_its_mask_is_not_trained_on_with_what_is_left(
     for shard in range(1, cache.num_shards):
         shard_file(cache.path, cache.spec.arrays()[0], shard).unlink()
     message = refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
-    assert "lost 3 files of finished shards (is_valid/c/1, is_valid/c/2, is_valid/c/3): restore them" in message
+    assert "is_valid/c/1 is damaged at keyframe 2 (sample train-token2): No such file" in message
 
 
 @pytest.mark.parametrize("name", ["labels/vehicles", "labels/vehicles_valid", "labels/map"])
