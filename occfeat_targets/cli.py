@@ -222,6 +222,7 @@ def status(cache: Path, split: str) -> None:
 
     opened = _open(cache, split)
     click.echo("\n".join(describe_status(opened)))
+    opened.require_files()
     if not is_complete(opened):
         sys.exit(EXIT_INCOMPLETE)
 
@@ -236,6 +237,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 
     opened = _open(cache, split)
     click.echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
+    opened.require_files()
 
 
 @main.command()

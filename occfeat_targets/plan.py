@@ -185,6 +185,7 @@ def make_plan(options: BuildOptions) -> Plan:
     left: Collection[int] = range(len(identity))  # files of finished shards may be gone by now
     if path.exists():
         cache = create()
+        cache.require_files()
         left = _indices(cache, _rows_to_build(cache, options))
     split = note_missing_files(split, left)
     if options.on_error == "fail":

@@ -128,7 +128,7 @@ def frame_index(cache: Cache, frame: str | None) -> int:
 def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
     """(headline, reason) if a keyframe holds zeros; None if it holds targets."""
     cache = reader.cache
-    record = cache.finished_shards().get(keyframe // cache.keyframes_per_shard)
+    record = reader.records.get(keyframe // cache.keyframes_per_shard)
     if record is None:
         return "NOT BUILT YET", "Run the same 'occfeat-targets build' again: it continues."
     if reader.is_valid[keyframe]:

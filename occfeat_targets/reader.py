@@ -3,11 +3,13 @@
 zarr-python reads the same arrays and gives the same values. It takes about ten times as long for one keyframe of
 a sharded array (BENCHMARKS.md), because it goes through its event loop and codec pipeline; this reader knows that an uncompressed chunk
 is its array's bytes and a CRC-32C, finds it in the shard's index, and reads it into place. A chunk's checksum is checked
-when a reader first meets it: later epochs then read at the speed of a memory-mapped file.
+when a reader first meets it: later epochs then read at the speed of a memory-mapped file. A chunk that is not there is
+an error, where zarr-python reads zeros.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +17,12 @@ from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
-import zarr
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from occfeat_targets.records import CacheError
 from occfeat_targets.schema import ArraySpec
-from occfeat_targets.store import Cache, open_cache, shard_file
+from occfeat_targets.store import Cache, open_cache, shard_file, shard_name
 
 Check = Literal["first", "always", "never"]
 _ABSENT = np.uint64(2**64 - 1)
@@ -31,21 +32,26 @@ class CacheReader:
     """Random access to the keyframes of a cache.
 
     Cheap to open; holds no open files, so it can be forked and pickled. Small arrays (calibration, validity) are
-    loaded whole at the first use, shard indices when first met.
+    loaded whole at the first use and compared with the SHA-256 in their shard's record; shard indices are loaded when
+    first met. records: {shard: its record} of the shards that were finished when the reader was made; it reads no others.
     """
 
     def __init__(self, cache: Cache | Path, *, check: Check = "first", allow_incomplete: bool = False) -> None:
-        """check: when to verify a chunk's CRC-32C. Raises CacheError if shards are missing, unless allow_incomplete."""
+        """check: when to verify a large array's chunk against its CRC-32C.
+
+        Raises CacheError on a record that is not its shard's, or if shards are missing, unless allow_incomplete.
+        """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self._check = check
         self._arrays = {array.name: array for array in self.cache.spec.arrays()}
         self._is_checked = {name: np.zeros(len(self.cache), np.bool_) for name in self._arrays}
         self._loaded: dict[str, NDArray[Any]] = {}
         self._indices: dict[tuple[str, int], NDArray[np.uint64]] = {}
-        pending = self.cache.pending_shards()
+        self.records = self.cache.finished_shards()
+        pending = self.cache.num_shards - len(self.records)
         if pending and not allow_incomplete:
             raise CacheError(
-                f"{self.cache.path} is not finished: {len(pending)} of {self.cache.num_shards} shards are missing "
+                f"{self.cache.path} is not finished: {pending} of {self.cache.num_shards} shards are missing "
                 "('occfeat-targets status' lists them): run the build again, it continues"
             )
 
@@ -54,17 +60,22 @@ class CacheReader:
 
     @property
     def is_valid(self) -> NDArray[np.bool_]:
-        """(N,) false where a keyframe was skipped on an error."""
+        """(N,) false where a keyframe was skipped on an error, or is not built yet."""
         return self._whole("is_valid")
 
     def read(self, name: str, keyframe: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One keyframe of an array, shaped as its spec says; into `out` if given (C-contiguous, same shape and dtype).
 
-        Raises CacheError if the array is not in this cache or a chunk is damaged, naming keyframe and file,
-        IndexError if there is no such keyframe.
+        Raises CacheError if the array is not in this cache, the keyframe is not built yet, or a chunk is damaged, naming
+        keyframe and file; IndexError if there is no such keyframe.
         """
         if not 0 <= keyframe < len(self):
             raise IndexError(f"keyframe {keyframe} of a cache of {len(self)}")
+        if keyframe // self.cache.keyframes_per_shard not in self.records:
+            raise CacheError(
+                f"keyframe {keyframe} (sample {self.cache.identity.tokens[keyframe]}) of {self.cache.path} is not built "
+                "yet: run the build again, it continues"
+            )
         array = self._array(name)
         if out is None:
             out = np.empty(array.shape, array.dtype)
@@ -93,13 +104,19 @@ class CacheReader:
         if name in self._loaded:
             return self._loaded[name]
         array = self._array(name)
-        try:
-            self._loaded[name] = np.asarray(zarr.open_array(self.cache.path / array.name, mode="r")[:])
-        except (ValueError, OSError, RuntimeError) as err:
-            raise CacheError(
-                f"{self.cache.path / array.name} is damaged ({err}): 'occfeat-targets verify' finds where"
-            ) from err
-        return self._loaded[name]
+        whole = np.zeros((len(self), *array.shape), array.dtype)
+        for shard, record in self.records.items():
+            rows, file = self.cache.shard_range(shard), shard_file(self.cache.path, array, shard)
+            try:
+                data = file.read_bytes()
+            except OSError as err:
+                raise self._damaged(file, rows.start, err.strerror or str(err)) from err
+            if hashlib.sha256(data).hexdigest() != record["files"][shard_name(array, shard)]:
+                raise self._damaged(file, rows.start, "its SHA-256 is not the one in its shard's record")
+            chunk = np.frombuffer(data[:-4], array.dtype)  # K keyframes, also in the last shard, and their CRC-32C
+            whole[rows.start : rows.stop] = chunk.reshape(-1, *array.shape)[: len(rows)]
+        self._loaded[name] = whole
+        return whole
 
     def _read_chunk(self, array: ArraySpec, keyframe: int, out: NDArray[Any]) -> None:
         shard, row = divmod(keyframe, self.cache.keyframes_per_shard)

@@ -5,6 +5,9 @@ task writes one shard of every array, so that no two writers ever meet in a file
 when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
 the shard. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
 then whatever stood there stands. What a killed build left of a draft is moved or cleared by the next build.
+
+``progress/created.json`` holds the SHA-256 of every file of metadata, and each shard's record the SHA-256 of
+``created.json``: metadata that were edited, and a record of another cache or shard, do not fit together.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ class Cache:
     """An existing cache.
 
     provenance: what made it (versions, data set, whether anything is simulated); not part of the fingerprint.
+    metadata: SHA-256 of ``created.json``, and through it of all metadata; every shard's record repeats it.
     """
 
     path: Path
@@ -55,6 +59,7 @@ class Cache:
     identity: Identity
     keyframes_per_shard: int
     provenance: Mapping[str, Any]
+    metadata: str = ""
 
     def __len__(self) -> int:
         return len(self.identity)
@@ -79,8 +84,45 @@ class Cache:
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
     def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on a damaged record."""
-        return {int(p.stem): read_record(p) for p in sorted(self._progress.glob("[0-9]*.json")) if p.stem.isdigit()}
+        """{shard: its record}. Raises CacheError on a record that shard_record refuses."""
+        return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+
+    def require_files(self, names: Collection[str] | None = None) -> None:
+        """Raises CacheError if finished shards lost files of these arrays, of any array by default."""
+        arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
+        files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
+        lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
+        if lost:
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            raise CacheError(
+                f"{self.path} lost {len(lost)} files of finished shards ({shown}): restore them, or delete these shards' "
+                f"records in {self._progress} and run the build again; 'occfeat-targets verify' lists all"
+            )
+
+    def recorded_shards(self) -> list[int]:
+        """The shards that have a record, whatever it says."""
+        names = {p.name for p in self._progress.iterdir()}
+        return [shard for shard in range(self.num_shards) if self._record_path(shard).name in names]
+
+    def shard_record(self, shard: int) -> dict[str, Any]:
+        """What write_shard recorded. Raises CacheError if it is damaged, or was written for another shard or cache."""
+        file = self._record_path(shard)
+        record = read_record(file)
+        found = {**record, "files": sorted(record.get("files", ()))}
+        files = sorted(shard_name(array, shard) for array in self.spec.arrays())
+        for name, expected in {**self._record_head(shard), "files": files}.items():
+            if found.get(name) != expected:
+                raise CacheError(
+                    f"{file} is not the record of this shard: its {name} is {found.get(name)}, {expected} expected. If all "
+                    "records are refused, the cache's metadata were edited: restore them. Otherwise delete this record and "
+                    "run the build again: it makes that shard anew"
+                )
+        return record
+
+    def _record_head(self, shard: int) -> dict[str, Any]:
+        """What binds a record to its shard and its cache."""
+        rows = self.shard_range(shard)
+        return {"shard": shard, "keyframes": [rows.start, rows.stop], "metadata": self.metadata}
 
     def failed_shards(self) -> dict[int, dict[str, Any]]:
         """{shard: why its last attempt failed}."""
@@ -121,9 +163,8 @@ class Cache:
                     with zarr.config.set({"array.write_empty_chunks": True}):
                         writable = zarr.open_array(draft / array.name, mode="r+")
                     writable[span] = arrays[array.name]
-                    file = shard_file(draft, array, shard)
-                    files[str(file.relative_to(draft))] = sync_and_digest(file)
-                record = {"shard": shard, "keyframes": [span.start, span.stop], "files": files, **notes}
+                    files[shard_name(array, shard)] = sync_and_digest(shard_file(draft, array, shard))
+                record = {**self._record_head(shard), "files": files, **notes}
                 write_record(draft / _WHOLE, record)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -151,7 +192,7 @@ class Cache:
     def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
         """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not, or was changed."""
         keyframes = self.shard_range(shard)
-        for name, sha256 in read_record(self._record_path(shard))["files"].items():
+        for name, sha256 in self.shard_record(shard)["files"].items():
             if not (self.path / name).is_file() or digest(self.path / name) != sha256:
                 raise CacheError(
                     f"{self.path / name} is missing or was changed after it was written: delete "
@@ -181,7 +222,12 @@ def is_draft(name: str) -> bool:
 
 def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
     """The one file that holds a shard of an array."""
-    return path / array.name / "c" / "/".join([str(shard)] + ["0"] * len(array.shape))
+    return path / shard_name(array, shard)
+
+
+def shard_name(array: ArraySpec, shard: int) -> str:
+    """The same within the cache, as records name it."""
+    return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
 
 
 def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -295,7 +341,8 @@ def open_cache(path: Path) -> Cache:
             f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
             + ": build it with 'occfeat-targets build', or correct --cache and --split"
         )  # fmt: skip
-    created = read_record(path / PROGRESS / f"{CREATED}.json")
+    record = path / PROGRESS / f"{CREATED}.json"
+    created = read_record(record)
     for name, sha256 in created["files"].items():
         if not (path / name).is_file() or digest(path / name) != sha256:
             raise CacheError(
@@ -308,5 +355,15 @@ def open_cache(path: Path) -> Cache:
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
         tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
     )
-    spec = TargetSpec.from_dict(about["spec"])
-    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"])
+    try:
+        spec = TargetSpec.from_dict(about["spec"])
+    except (KeyError, TypeError) as err:
+        raise CacheError(
+            f"{path} was not written by this release of occfeat ({err}): use the one that built it"
+        ) from err
+    if spec.fingerprint != about["fingerprint"]:
+        raise CacheError(
+            f"{path / 'zarr.json'} says fingerprint {about['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "
+            "restore it, or delete the cache and build it again"
+        )
+    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"], digest(record))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from occfeat_targets.images import load_image_reference
 from occfeat_targets.labels import MapGeometry, map_classes, map_window
 from occfeat_targets.nuscenes import find_dataroot
 from occfeat_targets.reader import CacheReader
-from occfeat_targets.records import digest, read_record
+from occfeat_targets.records import CacheError, digest, read_record
 from occfeat_targets.reference import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 from occfeat_targets.reference_labels import reference_map, reference_vehicles
 from occfeat_targets.schema import TargetSpec
@@ -39,34 +40,51 @@ class Findings:
 
 
 def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
-    """Read every byte of the cache and compare it with what was recorded when it was written."""
+    """Read every byte of the cache and compare it with what was recorded when it was written.
+
+    While a record is refused, no file is said not to belong to the cache: what belongs to it is not known.
+    """
     findings = Findings()
     expected: dict[str, str] = dict(read_record(cache.path / PROGRESS / f"{CREATED}.json")["files"])
     records = {f"{PROGRESS}/{CREATED}.json"}
-    finished = cache.finished_shards()
-    for shard, record in finished.items():
-        expected.update(record["files"])
+    sound: dict[int, dict[str, Any]] = {}
+    recorded = cache.recorded_shards()
+    for shard in recorded:
         records.add(f"{PROGRESS}/{shard:05d}.json")
+        try:
+            sound[shard] = cache.shard_record(shard)
+        except CacheError as err:
+            findings.problems.append(str(err))
+    for record in sound.values():
+        expected.update(record["files"])
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
     there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
     there = {name: size for name, size in there.items() if not is_draft(name)}  # the next build removes them
-    unfinished = {str(shard) for shard in cache.pending_shards()}
+    remedy = f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
+    unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}
     for name in sorted(set(expected) - set(there)):
-        findings.problems.append(f"{cache.path / name} is missing")
-    for name in sorted(set(there) - set(expected) - records):
-        if not (unfinished and _shard_of(name) in unfinished):
+        findings.problems.append(f"{cache.path / name} is missing: restore it, or {remedy}")
+    strangers = set(there) - set(expected) - records if len(sound) == len(recorded) else set()
+    for name in sorted(strangers):
+        if _shard_of(name) not in unfinished:
             findings.problems.append(f"{cache.path / name} does not belong to the cache: remove it")
     names = sorted(set(expected) & set(there))
     bar = tqdm(total=sum(there[n] for n in names), unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
     with ThreadPoolExecutor() as pool, bar:
         for name, sha256 in zip(names, pool.map(lambda n: digest(cache.path / n), names), strict=True):
             if sha256 != expected[name]:
-                findings.problems.append(
-                    f"{cache.path / name} was changed after it was written: delete the record of its shard in "
-                    f"{cache.path / PROGRESS} and run the build again"
-                )
+                findings.problems.append(f"{cache.path / name} was changed after it was written: {remedy}")
             bar.update(there[name])
-    findings.notes.append(f"{len(names)} files of {len(finished)} shards read and compared with their SHA-256")
+    findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
+    if not findings.problems:
+        is_valid = CacheReader(cache, allow_incomplete=True).is_valid
+        for shard, record in sound.items():
+            masked = {cache.identity.tokens[i] for i in cache.shard_range(shard) if not is_valid[i]}
+            if masked != record["skipped"].keys():
+                findings.problems.append(
+                    f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, the masked samples "
+                    f"are {sorted(masked)}: delete this record and run the build again"
+                )
     return findings
 
 

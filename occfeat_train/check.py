@@ -42,17 +42,16 @@ class Readiness:
 
 
 def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readiness:
-    """Read random keyframes, everything pretraining needs, and sample their target features.
+    """Read random keyframes, every array of them, and sample their target features.
 
-    Raises CacheError if a chunk is damaged, ValueError if every keyframe of the cache is masked, or a target is not finite.
+    Raises CacheError if a chunk is damaged or lost, ValueError if every keyframe of the cache is masked, or a target is not finite.
     """
+    reader.cache.require_files()
     valid = np.flatnonzero(reader.is_valid)
     if not len(valid):
         raise ValueError(f"{reader.cache.path} has no valid keyframe: every one was skipped by the build")
     spec = reader.cache.spec
-    names = ["images", "intrinsics", "cam_from_ego", "grid_from_ego", "occupancy"]
-    if spec.teacher is not None:
-        names += ["features"] + ["feature_scale"] * (spec.feature_dtype == "int8")
+    names = [array.name for array in spec.arrays()]
     chosen = np.random.default_rng(seed).permutation(valid)[:num_keyframes]
     occupied, seen, views, reading, sampling = [], [], [], [], []
     for keyframe in [chosen[0], *chosen]:  # the first one twice: it pays for indices and compilation
@@ -80,14 +79,13 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
             seen.append(float((num_views > 0).mean()))
             views.append(float(num_views[num_views > 0].mean()))
         sampling.append(time.perf_counter() - start)
-    arrays_read = [array for array in spec.arrays() if array.name in names]
     return Readiness(
         num_keyframes=len(chosen),
         num_skipped=len(reader) - len(valid),
         occupied=float(np.mean(occupied[1:])),
         seen=float(np.mean(seen[1:])) if seen else 0.0,
         views=float(np.mean(views[1:])) if views else 0.0,
-        megabytes=sum(array.nbytes for array in arrays_read) / 1e6,
+        megabytes=sum(array.nbytes for array in spec.arrays()) / 1e6,
         read_seconds=float(np.mean(reading[1:])),
         target_seconds=float(np.mean(sampling[1:])),
     )

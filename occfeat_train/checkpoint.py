@@ -2,9 +2,11 @@
 
     RUN/config.json                 the resolved config, and what the run was given (cache, grid, initial weights)
     RUN/log.jsonl                   one record a step
-    RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt
+    RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt, checkpoint.json
 
 A checkpoint is written under another name, flushed and renamed, so it is whole or not there; the two newest are kept.
+Its record, checkpoint.json, is written last and holds its step and the SHA-256 of the other files. A file is compared with
+it before it is read. Nothing falls back to an older checkpoint by itself: the error names the one that is whole.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.records import CacheError, digest, read_record, sync_and_digest, write_record
 from occfeat_train.config import Config
 
 KEEP = 2
-WEIGHTS, ABOUT, STATE = "model.safetensors", "config.json", "trainer.pt"
+WEIGHTS, ABOUT, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt", "checkpoint.json"
 
 
 class CheckpointError(ValueError):
@@ -84,45 +87,84 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(self.path.name.removeprefix("step-"))
+        return int(_read_record(self.path)["step"])
 
     def weights(self) -> dict[str, Tensor]:
-        """{name: tensor} on the CPU. Raises CheckpointError if the file is damaged."""
+        """{name: tensor} on the CPU. Raises CheckpointError if a byte of the file changed."""
+        file = _sound_file(self.path, WEIGHTS)
         try:
-            return load_file(self.path / WEIGHTS)
+            return load_file(file)
         except (SafetensorError, OSError) as err:
-            raise CheckpointError(
-                f"{self.path / WEIGHTS} is damaged ({err}): use another checkpoint of that run"
-            ) from err
+            raise CheckpointError(f"{file} is damaged ({err}): {_advice(self.path)}") from err
 
     def trainer_state(self) -> dict[str, Any]:
-        """Optimiser and schedule. Loaded without running any code that a file might hold."""
-        file = self.path / STATE
+        """Optimiser and schedule. Raises CheckpointError if a byte of the file changed; runs no code that it might hold."""
+        file = _sound_file(self.path, STATE)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error
                 return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
             raise CheckpointError(
-                f"{file} holds no trainer state that can be loaded safely ({_first_line(err)}): delete that checkpoint to resume "
-                "from the one before, or start a new run with --from"
+                f"{file} holds no trainer state that can be loaded safely ({_first_line(err)}): {_advice(self.path)}"
             ) from err
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """A checkpoint's record. Raises CheckpointError if it is lost, damaged, or of another step than its folder's name."""
+    try:
+        record = read_record(folder / RECORD)
+    except CacheError:
+        raise CheckpointError(f"{folder / RECORD} is missing or damaged: {_advice(folder)}") from None
+    if folder.name.startswith("step-") and folder.name != _folder_name(record["step"]):
+        raise CheckpointError(f"{folder} holds step {record['step']}: rename it to {_folder_name(record['step'])}")
+    return record
+
+
+def _sound_file(folder: Path, name: str) -> Path:
+    """A file of a checkpoint. Raises CheckpointError if it is lost or a byte of it changed."""
+    expected, file = _read_record(folder)["files"][name], folder / name
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: {_advice(folder)}")
+    if digest(file) != expected:
+        raise CheckpointError(f"{file} is damaged, its SHA-256 is not the one in {RECORD}: {_advice(folder)}")
+    return file
+
+
+def _advice(folder: Path) -> str:
+    """What to do about a checkpoint that is damaged: which older one of its run is whole."""
+    for older in [p for p in _steps(folder.parent.parent)[::-1] if p.name < folder.name]:
+        try:
+            for name in (WEIGHTS, ABOUT, STATE):
+                _sound_file(older, name)
+        except CheckpointError:
+            continue
+        return f"{older} is whole; name that one, or delete {folder} to continue from it"
+    return "no older checkpoint of its run is whole; start a new run"
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def save_checkpoint(
     run: Path, step: int, about: About, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write RUN/checkpoints/step-N, atomically, and drop all but the newest ones. Raises OSError on a full disk."""
+    """Write RUN/checkpoints/step-N, atomically, and drop all but the newest ones.
+
+    Raises CheckpointError on weights that are not finite, and OSError on a full disk; earlier checkpoints stay.
+    """
     folder = run / "checkpoints"
-    final = folder / f"step-{step:08d}"
+    final = folder / _folder_name(step)
+    require_finite(weights, f"the weights after step {step} are not saved", "the run diverged: lower the learning rate")
     draft = folder / f".{final.name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, draft / WEIGHTS)
     (draft / ABOUT).write_text(json.dumps(about.to_dict(), indent=1))
     torch.save(dict(state), draft / STATE)
-    for file in draft.iterdir():
-        _flush(file)
+    files = {name: sync_and_digest(draft / name) for name in (WEIGHTS, ABOUT, STATE)}
+    write_record(draft / RECORD, {"step": step, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     _flush(folder)
@@ -134,24 +176,24 @@ def save_checkpoint(
 def find_checkpoint(path: Path) -> Checkpoint:
     """The newest checkpoint of a run directory, or the checkpoint directory itself.
 
-    Raises CheckpointError if there is none, saying what was found instead.
+    Raises CheckpointError if there is none, saying what was found instead, or if its record or config are damaged.
     """
     path = Path(path)
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {ABOUT})"
         )
-    folders = [path] if (path / WEIGHTS).is_file() else _steps(path)[::-1]
+    is_checkpoint = (path / RECORD).is_file() or (path / WEIGHTS).is_file()
+    folders = [path] if is_checkpoint else _steps(path)[::-1]
     if not folders:
         raise CheckpointError(
             f"no checkpoint in {path}: a directory that occfeat-train pretrain or finetune made is expected"
         )
+    file = _sound_file(folders[0], ABOUT)
     try:
-        about = About.from_dict(json.loads((folders[0] / ABOUT).read_text()))
+        about = About.from_dict(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(
-            f"{folders[0] / ABOUT} can't be used ({_first_line(err)}): use another checkpoint"
-        ) from err
+        raise CheckpointError(f"{file} can't be used ({_first_line(err)}): use another checkpoint") from err
     return Checkpoint(folders[0], about)
 
 
@@ -163,7 +205,8 @@ def latest_checkpoint(run: Path) -> Checkpoint | None:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, only: str = "") -> None:
     """Load weights into a module, every one of them, exactly.
 
-    only: a prefix; what doesn't start with it (another head) is left out. Raises CheckpointError naming what differs.
+    only: a prefix; what doesn't start with it (another head) is left out. Raises CheckpointError naming what differs, or
+    what is not finite.
     """
     wanted = {name: t for name, t in module.state_dict().items() if name.startswith(only)}
     found = {name: t for name, t in weights.items() if name.startswith(only)}
@@ -179,7 +222,16 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
         raise CheckpointError(
             f"{source} does not fit this network: {shown}: choose the preset or options it was trained with"
         )
+    require_finite(found, f"{source} can't be used", "use another checkpoint")
     module.load_state_dict(found, strict=False)
+
+
+def require_finite(weights: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Raises CheckpointError naming the tensors that hold an infinity or a NaN."""
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise CheckpointError(f"{what}: {shown} of {len(weights)} tensors are not finite: {remedy}")
 
 
 def begin_run(run: Path, about: About) -> Checkpoint | None:
@@ -222,8 +274,8 @@ def begin_run(run: Path, about: About) -> Checkpoint | None:
 
 
 def _steps(run: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / WEIGHTS).is_file())
+    """Checkpoint folders, whole or not, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
 
 
 def _flush(path: Path) -> None:

@@ -63,6 +63,9 @@ class KeyframeDataset:
                 f"{reader.cache.path} has no {config.task} labels (it has: {', '.join(spec.labels) or 'none'}): build it "
                 f"with --labels {config.task}, from a data set that has them"
             )
+        labels = {"pretrain": [], "vehicles": ["labels/vehicles", "labels/vehicles_valid"], "map": ["labels/map"]}
+        read = [*self.arrays, *labels[config.task], "intrinsics", "cam_from_ego", "grid_from_ego"]
+        reader.cache.require_files(read)  # now, not hours into the first epoch
         cameras = len(spec.cameras)
         if training and config.augment.num_cameras > cameras:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")

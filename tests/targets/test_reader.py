@@ -1,7 +1,9 @@
 import pickle
 
+import google_crc32c
 import numpy as np
 import pytest
+import zarr
 
 from occfeat_targets.reader import CacheReader
 from occfeat_targets.records import CacheError
@@ -46,8 +48,36 @@ def test_an_unfinished_cache_is_refused_unless_asked_for(small_cache):
         CacheReader(small_cache)
     reader = CacheReader(small_cache, allow_incomplete=True)
     assert reader.read("features", 2).any()
-    with pytest.raises(CacheError, match="damaged at keyframe 3"):
-        reader.read("features", 3)
+    for name in ("features", "intrinsics"):
+        with pytest.raises(CacheError, match=r"keyframe 3 \(sample token3\) .* is not built yet"):
+            reader.read(name, 3)
+    assert reader.is_valid.tolist() == [True] * 3 + [False] * 4
+
+
+def test_a_chunk_that_is_lost_while_a_reader_is_open_is_an_error_in_every_array(finished_cache):
+    """zarr-python reads it as zeros."""
+    for array in finished_cache.spec.arrays():
+        reader = CacheReader(finished_cache)
+        file = shard_file(finished_cache.path, array, 1)
+        file.rename(file.with_name("aside"))
+        assert not zarr.open_array(finished_cache.path / array.name, mode="r")[3:6].any()
+        with pytest.raises(CacheError, match=f"{array.name}/c/1.* is damaged at keyframe 3 .*No such file"):
+            reader.read(array.name, 3)
+        file.with_name("aside").rename(file)
+
+
+@pytest.mark.parametrize("name", ["is_valid", "intrinsics", "cam_from_ego", "grid_from_ego"])
+@pytest.mark.parametrize("change", ["swap", "flip", "truncate", "empty"])
+def test_a_small_arrays_chunk_that_is_not_its_shards_is_an_error(finished_cache, name, change):
+    """A chunk of another shard has a valid CRC-32C of its own."""
+    files = [shard_file(finished_cache.path, array_named(finished_cache, name), shard) for shard in (0, 1)]
+    good = [file.read_bytes() for file in files]
+    if name == "is_valid":
+        good[0] = bytes(3) + google_crc32c.value(bytes(3)).to_bytes(4, "little")
+    damaged = {"swap": good[0], "flip": bytes([good[1][0] ^ 1]) + good[1][1:], "truncate": good[1][:-5], "empty": b""}
+    files[1].write_bytes(damaged[change])
+    with pytest.raises(CacheError, match=f"{name}/c/1.* is damaged at keyframe 3 .*SHA-256"):
+        CacheReader(finished_cache).read(name, 0)
 
 
 @pytest.mark.parametrize("name", ["features", "images", "occupancy", "labels/map"])

@@ -56,13 +56,16 @@ def test_a_flipped_byte_in_any_file_is_found(cache):
     assert verify(cache).returncode == 0
 
 
-def test_a_missing_and_a_foreign_file_are_found(cache):
+def test_a_missing_and_a_foreign_file_are_found(cache, city, tiny_teacher):
     file = cache / "mini_train.zarr" / "features" / "c" / "0" / "0" / "0" / "0" / "0"
     file.rename(file.with_name("aside"))
     result = verify(cache)
     assert result.returncode == 1
     assert "features/c/0/0/0/0/0 is missing" in result.stdout
     assert "aside does not belong to the cache" in result.stdout
+    build = run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--shard-size", "10"), check=False)
+    assert build.returncode == 1
+    assert "lost 1 files of finished shards (features/c/0/0/0/0/0): restore them, or delete" in build.stderr
     file.with_name("aside").rename(file)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.grid import VoxelGrid
 from occfeat_targets.reader import CacheReader
+from occfeat_targets.records import digest, read_record, write_record
 from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
 from occfeat_targets.store import Cache, Identity, create_cache
 from occfeat_train.checkpoint import find_checkpoint
@@ -201,6 +202,14 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert_same(ours.weights(), theirs.weights(), "weights")
     assert_same(ours.trainer_state(), theirs.trainer_state(), "trainer")
     assert records(found) == records(expected)
+
+
+def renew(folder: Path) -> None:
+    """Make a checkpoint's record say what its files are now, as if they had been saved so."""
+    record = read_record(folder / "checkpoint.json")
+    write_record(
+        folder / "checkpoint.json", {**record, "files": {name: digest(folder / name) for name in record["files"]}}
+    )
 
 
 def config_of(run: Path) -> dict[str, Any]:

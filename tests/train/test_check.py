@@ -6,9 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 from occfeat_targets.reader import CacheReader
+from occfeat_targets.store import open_cache, shard_file
 from occfeat_train.check import check_cache
 from occfeat_train.cli import main
 from tests.targets.command_line import build_arguments, contents, run
+from tests.train.runs import invoke, pretrain, refuse, steps, write_cache
 
 
 def check(cache: Path, *more: str):
@@ -55,3 +57,42 @@ def test_an_absent_an_unfinished_and_a_damaged_cache_are_not_ready(cache, city, 
     result = check(copy)
     assert result.exit_code == 1
     assert "features/c/1/0/0/0/0 is damaged" in result.output
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """A cache of 7 keyframes in shards of 2, with labels."""
+    write_cache(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_cache_that_lost_any_chunk_is_neither_ready_nor_trained_on(small, tmp_path):
+    for array in open_cache(small / "train.zarr").spec.arrays():
+        file = shard_file(small / "train.zarr", array, 1)
+        file.rename(tmp_path / "aside")
+        message = refuse("check", "--cache", small, "--split", "train")
+        assert f"lost 1 files of finished shards ({array.name}/c/1" in message
+        if not array.name.startswith("labels/"):  # which pretraining never opens
+            assert f"{array.name}/c/1" in refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
+        (tmp_path / "aside").rename(file)
+    assert invoke("check", "--cache", small, "--split", "train").exit_code == 0
+
+
+def test_a_cache_that_lost_most_of_its_mask_is_not_trained_on_with_what_is_left(small, tmp_path):
+    cache = open_cache(small / "train.zarr")
+    for shard in range(1, cache.num_shards):
+        shard_file(cache.path, cache.spec.arrays()[0], shard).unlink()
+    message = refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
+    assert "is_valid/c/1 is damaged at keyframe 2 (sample train-token2): No such file" in message
+
+
+@pytest.mark.parametrize("name", ["labels/vehicles", "labels/vehicles_valid", "labels/map"])
+def test_damaged_labels_are_found(small, name):
+    cache = open_cache(small / "train.zarr")
+    array = next(array for array in cache.spec.arrays() if array.name == name)
+    file = shard_file(cache.path, array, 1)
+    data = bytearray(file.read_bytes())
+    data[0] ^= 1
+    file.write_bytes(data)
+    message = refuse("check", "--cache", small, "--split", "train")
+    assert f"{name}/c/1/" in message and "is damaged at keyframe 2" in message

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from occfeat_train.checkpoint import CheckpointError, find_checkpoint, latest_checkpoint
+from occfeat_train.checkpoint import CheckpointError, find_checkpoint, latest_checkpoint, save_checkpoint
 from occfeat_train.config import Config
 from occfeat_train.stages import restore
 from tests.train.runs import (
@@ -22,6 +25,7 @@ from tests.train.runs import (
     finetune,
     pretrain,
     refuse,
+    renew,
     steps,
     succeed,
     write_cache,
@@ -120,10 +124,11 @@ def test_a_trainer_state_with_code_in_it_is_refused_and_the_code_does_not_run(ca
     marker = tmp_path / "marker"
     for save in (lambda o, f: f.write_bytes(pickle.dumps(o)), lambda o, f: torch.save(o, f)):
         save({"optimizer": Hostile(marker)}, find_checkpoint(run).path / "trainer.pt")
-        with pytest.raises(CheckpointError, match="no trainer state that can be loaded safely.*delete that checkpoint"):
-            find_checkpoint(run).trainer_state()
-        message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
-        assert "no trainer state that can be loaded safely" in message
+        for expected in ("trainer.pt is damaged", "no trainer state that can be loaded safely"):
+            with pytest.raises(CheckpointError, match=f"{expected}.*step-00000003 is whole; name that one, or delete"):
+                find_checkpoint(run).trainer_state()
+            assert expected in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+            renew(find_checkpoint(run).path)
     assert not marker.exists()
 
 
@@ -137,24 +142,99 @@ def test_initial_weights_with_code_in_them_are_refused_and_the_code_does_not_run
     else:
         source = run
         (find_checkpoint(run).path / name).write_bytes(pickle.dumps(Hostile(marker)))
+        assert "model.safetensors is damaged, its SHA-256 is not" in refuse(*evaluate(source, cache))
+        renew(find_checkpoint(run).path)
         expected = "model.safetensors is damaged"
     assert expected in refuse(*finetune(cache, out, "--from", source, *steps(1)), out=out)
     assert expected in refuse(*evaluate(source, cache))
     assert not marker.exists()
 
 
-def test_truncated_weights_are_refused_and_deleting_them_continues_from_the_checkpoint_before(cache, run, trained):
+def flipped(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position % len(data)] ^= 1
+    file.write_bytes(data)
+
+
+def read_all(run: Path) -> tuple[object, ...]:
+    """Everything that resuming reads of a checkpoint."""
+    found = find_checkpoint(run)
+    return found.step, found.about, restore(found).state_dict(), found.trainer_state()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "checkpoint.json"])
+def test_no_flipped_bit_in_any_file_is_read(run, name):
+    """Ten of ten such flips in the weights gave other numbers without a word when nothing compared them."""
+    file = find_checkpoint(run).path / name
+    good = file.read_bytes()
+    read_all(run)
+    for position in [0, len(good) - 1, *np.random.default_rng(0).integers(0, len(good), 10)]:
+        flipped(file, int(position))
+        with pytest.raises(CheckpointError, match=f"{name} is (missing or )?damaged.*step-00000003 is whole"):
+            read_all(run)
+        file.write_bytes(good)
+    read_all(run)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "checkpoint.json"])
+def test_a_lost_file_is_named_and_nothing_falls_back_by_itself(cache, run, name):
+    (find_checkpoint(run).path / name).unlink()
+    newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 3))
+    message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    assert f"{newest / name} is missing" in message
+    assert f"{older} is whole; name that one, or delete {newest} to continue from it" in message
+    if name != "trainer.pt":  # which evaluation doesn't read
+        assert f"{newest / name} is missing" in refuse(*evaluate(run, cache))
+        assert f"{newest / name} is missing" in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)))
+
+
+def test_an_older_checkpoint_that_is_damaged_too_is_not_recommended(run):
+    for step in (3, 4):
+        flipped(run / "checkpoints" / f"step-0000000{step}" / "model.safetensors", -1)
+    with pytest.raises(CheckpointError, match="no older checkpoint of its run is whole"):
+        find_checkpoint(run).weights()
+
+
+def test_a_checkpoint_knows_its_step_whatever_its_folder_is_called(run):
+    folder = find_checkpoint(run).path
+    assert find_checkpoint(folder.rename(run / "best")).step == 4
+    (run / "best").rename(folder.with_name("step-00000009"))
+    with pytest.raises(CheckpointError, match="step-00000009 holds step 4: rename it to step-00000004"):
+        find_checkpoint(run)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(cache, run):
+    found = find_checkpoint(run)
+    weights, state = found.weights(), found.trainer_state()
+    names = [name for name in weights if name.endswith("running_var")][:4]
+    for name, value in zip(names, (float("nan"), float("inf"), float("-inf"), float("nan")), strict=True):
+        weights[name].view(-1)[-1] = value
+    shown = f"{', '.join(names[:3])} and 1 more of "
+    with pytest.raises(CheckpointError, match="the weights after step 5 are not saved: " + shown + ".* are not finite"):
+        save_checkpoint(run, 5, found.about, weights, state)
+    assert sorted(os.listdir(run / "checkpoints")) == ["step-00000003", "step-00000004"]
+    save_file(weights, found.path / "model.safetensors")
+    renew(found.path)
+    assert shown in refuse(*evaluate(run, cache))
+    assert shown in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    assert shown in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)), out=run.parent / "out")
+
+
+def test_truncated_weights_are_refused_and_deleting_their_checkpoint_continues_from_the_one_before(cache, run, trained):
     file = find_checkpoint(run).path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert "is damaged" in refuse(*evaluate(run, cache))
-    assert "use another checkpoint of that run" in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
-    file.unlink()
+    assert "step-00000003 is whole" in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    shutil.rmtree(file.parent)
     assert "continuing at step 3 of 4" in succeed(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     assert_same(find_checkpoint(run).weights(), find_checkpoint(trained).weights())
 
 
 def test_damaged_words_about_a_checkpoint_are_refused(cache, run):
-    (find_checkpoint(run).path / "config.json").write_text('{"config": {}')
+    folder = find_checkpoint(run).path
+    (folder / "config.json").write_text('{"config": {}')
+    assert "config.json is damaged" in refuse(*evaluate(run, cache))
+    renew(folder)
     assert "can't be used" in refuse(*evaluate(run, cache))
     (run / "config.json").write_text("[]")
     message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
@@ -166,6 +246,7 @@ def test_a_config_of_another_release_is_refused(run, cache):
     about = json.loads(file.read_text())
     about["config"]["network"]["wings"] = 2
     file.write_text(json.dumps(about))
+    renew(file.parent)
     message = refuse(*evaluate(run, cache))
     assert "unknown fields network.wings" in message and "another release" in message
 

@@ -143,6 +143,11 @@ def test_a_bare_state_dict_will_do_and_another_networks_will_not(tmp_path):
     assert "no multiple of the grid's 7 levels" in said
     said = imported("--network", "simplebev", "--backbone", "efficientnet-b0", "--grid", "7x40", code=2)
     assert "--grid 7x40: ZxHxW expected" in said
+    whole = torch.load(file)
+    torch.save({**whole, "bev_compressor.0.weight": whole["bev_compressor.0.weight"] * float("nan")}, file)
+    said = imported("--network", "simplebev", "--backbone", "efficientnet-b0", code=1)
+    assert f"{file} can't be used: network.lifting.compressor.0.weight of " in said and "are not finite" in said
+    torch.save(whole, file)
     assert not (tmp_path / "out").exists()
     imported("--network", "simplebev", "--backbone", "efficientnet-b0", code=0)
     assert "holds another run" in imported(
