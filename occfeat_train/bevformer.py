@@ -5,7 +5,7 @@ the cameras its column of voxels projects into, at places it learns. Stands betw
 
 `compat="simple-bev"` reproduces what the reference code does otherwise: its self-attention reads about the transposed
 cell, its cross-attention takes the views of the batch's first sample for every sample, and tells points behind a camera
-by a depth clamped at 1e-4 alone.
+by a depth clamped at 1e-4 alone. Its training also flips channels where the map is to be flipped forward: not reproduced.
 """
 
 from __future__ import annotations

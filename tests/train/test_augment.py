@@ -196,7 +196,8 @@ def test_a_point_lands_on_the_pixel_that_shows_it(seed, factor, crop, mirror):
         + (channel[rows + 1, columns] * (1 - right) + channel[rows + 1, columns + 1] * right) * down
         for channel in moved[:2]
     ]
-    np.testing.assert_allclose(np.stack(seen, 1), old[inside], atol=0.1)  # half a pixel is the error to be found
+    # half a pixel is the error to be found; the filter's own, at any of these sizes, is at most 0.084
+    np.testing.assert_allclose(np.stack(seen, 1), old[inside], atol=0.1)
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------
