@@ -41,6 +41,8 @@ def processes(device: str) -> Iterator[Process]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Process(rank, world, chosen)
+        if world > 1:  # leaving right after a collective can hang in torch 2.13's gloo
+            dist.barrier()
     finally:
         if world > 1:
             dist.destroy_process_group()

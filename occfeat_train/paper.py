@@ -22,7 +22,7 @@ EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_01
 # How a run is computed, on which the paper says nothing; whether images were enlarged is looked up in the cache.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
 # Of a cache: which arrays there are, how they were computed, and images of which a network takes as many pixels as it needs.
-STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.revision", "teacher.dtype"}
+STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.digest", "teacher.dtype"}
 TEACHERS = "teacher."  # fields that only pretraining reads
 
 
