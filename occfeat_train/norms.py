@@ -25,8 +25,8 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # torch.compile fuses the plain operations by itself
-        is_fused = runs_triton(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-        normed: torch.Tensor = (_TritonInstanceNorm if is_fused else _InstanceNorm).apply(x)
+        is_plain = torch.compiler.is_compiling() or x.dtype == torch.float64 or not runs_triton(x.device)
+        normed: torch.Tensor = (_InstanceNorm if is_plain else _TritonInstanceNorm).apply(x)
         return normed
 
 
