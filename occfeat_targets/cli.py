@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import LABEL_KINDS
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import LABEL_KINDS
 
 EXIT_INCOMPLETE = 3
 
@@ -161,10 +161,10 @@ def build(
     device: str,
 ) -> None:  # fmt: skip
     """Build the cache of a split, or continue it. Killed at any moment, the same command resumes it."""
-    from occfeat_targets.build import default_workers, run
-    from occfeat_targets.plan import BuildOptions, make_plan
-    from occfeat_targets.report import describe_outcome, describe_plan
-    from occfeat_targets.scenes import parse_scenes
+    from occfeat_targets.build.plan import BuildOptions, make_plan
+    from occfeat_targets.build.run import default_workers, run
+    from occfeat_targets.messages import describe_outcome, describe_plan
+    from occfeat_targets.sources.scenes import parse_scenes
 
     if sum(x is not None for x in (workers, scheduler, shard)) > 1:
         raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one")
@@ -208,7 +208,7 @@ def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
 
 
 def _open(cache: Path, split: str) -> Any:
-    from occfeat_targets.store import open_cache
+    from occfeat_targets.cache.store import open_cache
 
     return open_cache(cache / f"{split}.zarr")
 
@@ -218,7 +218,7 @@ def _open(cache: Path, split: str) -> Any:
 @reports_errors
 def status(cache: Path, split: str) -> None:
     """Say what of a cache is finished, failed, skipped and missing. Exits 3 unless all of it is there."""
-    from occfeat_targets.report import describe_status, is_complete
+    from occfeat_targets.messages import describe_status, is_complete
 
     opened = _open(cache, split)
     click.echo("\n".join(describe_status(opened)))
@@ -233,7 +233,7 @@ def status(cache: Path, split: str) -> None:
 @reports_errors
 def info(cache: Path, split: str, as_json: bool) -> None:
     """Say what a cache holds, how it was made, and from what."""
-    from occfeat_targets.report import describe_info, info_as_json
+    from occfeat_targets.messages import describe_info, info_as_json
 
     opened = _open(cache, split)
     click.echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
@@ -250,7 +250,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
     """Read every byte of a cache against its checksums, and recompute random keyframes from the data set."""
-    from occfeat_targets.verify import verify_checksums, verify_source
+    from occfeat_targets.verify.verify import verify_checksums, verify_source
 
     opened = _open(cache, split)
     if seed is None:
@@ -291,7 +291,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
 def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool, dataroot: Path | None,
             **choice: Any) -> None:  # fmt: skip
     """Draw keyframes: voxels on the images, features, occupancy and labels from above; PNGs and an index.html."""
-    from occfeat_targets.preview import choose_keyframes, write_preview
+    from occfeat_targets.pictures.page import choose_keyframes, write_preview
 
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import click
 
-from occfeat_targets.schema import STUDENT_SIZE
+from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_train.config import Backbone, Config, Lifting, NetworkConfig
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
@@ -119,7 +119,7 @@ def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
     """A preset with the initial run's reference frame, and with its whole network where no preset was asked for."""
     if initial is None:
         return config
-    from occfeat_train.checkpoint import find_checkpoint
+    from occfeat_train.training.checkpoint import find_checkpoint
 
     found = find_checkpoint(initial).about.config
     return replace(config, frame=found.frame, network=found.network if network else config.network)
@@ -130,8 +130,8 @@ def start_training(
     initial: Path | None = None, scenes: Path | None = None, preset: str = "",
 ) -> None:  # fmt: skip
     from occfeat_train.distributed import processes
-    from occfeat_train.loop import LoopOptions
-    from occfeat_train.stages import Place, run_training
+    from occfeat_train.training.loop import LoopOptions
+    from occfeat_train.training.stages import Place, run_training
 
     place = Place(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
     with processes(device) as process:
@@ -150,8 +150,8 @@ def start_training(
 @reports_errors
 def check(cache: Path, split: str, samples: int) -> None:
     """Say whether a cache is ready to be trained on: read random keyframes and sample their targets."""
-    from occfeat_targets.reader import CacheReader
-    from occfeat_train.check import check_cache
+    from occfeat_targets.cache.reader import CacheReader
+    from occfeat_train.data.check import check_cache
 
     reader = CacheReader(cache / f"{split}.zarr")
     click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
@@ -293,8 +293,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Evaluate the newest checkpoint of a RUN: IoU at 0.5 over the whole split, at the best threshold, per class, by distance."""
     from occfeat_train.distributed import processes
-    from occfeat_train.loop import LoopOptions
-    from occfeat_train.stages import Place, run_evaluation
+    from occfeat_train.training.loop import LoopOptions
+    from occfeat_train.training.stages import Place, run_evaluation
 
     place = Place(cache, split, out or run / "evaluation", options=LoopOptions(workers=workers, progress=progress))
     with processes(device) as process:
@@ -318,7 +318,7 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
     Results of 'evaluate' are used where they stand; what was not evaluated yet is.
     """
     from occfeat_train.distributed import processes
-    from occfeat_train.report import write_report
+    from occfeat_train.report.page import write_report
 
     with processes(device) as process:
         write_report(runs, cache, split, out, process, click.echo, samples)
@@ -348,8 +348,8 @@ def import_reference(
 
     The run's compat is simple-bev: it computes what the reference does, on a cache whose grid is in the cameras' frames.
     """
-    from occfeat_targets.grid import VoxelGrid
-    from occfeat_train.import_reference import import_reference
+    from occfeat_targets.cache.grid import VoxelGrid
+    from occfeat_train.simple_bev.import_reference import import_reference
 
     cells = grid.split("x")
     if len(cells) != 3 or not all(n.isdigit() for n in cells):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from occfeat_targets.schema import LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
 
 Task = Literal["pretrain", "vehicles", "map"]
 TASKS: tuple[Task, ...] = typing.get_args(Task)

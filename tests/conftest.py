@@ -12,9 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import TargetSpec, TeacherSpec
-from occfeat_targets.store import Cache, Identity, create_cache
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, Identity, create_cache
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import Matrix
+from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.materials import LEAF, ground_surface, leaf_normal, noise2, surface
 from occfeat_targets.synth.raycast import FAR, GROUND, SKY, hit_object, normal_at, trace

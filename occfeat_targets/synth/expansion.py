@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from occfeat_targets.raster import fill_polygon
 from occfeat_targets.synth import outlines
 from occfeat_targets.synth.layout import (
     CROSSING_BAND,
@@ -24,6 +23,7 @@ from occfeat_targets.synth.layout import (
 from occfeat_targets.synth.mapfile import MapFile
 from occfeat_targets.synth.outlines import band, bend, rectangle
 from occfeat_targets.synth.traffic import turn_left, turn_right
+from occfeat_targets.targets.raster import fill_polygon
 
 # Sizes of the real maps [m], which code about nuScenes may have wired in.
 CANVAS_EDGES = {"singapore-onenorth": [1585.6, 2025.0], "singapore-hollandvillage": [2808.3, 2922.9]}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import Matrix
+from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.materials import ground_surface, surface
 from occfeat_targets.synth.raycast import GROUND, SKY, _hit_slabs, normal_at, trace

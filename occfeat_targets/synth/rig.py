@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import Matrix, scale_intrinsics
+from occfeat_targets.cache.geometry import Matrix, scale_intrinsics
 
 SWEEP_PERIOD_US = 50_000
 KEYFRAME_PERIOD_US = 500_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import Matrix
+from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.synth import cast
 from occfeat_targets.synth.camera import Light
 from occfeat_targets.synth.cast import Actor

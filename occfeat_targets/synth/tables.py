@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import Matrix
+from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.synth.rig import CAMERAS, EGO_FROM_LIDAR, LIDAR_CHANNEL, quaternion
 from occfeat_targets.synth.tokens import token
 

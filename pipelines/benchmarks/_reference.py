@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.views import IMAGENET_MEAN, IMAGENET_STD, Views
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD, Views
 
 ENCODERS = {"efficientnet-b0": "effb0", "resnet-50": "res50", "resnet-101": "res101"}
 _HEADS = ("feat_head", "segmentation_head", "instance_offset_head", "instance_center_head")

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
 
-from occfeat_targets.geometry import scale_intrinsics
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.heads import OccFeatHead
-from occfeat_train.losses import feature_loss, occupancy_loss
-from occfeat_train.network import build_network
-from occfeat_train.views import Views
+from occfeat_targets.cache.geometry import scale_intrinsics
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.network import build_network
+from occfeat_train.ops.views import Views
+from occfeat_train.tasks.heads import OccFeatHead
+from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from tests.train.head_twin import DenseHead
 
 CHANNELS, FEATURE_DIM, LAMBDA = 128, 384, 0.01

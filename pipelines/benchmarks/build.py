@@ -17,8 +17,8 @@ from pathlib import Path
 
 from _timing import machine
 
-from occfeat_targets.build import run
-from occfeat_targets.plan import BuildOptions, make_plan
+from occfeat_targets.build.plan import BuildOptions, make_plan
+from occfeat_targets.build.run import run
 
 
 def main() -> None:

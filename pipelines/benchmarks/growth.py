@@ -19,7 +19,7 @@ from _inputs import find_dataroot
 from _step import OurStep, Setting, peak_megabytes
 from _timing import machine
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.cache.grid import VoxelGrid
 
 GRIDS = ((4, 100, 100), (8, 200, 200), (8, 400, 400), (16, 400, 400))
 SIZES = ((112, 208), (224, 400), (448, 800))

@@ -17,8 +17,8 @@ from _inputs import find_dataroot, find_images
 from _timing import compare, machine, table
 from PIL import Image
 
-from occfeat_targets.images import load_image, load_image_reference
-from occfeat_targets.schema import STUDENT_SIZE
+from occfeat_targets.cache.spec import STUDENT_SIZE
+from occfeat_targets.targets.images import load_image, load_image_reference
 
 Sizes = Sequence[tuple[int, int]]
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from _timing import compare, machine, table
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.schema import TargetSpec, TeacherSpec
-from occfeat_targets.store import Cache, Identity, create_cache
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, Identity, create_cache
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
-from occfeat_train.dataset import KeyframeDataset, Prefetcher
-from occfeat_train.log import read_log
+from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.training.log import read_log
 
 BATCH = 8
 READ = ("images", "features", "occupancy")  # what pretraining reads of a keyframe

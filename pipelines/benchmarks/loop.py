@@ -20,17 +20,17 @@ import torch
 from _timing import machine
 from loader import write
 
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.store import Cache
-from occfeat_train.checkpoint import latest_checkpoint
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.store import Cache
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
-from occfeat_train.dataset import KeyframeDataset
+from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.log import read_log
-from occfeat_train.loop import forward_backward, set_training
-from occfeat_train.optim import build_optimizer
-from occfeat_train.tasks import build_task, place
+from occfeat_train.tasks.tasks import build_task, place
+from occfeat_train.training.checkpoint import latest_checkpoint
+from occfeat_train.training.log import read_log
+from occfeat_train.training.loop import forward_backward, set_training
+from occfeat_train.training.optim import build_optimizer
 
 
 def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str, float]]:

@@ -16,9 +16,9 @@ import numpy as np
 import zarr
 from _timing import compare, machine, table
 
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.schema import TargetSpec, TeacherSpec
-from occfeat_targets.store import Identity, create_cache
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Identity, create_cache
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import torch
 from _inputs import find_dataroot, find_images
 from _timing import machine
 
-from occfeat_targets.images import load_image
-from occfeat_targets.teacher import Teacher, teacher_spec
+from occfeat_targets.targets.images import load_image
+from occfeat_targets.targets.teacher import Teacher, teacher_spec
 
 
 def main() -> None:

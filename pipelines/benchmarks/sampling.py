@@ -14,10 +14,10 @@ import torch
 from _inputs import find_dataroot
 from _timing import compare, machine, table
 
-from occfeat_targets.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.half import NATIVE
-from occfeat_train.sampling import sample_voxel_features_numpy, sample_voxel_features_torch
+from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.half import NATIVE
+from occfeat_train.ops.sampling import sample_voxel_features_numpy, sample_voxel_features_torch
 
 SIZE = (270, 480)  # of the cached images
 MAPS = (6, 16, 28, 384)  # DINOv2 ViT-S/14 at 224x392
@@ -26,9 +26,9 @@ CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "C
 
 def real_scene(dataroot: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(cam_from_grid, intrinsics, centres of the occupied voxels) of a split's first keyframe."""
-    from occfeat_targets.nuscenes import read_split
-    from occfeat_targets.occupancy import voxelize
-    from occfeat_targets.sweeps import read_sweep
+    from occfeat_targets.sources.nuscenes import read_split
+    from occfeat_targets.sources.sweeps import read_sweep
+    from occfeat_targets.targets.occupancy import voxelize
 
     keyframe = read_split(dataroot, split, version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False).keyframes[0]
     grid, sweep = VoxelGrid(), keyframe.sweeps[0]

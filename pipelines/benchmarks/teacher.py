@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from _timing import compare, machine, table
 
-from occfeat_targets.teacher import Teacher, flops_per_image, teacher_spec
+from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
 
 
 def main() -> None:

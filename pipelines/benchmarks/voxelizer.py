@@ -15,11 +15,11 @@ from _inputs import find_dataroot, find_sweep
 from _timing import compare, machine, table
 from threadpoolctl import threadpool_limits
 
-from occfeat_targets.geometry import GRID_FROM_EGO_AXES, Matrix, rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.occupancy import voxelize
-from occfeat_targets.schema import EGO_BOX
-from occfeat_targets.sweeps import read_sweep
+from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, Matrix, rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import EGO_BOX
+from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.targets.occupancy import voxelize
 
 
 def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.geometry import (
+from occfeat_targets.cache.geometry import (
     rigid,
     rotation_matrix,
 )
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.labels import MapGeometry, map_classes
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.targets.labels import MapGeometry, map_classes
 
 Array = NDArray[Any]
 GRID = VoxelGrid()

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets import teacher
-from occfeat_targets.store import open_cache
-from occfeat_targets.teacher import teacher_spec
+from occfeat_targets.cache.store import open_cache
+from occfeat_targets.targets import teacher
+from occfeat_targets.targets.teacher import teacher_spec
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_apart, write_table
 
 

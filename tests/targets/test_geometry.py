@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyquaternion import Quaternion
 
-from occfeat_targets.geometry import (
+from occfeat_targets.cache.geometry import (
     GRID_FROM_CAMERA_AXES,
     GRID_FROM_EGO_AXES,
     crop_intrinsics,

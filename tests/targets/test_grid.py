@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.cache.grid import VoxelGrid
 
 
 def test_default_grid_is_simple_bevs():

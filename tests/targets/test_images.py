@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from occfeat_targets import images
-from occfeat_targets.images import load_image, load_image_reference
-from occfeat_targets.schema import STUDENT_SIZE
+from occfeat_targets.cache.spec import STUDENT_SIZE
+from occfeat_targets.targets import images
+from occfeat_targets.targets.images import load_image, load_image_reference
 
 TEACHER_SIZE = (224, 392)
 SIZES = (STUDENT_SIZE, TEACHER_SIZE)

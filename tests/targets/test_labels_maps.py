@@ -7,16 +7,16 @@ import pickle
 import numpy as np
 import pytest
 
-from occfeat_targets.geometry import (
+from occfeat_targets.cache.geometry import (
     GRID_FROM_CAMERA_AXES,
     GRID_FROM_EGO_AXES,
     inverse_rigid,
     rigid,
 )
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.labels import MapGeometry, draw_map, map_classes, map_window
-from occfeat_targets.reference_labels import reference_map
-from occfeat_targets.schema import MAP_LAYERS
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import MAP_LAYERS
+from occfeat_targets.targets.labels import MapGeometry, draw_map, map_classes, map_window
+from occfeat_targets.verify.slow_labels import reference_map
 from tests.targets.label_inputs import (
     GRID,
     ODD_GRID,

@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occfeat_targets.geometry import (
+from occfeat_targets.cache.geometry import (
     GRID_FROM_CAMERA_AXES,
     GRID_FROM_EGO_AXES,
     inverse_rigid,
     rigid,
     transform,
 )
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.labels import draw_vehicles
-from occfeat_targets.reference_labels import reference_vehicles
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.targets.labels import draw_vehicles
+from occfeat_targets.verify.slow_labels import reference_vehicles
 from tests.targets.label_inputs import (
     GRID,
     ODD_GRID,

@@ -4,10 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
-from occfeat_targets.geometry import project, transform
-from occfeat_targets.nuscenes import DatasetError, find_dataroot, read_map, read_split
-from occfeat_targets.reference import read_source
-from occfeat_targets.schema import CAMERAS
+from occfeat_targets.cache.geometry import project, transform
+from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.sources.nuscenes import DatasetError, find_dataroot, read_map, read_split
+from occfeat_targets.verify.slow_targets import read_source
 
 
 def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=True):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyquaternion import Quaternion
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.occupancy import MAX_VOXELS, voxelize
-from occfeat_targets.sweeps import read_sweep
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.targets.occupancy import MAX_VOXELS, voxelize
 
 GRID = VoxelGrid()
 ODD = VoxelGrid((3, 5, 7), (-0.9, -1.0, -2.1), (0.6, 1.5, 2.1))  # 105 voxels: not a whole number of bytes

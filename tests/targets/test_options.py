@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from nuscenes.nuscenes import NuScenes
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.store import open_cache
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.store import open_cache
 from tests.targets.command_line import build_arguments, contents, run
 
 

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from occfeat_targets.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, transform
-from occfeat_targets.preview import choose_keyframes, fit_features, read_returns, write_preview
-from occfeat_targets.preview_birdseye import (
+from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, transform
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.cache.store import create_cache
+from occfeat_targets.pictures.birdseye import (
     occupied_at_body_height,
 )
-from occfeat_targets.preview_colors import ALARM, INK, ColorScale
-from occfeat_targets.preview_sheet import GAP, MARGIN, TILE_WIDTH, Layout, draw_keyframe, read_features, why_absent
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.schema import CAMERAS
-from occfeat_targets.store import create_cache
+from occfeat_targets.pictures.colors import ALARM, INK, ColorScale
+from occfeat_targets.pictures.page import choose_keyframes, fit_features, read_returns, write_preview
+from occfeat_targets.pictures.sheet import GAP, MARGIN, TILE_WIDTH, Layout, draw_keyframe, read_features, why_absent
 from tests.conftest import SMALL_GRID, random_arrays, small_identity, small_spec
 from tests.targets.command_line import run
 

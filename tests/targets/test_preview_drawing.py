@@ -2,17 +2,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from occfeat_targets.geometry import GRID_FROM_EGO_AXES, inverse_rigid
-from occfeat_targets.preview_birdseye import (
+from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid
+from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.pictures.birdseye import (
     BirdsEye,
     coincidence_colors,
     label_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
-from occfeat_targets.preview_colors import COINCIDENT, EMPTY, HATCH, INK, VEHICLE, ColorScale, FeatureColors
-from occfeat_targets.preview_drawing import draw_dots, wrap
-from occfeat_targets.schema import MAP_CLASSES
+from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, HATCH, INK, VEHICLE, ColorScale, FeatureColors
+from occfeat_targets.pictures.drawing import draw_dots, wrap
 from tests.conftest import SMALL_GRID
 
 GREY = (100, 100, 100)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from occfeat_targets.raster import draw_polylines, fill_polygon, fill_polygons
+from occfeat_targets.targets.raster import draw_polylines, fill_polygon, fill_polygons
 
 Array = NDArray[Any]
 SIDE = 40

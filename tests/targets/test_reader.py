@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import zarr
 
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.records import CacheError
-from occfeat_targets.store import shard_file
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.store import shard_file
 from tests.conftest import random_arrays
 
 

@@ -12,10 +12,10 @@ import pytest
 import xarray
 import zarr
 
-from occfeat_targets import store
-from occfeat_targets.records import CacheError, read_record, write_record
-from occfeat_targets.store import create_cache, open_cache
-from occfeat_targets.verify import verify_checksums
+from occfeat_targets.cache import store
+from occfeat_targets.cache.records import CacheError, read_record, write_record
+from occfeat_targets.cache.store import create_cache, open_cache
+from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 
 NOTES = {"skipped": {}, "cosine": None}
@@ -259,8 +259,8 @@ def test_contract_modules_import_nothing_but_numpy_and_zarr():
     """The trainer runs where no devkit, Dask, numba or torch is."""
     code = (
         "import sys\n"
-        "import occfeat_targets.grid, occfeat_targets.geometry, occfeat_targets.schema\n"
-        "import occfeat_targets.store, occfeat_targets.reader\n"
+        "import occfeat_targets.cache.grid, occfeat_targets.cache.geometry, occfeat_targets.cache.spec\n"
+        "import occfeat_targets.cache.store, occfeat_targets.cache.reader\n"
         "bad = {'nuscenes', 'dask', 'distributed', 'numba', 'torch', 'transformers', 'cv2', 'shapely', 'PIL'}\n"
         "print(sorted(bad & set(sys.modules)))"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.sweeps import read_sweep
+from occfeat_targets.sources.sweeps import read_sweep
 from tests.targets.test_occupancy import cloud
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.geometry import rotation_matrix
+from occfeat_targets.cache.geometry import rotation_matrix
 from occfeat_targets.synth import write_city
 from occfeat_targets.synth.filming import Film
 from occfeat_targets.synth.rig import NUM_COLUMNS, NUM_RINGS, RING_ELEVATIONS

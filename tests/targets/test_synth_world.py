@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.geometry import inverse_rigid, rotation_matrix, transform
+from occfeat_targets.cache.geometry import inverse_rigid, rotation_matrix, transform
 from occfeat_targets.synth import ground, shapes
 from occfeat_targets.synth.camera import count_visible, render
 from occfeat_targets.synth.city import ScenePlan, district_of, plan_scenes, scene_of

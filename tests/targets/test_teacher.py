@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from occfeat_targets import teacher as teacher_module
-from occfeat_targets.schema import TargetSpec, TeacherSpec
-from occfeat_targets.teacher import (
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.targets import teacher as teacher_module
+from occfeat_targets.targets.teacher import (
     Teacher,
     TeacherError,
     flops_per_image,

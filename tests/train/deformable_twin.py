@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from occfeat_train.bevformer import HEADS, BEVFormer, CrossAttention, Layer, Places, SelfAttention
-from occfeat_train.views import Views
+from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, Places, SelfAttention
+from occfeat_train.ops.views import Views
 
 
 def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:

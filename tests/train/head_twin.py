@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from occfeat_train.heads import OccFeatHead
+from occfeat_train.tasks.heads import OccFeatHead
 
 
 class DenseHead(nn.Module):

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.lifting import lift_triton
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.lifting import lift_triton
+from occfeat_train.ops.views import Views
 
-LIFTING = "occfeat_train.lifting_kernels"
+LIFTING = "occfeat_train.ops.lifting_kernels"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.views import Views
 
 
 def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occfeat_targets.grid import VoxelGrid
+from occfeat_targets.cache.grid import VoxelGrid
 from tests.conftest import REPOSITORY
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_direction, seeded_state_dict
 from tests.train.test_reference import views_of

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_train.distributed import processes
-from occfeat_train.network import LIFTINGS
+from occfeat_train.networks.network import LIFTINGS
 from tests.train.test_network import augmented, mirrorable_network
 
 

@@ -18,15 +18,15 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.records import digest, read_record, write_record
-from occfeat_targets.schema import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
-from occfeat_targets.store import Cache, Identity, create_cache
-from occfeat_train.checkpoint import find_checkpoint
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import digest, read_record, write_record
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, Identity, create_cache
 from occfeat_train.cli import main
-from occfeat_train.log import RunLog, read_log
+from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.log import RunLog, read_log
 
 KILLS = int(os.environ.get("OCCFEAT_KILLS", "3"))
 COMMAND = [sys.executable, "-m", "occfeat_train"]

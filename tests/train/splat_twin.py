@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.views import Views
 
 
 def splat_dense(logits: Tensor, features: Tensor, depths: Tensor, views: Views, grid: VoxelGrid) -> Tensor:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from occfeat_train.augment import Draw, draw, filter_matrix, resample, transform_intrinsics
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig
-from occfeat_train.views import IMAGENET_MEAN, IMAGENET_STD
+from occfeat_train.data.augment import Draw, draw, filter_matrix, resample, transform_intrinsics
+from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 SIZE = (224, 400)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import occfeat_train.backbones as backbones
-from occfeat_train.backbones import (
+import occfeat_train.networks.encoder as backbones
+from occfeat_train.networks.encoder import (
     BACKBONES,
     DEFAULT_WEIGHTS,
     DropConnect,

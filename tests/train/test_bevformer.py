@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train import bevformer, rows
-from occfeat_train.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
-from occfeat_train.deformable import Reads, deformable, deformable_torch
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks import bevformer
+from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
+from occfeat_train.ops import rows
+from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
+from occfeat_train.ops.views import Views
 from tests.train import deformable_twin
 from tests.train.test_decoder import parameters
 from tests.train.test_lifting import (

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.store import open_cache, shard_file
-from occfeat_train.check import check_cache
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.store import open_cache, shard_file
 from occfeat_train.cli import main
+from occfeat_train.data.check import check_cache
 from tests.targets.command_line import build_arguments, contents, run
 from tests.train.runs import invoke, pretrain, refuse, steps, write_cache
 

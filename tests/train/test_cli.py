@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.schema import MAP_CLASSES
-from occfeat_targets.store import shard_file
-from occfeat_train.checkpoint import find_checkpoint
+from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.store import shard_file
 from occfeat_train.config import Config
-from occfeat_train.dataset import KeyframeDataset
+from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.presets import PRESETS
+from occfeat_train.training.checkpoint import find_checkpoint
 from tests.train.runs import (
     QUIET,
     TINY,

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_targets.schema import MAP_CLASSES, STUDENT_SIZE
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import MAP_CLASSES, STUDENT_SIZE
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig, OptimConfig
-from occfeat_train.dataset import CLASSES
-from occfeat_train.optim import build_optimizer
+from occfeat_train.data.dataset import CLASSES
 from occfeat_train.presets import PRESETS, finetuning, preset
+from occfeat_train.training.optim import build_optimizer
 
 # -- the paper's numbers ----------------------------------------------------------------------------------------------
 

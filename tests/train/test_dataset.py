@@ -16,14 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occfeat_targets.geometry import inverse_rigid
-from occfeat_targets.reader import CacheReader
-from occfeat_targets.records import CacheError
-from occfeat_targets.schema import CAMERAS, EGO_FRAME, TargetSpec
-from occfeat_targets.store import Cache, Identity, create_cache, shard_file
-from occfeat_train.augment import draw
+from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec
+from occfeat_targets.cache.store import Cache, Identity, create_cache, shard_file
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig
-from occfeat_train.dataset import KeyframeDataset, Prefetcher, label_scenes, reference_frames
+from occfeat_train.data.augment import draw
+from occfeat_train.data.dataset import KeyframeDataset, Prefetcher, label_scenes, reference_frames
 from tests.conftest import random_arrays, small_identity, small_spec
 
 ALL_FRAMES = (EGO_FRAME, *CAMERAS)

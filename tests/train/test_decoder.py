@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from occfeat_train.decoder import BasicBlock, BEVDecoder, ShortcutConv, UpAdd
-from occfeat_train.norms import InstanceNorm
+from occfeat_train.networks.decoder import BasicBlock, BEVDecoder, ShortcutConv, UpAdd
+from occfeat_train.ops.norms import InstanceNorm
 
 
 def parameters(*modules: nn.Module) -> int:
@@ -149,7 +149,7 @@ def test_a_decoder_of_few_channels_trains_at_200x200():
     """In a process of its own: a fault here ends the process."""
     code = """
 import torch
-from occfeat_train.decoder import BEVDecoder
+from occfeat_train.networks.decoder import BEVDecoder
 for channels in (6, 12, 16, 24, 30):
     decoder = BEVDecoder(channels).to(memory_format=torch.channels_last)
     x = torch.randn(1, channels, 200, 200).to(memory_format=torch.channels_last).requires_grad_()

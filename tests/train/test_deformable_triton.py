@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_train.deformable import Reads, deformable_torch, deformable_triton
+from occfeat_train.ops.deformable import Reads, deformable_torch, deformable_triton
 from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = "occfeat_train.deformable_triton"
+KERNELS = "occfeat_train.ops.deformable_triton"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from occfeat_train import deformable, heads, lifting, norms
-from occfeat_train.network import LIFTINGS
+from occfeat_train.networks.network import LIFTINGS
+from occfeat_train.ops import deformable, lifting, norms
+from occfeat_train.tasks import heads
 from tests.train.interpreted import LIFTING, interpreted
 from tests.train.test_batch import make_batch
 from tests.train.test_tasks import CONFIG, task_of
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = [LIFTING, *(f"occfeat_train.{name}" for name in ("norm_kernels", "head_kernels", "deformable_triton"))]
+KERNELS = [LIFTING, *(f"occfeat_train.ops.{name}" for name in ("norm_kernels", "head_kernels", "deformable_triton"))]
 
 
 def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[str, Tensor], set[torch.dtype]]:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from occfeat_train import half
+from occfeat_train.ops import half
 
 CONVERSIONS = [
     "portable",

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_train import heads
+from occfeat_train.tasks import heads
 from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = "occfeat_train.head_kernels"
+KERNELS = "occfeat_train.ops.head_kernels"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

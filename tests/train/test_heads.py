@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from occfeat_train import heads, losses
-from occfeat_train.heads import OccFeatHead, SegmentationHead, voxel_rows
+from occfeat_train.tasks import heads, losses
+from occfeat_train.tasks.heads import OccFeatHead, SegmentationHead, voxel_rows
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
 from tests.train.test_decoder import parameters

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_targets.geometry import rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.lifting import SimpleBEV, lift, lift_torch
-from occfeat_train.views import Views
+from occfeat_targets.cache.geometry import rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.lifting import SimpleBEV, lift, lift_torch
+from occfeat_train.ops.views import Views
 from tests.train.interpreted import HAS_TRITON, lift_interpreted
 from tests.train.lifting_twin import lift_dense
 

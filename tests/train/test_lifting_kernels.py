@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train import lifting
-from occfeat_train.lifting import lift, lift_torch, lift_triton
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops import lifting
+from occfeat_train.ops.lifting import lift, lift_torch, lift_triton
+from occfeat_train.ops.views import Views
 from tests.train.interpreted import LIFTING, compiled, lift_interpreted
 from tests.train.test_lifting import (
     COMPATS,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from occfeat_train import loop
-from occfeat_train.checkpoint import find_checkpoint
 from occfeat_train.config import Config
-from occfeat_train.dataset import KeyframeDataset
-from occfeat_train.log import read_log
-from occfeat_train.stages import restore
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.training import loop
+from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.log import read_log
+from occfeat_train.training.stages import restore
 from tests.train.runs import (
     finetune,
     invoke,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_train.losses import feature_loss, occupancy_loss, segmentation_loss
+from occfeat_train.tasks.losses import feature_loss, occupancy_loss, segmentation_loss
 
 DOUBLE = torch.float64
 

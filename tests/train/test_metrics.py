@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.metrics import DISTANCES, THRESHOLDS, PretrainingMetric, SegmentationMetric
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.tasks.metrics import DISTANCES, THRESHOLDS, PretrainingMetric, SegmentationMetric
 
 # 10 x 12 cells of 8 m, off centre: all three bands occur.
 GRID = VoxelGrid((1, 10, 12), (-1, -36, -52), (1, 44, 44))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.augment import transform_intrinsics
-from occfeat_train.decoder import BEVDecoder
-from occfeat_train.lifting import SimpleBEV
-from occfeat_train.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
-from occfeat_train.views import Views
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.data.augment import transform_intrinsics
+from occfeat_train.networks.decoder import BEVDecoder
+from occfeat_train.networks.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
+from occfeat_train.ops.lifting import SimpleBEV
+from occfeat_train.ops.views import Views
 from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
 

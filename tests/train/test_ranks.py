@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from occfeat_train.log import read_log
+from occfeat_train.training.log import read_log
 from tests.train.runs import (
     assert_same_run,
     config_of,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.heads import SegmentationHead
-from occfeat_train.network import build_network
-from occfeat_train.norms import InstanceNorm
-from occfeat_train.reference_weights import convert
-from occfeat_train.views import IMAGENET_MEAN, IMAGENET_STD, Views
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.network import build_network
+from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD, Views
+from occfeat_train.simple_bev.weights import convert
+from occfeat_train.tasks.heads import SegmentationHead
 from tests.conftest import REPOSITORY
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_images, seeded_state_dict
 from tests.train.test_backbones import torchvision_resnet50

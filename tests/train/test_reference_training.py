@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from occfeat_targets.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.augment import transform_intrinsics
-from occfeat_train.network import BEVNetwork, build_network
-from occfeat_train.reference_weights import convert
-from occfeat_train.views import Views
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.data.augment import transform_intrinsics
+from occfeat_train.networks.network import BEVNetwork, build_network
+from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.weights import convert
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_direction, seeded_state_dict
 from tests.train.test_reference import views_of
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train import figures
-from occfeat_train.checkpoint import About
+from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.cli import main
 from occfeat_train.config import NO_AUGMENTATION, Config
-from occfeat_train.outputs import evenly_spread
-from occfeat_train.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
 from occfeat_train.presets import PRESETS, preset
-from occfeat_train.report import curve, initial_weights
+from occfeat_train.report import figures
+from occfeat_train.report.page import curve, initial_weights
+from occfeat_train.report.runs import evenly_spread
+from occfeat_train.training.checkpoint import About
+from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
 from tests.targets.command_line import run as targets
 
 GRID = VoxelGrid((2, 12, 10), (-1, -6, -5), (1, 6, 5))

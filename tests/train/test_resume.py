@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_train import checkpoint
-from occfeat_train.checkpoint import find_checkpoint
-from occfeat_train.log import read_log
+from occfeat_train.training import checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.log import read_log
 from tests.train.runs import (
     KILLS,
     assert_same_run,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train import rows
-from occfeat_train.bevformer import AddDropped, BEVFormer
-from occfeat_train.rows import by_rows, feed_forward
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.bevformer import AddDropped, BEVFormer
+from occfeat_train.ops import rows
+from occfeat_train.ops.rows import by_rows, feed_forward
 from tests.train.test_lifting import random_features, random_views
 
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from occfeat_targets.geometry import project, rigid, transform
-from occfeat_train.sampling import (
+from occfeat_targets.cache.geometry import project, rigid, transform
+from occfeat_train.ops.sampling import (
     sample_voxel_features,
     sample_voxel_features_numpy,
     sample_voxel_features_torch,
@@ -245,7 +245,7 @@ def test_a_gpu_equals_the_cpu() -> None:
 def test_the_fused_path_runs_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import numpy as np; from occfeat_train.sampling import sample_voxel_features_numpy as f\n"
+        "import numpy as np; from occfeat_train.ops.sampling import sample_voxel_features_numpy as f\n"
         "x, n = f(np.ones((1, 2, 2, 4), np.float16), None, np.eye(4)[None], np.eye(3)[None], (2, 2), np.ones((1, 3)))\n"
         "assert n == 1 and (x == 1).all()"
     )

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_targets.grid import VoxelGrid
-from occfeat_train.splat import LSS, depth_bins, find_points
-from occfeat_train.views import Views
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.lss import LSS, depth_bins, find_points
+from occfeat_train.ops.views import Views
 from tests.train.splat_twin import splat_dense
 from tests.train.test_lifting import FORWARD, PINHOLE, one_camera, random_features, random_views, views_of
 
@@ -85,7 +85,7 @@ def test_a_camera_that_looks_out_of_the_grid_gives_zeros() -> None:
 
 def test_the_references_cells_start_half_a_cell_late_and_take_one_more_before_the_first() -> None:
     """By its index, whole at centres and truncated; along up it counts from the top."""
-    from occfeat_train.splat import _voxels
+    from occfeat_train.networks.lss import _voxels
 
     line = VoxelGrid((1, 1, 4), (-1, -1, 0), (1, 1, 4))
     rights = torch.tensor([-0.6, -0.4, 0.0, 0.6, 1.4, 1.6, 3.4, 3.6, 4.4, 4.6])

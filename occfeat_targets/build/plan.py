@@ -1,0 +1,308 @@
+"""Planning a build: from options to a spec, a cache and a list of independent tasks, before any work is done.
+
+Everything that can go wrong early goes wrong here: a missing version, a teacher that cannot be had, a cache of another
+fingerprint, a disk too small. What a build will cost is worked out here too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.targets.labels import MapGeometry, map_window
+from occfeat_targets.sources.nuscenes import DatasetError, Keyframe, Split, map_file, read_map, read_split
+from occfeat_targets.cache.records import digest
+from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec
+from occfeat_targets.build.shard import ShardTask
+from occfeat_targets.cache.store import Cache, Identity, create_cache
+
+FRAMES = {"ego": (EGO_FRAME,), "cameras": CAMERAS, "both": (EGO_FRAME, *CAMERAS)}
+RANDOM_TEACHER = "the teacher's weights are random"
+SYNTHETIC_DATA = "the data set is a synthetic city"
+
+_READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
+_START_SECONDS = 8.0  # a process's libraries, weights and compiled kernels
+_TEACHER_EFFICIENCY = 0.55  # of the matmul rate that the machine shows (BENCHMARKS.md)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the command line of 'occfeat-targets build' says. labels: None for whatever the data set has.
+
+    scenes: to build these alone. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th shard from the k-th.
+    """
+
+    dataroot: Path
+    cache: Path
+    split: str
+    version: str | None = None
+    scenes: tuple[str, ...] | None = None
+    grid: VoxelGrid = field(default_factory=VoxelGrid)
+    frames: str = "ego"
+    num_sweeps: int = 1
+    image_size: tuple[int, int] = STUDENT_SIZE
+    teacher: str | None = "facebook/dinov2-small"
+    teacher_layer: str = "post-norm"
+    teacher_dtype: str = "auto"
+    feature_size: tuple[int, int] | None = None
+    feature_dtype: str = "float16"
+    labels: tuple[str, ...] | None = None
+    dividers: str = "road"
+    compat: str | None = None
+    keyframes_per_shard: int = 16
+    on_error: str = "fail"
+    shard: tuple[int, int] | None = None
+    retry_skipped: bool = False
+    device: str = "auto"
+    keyframes_per_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun.
+
+    rows: {shard: which of its keyframes are still to be built by this process or cluster}.
+    """
+
+    options: BuildOptions
+    split: Split
+    cache: Cache
+    teacher: TeacherSpec | None
+    maps: dict[str, MapGeometry]
+    rows: dict[int, tuple[int, ...]]
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Those to be built by this process or cluster."""
+        return tuple(self.rows)
+
+    @property
+    def num_keyframes(self) -> int:
+        """Keyframes still to be built."""
+        return sum(len(rows) for rows in self.rows.values())
+
+    @property
+    def left_to_build(self) -> list[int]:
+        """Indices into the split's keyframes of those still to be built."""
+        return _indices(self.cache, self.rows)
+
+    def task(self, shard: int, *, num_threads: int | None) -> ShardTask:
+        """The shard's task, with only the keyframes and the part of the maps it needs."""
+        keyframes = tuple(self.split.keyframes[i] for i in self.cache.shard_range(shard))
+        return ShardTask(
+            cache=self.cache.path.absolute(),
+            shard=shard,
+            keyframes=keyframes,
+            rows=self.rows[shard],
+            maps=self._maps_near(keyframes),
+            teacher=self.teacher,
+            on_error=self.options.on_error,
+            device=self.options.device,
+            keyframes_per_batch=self.options.keyframes_per_batch or default_batch(self.options.device),
+            num_threads=num_threads,
+        )
+
+    def _maps_near(self, keyframes: Sequence[Keyframe]) -> dict[str, MapGeometry]:
+        spec = self.cache.spec
+        corners: dict[str, list[Any]] = {}
+        for keyframe in keyframes:
+            if keyframe.location in self.maps and keyframe.problem is None:
+                ego_from_global = inverse_rigid(keyframe.global_from_ego)
+                for frame in grids_from_ego(keyframe, spec):
+                    window = map_window(
+                        spec.grid, frame @ ego_from_global, keyframe.global_from_ego[2, 3], spec.divider_width
+                    )
+                    corners.setdefault(keyframe.location, []).extend(window)
+        return {
+            location: self.maps[location].near(np.min(points, axis=0), np.max(points, axis=0))
+            for location, points in corners.items()
+        }
+
+
+def default_batch(device: str) -> int:
+    """Keyframes the teacher sees at once: one on a CPU, eight (48 images) to fill a GPU."""
+    from occfeat_targets.targets.teacher import resolve_device
+
+    return 1 if resolve_device(device) == "cpu" else 8
+
+
+def make_plan(options: BuildOptions) -> Plan:
+    """Read the tables, settle the spec, create or open the cache, and list what is left to build.
+
+    Raises DatasetError, TeacherError, CacheError or ValueError, each saying what to do.
+    """
+    split = read_split(
+        options.dataroot,
+        options.split,
+        version=options.version,
+        cameras=CAMERAS,
+        num_sweeps=options.num_sweeps,
+        with_boxes=options.labels is None or "vehicles" in options.labels,
+    )
+    if options.scenes is not None:
+        split = choose_scenes(split, options.scenes)
+    labels = _labels(options.labels, split)
+    teacher = _teacher(options)
+    spec = TargetSpec(
+        grid=options.grid,
+        frames=FRAMES[options.frames],
+        image_size=options.image_size,
+        teacher=teacher,
+        feature_dtype=options.feature_dtype,
+        num_sweeps=options.num_sweeps,
+        labels=labels,
+        dividers=options.dividers,
+        compat=options.compat,
+    )
+    maps = {}
+    if "map" in labels:
+        maps = {location: read_map(split.dataroot, location, options.dividers) for location in split.locations}
+    identity = Identity(
+        tuple(k.token for k in split.keyframes),
+        tuple(k.scene for k in split.keyframes),
+        tuple(k.timestamp_us for k in split.keyframes),
+    )
+    path = options.cache / f"{options.split}.zarr"
+    create = partial(
+        create_cache,
+        path,
+        spec,
+        identity,
+        keyframes_per_shard=options.keyframes_per_shard,
+        provenance=_provenance(options, split, maps, teacher),
+    )
+    left: Collection[int] = range(len(identity))  # files of finished shards may be gone by now
+    if path.exists():
+        cache = create()
+        cache.require_files()
+        left = _indices(cache, _rows_to_build(cache, options))
+    split = note_missing_files(split, left)
+    if options.on_error == "fail":
+        require_no_problems(split, left)
+    if not path.exists():  # only now: nothing is left behind that has other keyframes than the corrected command's
+        _check_disk(options.cache, spec, len(identity))
+        cache = create()
+    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
+
+
+def _labels(asked: tuple[str, ...] | None, split: Split) -> tuple[str, ...]:
+    files = [map_file(split.dataroot, location) for location in split.locations]
+    missing = [str(file) for file in files if not file.is_file()]
+    if asked is None:
+        there = {"vehicles": split.has_annotations, "map": not missing}
+        return tuple(kind for kind in LABEL_KINDS if there[kind])
+    if "map" in asked and missing:
+        raise DatasetError(
+            f"no map expansion {', '.join(missing)}: unpack nuScenes-map-expansion-v1.3.zip into "
+            f"{split.dataroot / 'maps'}, or build with --labels vehicles or --no-labels"
+        )
+    if "vehicles" in asked and not split.has_annotations:
+        raise DatasetError(
+            f"{split.version} has no annotations, so no vehicle labels: build with --labels map or --no-labels"
+        )
+    return tuple(kind for kind in LABEL_KINDS if kind in asked)
+
+
+def _teacher(options: BuildOptions) -> TeacherSpec | None:
+    if options.teacher is None:
+        return None
+    from occfeat_targets.targets.teacher import teacher_spec
+
+    return teacher_spec(
+        options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=options.teacher_dtype
+    )
+
+
+def _provenance(
+    options: BuildOptions, split: Split, maps: dict[str, MapGeometry], teacher: TeacherSpec | None
+) -> dict[str, Any]:
+    simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
+    if teacher is not None and teacher.is_random:
+        simulated.append(RANDOM_TEACHER)
+    names = ("occfeat", "numpy", "zarr", "pillow", "torch", "transformers", "nuscenes-devkit")
+    return {
+        "simulated": simulated,
+        "split": split.name,
+        "version": split.version,
+        "dataroot": str(options.dataroot.absolute()),
+        "missing_scenes": list(split.missing_scenes),
+        "left_out_scenes": list(split.left_out_scenes),
+        "maps_sha256": {location: digest(map_file(split.dataroot, location)) for location in maps},
+        "packages": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
+    """{shard: which of its keyframes are left to build}: all, or in a finished shard the skipped ones on --retry-skipped."""
+    k, n = options.shard or (0, 1)
+    mine = range(k, cache.num_shards, n)
+    for shard in mine:
+        cache.settle_draft(shard)
+    finished = cache.finished_shards()
+    rows = {}
+    for shard in mine:
+        tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
+        if shard not in finished:
+            rows[shard] = tuple(range(len(tokens)))
+        elif options.retry_skipped and finished[shard]["skipped"]:
+            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in finished[shard]["skipped"])
+    return rows
+
+
+def _indices(cache: Cache, rows: dict[int, tuple[int, ...]]) -> list[int]:
+    return [cache.shard_range(shard)[row] for shard, chosen in rows.items() for row in chosen]
+
+
+def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
+    needed, free = spec.bytes_per_keyframe * num_keyframes, free_bytes(directory)
+    if needed > free:
+        raise DatasetError(
+            f"the cache takes about {format_bytes(needed)}, {directory} has {format_bytes(free)} free: choose another "
+            "--cache, or a smaller --image-size, --feature-dtype int8, fewer --frames"
+        )
+
+
+def free_bytes(directory: Path) -> int:
+    """Free bytes where `directory` is or will be."""
+    there = next(p for p in [directory.absolute(), *directory.absolute().parents] if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def format_bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate_seconds(plan: Plan, workers: int) -> float:
+    """How long this machine needs for the plan, from its matmul rate; workers: processes, at least 1."""
+    read = _READ_SECONDS / workers
+    spec = plan.cache.spec.teacher
+    if spec is None:
+        return _START_SECONDS + plan.num_keyframes * read
+    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, resolve_device
+
+    device = resolve_device(plan.options.device)
+    flops = flops_per_image(spec) * len(plan.cache.spec.cameras)
+    teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.dtype))
+    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
+    return _START_SECONDS + plan.num_keyframes * per_keyframe

@@ -1,0 +1,184 @@
+"""One shard: make the targets of its keyframes, write them. The same function runs serially and on any cluster.
+
+While the teacher works on some keyframes, a thread reads and labels the next ones. Both let go of the GIL, so a shard
+takes as long as the slower of the two, which is meant to be the teacher: the times a report carries say which it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
+from occfeat_targets.targets.labels import MapGeometry
+from occfeat_targets.sources.nuscenes import Keyframe
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, open_cache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What a worker is sent: one shard, its keyframes, and the part of the maps they can see.
+
+    rows: which of the keyframes to build; the others stay as the finished shard has them.
+    teacher: with the name under which it is found now. keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
+    on_error: ``fail`` the shard on a bad keyframe, or ``skip`` it: recorded, masked in `is_valid`, all zeros.
+    """
+
+    cache: Path
+    shard: int
+    keyframes: tuple[Keyframe, ...]
+    rows: tuple[int, ...]
+    maps: Mapping[str, MapGeometry]
+    teacher: TeacherSpec | None = None
+    on_error: str = "fail"
+    device: str = "auto"
+    keyframes_per_batch: int = 1
+    num_threads: int | None = None
+
+
+@dataclass
+class ShardReport:
+    """What became of a task. error: why nothing was written, or None. skipped: {sample token: why}.
+
+    num_keyframes: how many were to be built.
+
+    seconds: time by stage. ``wait`` is how long the teacher had to wait for the next keyframes; ``images``,
+    ``occupancy`` and ``labels`` go on meanwhile, so ``total`` is less than the sum.
+    cosine: (mean, minimum) over tokens of int8 features to float16, if they are int8.
+    """
+
+    shard: int
+    num_keyframes: int
+    error: str | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    cosine: tuple[float, float] | None = None
+
+
+def build_shard(task: ShardTask) -> ShardReport:
+    """Build, write and record one shard. Never raises for bad input: the report says what was wrong."""
+    report = ShardReport(task.shard, len(task.rows))
+    cache = None
+    try:
+        with timed(report.seconds, "total"):
+            cache = open_cache(task.cache)
+            arrays = _shard_arrays(task, cache.spec, report)
+            with timed(report.seconds, "write"):
+                notes = {"skipped": report.skipped, "cosine": _cosine_of_all(task, cache, report)}
+                cache.write_shard(task.shard, arrays, notes)
+    except (ValueError, OSError) as err:
+        report.error = str(err)
+    except Exception:  # a defect of ours, or of a library: the whole trace, and the build ends in order
+        report.error = traceback.format_exc()
+    if report.error is not None and cache is not None:
+        try:
+            cache.record_failure(task.shard, report.error)
+        except ValueError as err:  # the disk is full or read-only, which the error above already says
+            logger.debug("%s", err)
+    return report
+
+
+def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dict[str, NDArray[Any]]:
+    if len(task.rows) < len(task.keyframes):
+        arrays = open_cache(task.cache).read_shard(task.shard)
+    else:
+        arrays = {a.name: np.zeros((len(task.keyframes), *a.shape), a.dtype) for a in spec.arrays()}
+    teacher = _teacher(task)
+    cosines = []
+    for batch in _batches_ahead(task, spec, report):
+        for i, targets in batch:
+            for name, value in targets.arrays.items():
+                arrays[name][i] = value
+        if teacher is not None and batch:
+            from occfeat_targets.targets.teacher import quantization_cosine, quantize
+
+            with timed(report.seconds, "teacher"):
+                images = np.concatenate([targets.teacher_images for _, targets in batch])
+                features = teacher(images).reshape(len(batch), len(spec.cameras), *teacher.spec.map_size, -1)
+            rows = [i for i, _ in batch]
+            if spec.feature_dtype == "float16":
+                with np.errstate(over="ignore"):
+                    arrays["features"][rows] = features
+                if not np.isfinite(arrays["features"][rows]).all():
+                    raise ValueError("teacher features do not fit float16: build with --feature-dtype int8")
+            else:
+                arrays["features"][rows], arrays["feature_scale"][rows] = quantize(features)
+                cosines.append(quantization_cosine(features, arrays["features"][rows]))
+    if cosines:
+        mean, low = np.array(cosines).T
+        report.cosine = (float(mean.mean()), float(low.min()))
+    return arrays
+
+
+def _cosine_of_all(task: ShardTask, cache: Cache, report: ShardReport) -> tuple[float, float] | None:
+    """(mean, minimum) over the whole shard, of which this task may have built only some rows."""
+    kept = len(task.keyframes) - len(task.rows)
+    before = cache.finished_shards()[task.shard]["cosine"] if kept else None
+    if before is None or report.cosine is None:
+        return report.cosine or before
+    built = len(task.rows) - len(report.skipped)
+    mean = (kept * before[0] + built * report.cosine[0]) / (kept + built)
+    return mean, min(before[1], report.cosine[1])
+
+
+def _teacher(task: ShardTask) -> Any:
+    if task.teacher is None:
+        return None
+    from occfeat_targets.targets.teacher import load_teacher
+
+    return load_teacher(task.teacher, task.device, task.num_threads)
+
+
+def _batches_ahead(
+    task: ShardTask, spec: TargetSpec, report: ShardReport
+) -> Iterator[list[tuple[int, KeyframeTargets]]]:
+    """Batches of (row in the shard, targets); the next batch is being read while the caller works on this one."""
+    size = task.keyframes_per_batch
+    starts = range(0, len(task.rows), size)
+
+    def read(start: int) -> list[tuple[int, KeyframeTargets]]:
+        rows = task.rows[start : start + size]
+        built = ((row, _build_or_skip(task.keyframes[row], task, spec, report)) for row in rows)
+        return [(row, targets) for row, targets in built if targets is not None]
+
+    with ThreadPoolExecutor(1, thread_name_prefix="occfeat-read") as reader:
+        ahead: Future[list[tuple[int, KeyframeTargets]]] = reader.submit(read, starts[0])
+        for start in [*starts[1:], None]:
+            with timed(report.seconds, "wait"):
+                batch = ahead.result()
+            if start is not None:
+                ahead = reader.submit(read, start)
+            yield batch
+
+
+def _build_or_skip(
+    keyframe: Keyframe, task: ShardTask, spec: TargetSpec, report: ShardReport
+) -> KeyframeTargets | None:
+    seconds: Seconds = report.seconds
+    try:
+        return build_keyframe(keyframe, spec, task.maps, seconds)
+    except KeyframeError as err:
+        if task.on_error != "skip":
+            raise
+        report.skipped[keyframe.token] = str(err)
+        return None
+
+
+def stage_seconds(reports: Sequence[ShardReport]) -> dict[str, float]:
+    """Time by stage, summed over shards."""
+    total: dict[str, float] = {}
+    for report in reports:
+        for stage, seconds in report.seconds.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total

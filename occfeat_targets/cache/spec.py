@@ -1,0 +1,294 @@
+"""What a cache holds: the TargetSpec that decides its bytes, and the arrays that follow from it.
+
+The spec is a value. It is validated before a byte is written, stored in the cache's attributes, and hashed into the
+fingerprint that a build, a resume and a training run compare. Caches of one fingerprint hold interchangeable targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from occfeat_targets.cache.grid import VoxelGrid
+
+FORMAT_VERSION = 2
+
+# Simple-BEV's order; index into the camera axis of every array.
+CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+EGO_FRAME = "ego"
+LABEL_KINDS = ("vehicles", "map")
+# The paper names five classes and no nuScenes layers. These are BEVFusion's six less stop_line; its "divider"
+# holds both kinds of line, hence the second choice.
+MAP_LAYERS: dict[str, tuple[str, ...]] = {
+    "road": ("drivable_area",),
+    "sidewalk": ("walkway",),
+    "crosswalk": ("ped_crossing",),
+    "parking_area": ("carpark_area",),
+    "road_divider": ("road_divider",),
+}
+DIVIDERS = {"road": ("road_divider",), "road+lane": ("road_divider", "lane_divider")}
+# BEVFusion asks OpenCV for lines of 2 pixels of 0.5 m. OpenCV then paints 3 to 5 pixels a row, depending on
+# the slope; we draw the metre that was asked for.
+DIVIDER_WIDTH = 1.0
+MAP_CLASSES = tuple(MAP_LAYERS)
+# 1600x900 times exactly 0.3. Simple-BEV's augmentation resizes to at most 1.2 x 224x400 = 268x480: nothing is upsampled.
+STUDENT_SIZE = (270, 480)
+LARGEST_RESIZE = 1.2  # what Simple-BEV's augmentation multiplies a network's image size by, at most
+EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it, in the sensor's frame, are the vehicle's own (Simple-BEV's)
+
+
+def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
+    """(height, width) [px] of the largest network, in multiples of 16, that cached images serve without being enlarged.
+
+    resize: what training multiplies the network's image size by, at most.
+    """
+    height, width = (next(n for n in range(side // 16 * 16, -1, -16) if int(resize * n) <= side) for side in image_size)
+    return height, width
+
+
+def check_format(version: int) -> None:
+    """Raises ValueError if a cache of this version is not for this library."""
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"this cache has format version {version}, this library writes and reads {FORMAT_VERSION}: "
+            "use the matching release of occfeat, or rebuild the cache"
+        )
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The frozen image model of paper 3.3 and how it is fed.
+
+    name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture. Where the weights
+    were found, not which they are: specs are equal whatever their teachers' names.
+    digest: of the loaded weights.
+    layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens), or ``pre-norm``, its input (as ScaLR).
+    input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: what it computes in.
+    mean, std: of RGB in [0, 1], as the model was trained (ImageNet's, unless its own processor says otherwise).
+    """
+
+    name: str = field(compare=False)
+    digest: str
+    input_size: tuple[int, int]
+    patch_size: int
+    dim: int
+    layer: str = "post-norm"
+    dtype: str = "float32"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_size", tuple(int(n) for n in self.input_size))
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if any(n < self.patch_size or n % self.patch_size for n in self.input_size):
+            height, width = ((max(n // self.patch_size, 1)) * self.patch_size for n in self.input_size)
+            raise ValueError(
+                f"teacher input {self.input_size[0]}x{self.input_size[1]} is no multiple of the patch size "
+                f"{self.patch_size} of {self.name}, which would crop and misplace features: "
+                f"the nearest below is --feature-size {height}x{width}"
+            )
+        if self.layer not in ("post-norm", "pre-norm"):
+            raise ValueError(f"teacher layer {self.layer!r}: post-norm or pre-norm expected")
+
+    @property
+    def is_random(self) -> bool:
+        return self.name.startswith("random:")
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """(h, w) tokens of one view."""
+        return self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array of N keyframes. shape, dims: of one keyframe. compress: zstd, for bits that are mostly zero.
+
+    per_keyframe: an inner chunk a keyframe inside the shard (random reads); otherwise a chunk a shard (small arrays).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    dtype: str
+    description: str
+    compress: bool = False
+    per_keyframe: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Uncompressed bytes of one keyframe."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Everything that decides a cache's bytes, given the data set.
+
+    frames: the frames that carry a grid: ``ego`` and/or camera channels (design: reference frames).
+    num_sweeps: LiDAR sweeps accumulated into the occupancy, the keyframe's own included.
+    ego_box: returns with abs(x) and abs(y) below this many metres in the sensor's frame are the ego vehicle's own.
+    labels: which label arrays exist. dividers: which map layers make the divider class. compat: None or ``simple-bev``.
+    """
+
+    grid: VoxelGrid = field(default_factory=VoxelGrid)
+    frames: tuple[str, ...] = (EGO_FRAME,)
+    cameras: tuple[str, ...] = CAMERAS
+    image_size: tuple[int, int] = STUDENT_SIZE
+    teacher: TeacherSpec | None = None
+    feature_dtype: str = "float16"
+    num_sweeps: int = 1
+    ego_box: float = EGO_BOX
+    labels: tuple[str, ...] = LABEL_KINDS
+    dividers: str = "road"
+    divider_width: float = DIVIDER_WIDTH
+    compat: str | None = None
+    resize: str = "dct-scaled, antialiased bilinear"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "cameras", "image_size", "labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_format(self.format_version)
+        unknown = [f for f in self.frames if f != EGO_FRAME and f not in self.cameras]
+        if unknown or not self.frames or len(set(self.frames)) != len(self.frames):
+            raise ValueError(
+                f"frames {self.frames}: 'ego' and/or camera channels of {self.cameras} expected, each once"
+            )
+        if min(self.image_size) < 16:
+            raise ValueError(f"image size {self.image_size}: at least 16x16 pixels expected")
+        if self.feature_dtype not in ("float16", "int8"):
+            raise ValueError(f"feature dtype {self.feature_dtype!r}: float16 or int8 expected")
+        if self.num_sweeps < 1:
+            raise ValueError(f"{self.num_sweeps} sweeps: at least 1 (the keyframe's own) expected")
+        if any(kind not in LABEL_KINDS for kind in self.labels):
+            raise ValueError(f"labels {self.labels}: some of {LABEL_KINDS} expected")
+        if self.dividers not in DIVIDERS:
+            raise ValueError(f"dividers {self.dividers!r}: road or road+lane expected")
+        if self.compat not in (None, "simple-bev"):
+            raise ValueError(f"compat {self.compat!r}: simple-bev or nothing expected")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**json.loads(json.dumps(asdict(self))), "grid": self.grid.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TargetSpec:
+        values = dict(data)
+        check_format(values["format_version"])
+        values["grid"] = VoxelGrid.from_dict(values["grid"])
+        if values["teacher"] is not None:
+            values["teacher"] = TeacherSpec(**values["teacher"])
+        return cls(**values)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over everything above but the teacher's name, which is not its identity."""
+        identity = self.to_dict()
+        if self.teacher is not None:
+            del identity["teacher"]["name"]
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences(self, other: TargetSpec) -> list[str]:
+        """One line a field in which two specs differ: ``field: mine != theirs``."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        lines = []
+        for name in (name for name in mine if getattr(self, name) != getattr(other, name)):
+            a, b = mine[name], theirs[name]
+            if isinstance(a, dict) and isinstance(b, dict):
+                a, b = ({key: d[key] for key in a if a[key] != b[key]} for d in (a, b))
+            lines.append(f"{name}: {a} != {b}")
+        return lines
+
+    def describe(self) -> list[str]:
+        """The spec in a few lines of text."""
+        height, width = self.image_size
+        lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps a keyframe: {self.num_sweeps}"]
+        trained, plain = ("{}x{}".format(*largest_network(self.image_size, r)) for r in (LARGEST_RESIZE, 1.0))
+        lines.append(
+            f"images {height}x{width} of {len(self.cameras)} cameras: without enlarging them, networks train at up to {trained} "
+            f"(resizing by up to {LARGEST_RESIZE:g}) and are evaluated at up to {plain}"
+        )
+        if self.teacher is None:
+            lines.append("teacher: none, no features")
+        else:
+            (height, width), (h, w) = self.teacher.input_size, self.teacher.map_size
+            lines.append(
+                f"teacher {self.teacher.name} ({self.teacher.digest}), {height}x{width} -> {h}x{w} tokens of "
+                f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
+            )
+        lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
+        return lines
+
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays that a shard writes, in the order of writing."""
+        cams, frames, grid = len(self.cameras), len(self.frames), self.grid
+        height, width = self.image_size
+        h_b, row = grid.map_shape[0], grid.map_row_bytes
+        small = {"per_keyframe": False}
+        specs = [
+            ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
+            ArraySpec(
+                "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
+                "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
+            ),
+            ArraySpec(
+                "cam_from_ego", (cams, 4, 4), ("camera", "row", "col"), "float32",
+                "camera axes at its own timestamp from the ego frame at LiDAR time [m]", **small,
+            ),
+            ArraySpec(
+                "grid_from_ego", (frames, 4, 4), ("frame", "row", "col"), "float32",
+                "(right, forward, up) of each reference frame's grid from the ego frame at LiDAR time [m]", **small,
+            ),
+            ArraySpec(
+                "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8",
+                "student images, RGB",
+            ),
+        ]  # fmt: skip
+        if self.teacher is not None:
+            h, w = self.teacher.map_size
+            dims = ("camera", "token_y", "token_x")
+            specs.append(
+                ArraySpec(
+                    "features", (cams, h, w, self.teacher.dim), (*dims, "channel"), self.feature_dtype,
+                    "teacher patch tokens; (y, x) is centred at ((y + 0.5) * H / h, (x + 0.5) * W / w) of the image",
+                )
+            )  # fmt: skip
+            if self.feature_dtype == "int8":
+                specs.append(
+                    ArraySpec(
+                        "feature_scale", (cams, h, w), dims, "float16", "multiply int8 features of a token by this"
+                    )
+                )
+        specs.append(
+            ArraySpec(
+                "occupancy", (frames, grid.packed_bytes), ("frame", "packed_voxel"), "uint8",
+                "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
+            )
+        )  # fmt: skip
+        map_dims = ("grid_forward", "packed_right")
+        if "vehicles" in self.labels:
+            for name, text in (
+                ("vehicles", "vehicle cells"),
+                ("vehicles_valid", "0: hardly visible vehicle, not scored"),
+            ):
+                shape = (frames, h_b, row)
+                specs.append(ArraySpec(f"labels/{name}", shape, ("frame", *map_dims), "uint8", text, compress=True))
+        if "map" in self.labels:
+            shape_map = (frames, len(MAP_CLASSES), h_b, row)
+            text = "map cells; classes: " + ", ".join(MAP_CLASSES)
+            specs.append(
+                ArraySpec("labels/map", shape_map, ("frame", "map_class", *map_dims), "uint8", text, compress=True)
+            )
+        return tuple(specs)
+
+    @property
+    def bytes_per_keyframe(self) -> int:
+        """Bytes on disk of one keyframe, taking a tenth for the bits that are compressed."""
+        return sum(a.nbytes // 10 if a.compress else a.nbytes for a in self.arrays())

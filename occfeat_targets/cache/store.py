@@ -1,0 +1,369 @@
+"""A cache on disk: creating it, writing whole shards, and the records that say which of them are finished.
+
+One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into the same shards of K keyframes, and one
+task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
+when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
+the shard. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
+then whatever stood there stands. What a killed build left of a draft is moved or cleared by the next build.
+
+``progress/created.json`` holds the SHA-256 of every file of metadata, and each shard's record the SHA-256 of
+``created.json``: metadata that were edited, and a record of another cache or shard, do not fit together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
+from occfeat_targets.cache.spec import ArraySpec, TargetSpec
+
+KEYFRAME_DIM = "keyframe"
+PROGRESS = "progress"
+CREATED = "created"
+_WHOLE = "record.json"  # in a draft that only has to be moved
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the keyframes are, in the split's order. tokens, scenes: (N,) strings; timestamps_us: (N,) int64."""
+
+    tokens: tuple[str, ...]
+    scenes: tuple[str, ...]
+    timestamps_us: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An existing cache.
+
+    provenance: what made it (versions, data set, whether anything is simulated); not part of the fingerprint.
+    metadata: SHA-256 of ``created.json``, and through it of all metadata; every shard's record repeats it.
+    """
+
+    path: Path
+    spec: TargetSpec
+    identity: Identity
+    keyframes_per_shard: int
+    provenance: Mapping[str, Any]
+    metadata: str = ""
+
+    def __len__(self) -> int:
+        return len(self.identity)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self) // self.keyframes_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """Indices of the shard's keyframes."""
+        start = shard * self.keyframes_per_shard
+        return range(start, min(start + self.keyframes_per_shard, len(self)))
+
+    @property
+    def simulated(self) -> list[str]:
+        """What in this cache is not real, one phrase each; empty for real data and a real teacher."""
+        return list(self.provenance.get("simulated", []))
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line to print wherever this cache is used, if anything in it is not real."""
+        return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
+
+    def finished_shards(self) -> dict[int, dict[str, Any]]:
+        """{shard: its record}. Raises CacheError on a record that shard_record refuses."""
+        return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+
+    def require_files(self, names: Collection[str] | None = None) -> None:
+        """Raises CacheError if finished shards lost files of these arrays, of any array by default."""
+        arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
+        files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
+        lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
+        if lost:
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            raise CacheError(
+                f"{self.path} lost {len(lost)} files of finished shards ({shown}): restore them, or delete these shards' "
+                f"records in {self._progress} and run the build again; 'occfeat-targets verify' lists all"
+            )
+
+    def recorded_shards(self) -> list[int]:
+        """The shards that have a record, whatever it says."""
+        names = {p.name for p in self._progress.iterdir()}
+        return [shard for shard in range(self.num_shards) if self._record_path(shard).name in names]
+
+    def shard_record(self, shard: int) -> dict[str, Any]:
+        """What write_shard recorded. Raises CacheError if it is damaged, or was written for another shard or cache."""
+        file = self._record_path(shard)
+        record = read_record(file)
+        found = {**record, "files": sorted(record.get("files", ()))}
+        files = sorted(shard_name(array, shard) for array in self.spec.arrays())
+        for name, expected in {**self._record_head(shard), "files": files}.items():
+            if found.get(name) != expected:
+                raise CacheError(
+                    f"{file} is not the record of this shard: its {name} is {found.get(name)}, {expected} expected. If all "
+                    "records are refused, the cache's metadata were edited: restore them. Otherwise delete this record and "
+                    "run the build again: it makes that shard anew"
+                )
+        return record
+
+    def _record_head(self, shard: int) -> dict[str, Any]:
+        """What binds a record to its shard and its cache."""
+        rows = self.shard_range(shard)
+        return {"shard": shard, "keyframes": [rows.start, rows.stop], "metadata": self.metadata}
+
+    def failed_shards(self) -> dict[int, dict[str, Any]]:
+        """{shard: why its last attempt failed}."""
+        return {int(p.name.split(".")[0]): read_record(p) for p in sorted(self._progress.glob("*.failed.json"))}
+
+    def pending_shards(self) -> list[int]:
+        finished = self.finished_shards()
+        return [shard for shard in range(self.num_shards) if shard not in finished]
+
+    @property
+    def _progress(self) -> Path:
+        return self.path / PROGRESS
+
+    def _record_path(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.json"
+
+    def write_shard(self, shard: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> None:
+        """Write one shard of every array, flush it, and only then put it in the place of what stood there.
+
+        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: kept in the record.
+        Raises CacheError when the disk is full or not writable; what stood there stays then, and so does its record.
+        """
+        keyframes = self.shard_range(shard)
+        span = slice(keyframes.start, keyframes.stop)
+        for array in self.spec.arrays():  # checked in full before the first byte is written
+            expected = (len(keyframes), *array.shape)
+            values = arrays[array.name]
+            assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
+        with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
+            draft = self._draft(shard)
+            shutil.rmtree(draft, ignore_errors=True)
+            files = {}
+            try:
+                for array in self.spec.arrays():
+                    (draft / array.name).mkdir(parents=True)
+                    shutil.copy(self.path / array.name / "zarr.json", draft / array.name)
+                    # An absent chunk must always mean "never written", also where a keyframe holds zeros.
+                    with zarr.config.set({"array.write_empty_chunks": True}):
+                        writable = zarr.open_array(draft / array.name, mode="r+")
+                    writable[span] = arrays[array.name]
+                    files[shard_name(array, shard)] = sync_and_digest(shard_file(draft, array, shard))
+                record = {**self._record_head(shard), "files": files, **notes}
+                write_record(draft / _WHOLE, record)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            self.settle_draft(shard)
+
+    def settle_draft(self, shard: int) -> None:
+        """Move a shard's draft into the arrays if it is whole, remove it if it is not; nothing happens without one.
+
+        Killed at any moment, it is whole or not as before, and the next call goes on. Only for who builds this shard.
+        """
+        draft = self._draft(shard)
+        if (draft / _WHOLE).is_file():
+            record = read_record(draft / _WHOLE)
+            # Without a record while files of two builds stand side by side: readers refuse such a shard.
+            self._record_path(shard).unlink(missing_ok=True)
+            for name in record["files"]:
+                if (draft / name).is_file():  # not yet moved
+                    (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                    (draft / name).replace(self.path / name)
+            (draft / _WHOLE).replace(self._record_path(shard))
+            self._failed_path(shard).unlink(missing_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+
+    def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
+        """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not, or was changed."""
+        keyframes = self.shard_range(shard)
+        for name, sha256 in self.shard_record(shard)["files"].items():
+            if not (self.path / name).is_file() or digest(self.path / name) != sha256:
+                raise CacheError(
+                    f"{self.path / name} is missing or was changed after it was written: delete "
+                    f"{self._record_path(shard)} and run the build again: it makes that shard anew"
+                )
+        return {
+            array.name: np.asarray(zarr.open_array(self.path / array.name, mode="r")[keyframes.start : keyframes.stop])
+            for array in self.spec.arrays()
+        }
+
+    def _draft(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.draft"
+
+    def _failed_path(self, shard: int) -> Path:
+        return self._progress / f"{shard:05d}.failed.json"
+
+    def record_failure(self, shard: int, error: str) -> None:
+        """Remember why a shard failed, for `status`; the next successful build of it forgets."""
+        with writing(f"the failure of shard {shard}"):
+            write_record(self._failed_path(shard), {"shard": shard, "error": error})
+
+
+def is_draft(name: str) -> bool:
+    """Is this file, by its name relative to the cache, of a shard that is being written, or was when its build died?"""
+    return name.startswith(f"{PROGRESS}/") and ".draft/" in name
+
+
+def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
+    """The one file that holds a shard of an array."""
+    return path / shard_name(array, shard)
+
+
+def shard_name(array: ArraySpec, shard: int) -> str:
+    """The same within the cache, as records name it."""
+    return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
+
+
+def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array), name
+    return array
+
+
+def create_cache(
+    path: Path, spec: TargetSpec, identity: Identity, *, keyframes_per_shard: int, provenance: Mapping[str, Any]
+) -> Cache:
+    """Make an empty cache, or open the one that stands there if it is for exactly these keyframes and this spec.
+
+    Several processes may call this at once (array jobs): the group is made under another name and renamed when whole.
+    Raises CacheError if what stands at `path` is something else, naming both fingerprints.
+    """
+    if keyframes_per_shard < 1:
+        raise ValueError(f"{keyframes_per_shard} keyframes per shard: at least 1 expected")
+    if len(identity) == 0:
+        raise ValueError("no keyframes to build a cache of")
+    wanted = Cache(path, spec, identity, keyframes_per_shard, provenance)
+    if path.exists():
+        return _open_matching(wanted)
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.creating-{os.getpid()}")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            _write_skeleton(draft, wanted)
+            draft.rename(path)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            if not path.exists():
+                raise
+    return _open_matching(wanted)
+
+
+def _write_skeleton(draft: Path, cache: Cache) -> None:
+    spec, n, k = cache.spec, len(cache), cache.keyframes_per_shard
+    attributes = {
+        "occfeat": {
+            "fingerprint": spec.fingerprint,
+            "spec": spec.to_dict(),
+            "keyframes_per_shard": k,
+            "provenance": dict(cache.provenance),
+        }
+    }
+    group = zarr.create_group(draft, zarr_format=3, attributes=attributes)
+    group.create_group(PROGRESS, attributes={"description": "one record a finished shard; see occfeat-targets status"})
+    identity: list[tuple[str, Sequence[Any], Any]] = [
+        ("sample_token", cache.identity.tokens, str),
+        ("scene", cache.identity.scenes, str),
+        ("timestamp_us", cache.identity.timestamps_us, np.int64),
+    ]
+    for name, values, dtype in identity:
+        array = group.create_array(
+            name, shape=(n,), chunks=(n,), dtype=dtype, dimension_names=[KEYFRAME_DIM], compressors=(Crc32cCodec(),)
+        )
+        array[:] = np.array(values, dtype=object if dtype is str else dtype)
+    if spec.labels:
+        group.create_group("labels")
+    for spec_array in spec.arrays():
+        shape = spec_array.shape
+        codecs = (ZstdCodec(level=3), Crc32cCodec()) if spec_array.compress else (Crc32cCodec(),)
+        group.create_array(
+            spec_array.name,
+            shape=(n, *shape),
+            chunks=(1, *shape) if spec_array.per_keyframe else (k, *shape),
+            shards=(k, *shape) if spec_array.per_keyframe else None,
+            dtype=spec_array.dtype,
+            dimension_names=[KEYFRAME_DIM, *spec_array.dims],
+            compressors=codecs,
+            fill_value=0,
+            attributes={"description": spec_array.description},
+        )
+    with warnings.catch_warnings():  # zarr warns that the v3 specification does not name consolidated metadata yet
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(draft)
+    files = {str(f.relative_to(draft)): sync_and_digest(f) for f in sorted(draft.rglob("*")) if f.is_file()}
+    write_record(draft / PROGRESS / f"{CREATED}.json", {"files": files})
+
+
+def _open_matching(wanted: Cache) -> Cache:
+    found = open_cache(wanted.path)
+    if found.spec != wanted.spec:
+        raise CacheError(
+            f"cache {wanted.path} has fingerprint {found.spec.fingerprint}, this build has {wanted.spec.fingerprint} "
+            f"({'; '.join(found.spec.differences(wanted.spec))} [cache != build]): "
+            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
+        )
+    if found.identity != wanted.identity:
+        raise CacheError(
+            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
+            "point --dataroot at the data set it was built from, pass the --scenes it was begun with, choose another --cache, "
+            "or delete it to rebuild"
+        )
+    if found.keyframes_per_shard != wanted.keyframes_per_shard:
+        raise CacheError(
+            f"cache {wanted.path} has {found.keyframes_per_shard} keyframes per shard, "
+            f"this build asks for {wanted.keyframes_per_shard}: pass --shard-size {found.keyframes_per_shard}"
+        )
+    return found
+
+
+def open_cache(path: Path) -> Cache:
+    """Open what create_cache made, finished or not. Raises CacheError if there is none, or its metadata is damaged."""
+    path = Path(path)
+    if not (path / "zarr.json").is_file():
+        there = sorted(p.name for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
+        raise CacheError(
+            f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
+            + ": build it with 'occfeat-targets build', or correct --cache and --split"
+        )  # fmt: skip
+    record = path / PROGRESS / f"{CREATED}.json"
+    created = read_record(record)
+    for name, sha256 in created["files"].items():
+        if not (path / name).is_file() or digest(path / name) != sha256:
+            raise CacheError(
+                f"{path / name} is missing or was changed since the cache was created: restore or rebuild it"
+            )
+    group = zarr.open_group(path, mode="r", use_consolidated=False)
+    about: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
+    identity = Identity(
+        tuple(str(t) for t in np.asarray(_zarr_array(group, "sample_token")[:])),
+        tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
+        tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
+    )
+    try:
+        spec = TargetSpec.from_dict(about["spec"])
+    except (KeyError, TypeError) as err:
+        raise CacheError(
+            f"{path} was not written by this release of occfeat ({err}): use the one that built it"
+        ) from err
+    if spec.fingerprint != about["fingerprint"]:
+        raise CacheError(
+            f"{path / 'zarr.json'} says fingerprint {about['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "
+            "restore it, or delete the cache and build it again"
+        )
+    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"], digest(record))

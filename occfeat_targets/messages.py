@@ -1,0 +1,172 @@
+"""What the command line says about a plan, a build and a cache, as lines of text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.run import Outcome
+from occfeat_targets.cache.spec import LABEL_KINDS
+from occfeat_targets.cache.store import Cache
+from occfeat_targets.sources.scenes import describe_problems
+
+
+def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
+    """What is about to be built, where, how large and for how long."""
+    split, cache, spec = plan.split, plan.cache, plan.cache.spec
+    scenes = Counter(k.scene for k in split.keyframes)
+    lines = [f"{split.name} of {split.version}: {count(len(cache), 'keyframe')} of {count(len(scenes), 'scene')}"]
+    if split.missing_scenes:
+        missing = split.missing_scenes
+        lines.append(
+            f"  {len(missing)} of the split's {len(scenes) + len(missing)} scenes are not in this data set and are left out "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        )
+    if split.left_out_scenes:
+        there = len(scenes) + len(split.left_out_scenes)
+        lines.append(f"  --scenes: {len(scenes)} of the {there} scenes of the split in this data set")
+    problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
+    if problems is not None:
+        lines.append(f"  {problems} cannot be built and are skipped")
+    if plan.options.labels is None:
+        reasons = {
+            "vehicles": f"{split.version} has no annotations",
+            "map": f"no map expansion in {split.dataroot / 'maps' / 'expansion'}",
+        }
+        lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
+    lines += [f"  {line}" for line in spec.describe()]
+    lines += cache.warnings
+    done = cache.num_shards - len(cache.pending_shards())
+    lines.append(
+        f"{cache.path} [{spec.fingerprint}]: {count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes, "
+        f"{done} finished; to build here: {count(len(plan.shards), 'shard')}, {count(plan.num_keyframes, 'keyframe')}"
+    )
+    if plan.shards:
+        size = spec.bytes_per_keyframe * plan.num_keyframes
+        where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
+        lines.append(
+            f"size: {format_bytes(spec.bytes_per_keyframe)} a keyframe, {format_bytes(size)} in all "
+            f"({format_bytes(free_bytes(cache.path))} free); "
+            f"time: about {format_seconds(estimate_seconds(plan, max(workers, 1)))} {where}"
+            + (", were it as fast as this machine" if scheduler else "")
+        )
+    return lines
+
+
+def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
+    """What was built, what the time went to, what failed, and how to go on."""
+    cache = plan.cache
+    lines = []
+    if outcome.num_keyframes:
+        rate = outcome.num_keyframes / seconds
+        lines.append(
+            f"built {count(outcome.num_keyframes, 'keyframe')} in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
+        )
+        stages = {stage: s / outcome.num_keyframes * 1e3 for stage, s in outcome.seconds.items()}
+        total = stages.pop("total")
+        spent = ", ".join(f"{stage} {ms:.1f}" for stage, ms in sorted(stages.items(), key=lambda item: -item[1]))
+        lines.append(
+            f"  {total:.0f} ms a keyframe and worker: {spent} (images, occupancy and labels are made while the teacher "
+            "works; wait: for those)"
+        )
+    cosines = [r.cosine for r in outcome.reports if r.cosine is not None]
+    if cosines:
+        mean, low = (f(c[i] for c in cosines) for i, f in ((0, lambda v: math.fsum(v) / len(cosines)), (1, min)))
+        lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
+    if outcome.skipped:
+        lines.append(
+            f"  skipped {len(outcome.skipped)} keyframes: see 'occfeat-targets status'; --retry-skipped tries again"
+        )
+    pending = cache.pending_shards()
+    lines += cache.warnings
+    if outcome.failed:
+        lines.append(
+            f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, "
+            "and run the same command again: it continues"
+        )
+    elif pending:
+        lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
+    else:
+        lines.append(f"{cache.path} is complete: {count(len(cache), 'keyframe')}, {format_bytes(bytes_on_disk(cache))}")
+    return lines
+
+
+def describe_status(cache: Cache) -> list[str]:
+    """What is done, failed, skipped and missing."""
+    finished, failed = cache.finished_shards(), cache.failed_shards()
+    keyframes = sum(len(cache.shard_range(shard)) for shard in finished)
+    lines = [
+        f"{cache.path} [{cache.spec.fingerprint}]",
+        *cache.warnings,
+        f"finished: {len(finished)} of {cache.num_shards} shards, {keyframes} of {len(cache)} keyframes, "
+        f"{format_bytes(bytes_on_disk(cache))}",
+    ]
+    missing = [shard for shard in range(cache.num_shards) if shard not in finished]
+    if missing:
+        lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build again")
+    lines += [f"failed: shard {shard}: {record['error']}" for shard, record in failed.items()]
+    lines += [f"skipped: {why}" for record in finished.values() for why in record["skipped"].values()]
+    return lines
+
+
+def is_complete(cache: Cache) -> bool:
+    """Every shard is finished and no keyframe was skipped."""
+    finished = cache.finished_shards()
+    return len(finished) == cache.num_shards and not any(record["skipped"] for record in finished.values())
+
+
+def describe_info(cache: Cache) -> list[str]:
+    """What a cache holds and where it came from."""
+    spec, origin = cache.spec, cache.provenance
+    scenes, left_out = len(set(cache.identity.scenes)), origin.get("left_out_scenes", [])
+    lines = [
+        f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
+        *cache.warnings,
+        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}"
+        + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
+        *spec.describe(),
+        f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
+    ]
+    for array in spec.arrays():
+        shape = "x".join(map(str, array.shape)) or "1"
+        lines.append(f"  {array.name:22} {shape:>20} {array.dtype:8} {array.description}")
+    cosines = [record["cosine"] for record in cache.finished_shards().values() if record["cosine"]]
+    if cosines:
+        lines.append(f"int8 features: cosine to float16 {min(c[1] for c in cosines):.6f} at worst")
+    lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))
+    return lines
+
+
+def info_as_json(cache: Cache) -> str:
+    """The same for programs."""
+    data: dict[str, Any] = {
+        "path": str(cache.path),
+        "fingerprint": cache.spec.fingerprint,
+        "num_keyframes": len(cache),
+        "finished_shards": sorted(cache.finished_shards()),
+        "num_shards": cache.num_shards,
+        "spec": cache.spec.to_dict(),
+        "provenance": dict(cache.provenance),
+    }
+    return json.dumps(data, indent=2)
+
+
+def bytes_on_disk(cache: Cache) -> int:
+    return sum(p.stat().st_size for p in Path(cache.path).rglob("*") if p.is_file())
+
+
+def count(n: int, noun: str) -> str:
+    """1 keyframe, 2 keyframes."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 -> 1-3, 7."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    spans = [str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return ", ".join(spans[:8]) + (", ..." if len(spans) > 8 else "")

@@ -1,0 +1,1 @@
+"""Pictures of a keyframe of a cache, for `occfeat-targets preview`."""

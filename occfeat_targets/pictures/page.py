@@ -1,0 +1,158 @@
+"""`occfeat-targets preview`: pictures of keyframes that make a wrong transform obvious, and a page that shows them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from occfeat_targets.cache.geometry import transform
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import writing
+from occfeat_targets.cache.store import Cache
+from occfeat_targets.pictures.colors import FeatureColors
+from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
+
+MAX_FITTED = 8  # keyframes whose features decide the colours
+
+
+def choose_keyframes(
+    cache: Cache, *, numbers: str | None = None, tokens: Sequence[str] = (), samples: int = 4
+) -> list[int]:
+    """Indices of the keyframes asked for by number ("0,5,9") or sample token; else `samples` finished ones, evenly spread.
+
+    Raises ValueError on what is no number, or not in the cache.
+    """
+    try:
+        chosen = [int(number) for number in numbers.split(",")] if numbers is not None else []
+    except ValueError:
+        raise ValueError(f"keyframes {numbers!r}: numbers joined by commas expected, such as 0,5,9") from None
+    _check_keyframes(cache, chosen)
+    for token in tokens:
+        if token not in cache.identity.tokens:
+            raise ValueError(f"{cache.path} has no sample {token!r}: correct the token, or choose another --split")
+        chosen.append(cache.identity.tokens.index(token))
+    if not chosen:
+        built = [k for shard in sorted(cache.finished_shards()) for k in cache.shard_range(shard)]
+        if not built:
+            raise ValueError(f"nothing of {cache.path} is built yet: run 'occfeat-targets build' first")
+        chosen = [built[i] for i in np.linspace(0, len(built) - 1, min(samples, len(built))).round().astype(int)]
+    return list(dict.fromkeys(chosen))
+
+
+def _check_keyframes(cache: Cache, keyframes: Sequence[int]) -> None:
+    for keyframe in keyframes:
+        if not 0 <= keyframe < len(cache):
+            raise ValueError(
+                f"{cache.path} has no keyframe {keyframe}: it has {len(cache)}, choose 0 to {len(cache) - 1}"
+            )
+
+
+def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) -> dict[int, NDArray[np.float64]]:
+    """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, the vehicle's own left out}.
+
+    Straight from the data set's tables, by the code that `verify` trusts. dataroot: where the cache was built from by
+    default. Raises ValueError if the data set is not there or lacks a keyframe.
+    """
+    from occfeat_targets.sources.nuscenes import find_dataroot
+    from occfeat_targets.sources.sweeps import read_sweep
+    from occfeat_targets.verify.slow_targets import read_source
+
+    origin = dataroot or cache.provenance.get("dataroot")
+    if origin is None or not Path(origin).is_dir():
+        raise ValueError(f"the data set is not at {origin}: pass --dataroot, or leave --points out")
+    root, version = find_dataroot(Path(origin), cache.path.stem, cache.provenance.get("version"))
+    tokens = [cache.identity.tokens[k] for k in keyframes]
+    try:
+        sources = read_source(root, version, tokens, cache.spec.cameras, cache.spec.num_sweeps)
+        chosen = [sources[token] for token in tokens]
+    except KeyError as err:
+        raise ValueError(
+            f"the tables in {root / version} lack {err}: pass the --dataroot that {cache.path} was built from"
+        ) from err
+    returns = {}
+    for keyframe, source in zip(keyframes, chosen, strict=True):
+        clouds = []
+        for path, ego_from_sensor in zip(source.sweeps, source.ego_from_sensor, strict=True):
+            points = read_sweep(path)[:, :3].astype(np.float64)
+            is_own = (np.abs(points[:, :2]) < cache.spec.ego_box).all(axis=1)
+            clouds.append(transform(ego_from_sensor, points[~is_own]))
+        returns[keyframe] = np.concatenate(clouds)
+    return returns
+
+
+def fit_features(reader: CacheReader, keyframes: Sequence[int]) -> FeatureColors | None:
+    """Colours that sheets share, fitted to up to MAX_FITTED keyframes spread over these; None without any features."""
+    valid = [k for k in keyframes if why_absent(reader, k) is None]
+    teacher = reader.cache.spec.teacher
+    if teacher is None or not valid:
+        return None
+    fitted = valid[:: -(-len(valid) // MAX_FITTED)]
+    return FeatureColors.fit(np.concatenate([read_features(reader, k).reshape(-1, teacher.dim) for k in fitted]))
+
+
+def write_preview(
+    cache: Cache | Path,
+    out: Path,
+    keyframes: Sequence[int],
+    *,
+    frame: str | None = None,
+    points: bool = False,
+    dataroot: Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a PNG a keyframe, and an index.html that shows them in any browser, off line; returns the page's path.
+
+    frame: the reference frame whose grid is shown; the cache's first by default. points: also show the LiDAR returns,
+    from the data set at `dataroot` or where the cache was built from. Raises ValueError on a keyframe or frame that the
+    cache lacks, a data set that is not there, or an `out` that cannot be written.
+    """
+    reader = CacheReader(cache, allow_incomplete=True)
+    cache = reader.cache
+    _check_keyframes(cache, keyframes)
+    frame_index(cache, frame)
+    with writing(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+    valid = [k for k in keyframes if why_absent(reader, k) is None]
+    returns = read_returns(cache, valid, dataroot) if points and valid else {}
+    feature_colors = fit_features(reader, keyframes)
+    names = [f"keyframe-{keyframe:06d}.png" for keyframe in keyframes]
+    bar = tqdm(keyframes, desc="preview", unit="keyframe", disable=not progress, dynamic_ncols=True)
+    for keyframe, name in zip(bar, names, strict=True):
+        sheet = draw_keyframe(
+            reader, keyframe, frame=frame, returns=returns.get(keyframe), feature_colors=feature_colors
+        )
+        with writing(str(out / name)):
+            sheet.save(out / name)
+    with writing(str(out / "index.html")):
+        (out / "index.html").write_text(_page(cache, keyframes, names), encoding="utf-8")
+    return out / "index.html"
+
+
+_STYLE = (
+    "body{background:#121418;color:#eceef0;font:16px/1.45 system-ui,sans-serif;margin:1.5rem}"
+    "img{max-width:100%;height:auto;border:1px solid #444}code{color:#9ecbff}"
+    ".simulated{background:#de401c;color:#fff;font-size:1.3rem;font-weight:bold;padding:.5rem 1rem}"
+)
+
+
+def _page(cache: Cache, keyframes: Sequence[int], names: Sequence[str]) -> str:
+    """A page without scripts; its only links are the PNGs beside it."""
+    title = html.escape(f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes")
+    lines = [
+        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
+        f"<h1>{title}</h1>",
+        *(f'<p class="simulated">{html.escape(text)}</p>' for text in cache.warnings),
+        f"<p>cache <code>{html.escape(cache.path.name)}</code>, fingerprint <code>{cache.spec.fingerprint}</code></p>",
+        "<ul>",
+        *(f"<li>{html.escape(line)}</li>" for line in cache.spec.describe()),
+        "</ul>",
+    ]
+    for keyframe, name in zip(keyframes, names, strict=True):
+        text = html.escape(f"{keyframe}: {cache.identity.tokens[keyframe]}, {cache.identity.scenes[keyframe]}")
+        lines += [f"<h2>{text}</h2>", f'<a href="{name}"><img src="{name}" alt="keyframe {text}" loading="lazy"></a>']
+    return "\n".join(lines) + "\n</html>\n"

@@ -1,0 +1,300 @@
+"""nuScenes through its devkit: a split becomes a list of keyframes, with every path and transform worked out.
+
+The only module that imports the devkit. Tables are read once, when a build is planned; what it returns is small, needs
+no table, and can be sent to a worker.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
+from occfeat_targets.targets.labels import MapGeometry, map_classes
+
+LIDAR = "LIDAR_TOP"
+SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
+_VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
+
+
+class DatasetError(ValueError):
+    """A dataroot that lacks what was asked for; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class CameraView:
+    """One image of a keyframe. intrinsics: (3, 3) of the source image; source_size: (height, width) [px].
+
+    ego_from_cam: the calibration. cam_from_ego: from the ego frame at LiDAR time to this camera at its own timestamp.
+    """
+
+    path: Path
+    source_size: tuple[int, int]
+    intrinsics: Matrix
+    ego_from_cam: Matrix
+    cam_from_ego: Matrix
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One LiDAR sweep. ego_from_sensor: to the ego frame of the keyframe, through the global frame."""
+
+    path: Path
+    ego_from_sensor: Matrix
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """Everything a worker needs of one sample.
+
+    cameras: in the asked order. sweeps: the keyframe's own first, then backwards in time.
+    vehicle_corners: (n, 8, 3) in the ego frame at LiDAR time [m], in the devkit's corner order; visibility: (n,) 1..4.
+    problem: why this keyframe cannot be built, found in the tables; cameras and sweeps are empty then.
+    """
+
+    token: str
+    scene: str
+    timestamp_us: int
+    location: str
+    global_from_ego: Matrix = field(default_factory=lambda: np.eye(4))
+    cameras: tuple[CameraView, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
+    vehicle_corners: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 8, 3)))
+    visibility: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The keyframes of a split. missing_scenes: scenes the devkit counts to it that this data set has not.
+
+    left_out_scenes: those that are there and were not chosen.
+    locations: map names. has_annotations: false for the test set. is_synthetic: made by 'occfeat-targets synth'.
+    """
+
+    name: str
+    version: str
+    dataroot: Path
+    keyframes: tuple[Keyframe, ...]
+    missing_scenes: tuple[str, ...]
+    locations: tuple[str, ...]
+    has_annotations: bool
+    is_synthetic: bool
+    left_out_scenes: tuple[str, ...] = ()
+
+
+def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:
+    """(dataroot the devkit wants, version) for either layout: root/v1.0-trainval or root/trainval/v1.0-trainval.
+
+    Raises DatasetError naming what was found under `root`.
+    """
+    if not root.is_dir():
+        raise DatasetError(
+            f"no directory {root}: pass --dataroot, or set NUSCENES_ROOT, to where nuScenes was unpacked"
+        )
+    found = {p.name: p.parent for p in [*root.glob("*/v1.0-*"), *root.glob("v1.0-*")] if (p / "sample.json").is_file()}
+    if version is None:
+        usual = _VERSIONS_OF_SPLIT.get(split, "v1.0-trainval")
+        version = usual if usual in found or len(found) != 1 else next(iter(found))
+    elif not version.startswith("v1.0-"):
+        version = f"v1.0-{version}"
+    if version not in found:
+        raise DatasetError(
+            f"{root} holds no {version} (found: {', '.join(sorted(found)) or 'no nuScenes tables at all'}): "
+            f"expected the tables in {root / version} or {root / version.removeprefix('v1.0-') / version}; "
+            "correct --dataroot, or choose what is there with --version and --split"
+        )
+    return found[version], version
+
+
+def read_split(
+    root: Path, split: str, *, version: str | None, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
+) -> Split:
+    """Load the tables and work out every keyframe of a devkit split, in the split's scene order, then by time.
+
+    Problems of single keyframes (a camera without an image, a NaN in a pose) are noted on the keyframe.
+    Raises DatasetError if the data set has none of the split, or its tables do not load.
+    """
+    from nuscenes.nuscenes import NuScenes
+    from nuscenes.utils.splits import create_splits_scenes
+
+    dataroot, version = find_dataroot(root, split, version)
+    splits = create_splits_scenes()
+    if split not in splits:
+        raise DatasetError(f"no split {split!r}: the devkit knows {', '.join(splits)}")
+    try:
+        nusc = NuScenes(version, str(dataroot), verbose=False)
+    except (AssertionError, OSError, KeyError, ValueError) as err:
+        raise DatasetError(f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}") from err
+    scenes = {scene["name"]: scene for scene in nusc.scene}
+    present = [name for name in splits[split] if name in scenes]
+    if not present:
+        raise DatasetError(
+            f"{dataroot / version} has none of the {len(splits[split])} scenes of split {split!r} "
+            f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
+        )
+    missing = tuple(name for name in splits[split] if name not in scenes)
+    logs = {name: nusc.get("log", scenes[name]["log_token"]) for name in present}
+    keyframes = tuple(
+        _keyframe(nusc, sample, name, logs[name]["location"], cameras, num_sweeps, with_boxes)
+        for name in present
+        for sample in _samples(nusc, scenes[name])
+    )
+    has_annotations = bool(nusc.sample_annotation)
+    del nusc, scenes
+    gc.collect()  # the devkit's tables refer to each other: gigabytes of them would stay for the whole build
+    return Split(
+        name=split,
+        version=version,
+        dataroot=dataroot,
+        keyframes=keyframes,
+        missing_scenes=missing,
+        locations=tuple(sorted({k.location for k in keyframes})),
+        has_annotations=has_annotations,
+        is_synthetic=any(log["vehicle"] == SYNTHETIC_VEHICLE for log in logs.values()),
+    )
+
+
+def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
+    """The map expansion of a location. Raises DatasetError if it is not there or too old."""
+    from nuscenes.map_expansion.map_api import NuScenesMap
+
+    try:
+        return MapGeometry.from_tables(NuScenesMap(str(dataroot), location), map_classes(dividers))
+    except FileNotFoundError as err:
+        raise DatasetError(
+            f"no map expansion {map_file(dataroot, location)}: unpack nuScenes-map-expansion-v1.3.zip into "
+            f"{dataroot / 'maps'}, or build without map labels (--labels vehicles)"
+        ) from err
+    except Exception as err:  # the devkit raises bare Exception for an old map
+        raise DatasetError(f"the map expansion {map_file(dataroot, location)} does not load: {err}") from err
+
+
+def map_file(dataroot: Path, location: str) -> Path:
+    return dataroot / "maps" / "expansion" / f"{location}.json"
+
+
+def _samples(nusc: Any, scene: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    token = scene["first_sample_token"]
+    while token:
+        sample = nusc.get("sample", token)
+        yield sample
+        token = sample["next"]
+
+
+def _keyframe(
+    nusc: Any,
+    sample: dict[str, Any],
+    scene: str,
+    location: str,
+    cameras: Sequence[str],
+    num_sweeps: int,
+    with_boxes: bool,
+) -> Keyframe:
+    identity = {"token": sample["token"], "scene": scene, "timestamp_us": sample["timestamp"], "location": location}
+    try:
+        lidar = _sample_data(nusc, sample, LIDAR)
+        global_from_ego = _pose(nusc, "ego_pose", lidar)
+        ego_from_global = inverse_rigid(global_from_ego)
+        views = tuple(_view(nusc, _sample_data(nusc, sample, name), global_from_ego) for name in cameras)
+        sweeps = []
+        for record in _backwards(nusc, lidar, num_sweeps):
+            sensor = _pose(nusc, "ego_pose", record) @ _pose(nusc, "calibrated_sensor", record)
+            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ sensor))
+        corners, visibility = _vehicles(nusc, sample, ego_from_global) if with_boxes else (np.zeros((0, 8, 3)), [])
+    except ValueError as err:
+        return Keyframe(**identity, problem=str(err))
+    return Keyframe(
+        **identity,
+        global_from_ego=global_from_ego,
+        cameras=views,
+        sweeps=tuple(sweeps),
+        vehicle_corners=corners,
+        visibility=np.array(visibility, np.uint8),
+    )
+
+
+def _sample_data(nusc: Any, sample: dict[str, Any], channel: str) -> dict[str, Any]:
+    if channel not in sample["data"]:
+        raise ValueError(
+            f"sample_data.json has no keyframe record of {channel}: re-extract the tables, or skip the sample"
+        )
+    record: dict[str, Any] = nusc.get("sample_data", sample["data"][channel])
+    return record
+
+
+def _path(nusc: Any, record: dict[str, Any]) -> Path:
+    return Path(nusc.dataroot) / record["filename"]
+
+
+def _pose(nusc: Any, table: str, sample_data: dict[str, Any]) -> Matrix:
+    """ego_pose: global from ego; calibrated_sensor: ego from sensor."""
+    record = nusc.get(table, sample_data[f"{table}_token"])
+    try:
+        return rigid(record["rotation"], record["translation"])
+    except ValueError as err:
+        raise ValueError(
+            f"{table}.json, token {record['token']}, of {sample_data['filename']}: {err}; re-extract the tables"
+        ) from err
+
+
+def _view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
+    ego_from_cam = _pose(nusc, "calibrated_sensor", record)
+    global_from_cam = _pose(nusc, "ego_pose", record) @ ego_from_cam
+    intrinsics = np.asarray(
+        nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"], np.float64
+    )
+    if (
+        intrinsics.shape != (3, 3)
+        or not np.isfinite(intrinsics).all()
+        or intrinsics[0, 0] <= 0
+        or intrinsics[1, 1] <= 0
+    ):
+        raise ValueError(
+            f"calibrated_sensor.json: intrinsics {intrinsics.tolist()} of {record['filename']} are no pinhole"
+        )
+    return CameraView(
+        path=_path(nusc, record),
+        source_size=(record["height"], record["width"]),
+        intrinsics=intrinsics,
+        ego_from_cam=ego_from_cam,
+        cam_from_ego=inverse_rigid(global_from_cam) @ global_from_ego,
+    )
+
+
+def _backwards(nusc: Any, lidar: dict[str, Any], num_sweeps: int) -> Iterator[dict[str, Any]]:
+    """The keyframe's sweep and up to num_sweeps - 1 before it; a scene's first keyframes have fewer."""
+    record = lidar
+    for _ in range(num_sweeps):
+        yield record
+        if not record["prev"]:
+            return
+        record = nusc.get("sample_data", record["prev"])
+
+
+def _vehicles(
+    nusc: Any, sample: dict[str, Any], ego_from_global: Matrix
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """Every annotation whose category contains "vehicle" (bicycles and motorcycles too), as Simple-BEV counts them."""
+    boxes = [nusc.get("sample_annotation", token) for token in sample["anns"]]
+    boxes = [box for box in boxes if "vehicle" in box["category_name"]]
+    corners = np.zeros((len(boxes), 8, 3))
+    # The devkit's order (Box.corners): four of the front face, four of the back, each from the top left clockwise.
+    signs = np.array(
+        [[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1], [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]
+    )
+    for i, box in enumerate(boxes):
+        width, length, height = box["size"]
+        local = 0.5 * signs * np.array([length, width, height])
+        corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
+    if not np.isfinite(corners).all():
+        raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
+    # A box without a visibility token counts as visible: it is scored like any other.
+    visibility = np.array([int(box["visibility_token"] or 4) for box in boxes], np.uint8)
+    return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility

@@ -1,0 +1,101 @@
+"""Which part of a split is built: the scenes that were chosen, and the keyframes whose files are there."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from occfeat_targets.sources.nuscenes import DatasetError, Keyframe, Split
+
+
+def parse_scenes(text: str) -> tuple[str, ...]:
+    """Scene names from "a,b,c", or from a file with one a line, comments after #. Raises DatasetError if there is none."""
+    listed = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
+    stripped = (name.partition("#")[0].strip() for name in listed)
+    names = tuple(dict.fromkeys(name for name in stripped if name))
+    if not names:
+        raise DatasetError(f"--scenes {text}: scene names joined by commas, or a file with one a line, expected")
+    return names
+
+
+def choose_scenes(split: Split, names: Sequence[str]) -> Split:
+    """The split with these scenes alone, in its own order. Raises DatasetError naming those it has not."""
+    there = list(dict.fromkeys(keyframe.scene for keyframe in split.keyframes))
+    unknown = [name for name in names if name not in there]
+    if unknown:
+        raise DatasetError(
+            f"--scenes: {len(unknown)} of {len(names)} are not among the {len(there)} scenes of {split.name} in this data "
+            f"set ({_few(unknown)}; it has {_few(there)}): correct the names, or choose another --split"
+        )
+    keyframes = tuple(keyframe for keyframe in split.keyframes if keyframe.scene in names)
+    return replace(
+        split,
+        keyframes=keyframes,
+        missing_scenes=(),
+        left_out_scenes=tuple(name for name in there if name not in names),
+        locations=tuple(sorted({keyframe.location for keyframe in keyframes})),
+    )
+
+
+def note_missing_files(split: Split, wanted: Collection[int]) -> Split:
+    """The split with a `problem` on each of the wanted keyframes whose images and sweeps are not all there.
+
+    Every folder is listed once, which on a network file system costs far less than a look at every file.
+    """
+    there: dict[Path, set[str]] = {}
+
+    def is_there(path: Path) -> bool:
+        if path.parent not in there:
+            there[path.parent] = _files_in(path.parent)
+        return path.name in there[path.parent]
+
+    keyframes = list(split.keyframes)
+    for index in wanted:
+        keyframe = keyframes[index]
+        paths = [view.path for view in keyframe.cameras] + [sweep.path for sweep in keyframe.sweeps]
+        missing = [path for path in paths if not is_there(path)]
+        if missing:
+            more = f", and {len(missing) - 1} more of its {len(paths)} files" if len(missing) > 1 else ""
+            keyframes[index] = replace(keyframe, problem=f"{missing[0]} is missing{more}")
+    return replace(split, keyframes=tuple(keyframes))
+
+
+def _files_in(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}  # a look at the file only for a link
+    except FileNotFoundError:
+        return set()
+
+
+def describe_problems(keyframes: Sequence[Keyframe]) -> str | None:
+    """How many keyframes cannot be built, scene by scene; None if all can."""
+    bad = Counter(keyframe.scene for keyframe in keyframes if keyframe.problem is not None)
+    if not bad:
+        return None
+    total = Counter(keyframe.scene for keyframe in keyframes)
+    scenes = [f"{scene}: {number} of {total[scene]}" for scene, number in bad.items()]
+    return f"{sum(bad.values())} of {len(keyframes)} keyframes, in {len(bad)} of {len(total)} scenes ({_few(scenes)})"
+
+
+def require_no_problems(split: Split, wanted: Collection[int]) -> None:
+    """Raises DatasetError, with numbers a scene, the first problems and the remedies, if a wanted keyframe has one."""
+    keyframes = [split.keyframes[index] for index in wanted]
+    problems = [f"sample {k.token} of {k.scene}: {k.problem}" for k in keyframes if k.problem is not None]
+    if not problems:
+        return
+    bad = {keyframe.scene for keyframe in keyframes if keyframe.problem is not None}
+    whole = list(dict.fromkeys(keyframe.scene for keyframe in keyframes if keyframe.scene not in bad))
+    alone = f"; build whole scenes alone with --scenes ({_few(whole)})" if whole else ""
+    more = f"\n  ... and {len(problems) - 3} more" if len(problems) > 3 else ""
+    raise DatasetError(
+        f"{describe_problems(keyframes)} cannot be built. Download what is missing{alone}; or leave these keyframes out with "
+        "--on-error skip:\n  " + "\n  ".join(problems[:3]) + more
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,184 @@
+"""A LiDAR sweep's file -> its returns, or the reason why it is no nuScenes sweep. Stands between `nuscenes`, which names
+the files, and `occupancy`, which voxelizes the returns.
+
+The files carry no header: any bytes read as some numbers. So every number is checked against what the sensor can send.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from occfeat_targets.cache.spec import EGO_BOX
+
+COLUMNS = 5  # x, y, z [m], intensity, ring: what a nuScenes .pcd.bin holds for every return
+MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131
+MAX_INTENSITY = 255.0
+RINGS = 32
+
+# The firing order turns once around the sensor, so these overlapping quarter turns all hold returns unless the file
+# was cut. Axis-aligned ones alone would pass half a sweep: its ends overlap by a few degrees.
+SECTORS = ("x>0 y>0", "x<0 y>0", "x>0 y<0", "x<0 y<0", "x>|y|", "x<-|y|", "y>|x|", "y<-|x|")
+_ALL_SECTORS = (1 << len(SECTORS)) - 1
+_STEP = 61  # prime, so that a quick look at every 61st return meets all rings
+
+_RETURNS_PER_BLOCK = 64  # checked at a time, with these limits written out for each
+_CENTER = np.tile(np.array([0, 0, 0, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
+_REACH = np.tile(np.array([*[MAX_RANGE] * 3, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
+_IS_RING = np.tile(np.array([0, 0, 0, 0, 1], np.int32), _RETURNS_PER_BLOCK)
+
+_XYZIR = [0, 1, 2, 3, 4]
+# How other data sets and tools write returns: (what it is, type, columns, which of them are x, y, z, intensity and ring,
+# metres a unit). Named in errors, never read.
+_OTHER_LAYOUTS = (
+    ("float32 x, y, z, intensity, as KITTI's", "<f4", 4, _XYZIR[:4], 1.0),
+    ("float32 x, y, z, intensity, ring and a sixth column", "<f4", 6, _XYZIR, 1.0),
+    ("float64 x, y, z, intensity, ring", "<f8", 5, _XYZIR, 1.0),
+    ("float64 x, y, z, intensity", "<f8", 4, _XYZIR[:4], 1.0),
+    ("float16 x, y, z, intensity, ring", "<f2", 5, _XYZIR, 1.0),
+    ("big-endian float32 x, y, z, intensity, ring", ">f4", 5, _XYZIR, 1.0),
+    ("float32 x, y, z, intensity, ring in millimetres", "<f4", 5, _XYZIR, 1e-3),
+    ("float32 x, y, z, ring, intensity", "<f4", 5, [0, 1, 2, 4, 3], 1.0),
+)
+
+
+@numba.njit(nogil=True, cache=True)
+def _all_finite(bits: NDArray[np.int32]) -> bool:
+    """float32 values as their bits: is none of them NaN or infinite? A maximum, because that vectorises."""
+    top = np.int32(0)
+    for i in range(bits.shape[0]):
+        top = np.int32(max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF))))
+    return bool(top < np.int32(0x7F800000))
+
+
+@numba.njit(nogil=True, cache=True)
+def _exceeds_limits(
+    blocks: NDArray[np.float32],  # (n, whole returns)
+    center: NDArray[np.float32],
+    reach: NDArray[np.float32],
+    is_ring: NDArray[np.int32],
+) -> bool:
+    """Is a finite value outside center +- reach, or a ring no whole number? Without a branch, because that vectorises."""
+    bad = np.int32(0)
+    for i in range(blocks.shape[0]):
+        for j in range(blocks.shape[1]):
+            value = blocks[i, j]
+            bad |= np.int32(abs(value - center[j]) > reach[j])
+            bad |= np.int32(np.float32(np.int32(value)) != value) & is_ring[j]
+    return bool(bad != 0)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sectors_of(points: NDArray[np.float32], step: int) -> int:
+    """Bits, in SECTORS' order, of the sectors that every step-th return lies in; a border belongs to both sides.
+
+    Around the sensor lie the vehicle's own returns and the shots without one, which say nothing of where it looked.
+    """
+    mask = 0
+    for i in range(0, points.shape[0], step):
+        x, y = points[i, 0], points[i, 1]
+        if abs(x) < EGO_BOX and abs(y) < EGO_BOX:
+            continue
+        mask |= (x >= 0 and y >= 0) | ((x <= 0 and y >= 0) << 1)
+        mask |= ((x >= 0 and y <= 0) << 2) | ((x <= 0 and y <= 0) << 3)
+        mask |= ((x >= abs(y)) << 4) | ((x <= -abs(y)) << 5) | ((y >= abs(x)) << 6) | ((y <= -abs(x)) << 7)
+    return mask
+
+
+def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """Reads a nuScenes LiDAR sweep: (n, 5) float32 rows of x, y, z [m], intensity, ring, in the sensor's frame.
+
+    Raises ValueError, naming the file and the remedy, if it is missing, empty, of another layout (named, where it is a
+    known one), cut inside a return, holds numbers that the sensor cannot send, or was cut between two returns so far
+    from the end that a quarter turn around the sensor is without any (a later cut shows only in the file's checksum).
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            values = np.empty(size // 4 + 1, np.float32)  # one to spare for a size that is no multiple of 4
+            size = file.readinto(values.view(np.uint8).data[:size])
+    except FileNotFoundError as err:
+        raise ValueError(f"sweep {path} is missing: check the dataroot, or download its blob again") from err
+    except OSError as err:
+        raise ValueError(f"sweep {path} can't be read ({err.strerror}): check the dataroot's files and rights") from err
+    points = values[: size // (4 * COLUMNS) * COLUMNS].reshape(-1, COLUMNS)
+    if size == 0 or size % (4 * COLUMNS) or _is_doubtful(points):
+        _require_sweep(path, points, values.view(np.uint8)[:size])
+    mask = _sectors_of(points, _STEP)
+    if mask != _ALL_SECTORS:  # an exact look, only where the quick one left a doubt
+        mask = _sectors_of(points, 1)
+    if mask != _ALL_SECTORS:
+        covered = [name for bit, name in enumerate(SECTORS) if mask >> bit & 1]
+        missing = [name for bit, name in enumerate(SECTORS) if not mask >> bit & 1]
+        raise ValueError(
+            f"sweep {path} ends early: its {len(points)} returns cover the quadrants [{', '.join(covered)}] around the "
+            f"sensor and not [{', '.join(missing)}]; expected returns in all: the copy was cut short, restore the file"
+        )
+    return points
+
+
+def _is_doubtful(points: NDArray[np.float32]) -> bool:
+    """A quick look at every number of (n, 5) returns: may one of them be no sweep's?"""
+    values, block = points.reshape(-1), len(_CENTER)
+    whole = len(values) // block * block
+    parts = values[:whole].reshape(-1, block), values[whole:].reshape(1, -1)
+    return not _all_finite(values.view(np.int32)) or any(_exceeds_limits(p, _CENTER, _REACH, _IS_RING) for p in parts)
+
+
+def _fits(points: NDArray[Any]) -> NDArray[np.bool_]:
+    """(n,) bool: can this return, (n, 5) or without its ring (n, 4), be one of a nuScenes sweep?"""
+    fits: NDArray[np.bool_] = (np.abs(points[:, :3]) <= MAX_RANGE).all(axis=1)
+    fits &= ~((points[:, 3] < 0) | (points[:, 3] > MAX_INTENSITY))  # a NaN is of no consequence
+    return fits & np.isin(points[:, 4], np.arange(RINGS)) if points.shape[1] == COLUMNS else fits
+
+
+def _require_sweep(path: str | os.PathLike[str], points: NDArray[np.float32], data: NDArray[np.uint8]) -> None:
+    """Raise the ValueError that says what is wrong with a file. points: its whole returns; data: all of its bytes."""
+    is_whole = len(data) == points.nbytes > 0
+    fits = _fits(points)
+    if is_whole and fits.all():
+        return
+    layout = _other_layout(data)
+    if layout is not None:
+        raise ValueError(
+            f"sweep {path} holds {layout}; expected nuScenes' layout (float32 x, y, z in metres, intensity 0 to "
+            f"{MAX_INTENSITY:.0f}, ring 0 to {RINGS - 1}): convert it, or restore the file"
+        )
+    if not is_whole:
+        seen = (
+            "is empty" if not len(data) else f"has {len(data)} bytes, {len(data) - points.nbytes} past a whole return"
+        )
+        raise ValueError(
+            f"sweep {path} {seen}; expected a multiple of {4 * COLUMNS} bytes (float32 x, y, z, intensity, ring): "
+            "the copy was cut short, restore the file"
+        )
+    is_finite = np.isfinite(points[:, :3]).all(axis=1)
+    if not is_finite.all():
+        bad = np.flatnonzero(~is_finite)
+        raise ValueError(
+            f"sweep {path}: {len(bad)} of {len(points)} returns have a NaN or infinite coordinate (first: return "
+            f"{bad[0]}, {points[bad[0], :3].tolist()}); expected finite metres: the file is damaged, restore it"
+        )
+    bad = np.flatnonzero(~fits)
+    raise ValueError(
+        f"sweep {path}: {len(bad)} of {len(points)} returns cannot be a nuScenes LiDAR's (first: return {bad[0]}, "
+        f"{points[bad[0]].tolist()}); expected x, y, z within {MAX_RANGE:.0f} m, intensity 0 to {MAX_INTENSITY:.0f} and a "
+        f"whole ring 0 to {RINGS - 1}: the file is damaged or of a layout unknown here, restore it"
+    )
+
+
+def _other_layout(data: NDArray[np.uint8]) -> str | None:
+    """The other layout in which these bytes are returns all around the sensor, if there is one."""
+    with np.errstate(all="ignore"):  # most readings give nonsense
+        for name, dtype, columns, order, metres in _OTHER_LAYOUTS:
+            if len(data) % (columns * np.dtype(dtype).itemsize):
+                continue
+            points = data.view(dtype).reshape(-1, columns)[:, order].astype(np.float64)
+            points[:, :3] *= metres
+            if _fits(points).all() and _sectors_of(points.astype(np.float32), 1) == _ALL_SECTORS:
+                return name
+    return None

@@ -1,0 +1,126 @@
+"""Slow, plain twins of ``labels`` for `verify` and the tests: Shapely and loops, every step in metres.
+
+A cell centre within TIE of a boundary may fall on either side of it in floating point. Each function
+therefore also returns ``is_decided``; compare where it is true: ``((fast == slow) | ~is_decided).all()``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import ArrayLike, NDArray
+
+from occfeat_targets.cache.geometry import Matrix, transform
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import DIVIDER_WIDTH
+from occfeat_targets.targets.labels import MapGeometry
+
+Mask = NDArray[np.bool_]
+TIE = 1e-6  # [m]
+
+
+def _cell_centers(grid: VoxelGrid) -> NDArray[np.float64]:
+    """(H, W, 2) (right, forward) [m]; float64, where ``voxel_centers`` is float32."""
+    (_, rows, columns), (_, bottom, left), (_, size_h, size_w) = grid.shape, grid.lower, grid.cell_size
+    right, forward = left + (np.arange(columns) + 0.5) * size_w, bottom + (np.arange(rows) + 0.5) * size_h
+    return np.stack(np.meshgrid(right, forward), axis=-1)
+
+
+def _within(bounds: tuple[float, ...], points: NDArray[np.float64], margin: float) -> Mask:
+    """Which of (H, W, 2) points lie in a bounding box widened by a margin: a shape is compared with these alone."""
+    within: Mask = ((points >= np.array(bounds[:2]) - margin) & (points <= np.array(bounds[2:]) + margin)).all(axis=-1)
+    return within
+
+
+def _inside(area: Any, points: NDArray[np.float64]) -> tuple[Mask, Mask]:
+    """Which of (H, W, 2) points lie in a polygon, and which within TIE of its boundary."""
+    inside, on_edge = np.zeros((2, *points.shape[:2]), np.bool_)
+    close = _within(area.bounds, points, TIE)
+    if close.any():
+        boundary = area.exterior if area.geom_type == "Polygon" else area
+        shapely.prepare([area, boundary])
+        inside[close] = shapely.contains(area, shapely.points(points[close]))
+        on_edge[close] = shapely.dwithin(boundary, shapely.points(points[close]), TIE)
+    return inside, on_edge
+
+
+def reference_map(
+    geometry: MapGeometry,
+    grid: VoxelGrid,
+    grid_from_global: Matrix,
+    ground_z: float,
+    *,
+    line_width: float = DIVIDER_WIDTH,
+) -> tuple[Mask, Mask]:
+    """``draw_map``, slowly. Returns masks (K, H, W) bool and is_decided (K, H, W) bool."""
+    centers = _cell_centers(grid)
+    masks, is_tie = np.zeros((2, len(geometry.classes), *grid.map_shape), np.bool_)
+
+    def on_plane(xy: NDArray[np.float64]) -> NDArray[np.float64]:
+        on_ground = np.column_stack([xy, np.full(len(xy), ground_z)])
+        plane: NDArray[np.float64] = transform(grid_from_global, on_ground)[:, :2]
+        return plane
+
+    for polygon, channel in enumerate(geometry.polygon_class):
+        inside, on_edge = np.zeros((2, *grid.map_shape), np.bool_)
+        first, last = geometry.polygon_offsets[polygon : polygon + 2]
+        for ring in range(first, last):
+            vertices = geometry.vertices[geometry.ring_offsets[ring] : geometry.ring_offsets[ring + 1]]
+            in_ring, on_ring = _inside(shapely.Polygon(on_plane(vertices)), centers)
+            inside = in_ring if ring == first else inside & ~in_ring
+            on_edge |= on_ring
+        masks[channel] |= inside
+        is_tie[channel] |= on_edge
+    for line, channel in enumerate(geometry.line_class):
+        vertices = geometry.line_vertices[geometry.line_offsets[line] : geometry.line_offsets[line + 1]]
+        path = shapely.LineString(on_plane(vertices))
+        close = _within(path.bounds, centers, line_width)
+        distance = shapely.distance(path, shapely.points(centers[close]))
+        masks[channel, close] |= distance <= line_width / 2
+        is_tie[channel, close] |= np.abs(distance - line_width / 2) <= TIE
+    return masks, ~is_tie
+
+
+def reference_vehicles(
+    corners: NDArray[np.floating[Any]],
+    visibility: ArrayLike,
+    grid: VoxelGrid,
+    grid_from_boxes: Matrix,
+    *,
+    compat: bool = False,
+) -> tuple[Mask, Mask, Mask]:
+    """``draw_vehicles``, slowly. Returns vehicles, is_valid and is_decided, (H, W) bool each.
+
+    Under compat only the cells in the truncated top face (drawn) and those further than 2 cells from it (not
+    drawn) are decided: which boundary cells OpenCV paints is its own affair. Along the map's border, where it
+    clips a face's edges one by one, it may paint even further away.
+    """
+    centers = _cell_centers(grid)
+    vehicles, is_hidden, is_tie = np.zeros((3, *grid.map_shape), np.bool_)
+    _, size_h, size_w = grid.cell_size
+    boxes = transform(grid_from_boxes, np.asarray(corners, np.float64))
+    for box, token in zip(boxes, np.ravel(visibility), strict=True):
+        if compat:
+            highest = sorted(box.tolist(), key=lambda corner: -corner[2])[:4]
+            first_center = centers[0, 0]
+            w_h = [(np.array(corner[:2]) - first_center) / (size_w, size_h) for corner in highest]
+            top = shapely.MultiPoint([(math.trunc(w), math.trunc(h)) for w, h in w_h]).convex_hull
+            pixels = shapely.points(np.stack(np.meshgrid(*map(np.arange, grid.map_shape[::-1])), axis=-1))
+            inside = shapely.covers(top, pixels)
+            on_edge = shapely.dwithin(top, pixels, 2.0) & ~inside
+            on_edge[[0, -1]] |= ~inside[[0, -1]]
+            on_edge[:, [0, -1]] |= ~inside[:, [0, -1]]
+        else:
+            inside, on_edge = _inside(shapely.MultiPoint(box[:, :2]).convex_hull, centers)
+            off_center = np.abs(centers - box[:, :2].mean(axis=0)) - np.array([size_w, size_h]) / 2
+            if not inside.any():
+                inside = (off_center <= 0).all(axis=-1)
+            if not (inside & ~on_edge).any():
+                on_edge |= (off_center <= TIE).all(axis=-1)
+        vehicles |= inside
+        is_hidden |= inside & (token == 1)
+        is_tie |= on_edge
+    return vehicles, ~is_hidden, ~is_tie

@@ -1,0 +1,221 @@
+"""Can a cache be trusted? Every byte against its checksum, and random keyframes against their source.
+
+Two independent questions: is what lies on the disk what was written (a flipped bit, a lost file), and was what was
+written right (a wrong transform, a wrong resize)? The second is answered with the slow code of `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import CacheError, digest, read_record
+from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
+from occfeat_targets.sources.nuscenes import find_dataroot
+from occfeat_targets.targets.images import load_image_reference
+from occfeat_targets.targets.labels import MapGeometry, map_classes, map_window
+from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
+from occfeat_targets.verify.slow_targets import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
+
+MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; DCT-scaled decoding gives 50 and more
+MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together leave 0.999
+MAX_CALIBRATION_ERROR = 1e-3  # [m, px]; float32 storage leaves 1e-4
+
+
+@dataclass
+class Findings:
+    """What verify found. problems: one line each, empty if the cache is sound. notes: what was measured."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
+    """Read every byte of the cache and compare it with what was recorded when it was written.
+
+    While a record is refused, no file is said not to belong to the cache: what belongs to it is not known.
+    """
+    findings = Findings()
+    expected: dict[str, str] = dict(read_record(cache.path / PROGRESS / f"{CREATED}.json")["files"])
+    records = {f"{PROGRESS}/{CREATED}.json"}
+    sound: dict[int, dict[str, Any]] = {}
+    recorded = cache.recorded_shards()
+    for shard in recorded:
+        records.add(f"{PROGRESS}/{shard:05d}.json")
+        try:
+            sound[shard] = cache.shard_record(shard)
+        except CacheError as err:
+            findings.problems.append(str(err))
+    for record in sound.values():
+        expected.update(record["files"])
+    records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
+    there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
+    there = {name: size for name, size in there.items() if not is_draft(name)}  # the next build removes them
+    remedy = f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
+    unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}
+    for name in sorted(set(expected) - set(there)):
+        findings.problems.append(f"{cache.path / name} is missing: restore it, or {remedy}")
+    strangers = set(there) - set(expected) - records if len(sound) == len(recorded) else set()
+    for name in sorted(strangers):
+        if _shard_of(name) not in unfinished:
+            findings.problems.append(f"{cache.path / name} does not belong to the cache: remove it")
+    names = sorted(set(expected) & set(there))
+    bar = tqdm(total=sum(there[n] for n in names), unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+    with ThreadPoolExecutor() as pool, bar:
+        for name, sha256 in zip(names, pool.map(lambda n: digest(cache.path / n), names), strict=True):
+            if sha256 != expected[name]:
+                findings.problems.append(f"{cache.path / name} was changed after it was written: {remedy}")
+            bar.update(there[name])
+    findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
+    if not findings.problems:
+        is_valid = CacheReader(cache, allow_incomplete=True).is_valid
+        for shard, record in sound.items():
+            masked = {cache.identity.tokens[i] for i in cache.shard_range(shard) if not is_valid[i]}
+            if masked != record["skipped"].keys():
+                findings.problems.append(
+                    f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, the masked samples "
+                    f"are {sorted(masked)}: delete this record and run the build again"
+                )
+    return findings
+
+
+def _shard_of(name: str) -> str:
+    """The shard number in a chunk's file name, or ''."""
+    _, _, chunk = name.partition("/c/")
+    return chunk.replace(".", "/").split("/")[0]
+
+
+def verify_source(
+    cache: Cache, dataroot: Path, num_keyframes: int, seed: int, progress: Callable[[str], None] = print
+) -> Findings:
+    """Recompute random keyframes from the data set by slow, independent code.
+
+    Raises ValueError if the data set is not at `dataroot`.
+    """
+    findings = Findings()
+    reader = CacheReader(cache, allow_incomplete=True)
+    finished = [i for shard in cache.finished_shards() for i in cache.shard_range(shard) if reader.is_valid[i]]
+    chosen = sorted(np.random.default_rng(seed).permutation(finished)[:num_keyframes].tolist())
+    root, version = find_dataroot(dataroot, cache.provenance["split"], cache.provenance["version"])
+    spec = cache.spec
+    tokens = [cache.identity.tokens[i] for i in chosen]
+    sources = read_source(root, version, tokens, spec.cameras, spec.num_sweeps)
+    maps = {}
+    if "map" in spec.labels:
+        locations = {source.location for source in sources.values()}
+        maps = {
+            location: MapGeometry.from_tables(map_tables(root, location), map_classes(spec.dividers))
+            for location in locations
+        }
+    for keyframe, token in zip(chosen, tokens, strict=True):
+        found = [
+            finding
+            for check in (_calibration, _occupancy, _images, _features, _labels)
+            for finding in check(reader, keyframe, sources[token], maps)
+        ]
+        findings.problems += [f"sample {token}: {text}" for is_good, text in found if not is_good]
+        line = f"sample {token}: " + "; ".join(text for _, text in found)
+        findings.notes.append(line)
+        progress(line)
+    return findings
+
+
+Checked = Iterator[tuple[bool, str]]  # (is it good, what was measured)
+Maps = dict[str, MapGeometry]
+
+
+def _frames(spec: TargetSpec, source: SourceKeyframe) -> list[NDArray[np.float64]]:
+    return [grid_from_ego(source, frame, spec.cameras) for frame in spec.frames]
+
+
+def _calibration(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+    spec = reader.cache.spec
+    scaled = [
+        np.diag([spec.image_size[1] / width, spec.image_size[0] / height, 1]) @ k
+        for k, (height, width) in zip(source.intrinsics, source.source_sizes, strict=True)
+    ]
+    expected = {"intrinsics": scaled, "cam_from_ego": source.cam_from_ego, "grid_from_ego": _frames(spec, source)}
+    worst = max(float(np.abs(reader.read(name, keyframe) - np.array(e)).max()) for name, e in expected.items())
+    yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
+
+
+def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+    spec = reader.cache.spec
+    volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
+    wrong = 0
+    for volume, frame in zip(volumes, _frames(spec, source), strict=True):
+        try:
+            must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+        except ValueError as err:
+            yield False, str(err)
+            return
+        wrong += int((must & ~volume).sum() + (volume & ~may).sum())
+    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} of all wrong"
+
+
+def _images(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+    cached = reader.read("images", keyframe)
+    worst = np.inf
+    for image, path in zip(cached, source.images, strict=True):
+        (full,) = load_image_reference(path, [reader.cache.spec.image_size])
+        error = float(np.mean((image.astype(np.float64) - full) ** 2))
+        worst = min(worst, 10 * np.log10(255**2 / error) if error else np.inf)
+    yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
+
+
+def _features(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+    spec = reader.cache.spec
+    if spec.teacher is None:
+        return
+    from dataclasses import replace
+
+    from occfeat_targets.targets.teacher import load_teacher
+
+    teacher = load_teacher(replace(spec.teacher, dtype="float32"))
+    images = np.stack([load_image_reference(path, [spec.teacher.input_size])[0] for path in source.images])
+    expected = np.concatenate([teacher(image[None]) for image in images])
+    cached = reader.read("features", keyframe).astype(np.float32)
+    cosine = (expected * cached).sum(-1) / (np.linalg.norm(expected, axis=-1) * np.linalg.norm(cached, axis=-1) + 1e-12)
+    mean = float(cosine.mean())
+    yield mean >= MIN_COSINE, f"features at cosine {mean:.5f} of float32 (worst token {float(cosine.min()):.5f})"
+    if spec.feature_dtype == "int8":
+        cached *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
+    ratio = float(np.linalg.norm(cached) / np.linalg.norm(expected))
+    yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
+
+
+def _labels(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+    spec = reader.cache.spec
+    wrong = 0
+    for i, frame in enumerate(_frames(spec, source)):
+        if "vehicles" in spec.labels:
+            *expected, is_decided = reference_vehicles(
+                source.vehicle_corners, source.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
+            )
+            for name, mask in zip(("vehicles", "vehicles_valid"), expected, strict=True):
+                cached = spec.grid.unpack_map(reader.read(f"labels/{name}", keyframe)[i])
+                wrong += int(((cached != mask) & is_decided).sum())
+        if "map" in spec.labels:
+            grid_from_global = frame @ np.linalg.inv(source.global_from_ego)
+            ground_z = source.global_from_ego[2, 3]
+            window = map_window(spec.grid, grid_from_global, ground_z, spec.divider_width)
+            masks, is_decided = reference_map(
+                maps[source.location].near(*window),
+                spec.grid,
+                grid_from_global,
+                ground_z,
+                line_width=spec.divider_width,
+            )
+            cached = spec.grid.unpack_map(reader.read("labels/map", keyframe)[i])
+            wrong += int(((cached != masks) & is_decided).sum())
+    if spec.labels:
+        yield wrong == 0, f"{wrong} label cells wrong"

@@ -1,0 +1,112 @@
+"""Simple-BEV's augmentations: drawn on the host from (seed, epoch, sample), carried out on the device.
+
+A draw only decides numbers. Images are resized, cropped and mirrored at once, for all cameras of a batch, as two
+matrix products (rows and columns of an antialiased triangle filter), and the calibration follows exactly: pixel i
+covers [i, i + 1), so a resize scales fx, cx, a crop shifts cx, and a mirrored image is one of a camera with fx < 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from occfeat_train.config import AugmentConfig
+from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What happens to one sample. resized: (C, 2) int (height, width) after resizing; crop: (C, 2) int (top, left) of
+    the final image in the resized one; mirror: (C,) bool; cameras: (n,) int, which of the C and in what order;
+    bev_flip: (2,) bool (forward, right); frame: index of the grid's reference frame.
+    """
+
+    resized: NDArray[np.int64]
+    crop: NDArray[np.int64]
+    mirror: NDArray[np.bool_]
+    cameras: NDArray[np.int64]
+    bev_flip: NDArray[np.bool_]
+    frame: int
+
+
+def draw(
+    rng: np.random.Generator, config: AugmentConfig, image_size: tuple[int, int], num_cameras: int, frames: list[int]
+) -> Draw:
+    """One sample's draw. image_size: final (height, width) [px]. frames: the reference frames to choose from.
+
+    Everything is drawn whether it is used or not, so that switching one augmentation off leaves the others as they were.
+    """
+    factor = rng.uniform(*config.resize, num_cameras)
+    shift = rng.uniform(-1, 1, (num_cameras, 2)) * int(image_size[0] * config.crop)
+    mirror, flip = rng.random(num_cameras) < 0.5, rng.random(2) < 0.5
+    cameras, frame = rng.permutation(num_cameras), frames[rng.integers(len(frames))]
+    resized = (factor[:, None] * image_size).astype(np.int64)
+    crop = ((resized - image_size) / 2).astype(np.int64) + shift.astype(np.int64)
+    keep = config.num_cameras or num_cameras
+    if not config.shuffle_cameras:
+        cameras = np.sort(cameras[:keep])
+    return Draw(
+        resized,
+        crop,
+        mirror & config.flip_images,
+        cameras[:keep],
+        flip & config.flip_bev,
+        frame if config.random_frame else frames[0],
+    )
+
+
+def transform_intrinsics(
+    intrinsics: Tensor,
+    source_size: tuple[int, int],
+    resized: Tensor,
+    crop: Tensor,
+    mirror: Tensor,
+    size: tuple[int, int],
+) -> Tensor:
+    """(..., 3, 3) intrinsics after resizing to `resized` (..., 2), cropping at `crop` (..., 2) and mirroring (...)."""
+    matrix = torch.zeros_like(intrinsics)
+    matrix[..., 2, 2] = 1
+    sign, resized, crop = 1 - 2 * mirror.to(matrix), resized.to(matrix), crop.to(matrix)
+    matrix[..., 0, 0] = sign * resized[..., 1] / source_size[1]
+    matrix[..., 0, 2] = torch.where(mirror, size[1] + crop[..., 1], -crop[..., 1])
+    matrix[..., 1, 1] = resized[..., 0] / source_size[0]
+    matrix[..., 1, 2] = -crop[..., 0]
+    return matrix @ intrinsics
+
+
+def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize, crop and mirror, then normalise as ImageNet networks expect.
+
+    images: (B, C, h, w, 3) uint8; resized, crop: (B, C, 2) int64; mirror: (B, C) bool; size: final (height, width).
+    Returns (B, C, 3, height, width) float32, channels last within an image. Outside the resized image is black.
+    """
+    source = images.permute(0, 1, 4, 2, 3).float()
+    rows = filter_matrix(source.shape[-2], resized[..., 0], crop[..., 0], size[0])
+    columns = filter_matrix(source.shape[-1], resized[..., 1], crop[..., 1], size[1])
+    columns = torch.where(mirror[..., None, None], columns.flip(-2), columns)
+    with torch.autocast(images.device.type, enabled=False):  # a pixel is worth more than bfloat16's eight bits
+        pixels = rows[:, :, None] @ (source @ columns[:, :, None].transpose(-1, -2))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels / 255 - mean) / std).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(
+        0, images.shape[:2]
+    )  # fmt: skip
+
+
+def filter_matrix(source: int, resized: Tensor, crop: Tensor, size: int) -> Tensor:
+    """(..., size, source) weights of one axis: antialiased bilinear, as Pillow's and torch's `antialias=True`.
+
+    Row j is output pixel j's: a triangle about its centre in the source, as wide as a resized pixel where that is
+    wider than a source pixel; it sums to 1, or to 0 where the pixel lies outside the resized image.
+    """
+    position = torch.arange(size, device=resized.device) + 0.5 + crop[..., None]  # in the resized image
+    scale = (resized / source)[..., None].float()
+    centre = position / scale
+    distance = torch.arange(source, device=resized.device) + 0.5 - centre[..., None]
+    weight = (1 - distance.abs() * scale.clamp(max=1)[..., None]).clamp(min=0)
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-8)
+    is_inside = (position > 0) & (position < resized[..., None])
+    return weight * is_inside[..., None]

@@ -1,0 +1,315 @@
+"""BEVFormer as the paper had it: Simple-BEV's single-frame re-implementation (Harley et al.; Li et al. for the idea).
+
+Every cell of the bird's-eye map is a learned query. Six layers let a query read the other queries about itself, then
+the cameras its column of voxels projects into, at places it learns. Stands between the image encoder and the decoder.
+
+`compat="simple-bev"` reproduces what the reference code does otherwise: its self-attention reads about the transposed
+cell, its cross-attention takes the views of the batch's first sample for every sample, and tells points behind a camera
+by a depth clamped at 1e-4 alone. Its training also flips channels where the map is to be flipped forward: not reproduced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.checkpointing import recomputed
+from occfeat_train.ops.deformable import Reads, deformable
+from occfeat_train.ops.lifting import cell_axes, check_compat
+from occfeat_train.ops.rows import by_rows, feed_forward, goes_by_rows
+from occfeat_train.ops.views import Views, check_shapes
+
+HEADS = 4
+_LAYERS, _POINTS, _DROPOUT = 6, 8, 0.1
+_OUTSIDE = -1e6  # a place that no offset brings back to its map
+
+
+class BEVFormer(nn.Module):
+    """(B, S, C, h, w) features -> (B, C, H, W) map.
+
+    channels: C, a multiple of 4 heads. compat: None or "simple-bev".
+    recompute: of a layer keep the input alone for the backward and compute it again there, where it does not go by rows
+    (on a GPU, or in autocast): at 200 x 200 cells the rest is 0.5 GB a layer and sample.
+    Raises ValueError if channels is no such multiple.
+    """
+
+    mirrors_grid = False  # a mirrored grid would be read by the same learned queries: see `network`
+
+    def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
+        super().__init__()
+        check_compat(compat)
+        if channels % HEADS:
+            raise ValueError(f"BEVFormer of {channels} channels: its attention has {HEADS} heads, give a multiple")
+        self.grid, self.compat, self.feature_channels = grid, compat, channels
+        self.recompute = True
+        self.queries = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
+        self.positions = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
+        self.layers = nn.ModuleList([Layer(channels, grid.shape[0]) for _ in range(_LAYERS)])
+
+    def forward(self, features: Tensor, views: Views) -> Tensor:
+        check_shapes(features, views)
+        batch, _, channels, h, w = features.shape
+        height, width = self.grid.map_shape
+        cells = neighbour_reads(batch, (height, width), self.compat, features.device)
+        cameras, num_views = camera_reads(views, self.grid, (h, w), self.compat)
+        tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, h, w, channels)
+        query, positions = (  # rows (B * H * W, C)
+            p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
+        )
+        call: Callable[..., Any] = recomputed if self.recompute and not goes_by_rows(query) else nn.Module.__call__
+        for layer in self.layers:
+            query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
+        return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention, and two linear layers, each added to its input and normalised after."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        hidden = 1028 * channels // 128  # sic
+        self.self_attention = SelfAttention(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.cross_attention = CrossAttention(channels, levels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.feed_forward = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(
+        self,
+        query: Tensor,  # (B * H * W, C), and so are positions
+        positions: Tensor,
+        tokens: Tensor,  # (B * S, h, w, C)
+        cells: Reads,
+        cameras: Reads,
+        num_views: Tensor,  # (B * H * W,)
+        map_shape: tuple[int, int],
+    ) -> Tensor:
+        query = self.self_attention(query, positions, cells, map_shape, self.norm1)
+        query = self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
+        first, _, second = self.feed_forward
+        (query,) = by_rows(_norm, (feed_forward(query, first, second),), tuple(self.norm3.parameters()))
+        return query
+
+
+class SelfAttention(nn.Module):
+    """Queries read queries, 8 places a head about their own cell. Keys are not used."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.places = Places(channels, _POINTS)
+        self.value = _linear(channels)
+        self.inner = _linear(channels)  # Deformable-DETR's own, and the reference has one more after it
+        self.output = nn.Linear(channels, channels)
+        self.dropout = AddDropped(_DROPOUT)
+
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        cells: Reads,
+        map_shape: tuple[int, int],
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        values, places = by_rows(_linears, (query, positions), (*self.value.parameters(), *self.places.linear()))
+        values = values.unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
+        read = deformable(values, self.places.unflatten(places), cells).flatten(1)
+        return self.dropout(query, read, None, *self._inner_and_output(), norm)
+
+    def _inner_and_output(self) -> tuple[Tensor, Tensor]:
+        """Two linear layers with nothing between them, as one."""
+        with torch.autocast(self.output.weight.device.type, enabled=False):
+            weight = self.output.weight @ self.inner.weight
+            return weight, self.output.weight @ self.inner.bias + self.output.bias
+
+
+class CrossAttention(nn.Module):
+    """Queries read the cameras that see their column, about the projections of its voxels' centres: the mean over cameras.
+
+    Places of a head are 8 where the grid's levels divide that, a level's in turn, otherwise one for each level.
+    """
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        points = _POINTS if _POINTS % levels == 0 else levels
+        self.places = Places(channels, points, levels)
+        self.value = _linear(channels)
+        self.output = nn.Linear(channels, channels)
+        self.dropout = AddDropped(_DROPOUT)
+
+    def forward(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        cameras: Reads,
+        num_views: Tensor,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        values = self.value(tokens).unflatten(-1, (HEADS, -1))
+        (places,) = by_rows(_linears, (query, positions), self.places.linear())
+        read = deformable(values, self.places.unflatten(places), cameras).flatten(1)
+        return self.dropout(query, read, num_views, *self.output.parameters(), norm)
+
+
+class AddDropped(nn.Dropout):
+    """query (n, C) + dropout(a linear layer of what it read (n, C) from num_views (n,) cameras, the mean), normalised.
+
+    On a CPU by 16 random bits an element, of torch's generator: its own dropout takes five times as long. Chances are
+    65536ths: 0.1 is 0.100006.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        read: Tensor,
+        num_views: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.LayerNorm | None,
+    ) -> Tensor:
+        drawn = round(self.p * 2**16) if self.training else 0
+        rows = [query, read, _is_dropped(query, drawn)]
+        if num_views is not None:
+            rows.append(1 / num_views.clamp(min=1)[:, None].to(read.dtype))
+        scale = 1 / (1 - drawn / 2**16)
+
+        def add(query: Tensor, read: Tensor, is_dropped: Tensor, *rest: Tensor) -> tuple[Tensor]:
+            if num_views is not None:
+                read, rest = read * rest[0], rest[1:]
+            weight, bias, *norm = rest
+            query = query.add(nn.functional.linear(read, weight, bias).masked_fill_(is_dropped, 0), alpha=scale)
+            return _norm(query, *norm) if norm else (query,)
+
+        (out,) = by_rows(add, tuple(rows), (weight, bias, *(norm.parameters() if norm else ())))
+        return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _is_dropped(query: Tensor, drawn: int) -> Tensor:
+    """Bool of the shape of query (n, C), drawn of 65536 true; (n, 1) if none."""
+    if not drawn:
+        return torch.zeros((len(query), 1), dtype=torch.bool, device=query.device)
+    bits = torch.empty(-(-query.numel() // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
+    return (bits.view(torch.int16)[: query.numel()] < drawn - 2**15).view(query.shape)
+
+
+class Places(nn.Module):
+    """Queries (B, N, C) -> where and how much they read: (B * N, heads, P, 3), offsets (column, row) [tokens] and scores.
+
+    In the beginning every query reads alike: a head to the right, up, left and down, its point i at i + 1 tokens.
+    levels: of anchors that points take in turn; the highest one's point is the nearest in the beginning.
+    """
+
+    def __init__(self, channels: int, points: int, levels: int = 1) -> None:
+        super().__init__()
+        self.points = points
+        self.offsets = nn.Linear(channels, HEADS * points * 2)
+        self.weights = nn.Linear(channels, HEADS * points)
+        angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+        directions = torch.stack([angles.cos(), angles.sin()], -1).round()
+        distance = torch.arange(1, points + 1).view(-1, levels).flip(1).flatten()
+        with torch.no_grad():
+            self.offsets.bias.copy_((directions[:, None] * distance[:, None]).flatten())
+        for tensor in (self.offsets.weight, self.weights.weight, self.weights.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, query: Tensor) -> Tensor:
+        return self.unflatten(nn.functional.linear(query, *self.linear()))
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """Offsets and weights as one linear layer's weight and bias, a point's three outputs side by side."""
+        weight, bias = (
+            torch.cat([offset.view(HEADS, self.points, 2, -1), score.view(HEADS, self.points, 1, -1)], 2).flatten(0, 2)
+            for offset, score in zip(self.offsets.parameters(), self.weights.parameters(), strict=True)
+        )
+        return weight, bias.flatten()
+
+    def unflatten(self, places: Tensor) -> Tensor:
+        return places.view(-1, HEADS, self.points, 3)
+
+
+def _linears(query: Tensor, positions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """Linear layers, parameters in pairs, of queries at their positions."""
+    placed = query + positions
+    return tuple(nn.functional.linear(placed, *pair) for pair in zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def _norm(query: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (nn.functional.layer_norm(query, weight.shape, weight, bias),)
+
+
+def _linear(channels: int) -> nn.Linear:
+    linear = nn.Linear(channels, channels)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def neighbour_reads(batch: int, map_shape: tuple[int, int], compat: str | None, device: torch.device) -> Reads:
+    """Every cell reads its own sample's map of queries about itself; in compat about the cell mirrored at the diagonal."""
+    height, width = map_shape
+    rows = torch.arange(height, device=device)[:, None].expand(map_shape)
+    columns = torch.arange(width, device=device).expand(map_shape)
+    if compat is None:
+        anchors = torch.stack([columns, rows], -1).float()
+    else:
+        anchors = torch.stack([(rows + 0.5) / height * width - 0.5, (columns + 0.5) / width * height - 0.5], -1)
+    cells = height * width
+    return Reads(
+        batch=batch,
+        maps=torch.arange(batch, device=device).repeat_interleave(cells),
+        starts=torch.arange(batch * cells + 1, device=device),
+        anchors=anchors.reshape(1, cells, 1, 2).expand(batch, -1, -1, -1).flatten(0, 1),
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def camera_reads(
+    views: Views, grid: VoxelGrid, feature_size: tuple[int, int], compat: str | None
+) -> tuple[Reads, Tensor]:
+    """Every cell reads the cameras in which some voxel centre of its column lies, about the projections of all of them.
+
+    A centre behind a camera is read nowhere. Returns those reads and (B, H * W) how many cameras a cell reads.
+    """
+    (height, width), (h, w) = views.images.shape[-2:], feature_size
+    batch, cams = views.images.shape[:2]
+    device = views.intrinsics.device
+    pixels_from_grid = (views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()).detach()
+    up, forward, right = (torch.from_numpy(axis).to(device) for axis in cell_axes(grid))
+    x, y, z = right[:, None], forward[:, None, None], up  # to (H, W, Z)
+    maps, anchors, reads_of, views_of = [], [], [], []
+    first_seen: Tensor | None = None
+    for sample in range(batch):
+        u, v, depth = (
+            (row[:, 0] * x[..., None] + row[:, 1] * y[..., None] + row[:, 2] * z[:, None] + row[:, 3]).flatten(0, 1)
+            for row in pixels_from_grid[sample].unbind(1)
+        )  # (H * W, Z, S)
+        if compat is None:
+            is_valid = depth > 0
+            u, v = u / depth, v / depth
+            is_inside = is_valid & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        else:
+            clamped = depth.clamp(min=1e-4)
+            # (x fx + depth cx) / clamped would not be the reference's x fx / clamped + cx behind the camera
+            centre_u, centre_v = views.intrinsics[sample, :, 0, 2].double(), views.intrinsics[sample, :, 1, 2].double()
+            u, v = (u - centre_u * depth) / clamped + centre_u, (v - centre_v * depth) / clamped + centre_v
+            is_valid = torch.ones_like(depth, dtype=torch.bool)
+            is_inside = (u > 0) & (u < width) & (v > 0) & (v < height)
+        seen = is_inside.any(1)  # (H * W, S)
+        views_of.append(seen.sum(1))
+        if compat is not None:
+            first_seen = seen = seen if first_seen is None else first_seen
+        cell, cam = seen.nonzero(as_tuple=True)
+        places = torch.stack([u * (w / width) - 0.5, v * (h / height) - 0.5], -1)
+        places = places.clamp(_OUTSIDE, -_OUTSIDE).where(is_valid[..., None], _OUTSIDE)
+        anchors.append(places.transpose(1, 2)[cell, cam].float())
+        maps.append(sample * cams + cam)
+        reads_of.append(seen.sum(1))
+    starts = nn.functional.pad(torch.cat(reads_of).cumsum(0), (1, 0))
+    return Reads(batch, torch.cat(maps), starts, torch.cat(anchors)), torch.stack(views_of)

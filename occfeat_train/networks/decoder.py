@@ -1,0 +1,107 @@
+"""The BEV decoder: a UNet with ResNet-18's blocks from the lifted map to F_B (paper 3.1; Simple-BEV's `raw_feat`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from occfeat_train.ops.norms import InstanceNorm
+
+
+class BEVDecoder(nn.Module):
+    """(B, channels, H, W) lifted map -> (B, channels, H, W) F_B, with nothing after the last addition.
+
+    Three levels of strides 2, 4, 8 and widths channels/2, channels, 2*channels; each is brought back to the map of the
+    level above and added to it. Any H and W will do: an odd side rounds up on its way down.
+    Raises ValueError if channels is odd.
+    """
+
+    def __init__(self, channels: int = 128) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"decoder of {channels} channels: its first level has half of them, give an even number")
+        narrow, wide = channels // 2, channels * 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, narrow, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(True)
+        )
+        self.layer1 = nn.Sequential(BasicBlock(narrow, narrow), BasicBlock(narrow, narrow))
+        self.layer2 = nn.Sequential(BasicBlock(narrow, channels, stride=2), BasicBlock(channels, channels))
+        self.layer3 = nn.Sequential(BasicBlock(channels, wide, stride=2), BasicBlock(wide, wide))
+        self.up3 = UpAdd(wide, channels)
+        self.up2 = UpAdd(channels, narrow)
+        self.up1 = UpAdd(narrow, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        level1 = self.layer1(self.stem(x))
+        level2 = self.layer2(level1)
+        level3 = self.layer3(level2)
+        up: torch.Tensor = self.up3(level3, level2)
+        up = self.up2(up, level1)
+        return self.up1(up, x)
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two 3x3 convolutions: (N, inside, H, W) -> (N, outside, H/stride, W/stride).
+
+    The last gamma starts at zero, so that a new block is its shortcut.
+    """
+
+    def __init__(self, inside: int, outside: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inside != outside:
+            self.shortcut = nn.Sequential(
+                ShortcutConv(inside, outside, 1, stride=stride, bias=False), nn.BatchNorm2d(outside)
+            )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.bn2.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = functional.relu(self.bn1(self.conv1(x)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
+
+
+class ShortcutConv(nn.Conv2d):
+    """A 1x1 convolution with a stride and no bias; of few channels on a CPU, its input is subsampled before instead.
+
+    That is the same function. torch 2.13's backward (oneDNN) of the other writes past its buffer where a pixel's inputs
+    do not fill a vector register of 16 floats, and the process mostly dies of it; five lines that show it:
+
+        conv = torch.nn.Conv2d(4, 8, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
+        x = torch.randn(2, 4, 100, 100).to(memory_format=torch.channels_last).requires_grad_()
+        y = conv(x)
+        y.sum().backward()
+        print("no segmentation fault")
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and self.in_channels < 16:
+            rows, columns = self.stride
+            return functional.conv2d(x[..., ::rows, ::columns], self.weight)
+        return super().forward(x)
+
+
+class UpAdd(nn.Module):
+    """(N, inside, h, w) and a skip (N, outside, H, W) -> skip + InstanceNorm(1x1 convolution, bilinearly resized).
+
+    Convolving before the resize is the same function as after it, as the reference does, for a 1x1 convolution mixes
+    channels and bilinear weights mix places; there are a quarter as many places before.
+    """
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inside, outside, 1, bias=False)
+        self.norm = InstanceNorm()
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        up = self.conv(x)
+        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would return float32
+            up = functional.interpolate(up, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return skip + self.norm(up)

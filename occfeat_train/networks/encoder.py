@@ -1,0 +1,348 @@
+"""Image encoders: a pretrained backbone cut off at stride 16 and fused to one map at stride 8 (paper 4.1).
+
+The backbones are transformers' modules, put together so that they compute what Simple-BEV's do: EfficientNet-B0 up to
+block 10, ResNet-50 and -101 (v1.5) up to the third stage. Their weights come from the hub, a folder, or MoCo-v2's file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn import functional
+
+from occfeat_train.config import Backbone
+from occfeat_train.ops.checkpointing import recomputed
+from occfeat_train.ops.norms import InstanceNorm
+
+BACKBONES: tuple[str, ...] = get_args(Backbone)
+DEFAULT_WEIGHTS = {
+    "efficientnet-b0": "google/efficientnet-b0",
+    "resnet-50": "moco-v2",
+    "resnet-101": "microsoft/resnet-101",
+}
+MOCO_V2_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
+MOCO_V2_MD5 = "a04e12f8"  # its first digits, as MoCo's authors publish them
+
+_STRIDE = 16
+# EfficientNet-B0's first five stages are its blocks 0 to 10; a ResNet's first three its layer1 to layer3.
+_EFFICIENTNET: dict[str, Any] = {
+    "width_coefficient": 1.0,
+    "depth_coefficient": 1.0,
+    "in_channels": [32, 16, 24, 40, 80],
+    "out_channels": [16, 24, 40, 80, 112],
+    "kernel_sizes": [3, 3, 5, 3, 5],
+    "strides": [1, 2, 2, 2, 1],
+    "num_block_repeats": [1, 2, 2, 3, 3],
+    "expand_ratios": [1, 6, 6, 6, 6],
+    "depthwise_padding": [],  # every padding is TensorFlow's: of even sides, the odd pixel goes right and below
+    "batch_norm_eps": 1e-3,
+}
+_RESNET: dict[str, Any] = {
+    "layer_type": "bottleneck",
+    "embedding_size": 64,
+    "hidden_sizes": [256, 512, 1024],
+    "downsample_in_bottleneck": False,  # v1.5: the 3x3 convolution has the stride
+}
+_LARGE_BLOCKS = 4  # EfficientNet's, up to the first of stride 8: with the stem, two thirds of what it would keep
+_RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
+
+
+class ImageEncoder(nn.Module):
+    """(N, 3, H, W) ImageNet-normalised images -> (N, extra_channels + channels, H/8, W/8) features.
+
+    backbone: one of BACKBONES, its weights random until `load_backbone_weights`.
+    extra_channels: what a lifting wants besides, from the same last convolution.
+    drop_connect: EfficientNet's rate of dropped residuals in training, reached linearly towards its (missing) block 11.
+    recompute: keep nothing inside the blocks of the largest maps for the backward, and compute it again there.
+    Raises ValueError on another backbone, and in `forward` if H or W is no multiple of 16.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        channels: int = 128,
+        drop_connect: float = 0.2,
+        extra_channels: int = 0,
+        recompute: bool = True,
+    ) -> None:
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
+        self.name = backbone
+        self.backbone = (
+            EfficientNetB0(drop_connect, recompute)
+            if backbone == "efficientnet-b0"
+            else ResNet(_RESNET_DEPTHS[backbone], recompute)
+        )
+        skip, deep = self.backbone.widths
+        width = channels if backbone == "efficientnet-b0" else 4 * channels
+        self.fuse = nn.Sequential(
+            nn.Conv2d(skip + deep, width, 3, padding=1, bias=False), InstanceNorm(), nn.ReLU(True),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), InstanceNorm(), nn.ReLU(True),
+            nn.Conv2d(width, extra_channels + channels, 1),
+        )  # fmt: skip
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        if height % _STRIDE or width % _STRIDE:
+            nearest = [max(_STRIDE, round(side / _STRIDE) * _STRIDE) for side in (height, width)]
+            raise ValueError(
+                f"images of {height}x{width} pixels: the encoder needs multiples of {_STRIDE}, "
+                f"the nearest are {nearest[0]}x{nearest[1]}"
+            )
+        skip, deep = self.backbone(images)
+        deep = functional.interpolate(deep, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.fuse(torch.cat([skip, deep], 1))
+
+
+class EfficientNetB0(nn.Module):
+    """(N, 3, H, W) -> (N, 40, H/8, W/8) and (N, 112, H/16, W/16), outputs of blocks 4 and 10; later ones don't exist."""
+
+    widths = (40, 112)
+
+    def __init__(self, drop_connect: float, recompute: bool) -> None:
+        super().__init__()
+        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
+        from transformers import EfficientNetConfig
+        from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings, EfficientNetEncoder
+
+        config = EfficientNetConfig(**_EFFICIENTNET)
+        self.embeddings = EfficientNetEmbeddings(config)
+        self.blocks = EfficientNetEncoder(config).blocks
+        block: Any
+        for index, block in enumerate(self.blocks):
+            # transformers drops single elements here; EfficientNet drops an image's whole residual.
+            block.projection.dropout = DropConnect(drop_connect * index / len(self.blocks))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.01  # transformers hands TensorFlow's 0.99 to torch, where it means the opposite
+        _initialise(self)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = skip = self.large(self.embeddings, images)
+        for index, block in enumerate(self.blocks):
+            x = self.large(block, x) if index < _LARGE_BLOCKS else block(x)
+            skip = x if index == 4 else skip
+        return skip, x
+
+
+class ResNet(nn.Module):
+    """(N, 3, H, W) -> (N, 512, H/8, W/8) and (N, 1024, H/16, W/16), outputs of layer2 and layer3; layer4 is left out."""
+
+    widths = (512, 1024)
+
+    def __init__(self, depths: list[int], recompute: bool) -> None:
+        super().__init__()
+        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
+        from transformers import ResNetConfig
+        from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetEncoder
+
+        config = ResNetConfig(**_RESNET, depths=depths)
+        self.embedder = ResNetEmbeddings(config)
+        self.stages = ResNetEncoder(config).stages
+        _initialise(self)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.large(self.embedder, images)
+        blocks: Any = self.stages[0].layers
+        for block in blocks:
+            x = self.large(block, x)
+        skip = self.stages[1](x)
+        return skip, self.stages[2](skip)
+
+
+class DropConnect(nn.Module):
+    """Stochastic depth: in training an image's (C, H, W) is zero with probability `rate`, else divided by 1 - rate."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+def _initialise(backbone: nn.Module) -> None:
+    """He's initialisation by the fan out; a depthwise convolution's is its own kernel."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
+    """Fill the encoder's backbone, every parameter and running statistic of it, and say in a sentence with what.
+
+    weights: ``none`` to leave it random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
+    official file of 800 epochs; or a .pth or .pth.tar file in its layout (ResNet-50 only).
+    Raises ValueError if they can't be had, are of another architecture, or lack something.
+    """
+    if weights == "none":
+        return "backbone: from scratch, random weights"
+    if weights == "moco-v2" or weights.endswith((".pth", ".pth.tar")):
+        if encoder.name != "resnet-50":
+            raise ValueError(
+                f"backbone weights {weights}: MoCo-v2's are of a resnet-50, the network has {encoder.name}"
+            )
+        file = _moco_v2_file() if weights == "moco-v2" else Path(weights)
+        _fill(encoder.backbone, _read_moco(file), str(file))
+        return f"backbone: {encoder.name} with MoCo-v2 weights from {file}"
+    state, origin = _read_pretrained(encoder.name, weights)
+    _fill(encoder.backbone, state, weights)
+    return f"backbone: {encoder.name} with weights from {origin}"
+
+
+def _fill(backbone: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy what the truncated backbone has; a count of batches may be missing, nothing reads it."""
+    wanted = {name: value for name, value in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(
+            f"backbone weights {source} lack {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}: another architecture, or not the layout expected"
+        )
+    for name, value in wanted.items():
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"backbone weights {source}: {name} of shape {tuple(state[name].shape)}, {tuple(value.shape)} expected"
+            )
+    backbone.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
+    """(tensors by the truncated backbone's names, where they are from) of a hub id or folder."""
+    from transformers import AutoConfig, EfficientNetModel, ResNetModel
+
+    kind, expected = "efficientnet", _EFFICIENTNET
+    if backbone in _RESNET_DEPTHS:
+        kind, expected = "resnet", {**_RESNET, "depths": _RESNET_DEPTHS[backbone]}
+    config = _local_first(weights, AutoConfig.from_pretrained)
+    if config.model_type != kind:
+        raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
+    for key, value in expected.items():
+        found = getattr(config, key)
+        found = list(found)[: len(value)] if isinstance(value, list) else found
+        if found != value:
+            raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
+    model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
+    model, info = _local_first(
+        weights,
+        functools.partial(
+            model_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        ),
+    )
+    # transformers makes up what is missing or of another shape.
+    absent = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
+    state = {n.removeprefix("encoder."): v for n, v in model.state_dict().items() if n not in absent}
+    revision = getattr(config, "_commit_hash", None)
+    return state, weights if revision is None else f"{weights} (revision {revision[:12]})"
+
+
+def _local_first(weights: str, load: Callable[..., Any]) -> Any:
+    """`load` from a folder or the hub's cache, and only then over the network."""
+    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
+        raise ValueError(f"backbone weights {weights}: there is no such folder")
+    try:
+        return load(weights, local_files_only=True)
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(weights, err)) from err
+    except (OSError, ValueError, SafetensorError) as err:
+        if Path(weights).is_dir():
+            raise ValueError(
+                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json and "
+                "whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            ) from err
+    try:
+        return load(weights)
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(weights, err)) from err
+    except (OSError, ValueError, SafetensorError) as err:
+        raise ValueError(
+            f"backbone weights {weights} cannot be loaded ({_first_line(err)}). They are neither a local folder nor in "
+            f"the Hugging Face cache, and the hub was not reached or refused: run 'hf download {weights}' where there "
+            "is internet and pass the folder or set HF_HOME, or pass 'none' to start from random weights"
+        ) from err
+
+
+def _moco_v2_file() -> Path:
+    """The official checkpoint in torch.hub's folder, downloaded if it isn't there."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / MOCO_V2_URL.rsplit("/", 1)[1]
+    if file.exists():
+        return file
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(MOCO_V2_URL, str(part))
+    except OSError as err:
+        raise ValueError(
+            f"MoCo-v2's weights are not at {file} and cannot be downloaded ({_first_line(err)}): fetch {MOCO_V2_URL} "
+            "where there is internet and put it there, or pass its path, or pass 'none' to start from random weights"
+        ) from err
+    with part.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "md5").hexdigest()
+    if not digest.startswith(MOCO_V2_MD5):
+        part.unlink()
+        raise ValueError(f"{MOCO_V2_URL} arrived with MD5 {digest[:8]}, {MOCO_V2_MD5} expected: download it again")
+    part.replace(file)
+    return file
+
+
+def _read_moco(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by the truncated backbone's names of a checkpoint of MoCo-v2, which holds the query encoder and more."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error below
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise ValueError(f"backbone weights {file}: there is no such file") from err
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(str(file), err)) from err
+    except (OSError, RuntimeError, EOFError) as err:
+        raise ValueError(f"backbone weights {file} cannot be read ({_first_line(err)}): download them again") from err
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"backbone weights {file} hold no 'state_dict': MoCo-v2's checkpoint expected")
+    prefix = "module.encoder_q."
+    named = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return {ours: value for name, value in named.items() if (ours := resnet_name(name)) is not None}
+
+
+def resnet_name(torchvision_name: str) -> str | None:
+    """A tensor's name in `ResNet` from its name in torchvision's; None for what is left out (layer4, fc)."""
+    match = re.fullmatch(r"(?:layer([123])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)", torchvision_name)
+    if match is None:
+        return None
+    layer, index, kind, number, tensor = match.groups()
+    # downsample.0 is a convolution, downsample.1 its norm
+    part = "convolution" if kind == "conv" or (kind == "downsample." and number == "0") else "normalization"
+    if layer is None:
+        return f"embedder.embedder.{part}.{tensor}"
+    place = "shortcut" if kind == "downsample." else f"layer.{int(number) - 1}"
+    return f"stages.{int(layer) - 1}.layers.{index}.{place}.{part}.{tensor}"
+
+
+def _refused(source: str, err: Exception) -> str:
+    return (
+        f"backbone weights {source} are refused ({_first_line(err)}): not a checkpoint of plain tensors, and a pickle "
+        "that holds code is never run here; save its state_dict alone, or download it again"
+    )
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""The BEV network F_B of the paper's section 3.1: image encoder, lifting to the grid, BEV decoder; no head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.bevformer import BEVFormer
+from occfeat_train.networks.decoder import BEVDecoder
+from occfeat_train.networks.encoder import ImageEncoder
+from occfeat_train.networks.lss import LSS
+from occfeat_train.ops.lifting import SimpleBEV
+from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.weights import convert
+
+Lifting = SimpleBEV | BEVFormer | LSS
+# What a network is called after.
+LIFTINGS: dict[str, type[Lifting]] = {"simplebev": SimpleBEV, "bevformer": BEVFormer, "lss": LSS}
+
+
+class BEVNetwork(nn.Module):
+    """Surround images -> F_B (B, channels, H, W), rows forward, columns right, index 0 the rearmost and leftmost."""
+
+    def __init__(self, encoder: ImageEncoder, lifting: Lifting, decoder: BEVDecoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.lifting = lifting
+        self.decoder = decoder
+
+    def forward(self, views: Views, bev_flip: torch.Tensor | None = None) -> torch.Tensor:
+        """bev_flip: (B, 2) bool, whether a sample's (forward, right) axis is mirrored between lifting and heads.
+
+        That is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B mirrored back, so F_B
+        and every target stay where they are. Mirroring the grid before the lifting gives the same volume for less,
+        where the lifting says so (`mirrors_grid`); of the others the lifted map is mirrored.
+        """
+        if bev_flip is not None and self.lifting.mirrors_grid:
+            mirror = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
+            views = replace(views, cam_from_grid=views.cam_from_grid @ mirror[:, None])
+        batch, cams = views.images.shape[:2]
+        images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        features, views = unmirror(self.encoder(images).unflatten(0, (batch, cams)), views)
+        lifted: torch.Tensor = self.lifting(features, views)
+        if bev_flip is not None and not self.lifting.mirrors_grid:
+            lifted = _flip(lifted, bev_flip)
+        bev = self.decoder(lifted)
+        return bev if bev_flip is None else _flip(bev, bev_flip)
+
+    def load_reference(self, state_dict: Mapping[str, Any]) -> None:
+        """Fill this network from the reference's Segnet, Bevformernet or Liftnet (liftnet2.py), whose heads are left out.
+
+        To compute what the reference does, build it with compat="simple-bev".
+        Raises ValueError or RuntimeError on weights that are of none of these, or of another network or grid than this.
+        """
+        weights = convert(state_dict, self.lifting.grid)
+        prefix = "network."
+        self.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+
+
+def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
+    """Turn mirrored views, whose fx is negative, back: the columns of their features (B, S, C, h, w), and the intrinsics.
+
+    Simple-BEV's way. No lifting then needs to know of mirrored images: learned offsets point in image columns, and the
+    reference's conventions (`compat`) are not the same from the left and from the right. views.images stay as they are,
+    since a lifting reads their size alone.
+    """
+    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, S)
+    plain = views.intrinsics.clone()
+    plain[..., 0, :] = views.images.shape[-1] * plain[..., 2, :] - plain[..., 0, :]
+    intrinsics = torch.where(is_mirrored[..., None, None], plain, views.intrinsics)
+    flips = nn.functional.pad(is_mirrored.flatten()[:, None], (1, 0))  # of columns, not of rows
+    return _flip(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape), replace(views, intrinsics=intrinsics)
+
+
+def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) with the axes mirrored that (B, 2) names: one pass over cells, and no wait for a GPU to name them."""
+    batch, channels, height, width = maps.shape
+    rows, columns = (
+        torch.where(
+            flipped[:, None], torch.arange(n - 1, -1, -1, device=maps.device), torch.arange(n, device=maps.device)
+        )
+        for flipped, n in zip(flips.to(maps.device).unbind(1), (height, width), strict=True)
+    )
+    samples = torch.arange(batch, device=maps.device)[:, None, None]
+    cells = (samples * height + rows[:, :, None]) * width + columns[:, None, :]
+    flipped = maps.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, cells.flatten())
+    return flipped.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def grid_mirror(grid: VoxelGrid, bev_flip: torch.Tensor) -> torch.Tensor:
+    """(B, 2) bool, (forward, right) -> (B, 4, 4) float64 maps of the grid's points that mirror it onto itself [m].
+
+    A point x of a mirrored axis goes to lower + upper - x, so cell i takes the place of cell n - 1 - i.
+    """
+    mirror = torch.eye(4, dtype=torch.float64, device=bev_flip.device).repeat(len(bev_flip), 1, 1)
+    for column, axis in ((0, 1), (1, 0)):  # of bev_flip; of a point (right, forward, up)
+        middle = grid.lower[2 - axis] + grid.upper[2 - axis]
+        is_flipped = bev_flip[:, column].double()
+        mirror[:, axis, axis] = 1 - 2 * is_flipped
+        mirror[:, axis, 3] = middle * is_flipped
+    return mirror
+
+
+def build_network(
+    grid: VoxelGrid,
+    backbone: str,
+    channels: int = 128,
+    lifting: str = "simplebev",
+    drop_connect: float = 0.2,
+    compat: str | None = None,
+    recompute: bool = True,
+) -> BEVNetwork:
+    """A network with random weights, channels-last.
+
+    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for the reference's defects.
+    recompute: less memory for a little time, see `ImageEncoder` and `BEVFormer`.
+    Raises ValueError on a name that isn't known, or channels that the lifting or the decoder can't have.
+    """
+    if lifting not in LIFTINGS:
+        raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")
+    lifted = LIFTINGS[lifting](grid, channels, compat)
+    if isinstance(lifted, BEVFormer):
+        lifted.recompute = recompute
+    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels, recompute)
+    network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,179 @@
+"""Deformable attention's sums: every query reads maps at learned places and adds up what it reads by learned weights.
+
+Stands between `bevformer`, which says who reads which map about where, and the compiled kernels of `deformable_kernels`,
+which do it on a CPU in float32. Elsewhere torch's embedding_bag does. Neither forms the samples: a query, head and point
+at 32 channels is read, weighted and added at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from occfeat_train.ops.deformable_kernels import weighted_samples, weighted_samples_backward
+from occfeat_train.ops.devices import runs_triton
+from occfeat_train.ops.rows import empty
+from occfeat_train.ops.threads import in_threads
+
+_CHUNK = 2048  # queries of one task
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Who reads which map about where: n (query, map) pairs in the order of the queries, of B samples' queries in turn.
+
+    maps: (n,) int64 index of a pair's map; samples share none. starts: (Q + 1,) int64 where each query's pairs start.
+    anchors: (n, A, 2) float (column, row) a pair's places lie about, in tokens: 0 is the centre of the first one.
+    """
+
+    batch: int
+    maps: Tensor
+    starts: Tensor
+    anchors: Tensor
+
+    @property
+    def queries(self) -> Tensor:
+        """(n,) int64 index of a pair's query."""
+        every = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        return every.repeat_interleave(self.starts.diff(), output_size=len(self.maps))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
+
+    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. places: (Q, heads, P, 3), a point's offset (column,
+    row) in tokens and its score; the weights of a query's and head's points are the softmax of their scores. P is a
+    multiple of A.
+    Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
+    """
+    if values.dtype == torch.float64:
+        return deformable_torch(values, places, reads)
+    if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
+        return deformable_triton(values, places, reads)
+    if values.device.type == "cpu":
+        found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
+        return found
+    return deformable_torch(values, places, reads)
+
+
+def deformable_triton(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    """`deformable` by Triton's kernels, for a GPU and any float but float64; gradients' last bits change from run to run."""
+    places = places.float()
+    found: Tensor = _TritonDeformable.apply(values, places[..., :2], places[..., 2].softmax(-1), reads)
+    return found
+
+
+def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    """`deformable` in plain torch, for any device, a sample at a time.
+
+    A batch at once would be more elements than embedding_bag's gradient can index on a GPU (2^31).
+    """
+    queries, maps = (len(reads.starts) - 1) // reads.batch, len(values) // reads.batch
+    bounds = reads.starts[::queries].tolist()
+    found = []
+    for sample, (own, placed) in enumerate(zip(values.split(maps), places.split(queries), strict=True)):
+        pairs = slice(bounds[sample], bounds[sample + 1])
+        starts = reads.starts[sample * queries : (sample + 1) * queries + 1] - bounds[sample]
+        found.append(
+            _one_sample(own, placed, Reads(1, reads.maps[pairs] - sample * maps, starts, reads.anchors[pairs]))
+        )
+    return torch.cat(found)
+
+
+def _one_sample(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    values, places = values.to(dtype), places.to(dtype)
+    offsets, weights = places[..., :2], places[..., 2].softmax(-1)
+    _, h, w, heads, d = values.shape
+    queries, points = reads.queries, weights.shape[2]
+    anchors = reads.anchors.to(dtype).repeat(1, points // reads.anchors.shape[1], 1)
+    x, y = (anchors[:, None] + offsets[queries]).unbind(-1)  # (n, heads, P)
+    x0, y0 = x.detach().floor(), y.detach().floor()
+    column, row = torch.stack([x0, x0 + 1], -1), torch.stack([y0, y0 + 1], -1)
+    across = (1 - (x[..., None] - column).abs()) * ((column >= 0) & (column < w))
+    down = (1 - (y[..., None] - row).abs()) * ((row >= 0) & (row < h))
+    taps = (weights[queries][..., None] * down)[..., None] * across[..., None, :]  # (n, heads, P, 2, 2)
+    column, row = column.clamp(0, w - 1).long(), row.clamp(0, h - 1).long()
+    tokens = (reads.maps.view(-1, 1, 1, 1) * h + row)[..., None] * w + column[..., None, :]
+    tokens = tokens * heads + torch.arange(heads, device=values.device).view(-1, 1, 1, 1)
+    size = points * 4
+    rows = nn.functional.embedding_bag(
+        tokens.view(-1, size), values.reshape(-1, d), mode="sum", per_sample_weights=taps.view(-1, size)
+    )
+    every_pair = torch.arange(len(queries), device=values.device)
+    summed = nn.functional.embedding_bag(
+        every_pair, rows.view(-1, heads * d), reads.starts, mode="sum", include_last_offset=True
+    )
+    return summed.view(-1, heads, d)
+
+
+class _TritonDeformable(torch.autograd.Function):
+    """Values (M, h, w, heads, d), offsets (Q, heads, P, 2) and weights (Q, heads, P) float32 -> (Q, heads, d) float32."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+        from occfeat_train.ops.deformable_triton import weighted_samples
+
+        given = [t.contiguous() for t in (values, offsets, weights)]
+        ctx.save_for_backward(*given)
+        ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
+        return weighted_samples(*given, *ctx.reads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from occfeat_train.ops.deformable_triton import weighted_samples_backward
+
+        given = ctx.saved_tensors  # once: activation checkpointing gives them out once
+        of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
+        return of_values.to(given[0].dtype), of_offsets, of_weights, None
+
+
+class _Deformable(torch.autograd.Function):
+    """By the compiled kernels, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+        values, places = values.contiguous(), places.contiguous()
+        ctx.save_for_backward(values, places)
+        ctx.reads = reads
+        num_queries, heads = places.shape[:2]
+        out = empty((num_queries, heads, values.shape[-1]))
+        arguments: Any = _arrays(values, places, reads)
+        target = out.numpy()
+
+        def work(first: int) -> None:
+            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+
+        in_threads(work, list(range(0, num_queries, _CHUNK)))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
+        values, places = ctx.saved_tensors
+        grads = empty(values.shape).zero_(), empty(places.shape).zero_()
+        arguments: Any = _arrays(values, places, ctx.reads)
+        given = grad.contiguous().numpy()
+        targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy()
+        num_queries, heads = places.shape[:2]
+        per_sample = num_queries // ctx.reads.batch
+
+        def work(task: tuple[int, int]) -> None:
+            first, head = task
+            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)  # type: ignore[call-arg]
+
+        in_threads(work, [(first, head) for first in range(0, num_queries, per_sample) for head in range(heads)])
+        return *grads, None
+
+
+def _arrays(values: Tensor, places: Tensor, reads: Reads) -> Any:
+    tensors = (values.flatten(1, 2), places, reads.starts, reads.anchors.float(), reads.maps)
+    tokens, *rest = (t.detach().contiguous().numpy() for t in tensors)
+    return tokens, tuple(values.shape[1:3]), *rest

@@ -1,0 +1,1 @@
+"""report.html: curves, tables and pictures of runs."""

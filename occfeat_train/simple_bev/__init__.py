@@ -1,0 +1,1 @@
+"""What exists only to import checkpoints of the reference repository, aharley/simple_bev."""

@@ -1,0 +1,68 @@
+"""A checkpoint of the reference repository (aharley/simple_bev) as a run of ours, to evaluate or to finetune from."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.config import Config
+from occfeat_train.networks.network import LIFTINGS
+from occfeat_train.simple_bev.weights import convert
+from occfeat_train.tasks.tasks import build_task
+from occfeat_train.training.checkpoint import About, CheckpointError, begin_run, load_weights, save_checkpoint
+
+# What only one of the reference's networks has.
+_MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
+
+
+def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> Path:
+    """Convert a checkpoint, see that every tensor of it has a place in `config`'s network, write it, say where.
+
+    config: of a vehicle segmentation, with compat="simple-bev" if it is to compute what the reference does.
+    Raises CheckpointError or ValueError on a file that is none, is of another network, or does not fit the grid.
+    """
+    state = read_state_dict(file)
+    found = next((lifting for name, lifting in _MARKS.items() if name in state), "lss")
+    if found != config.network.lifting:
+        raise CheckpointError(f"{file} is of a {found}, not of a {config.network.lifting}: pass --network {found}")
+    try:
+        weights = convert(state, grid)
+    except ValueError as err:
+        raise CheckpointError(f"{file} can't be imported: {err}") from err
+    config = replace(config, frame="cameras")  # the reference knows no other
+    task = build_task(config, grid, 0)
+    load_weights(task, weights, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    about = About(config, grid, feature_dim=0, cache="", num_samples=0, initial=f"imported from {file.name} ({digest})")
+    begin_run(out, about)
+    return save_checkpoint(out, 0, about, task.state_dict(), {})
+
+
+def read_state_dict(file: Path) -> Mapping[str, Any]:
+    """Its ``model_state_dict``, or the file itself if it is one, without DataParallel's prefix; no code in it is run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error below
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise CheckpointError(
+            f"{file} is refused ({str(err).splitlines()[0]}): not a checkpoint of plain tensors; save its state_dict alone"
+        ) from err
+    except IsADirectoryError as err:
+        raise CheckpointError(f"{file} is a directory: give the model-*.pth file in it") from err
+    except (RuntimeError, EOFError) as err:
+        raise CheckpointError(f"{file} can't be read ({str(err).splitlines()[0]}): download it again") from err
+    state = content.get("model_state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise CheckpointError(
+            f"{file} holds no state_dict, bare or as 'model_state_dict': of one of {', '.join(LIFTINGS)} expected"
+        )
+    return {name.removeprefix("module."): value for name, value in state.items()}

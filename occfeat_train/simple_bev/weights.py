@@ -1,0 +1,118 @@
+"""Weights of the reference networks (aharley/simple_bev's Segnet, Bevformernet and Liftnet) under our names, to compare
+with and to start from. Its Liftnet is two: liftnet2.py's splat is our LSS, liftnet.py's volume is none of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks.encoder import resnet_name
+
+_EFFICIENTNET_PARTS = {
+    "_expand_conv": "expansion.expand_conv",
+    "_bn0": "expansion.expand_bn",
+    "_depthwise_conv": "depthwise_conv.depthwise_conv",
+    "_bn1": "depthwise_conv.depthwise_norm",
+    "_se_reduce": "squeeze_excite.reduce",
+    "_se_expand": "squeeze_excite.expand",
+    "_project_conv": "projection.project_conv",
+    "_bn2": "projection.project_bn",
+}
+# torchvision's children of a ResNet in the reference's Sequential
+_RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2"}
+_REST = {
+    "encoder.upsampling_layer.conv.": "network.encoder.fuse.",
+    "encoder.depth_layer.": "network.encoder.fuse.6.",
+    "bev_compressor.": "network.lifting.compressor.",
+    "decoder.first_conv.": "network.decoder.stem.0.",
+    "decoder.bn1.": "network.decoder.stem.1.",
+    "decoder.up3_skip.upsample_layer.1.": "network.decoder.up3.conv.",
+    "decoder.up2_skip.upsample_layer.1.": "network.decoder.up2.conv.",
+    "decoder.up1_skip.upsample_layer.1.": "network.decoder.up1.conv.",
+    "decoder.segmentation_head.": "head.",
+}
+_ATTENTION = {
+    "deformable_attention.sampling_offsets": "places.offsets",
+    "deformable_attention.attention_weights": "places.weights",
+    "deformable_attention.value_proj": "value",
+    "deformable_attention.output_proj": "inner",
+    "output_proj": "output",
+}
+# Heads of tasks that are none of ours, one that no loss of the reference reads, and its learned loss weights.
+_LEFT_OUT = re.compile(r"(ce|center|offset)_weight|decoder\.(feat|instance_offset|instance_center)_head\..*")
+
+
+def convert(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, torch.Tensor]:
+    """The reference's tensors or arrays, by its names, as tensors by ours.
+
+    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head. EfficientNet-B0,
+    ResNet-50 or -101. grid: of the network. Its cells along up order the compressor's input, the reference's from the
+    highest down and innermost (c * Z + y), ours from the lowest up and outermost (z * C + c); and the places that
+    BEVFormer's cross-attention reads, likewise.
+    Raises ValueError on a name that is not the reference's, or a tensor that does not fit the grid.
+    """
+    converted = {}
+    for name, array in state_dict.items():
+        if _LEFT_OUT.fullmatch(name):
+            continue
+        value = torch.as_tensor(array)
+        if name == "bev_compressor.0.weight":
+            value = _reorder_compressor(value, grid)
+        elif re.fullmatch(r"cross_attn_layers\.\d+\.deformable_attention\.(sampling_off|attention_w).*", name):
+            value = _reorder_places(name, value, grid)
+        converted[_our_name(name)] = value
+    return converted
+
+
+def _reorder_compressor(weight: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
+    """(outside, C * Z, 3, 3) with y = 0 the highest -> (outside, Z * C, 3, 3) with z = 0 the lowest."""
+    levels = grid.shape[0]
+    if weight.shape[1] % levels:
+        raise ValueError(
+            f"bev_compressor.0.weight of shape {tuple(weight.shape)}: its inputs are no multiple of the grid's "
+            f"{levels} levels; give the grid it was trained on"
+        )
+    return weight.unflatten(1, (-1, levels)).flip(2).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _reorder_places(name: str, value: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
+    """(heads * points [* 2], ...), points in turn of the highest voxel to the lowest -> of the lowest to the highest."""
+    heads, last = 4, 2 if "offsets" in name else 1
+    levels = grid.shape[0]
+    if value.shape[0] % (heads * levels * last):
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)}: its points are no multiple of the grid's {levels} levels; "
+            "give the grid it was trained on"
+        )
+    return value.reshape(heads, -1, levels, last, *value.shape[1:]).flip(2).reshape(value.shape).contiguous()
+
+
+def _our_name(name: str) -> str:
+    if match := re.fullmatch(r"encoder\.backbone\._blocks\.(\d+)\.(\w+)\.(\w+)", name):
+        if (part := _EFFICIENTNET_PARTS.get(match[2])) is not None:
+            return f"network.encoder.backbone.blocks.{match[1]}.{part}.{match[3]}"
+    elif match := re.fullmatch(r"encoder\.backbone\._(conv_stem|bn0)\.(\w+)", name):
+        part = "convolution" if match[1] == "conv_stem" else "batchnorm"
+        return f"network.encoder.backbone.embeddings.{part}.{match[2]}"
+    elif match := re.fullmatch(r"encoder\.(?:backbone\.([0145])|(layer3))\.(.+)", name):
+        child = match[2] or _RESNET_CHILDREN[match[1]]
+        if (ours := resnet_name(f"{child}.{match[3]}")) is not None:
+            return f"network.encoder.backbone.{ours}"
+    elif match := re.fullmatch(r"decoder\.(layer[123])\.(.+)", name):
+        return f"network.decoder.{match[1]}.{match[2].replace('downsample.', 'shortcut.')}"
+    elif match := re.fullmatch(r"(self|cross)_attn_layers\.(\d+)\.(.+)\.(\w+)", name):
+        if (part := _ATTENTION.get(match[3])) is not None and (match[1] == "self" or part != "inner"):
+            return f"network.lifting.layers.{match[2]}.{match[1]}_attention.{part}.{match[4]}"
+    elif match := re.fullmatch(r"(norm[123]|ffn)_layers\.(\d+)\.(.+)", name):
+        return f"network.lifting.layers.{match[2]}.{match[1].replace('ffn', 'feed_forward')}.{match[3]}"
+    elif name in ("bev_queries", "bev_queries_pos"):
+        return f"network.lifting.{'positions' if name.endswith('pos') else 'queries'}"
+    for theirs, ours in _REST.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    raise ValueError(f"{name} is no name of a Segnet, Bevformernet or Liftnet with EfficientNet-B0 or a ResNet")

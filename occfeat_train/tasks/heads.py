@@ -1,0 +1,191 @@
+"""What is plugged on top of F_B: OccFeat's un-splatting head for pretraining (paper 3.2, 3.3), a segmentation head after.
+
+Volumes inside the head are channels-last maps whose channels are Z groups (3.2): the reshape of a map into a volume
+moves nothing, and a cell's column of voxels is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from occfeat_train.ops.devices import runs_triton
+from occfeat_train.ops.norms import InstanceNorm
+
+# Numbers of a block of voxels' hidden channels: as many as stay in a core's cache, or fill a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 27
+
+
+class OccFeatHead(nn.Module):
+    """D_V and the two projections of paper 3.2-3.3.
+
+    F_B -> 3x3 conv, InstanceNorm, ReLU -> 1x1 conv to N_B * Z_B, Z_B groups of N_B -> 1x1x1 to 2 N_B, Softplus ->
+    1x1x1 to N_B: F_V -> occupancy logit, and N_y features.
+
+    The layers hold exactly the paper's parameters. Computed is the same function, without what nobody reads: the two
+    linear layers before the Softplus are one, so are the two between it and the occupancy logit; F_V and the features
+    exist only at the voxels asked for, and what is between the Softplus and the logits in one block of cells at a time.
+    """
+
+    def __init__(self, channels: int, height: int, feature_dim: int, *, occupancy: bool = True) -> None:
+        """channels: N_B. height: Z_B. feature_dim: N_y, 0 for no feature projection. occupancy: false leaves its out."""
+        super().__init__()
+        self.channels, self.height = channels, height
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = InstanceNorm()
+        self.unsplat = nn.Conv2d(channels, channels * height, 1)
+        self.expand = nn.Linear(channels, 2 * channels)  # a 1x1x1 convolution
+        self.reduce = nn.Linear(2 * channels, channels)
+        self.occupancy = nn.Linear(channels, 1) if occupancy else None
+        self.features = nn.Linear(channels, feature_dim) if feature_dim else None
+
+    def forward(self, bev: Tensor, voxels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """bev: F_B (B, N_B, H, W). voxels: (n,) int64 flat indices into (B, Z_B, H, W) whose features are wanted.
+
+        Returns occupancy logits (B, Z_B, H, W), None without that projection, and features (n, N_y), None if voxels is.
+        """
+        batch, _, height, width = bev.shape
+        hidden = F.relu(self.norm(self.conv(bev)))
+        cells = hidden.permute(0, 2, 3, 1).reshape(-1, self.channels)
+        with torch.autocast(bev.device.type, enabled=False):  # products of weights, formed in their own precision
+            weight, bias = self._unsplat_and_expand()
+        logits = features = None
+        if self.occupancy is not None:
+            logits = self._occupancy(cells, weight, bias).view(batch, height, width, self.height).permute(0, 3, 1, 2)
+        if voxels is not None:
+            assert self.features is not None, "this head was built without a feature projection"
+            area = height * width
+            cell = voxels % area + voxels // (self.height * area) * area
+            softened = F.softplus(_linear_by_level(cells, cell, voxels // area % self.height, weight, bias))
+            features = self.features(self.reduce(softened))
+        return logits, features
+
+    def _occupancy(self, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(n, N_B) cells -> (n, Z_B) logits; F_V's layer and the occupancy projection after it are one: 2 N_B to 1."""
+        assert self.occupancy is not None
+        with torch.autocast(cells.device.type, enabled=False):
+            to_logit = (self.occupancy.weight @ self.reduce.weight)[0]
+            constant = self.occupancy.weight @ self.reduce.bias + self.occupancy.bias
+            parameters = (weight.flatten(0, 1), bias.flatten(), to_logit)
+            return softplus_logits(cells, *(p.to(cells.dtype) for p in parameters)) + constant
+
+    def _unsplat_and_expand(self) -> tuple[Tensor, Tensor]:
+        """The 1x1 convolution and the 1x1x1 one after it, with nothing between, as one linear layer for every level.
+
+        Returns weights (Z_B, 2 N_B, N_B) and biases (Z_B, 2 N_B).
+        """
+        groups = self.unsplat.weight.reshape(self.height, self.channels, self.channels)
+        bias = self.unsplat.bias.reshape(self.height, self.channels)  # type: ignore[union-attr]
+        return self.expand.weight @ groups, bias @ self.expand.weight.T + self.expand.bias
+
+
+def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Row i: cells[cell[i]] through the linear layer of level[i]. weight: (Z, out, in), bias: (Z, out) -> (n, out)."""
+    order = level.argsort(stable=True)
+    counts = torch.bincount(level, minlength=len(weight)).tolist()
+    rows = cells.index_select(0, cell[order]).split(counts)
+    found = torch.cat([F.linear(*layer) for layer in zip(rows, weight, bias, strict=True)])
+    return found.index_select(0, order.argsort())
+
+
+def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+    """softplus(cells W^T + b), seen as rows of as many channels as `to_logit` has, times `to_logit`.
+
+    cells: (n, C); weight: (Z * K, C); bias: (Z * K,); to_logit: (K,), all of one dtype. Returns (n, Z).
+    In bfloat16 and float16 a GPU runs one Triton kernel, which returns float32; elsewhere it goes block by block.
+    """
+    is_half = cells.dtype in (torch.bfloat16, torch.float16)
+    function = _TritonSoftplusLogits if is_half and runs_triton(cells.device) else _SoftplusLogits
+    logits: Tensor = function.apply(cells, weight, bias, to_logit)
+    return logits
+
+
+class _TritonSoftplusLogits(torch.autograd.Function):
+    """`softplus_logits` by `head_kernels`. No hidden value is ever in memory; the backward computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+        from occfeat_train.ops.head_kernels import forward
+
+        given = [t.contiguous() for t in (cells, weight, bias, to_logit)]
+        ctx.save_for_backward(*given)
+        return forward(*given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        from occfeat_train.ops.head_kernels import backward
+
+        given = ctx.saved_tensors
+        return tuple(g.to(t.dtype) for g, t in zip(backward(grad.contiguous(), *given), given, strict=True))
+
+
+class _SoftplusLogits(torch.autograd.Function):
+    """`softplus_logits` in plain torch.
+
+    Of 8x200x200 voxels the Softplus alone is 328 MB, and its gradient as much, all of it read and written several times.
+    Here a block of cells stays in the cache from the first product to the logit. The backward computes it again, which
+    costs less than reading it back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+        """(n, N_B), (Z * 2N_B, N_B), (Z * 2N_B,), (2N_B,) -> (n, Z), all of one dtype."""
+        ctx.save_for_backward(cells, weight, bias, to_logit)
+        logits = cells.new_empty(len(cells), len(weight) // len(to_logit))
+        for block, product in _blocks(cells, weight, bias):
+            logits[block] = torch.mv(F.softplus(product).view(-1, len(to_logit)), to_logit).view_as(logits[block])
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """Sums over blocks are kept in float32, or float64 if that is what came in. `to_logit`'s factor is left to the ends."""
+        cells, weight, bias, to_logit = ctx.saved_tensors
+        factor = to_logit.repeat(len(weight) // len(to_logit))
+        to_cells = weight * factor[:, None]
+        exact = torch.promote_types(cells.dtype, torch.float32)
+        sums = [torch.zeros_like(parameter, dtype=exact) for parameter in (weight, bias, to_logit)]
+        grad_cells = torch.empty_like(cells)
+        for block, product in _blocks(cells, weight, bias):
+            of_logits = grad[block].reshape(-1, 1)
+            sums[2] += (F.softplus(product).view(-1, len(to_logit)).T @ of_logits)[:, 0]
+            slope = torch.sigmoid_(product)
+            slope.view(-1, len(to_logit)).mul_(of_logits)
+            sums[0] += slope.T @ cells[block]
+            sums[1] += slope.sum(0, dtype=exact)
+            torch.mm(slope, to_cells, out=grad_cells[block])
+        sums[0] *= factor[:, None]
+        sums[1] *= factor
+        return grad_cells, *(s.to(cells.dtype) for s in sums)
+
+
+def _blocks(cells: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, and cells W^T + b of each, in memory that the next one overwrites."""
+    size = max((_CPU_BLOCK if cells.device.type == "cpu" else _GPU_BLOCK) // len(weight), 1)
+    memory = cells.new_empty(min(size, len(cells)), len(weight))
+    for start in range(0, len(cells), size):
+        block = slice(start, min(start + size, len(cells)))
+        yield block, torch.addmm(bias, cells[block], weight.T, out=memory[: block.stop - start])
+
+
+class SegmentationHead(nn.Sequential):
+    """F_B (B, N_B, H, W) -> logits (B, classes, H, W): Simple-BEV's head, 3x3 conv, InstanceNorm, ReLU, 1x1 conv."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            InstanceNorm(),
+            nn.ReLU(),
+            nn.Conv2d(channels, classes, 1),
+        )
+
+
+def voxel_rows(occupied: Tensor) -> Tensor:
+    """(B, Z, H, W) bool -> (n,) flat indices of the true ones, sample by sample."""
+    return torch.nonzero(occupied.reshape(-1)).reshape(-1)

@@ -1,0 +1,142 @@
+"""Figures of merit over a whole data set: sums that are kept exactly, and divided once at the end.
+
+IoU = sum of intersections / sum of unions over all scored cells of the set, as Lift-Splat-Shoot and Simple-BEV count it;
+a mean of per-batch IoUs is another number (46.6 against 47.4 on one of their checkpoints).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.distributed import sum_over_processes
+
+THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)  # BEVFusion's
+HALF = THRESHOLDS.index(0.5)
+DISTANCES = ((0.0, 20.0), (20.0, 35.0), (35.0, float("inf")))  # [m] from the grid's origin
+
+
+class SegmentationMetric:
+    """IoU per class, threshold and distance band.
+
+    counts: (thresholds, classes, bands, 2) int64 intersections and unions on the CPU.
+    """
+
+    def __init__(self, classes: Sequence[str], grid: VoxelGrid) -> None:
+        self.classes = tuple(classes)
+        self.num_samples = 0
+        self.counts = torch.zeros(len(THRESHOLDS), len(classes), len(DISTANCES), 2, dtype=torch.int64)
+        centers = grid.voxel_centers()[0, ..., :2]
+        distance = torch.from_numpy(np.linalg.norm(centers, axis=-1))
+        self._bands = torch.stack([(distance >= low) & (distance < high) for low, high in DISTANCES])
+        self._logits = torch.logit(torch.tensor(THRESHOLDS, dtype=torch.float64)).float()
+
+    def update(self, logits: Tensor, target: Tensor, valid: Tensor) -> None:
+        """logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool: cells that count."""
+        bands = self._bands.to(logits.device).flatten(1).double().T  # (cells, bands)
+        target, valid = target.flatten(2), valid.flatten(2)
+        for row, threshold in enumerate(self._logits.tolist()):
+            predicted = logits.flatten(2).float() >= threshold
+            for column, cells in enumerate((predicted & target & valid, (predicted | target) & valid)):
+                # Exact: autocast, under which models are evaluated, leaves float64 products alone, and only those.
+                self.counts[row, ..., column] += (cells.sum(0).double() @ bands).round().long().cpu()
+        self.num_samples += len(logits)
+
+    def reduce(self) -> None:
+        """Add up the counts of all processes."""
+        self.counts = sum_over_processes(self.counts)
+        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
+
+    def results(self) -> dict[str, Any]:
+        """IoU in percent: mean over classes, per class, best threshold, by distance. None where a union is empty."""
+        total = self.counts.sum(2)
+        best = max(range(len(THRESHOLDS)), key=lambda i: _mean_iou(total[i]) or 0.0)
+        per_class = {name: _iou(total[HALF, k]) for k, name in enumerate(self.classes)}
+        per_class_best = {}
+        for k, name in enumerate(self.classes):
+            ious = [_iou(counts) for counts in total[:, k]]
+            row = ious.index(max(ious, key=lambda iou: iou or 0.0))
+            per_class_best[name] = {"iou": ious[row], "threshold": THRESHOLDS[row]}
+        return {
+            "samples": self.num_samples,
+            "iou": _mean_iou(total[HALF]),
+            "iou_best": _mean_iou(total[best]),
+            "threshold_best": THRESHOLDS[best],
+            "per_class": per_class,
+            "per_class_best": per_class_best,
+            "by_distance": {
+                f"{low:g}-{high:g} m": _mean_iou(self.counts[HALF, :, band])
+                for band, (low, high) in enumerate(DISTANCES)
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """A table of the results."""
+        r = self.results()
+        rows = [("IoU at 0.5", r["iou"]), (f"IoU at the best threshold, {r['threshold_best']:g}", r["iou_best"])]
+        rows += [(f"  {name}", iou) for name, iou in r["per_class"].items()] if len(self.classes) > 1 else []
+        rows += [(f"  {band} away", iou) for band, iou in r["by_distance"].items()]
+        return [f"{self.num_samples} samples"] + [f"{name:36} {_percent(iou):>6}" for name, iou in rows]
+
+
+class PretrainingMetric:
+    """Occupancy IoU at 0.5 and the mean cosine between predicted and target features over all distilled voxels."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.counts = torch.zeros(3, dtype=torch.int64)  # intersection, union, distilled voxels
+        self.cosine = torch.zeros((), dtype=torch.float64)
+
+    def update(self, logits: Tensor | None, occupied: Tensor, cosine: Tensor | None) -> None:
+        """logits, occupied: (B, Z, H, W), None without occupancy head; cosine: (n,), None without feature head."""
+        if logits is not None:
+            predicted = logits > 0
+            self.counts[0] += (predicted & occupied).sum().cpu()
+            self.counts[1] += (predicted | occupied).sum().cpu()
+        if cosine is not None:
+            self.counts[2] += len(cosine)
+            self.cosine += cosine.double().sum().cpu()
+        self.num_samples += len(occupied)
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes."""
+        self.counts, self.cosine = sum_over_processes(self.counts), sum_over_processes(self.cosine)
+        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
+
+    def results(self) -> dict[str, Any]:
+        voxels = int(self.counts[2])
+        return {
+            "samples": self.num_samples,
+            "occupancy_iou": _iou(self.counts[:2]),
+            "cosine": float(self.cosine) / voxels if voxels else None,
+        }
+
+    def lines(self) -> list[str]:
+        r = self.results()
+        cosine = "-" if r["cosine"] is None else f"{r['cosine']:.3f}"
+        return [
+            f"{self.num_samples} samples",
+            f"{'occupancy IoU at 0.5':36} {_percent(r['occupancy_iou']):>6}",
+            f"{'mean cosine to the target features':36} {cosine:>6}",
+        ]
+
+
+def _iou(counts: Tensor) -> float | None:
+    """(2,) intersection and union -> percent."""
+    intersection, union = counts.tolist()
+    return 100 * intersection / union if union else None
+
+
+def _mean_iou(counts: Tensor) -> float | None:
+    """(classes, 2) -> percent, averaged over the classes that occur."""
+    values = [iou for iou in map(_iou, counts) if iou is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,45 @@
+"""Evaluation over a whole split: every sample once, on any number of processes, nothing dropped, no augmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.distributed import Process
+from occfeat_train.tasks.tasks import AnyTask, place
+from occfeat_train.training.loop import autocast
+
+
+@torch.no_grad()
+def evaluate(
+    task: AnyTask,
+    dataset: KeyframeDataset,
+    process: Process,
+    *,
+    batch: int = 8,
+    workers: int = 2,
+    progress: bool = True,
+) -> Any:
+    """The task's metric over the data set, its counts summed over all processes.
+
+    Processes take keyframes in turn, so their numbers differ by one at most and no sample is padded or repeated.
+    batch: samples a forward pass on one process. The task is left in evaluation mode.
+    """
+    place(task, process.device)
+    task.eval()
+    metric = task.metric()
+    mine = dataset.keyframes[process.rank :: process.world].tolist()
+    samples = ([(0, keyframe) for keyframe in mine[i : i + batch]] for i in range(0, len(mine), batch))
+    bar = tqdm(total=len(mine), unit="sample", desc="evaluate", disable=not (progress and process.is_main), leave=False)
+    with bar:
+        for loaded in Prefetcher(dataset, samples, process.device, workers=workers):
+            with autocast(process.device, task.config.precision):
+                task.measure(loaded, metric)
+            bar.update(len(loaded))
+    metric.reduce()
+    if metric.num_samples != len(dataset):
+        raise RuntimeError(f"{metric.num_samples} samples were counted, the data set has {len(dataset)}")
+    return metric

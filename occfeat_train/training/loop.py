@@ -1,0 +1,234 @@
+"""The one training loop, for every task: pretraining and finetuning differ in their task, data and config alone.
+
+A run is a function of its config and its data. A step's samples follow from its number (dataset.py), its random numbers
+from (seed, step, micro-batch, rank), so a checkpoint needs only weights, optimiser and schedule to continue exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from occfeat_train.config import Config
+from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.distributed import Process, average_statistics, gather_strings, sum_over_processes
+from occfeat_train.tasks.tasks import AnyTask, freeze_batchnorm, place
+from occfeat_train.training.checkpoint import About, Checkpoint, load_weights, save_checkpoint
+from occfeat_train.training.log import RunLog, read_log
+from occfeat_train.training.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How a run is carried out; nothing here changes what is learnt.
+
+    save_every: steps between checkpoints, 0 for once an epoch. workers: threads that read ahead.
+    """
+
+    save_every: int = 0
+    workers: int = 2
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class TrainingError(ValueError):
+    """Training can't go on, such as on a loss that is not finite."""
+
+
+def train(
+    task: AnyTask,
+    about: About,
+    dataset: KeyframeDataset,
+    run: Path,
+    process: Process,
+    resume: Checkpoint | None,
+    options: LoopOptions,
+    validate: Callable[[AnyTask], dict[str, Any]] | None = None,
+) -> bool:
+    """Train a task to its last step, or to the first SIGTERM or SIGUSR1.
+
+    validate: called on all processes whenever a checkpoint is written, or when its run continues. Returns whether the run is finished; if not, the
+    same call continues it. Raises TrainingError on a loss or gradient that is not finite, with the newest checkpoint intact.
+    """
+    config, device = about.config, process.device
+    optim = config.optim
+    if optim.batch % process.world:
+        raise TrainingError(
+            f"optim.batch={optim.batch} is no multiple of the {process.world} processes: change one of them"
+        )
+    num_steps = optim.num_steps(len(dataset))
+    save_every = options.save_every or max(math.ceil(len(dataset) / optim.samples_per_step), 1)
+    place(task, device)
+    optimizer, schedule = build_optimizer(task.parameters(), optim, num_steps, fused=device.type == "cuda")
+    start = 0
+    if resume is not None:
+        load_weights(task, resume.weights(), resume.path)
+        state = resume.trainer_state()
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        start = resume.step
+    if config.compile:
+        task.network.compile()
+    model: Any = task
+    if process.world > 1:
+        # Batches are on the device already. DDP would overwrite every rank's BatchNorm statistics with the first rank's
+        # before a forward pass, and leave them different after it; `average_statistics` keeps what every rank saw.
+        model = DistributedDataParallel(task, broadcast_buffers=False)
+    log = RunLog(run, start=start, total=num_steps, tensorboard=options.tensorboard, progress=options.progress) \
+        if process.is_main else None  # fmt: skip
+    samples = stream_of_batches(dataset, config, process, start, num_steps)
+    prefetcher = Prefetcher(dataset, samples, device, workers=options.workers)
+    batches = iter(prefetcher)
+
+    def save(step: int) -> None:
+        if process.is_main:
+            trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            save_checkpoint(run, step, about, task.state_dict(), trainer)
+
+    def measure(step: int) -> None:
+        if validate is not None:
+            results = validate(task)
+            if log is not None:
+                log.validation(step, results)
+
+    try:
+        with stop_signals() as stop:
+            is_due = start > 0 and (start % save_every == 0 or start == num_steps)
+            if validate is not None and is_due and not is_validated(run, start, process):
+                measure(start)  # a signal or a kill came between the checkpoint and its validation
+            for step in range(start, num_steps):
+                began, waited = time.perf_counter(), prefetcher.waited
+                set_training(task, config)
+                losses, tokens = forward_backward(model, batches, config, process, step)
+                average_statistics(task)  # after every step: when a run is saved or validated must not change it
+                norm = torch.nn.utils.clip_grad_norm_(task.parameters(), optim.clip)
+                record = reduce_losses({**losses, "grad_norm": norm / process.world, "stop": stop.flag(device)})
+                if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                    raise TrainingError(
+                        f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
+                        f"{', '.join(gather_strings(tokens))}. Nothing was saved after it; the newest checkpoint in {run} is sound. "
+                        "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                lr = schedule.get_last_lr()[0]
+                schedule.step()
+                must_stop, done = record.pop("stop") > 0, step + 1
+                if log is not None:
+                    seconds = time.perf_counter() - began
+                    log.step({
+                        "step": step, "epoch": done * optim.samples_per_step / len(dataset), **record, "lr": lr,
+                        "samples_per_s": optim.samples_per_step / seconds,
+                        "data_wait": (prefetcher.waited - waited) / seconds,
+                    })  # fmt: skip
+                if done % save_every == 0 or done == num_steps or must_stop:
+                    save(done)
+                    if not must_stop:
+                        measure(done)
+                if must_stop and done < num_steps:
+                    return False
+        return True
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+        if log is not None:
+            log.close()
+
+
+def forward_backward(
+    model: Any, batches: Iterator[Any], config: Config, process: Process, step: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The passes of one optimiser step; gradients add up to those of the mean loss over all its samples.
+
+    Returns the losses, averaged, and the tokens of this process's samples.
+    """
+    count = config.optim.accumulation
+    total: dict[str, Tensor] = {}
+    tokens: list[str] = []
+    for micro in range(count):
+        batch = next(batches)
+        tokens += batch.tokens
+        seed_step(config.seed, step, micro, process.rank)
+        is_last = micro == count - 1
+        with contextlib.nullcontext() if is_last or process.world == 1 else model.no_sync():
+            with autocast(process.device, config.precision):
+                losses = model(batch)
+            (losses["loss"] / count).backward()
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + loss.detach().double() / (count * process.world)
+    return total, tokens
+
+
+def stream_of_batches(
+    dataset: KeyframeDataset, config: Config, process: Process, start: int, num_steps: int
+) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, keyframe) of this process's samples, a list a forward pass, from step `start` on."""
+    batch, local = config.optim.batch, config.optim.batch // process.world
+    for number in range(start * config.optim.accumulation, num_steps * config.optim.accumulation):
+        first = number * batch + process.rank * local
+        yield [dataset.stream(position) for position in range(first, first + local)]
+
+
+def is_validated(run: Path, step: int, process: Process) -> bool:
+    """Whether the log has what evaluation found after `step` steps, as the first process sees it."""
+    found = process.is_main and any("validation" in r and r["step"] == step - 1 for r in read_log(run))
+    return bool(sum_over_processes(torch.tensor(float(found), device=process.device)) > 0)
+
+
+def seed_step(*numbers: int) -> None:
+    """Seed torch's random numbers (drop-connect) from (seed, step, micro-batch, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bfloat16 where asked for, or by default on a GPU; float32 master weights in any case."""
+    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def set_training(task: AnyTask, config: Config) -> None:
+    """Training mode, whatever mode the task is in; BatchNorm stays out of it where it is frozen."""
+    task.train()
+    if config.network.freeze_batchnorm:
+        freeze_batchnorm(task)
+
+
+def reduce_losses(values: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over all processes, in one message and one wait for the device."""
+    stacked = torch.stack([v.detach().double() for v in values.values()])
+    return dict(zip(values, sum_over_processes(stacked).tolist(), strict=True))
+
+
+class StopRequest:
+    """Whether a signal asked this process to stop."""
+
+    is_set = False
+
+    def flag(self, device: torch.device) -> Tensor:
+        return torch.tensor(float(self.is_set), device=device)
+
+    def set(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """SIGTERM and SIGUSR1 (what Slurm sends before a job's time is over) ask for a stop after the step under way."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.set) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

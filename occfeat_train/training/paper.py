@@ -1,0 +1,114 @@
+"""What a run did otherwise than the paper: every field in which its config, its targets and its data differ from a row.
+
+Nothing here knows a field by name unless it is left out, and then with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_train.config import Config
+from occfeat_train.networks.encoder import DEFAULT_WEIGHTS
+from occfeat_train.presets import PRESETS
+from occfeat_train.training.checkpoint import About
+
+TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
+DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": "evenly spread", "simulated": "nothing"}  # fmt: skip
+EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_019}
+# How a run is computed, on which the paper says nothing; whether images were enlarged is looked up in the cache.
+COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
+# Of a cache: which arrays there are, how they were computed, and images of which a network takes as many pixels as it needs.
+STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.digest", "teacher.dtype"}
+TEACHERS = "teacher."  # fields that only pretraining reads
+
+
+@dataclass(frozen=True)
+class Difference:
+    """field: dotted name. here, paper: the two values, as text."""
+
+    field: str
+    here: str
+    paper: str
+
+
+def nearest_row(about: About) -> str:
+    """The preset of the paper's row of the same task that a run differs from in the fewest fields, its own before others.
+
+    So `--occ-only` or `--lambda 0.1` on top of the default preset is the row of that name, not a difference from another.
+    """
+    rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == about.config.task]
+    return min(rows, key=lambda name: (len(_config_differences(about.config, PRESETS[name])), name != about.preset))
+
+
+def differences(about: About) -> list[Difference]:
+    """Of a run from `nearest_row`, and of the runs whose weights it started from."""
+    found = _config_differences(about.config, PRESETS[nearest_row(about)])
+    targets, paper = _flat({"grid": about.grid.to_dict(), **about.targets}), _flat(TARGETS.to_dict())
+    reads_teacher = about.config.task == "pretrain" and about.config.loss.feat > 0
+    left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
+    found += _compare(
+        {f"targets.{name}": value for name, value in targets.items() if name not in left_out},
+        {f"targets.{name}": value for name, value in paper.items()},
+    )
+    found += _compare({f"data.{name}": value for name, value in about.data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
+    if "image_size" in about.targets:
+        cached, largest = about.targets["image_size"], about.config.augment.largest(about.config.network.image_size)
+        if any(n > given for n, given in zip(largest, cached, strict=True)):
+            found.append(Difference("upsampling", f"from {_text(cached)} to up to {_text(largest)} pixels", "none"))
+    if about.parent is not None:
+        kind = about.parent.config.task
+        if kind != "pretrain" or about.config.task == "pretrain":
+            found.append(Difference("initial weights", f"a run of {kind}", "a pretraining, or the backbone's"))
+        found += [replace(other, field=f"{kind}: {other.field}") for other in differences(about.parent)]
+    return found
+
+
+def evaluation_differences(data: Mapping[str, Any]) -> list[Difference]:
+    """Of the data that runs are measured on; see `Cache.provenance`."""
+    return _compare({f"measured on: {n}": v for n, v in data.items()}, {f"measured on: {n}": v for n, v in EVALUATION_DATA.items()})  # fmt: skip
+
+
+def describe_data(provenance: Mapping[str, Any], keyframes: int) -> dict[str, Any]:
+    """What data a cache was built from, as far as it says so."""
+    named = {name: provenance[name] for name in ("version", "split") if name in provenance}
+    return {**named, "keyframes": keyframes}
+
+
+def _config_differences(config: Config, row: Config) -> list[Difference]:
+    row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper's are Simple-BEV's
+    here, paper = (
+        {name: value for name, value in each.flat().items() if name not in COMPUTING} for each in (config, row)
+    )
+    for each in (here, paper):
+        if each["network.weights"] == DEFAULT_WEIGHTS[each["network.backbone"]]:
+            each["network.weights"] = "default"
+    return _compare(here, paper)
+
+
+def _compare(here: Mapping[str, Any], paper: Mapping[str, Any]) -> list[Difference]:
+    return [
+        Difference(name, _text(value), _text(paper[name]))
+        for name, value in here.items()
+        if name in paper and _text(value) != _text(paper[name])
+    ]
+
+
+def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's fields, the groups' dotted; a teacher in a local folder goes by the folder's name."""
+    out: dict[str, Any] = {}
+    for name, value in spec.items():
+        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    teacher = str(out.get("teacher.name", ""))
+    if teacher and not teacher.startswith("random:"):
+        out["teacher.name"] = Path(teacher).name
+    return out
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ("x" if all(isinstance(v, int) for v in value) else ", ").join(_text(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

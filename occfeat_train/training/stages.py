@@ -1,0 +1,330 @@
+"""The stages a user runs: pretrain, finetune, evaluate. Each opens the caches, checks everything that can be checked
+before the first step, says what it is about to do, and hands over to the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_train.config import FIXED, MEANING, Config
+from occfeat_train.data.dataset import KeyframeDataset, label_scenes, resolve_frame
+from occfeat_train.distributed import Process, prepare_together
+from occfeat_train.networks.encoder import DEFAULT_WEIGHTS, load_backbone_weights
+from occfeat_train.tasks.tasks import AnyTask, build_task, count_parameters
+from occfeat_train.training.checkpoint import (
+    About,
+    Checkpoint,
+    CheckpointError,
+    begin_run,
+    find_checkpoint,
+    load_weights,
+)
+from occfeat_train.training.evaluate import evaluate
+from occfeat_train.training.loop import LoopOptions, train
+from occfeat_train.training.paper import DATA, describe_data
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage works. cache: directory of caches. validate: a split to evaluate at every checkpoint, or None."""
+
+    cache: Path
+    split: str
+    out: Path
+    validate: str | None = None
+    options: LoopOptions = field(default_factory=LoopOptions)
+
+
+def run_training(
+    config: Config,
+    place: Place,
+    process: Process,
+    say: Say,
+    *,
+    initial: Path | None = None,
+    scenes_file: Path | None = None,
+    preset: str = "",
+) -> bool:
+    """Pretrain or finetune, whichever `config.task` is, to the end or to a signal; continue what stands at place.out.
+
+    initial: a run or checkpoint whose network to start from, and whose head if it is of the same task. scenes_file: names
+    of the label scenes, one a line, instead of config.labels. preset: the name of the one that config came from, for the
+    report. Returns whether the run is finished.
+    """
+    ready = prepare_together(lambda: prepare(config, place, say, initial, scenes_file, preset))
+    about, dataset, held_out, scenes = ready.about, ready.dataset, ready.held_out, ready.scenes
+    config, cache = about.config, dataset.reader.cache
+    task = build_task(config, about.grid, about.feature_dim)
+    resume = claim(place.out, about, process)
+    if resume is None:
+        say(prepare_together(lambda: load_initial(task, config, ready.start)))
+    if scenes is not None:
+        without = list(dict.fromkeys(scene for scene in cache.identity.scenes if scene not in ready.usable))
+        note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
+        say(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {place.out / 'scenes.txt'}{note}")
+        if process.is_main:
+            lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
+            (place.out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
+    announce(task, about, dataset, place, process, resume, say)
+    validate = None
+    if held_out is not None:
+
+        def validate(task: AnyTask) -> dict[str, Any]:
+            metric = evaluate(task, held_out, process, workers=place.options.workers, progress=False)
+            return dict(metric.results())
+
+    return train(task, about, dataset, place.out, process, resume, place.options, validate)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a training needs and every process opens for itself.
+
+    scenes: whose labels are used, None without labels. usable: all with a valid keyframe. start: whose weights it starts from.
+    """
+
+    about: About
+    dataset: KeyframeDataset
+    held_out: KeyframeDataset | None
+    scenes: list[str] | None
+    usable: list[str]
+    start: Checkpoint | None
+
+
+def prepare(
+    config: Config, place: Place, say: Say, initial: Path | None, scenes_file: Path | None, preset: str
+) -> Ready:
+    """Open caches and the initial network, and check that they fit each other and the config. Raises ValueError."""
+    reader = open_reader(place.cache, place.split)
+    cache, spec = reader.cache, reader.cache.spec
+    for line in cache.warnings:
+        say(line)
+    config = replace(config, frame=resolve_frame(spec.frames, config.frame))
+    scenes = None
+    usable = list(
+        dict.fromkeys(s for s, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid)
+    )
+    if config.task != "pretrain":
+        scenes = read_scenes(scenes_file, usable) if scenes_file else label_scenes(usable, config.labels)
+    dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
+    feature_dim = spec.teacher.dim if spec.teacher is not None else 0
+    held_out = None
+    if place.validate is not None:
+        held_out = KeyframeDataset(open_reader(place.cache, place.validate), config, training=False)
+        require_same_grid(held_out, dataset.grid, f"the {place.split} split")
+        require_same_features(held_out, feature_dim, f"the {place.split} split")
+    start = find_checkpoint(initial) if initial is not None else None
+    if start is not None:
+        for line in changes_of_meaning(dataset, start):
+            say(line)
+    if dataset.enlarges:
+        say(f"the cache's images of {spec.image_size[0]}x{spec.image_size[1]} are enlarged (allow_upsampling)")
+    about = About(
+        config=config,
+        grid=spec.grid,
+        feature_dim=feature_dim,
+        cache=spec.fingerprint,
+        num_samples=len(dataset),
+        initial=describe_initial(config, start),
+        scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
+        simulated=tuple(cache.simulated),
+        preset=preset,
+        targets=spec.to_dict(),
+        data={
+            **describe_data(cache.provenance, len(cache)),
+            "label scenes": "from a list" if scenes_file else DATA["label scenes"],
+            "simulated": " and ".join(cache.simulated) or DATA["simulated"],
+        },
+        parent=None if start is None else start.about,
+    )
+    return Ready(about, dataset, held_out, scenes, usable, start)
+
+
+def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
+    """A line for each field of MEANING in which a network is used otherwise than it was trained; and for another teacher.
+
+    Raises CheckpointError where the network's weights fit no other value.
+    """
+    here, there = dataset.config.flat(), start.about.config.flat()
+    changed = [name for name in MEANING if here[name] != there[name]]
+    for name in changed:
+        if name in FIXED:
+            raise CheckpointError(
+                f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
+                "nothing else: leave that option or preset out, or train without --from"
+            )
+    lines = [
+        f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
+        for name in changed
+    ]
+    ours, theirs = dataset.reader.cache.spec.to_dict()["teacher"], start.about.targets.get("teacher")
+    if "features" in dataset.arrays and theirs is not None and ours != theirs:
+        lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
+    return lines
+
+
+def run_evaluation(
+    path: Path, place: Place, process: Process, say: Say, *, batch: int, frame: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
+    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, place, frame))
+    about, config, reader = checkpoint.about, dataset.config, dataset.reader
+    for line in changes_of_meaning(dataset, checkpoint):
+        say(line)
+    warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
+    for line in warnings:
+        say(line)
+    skipped = len(reader) - int(reader.is_valid.sum())
+    if skipped:
+        say(f"{skipped} keyframes of the cache were skipped by its build and can't be evaluated")
+    say(f"{checkpoint.path}: {about.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}")
+    began = time.perf_counter()
+    metric = evaluate(
+        task, dataset, process, batch=batch, workers=place.options.workers, progress=place.options.progress
+    )
+    results = {
+        "checkpoint": str(checkpoint.path), "step": checkpoint.step, "task": config.task, "split": place.split,
+        "cache": reader.cache.spec.fingerprint, "frames": list(dataset.frames), "skipped": skipped, "simulated": warnings, **metric.results(),
+    }  # fmt: skip
+    for line in metric.lines():
+        say(line)
+    say(f"{len(dataset) / (time.perf_counter() - began):.3g} samples/s")
+    if process.is_main:
+        place.out.mkdir(parents=True, exist_ok=True)
+        file = place.out / f"{place.split}.json"
+        file.write_text(json.dumps(results, indent=1))
+        say(f"written to {file}")
+    return results
+
+
+def prepare_evaluation(path: Path, place: Place, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
+    """A run's newest checkpoint, the split in the run's frame or another, and the task. Raises ValueError."""
+    checkpoint = find_checkpoint(path)
+    about = checkpoint.about
+    config = about.config if frame is None else replace(about.config, frame=frame)
+    dataset = KeyframeDataset(open_reader(place.cache, place.split), config, training=False)
+    require_same_grid(dataset, about.grid, str(checkpoint.path))
+    require_same_features(dataset, about.feature_dim, str(checkpoint.path))
+    return checkpoint, dataset, restore(checkpoint, config)
+
+
+def open_reader(cache: Path, split: str) -> CacheReader:
+    """Raises CacheError if it is absent, unfinished or damaged."""
+    return CacheReader(cache / f"{split}.zarr")
+
+
+def require_same_grid(dataset: KeyframeDataset, grid: Any, of: str) -> None:
+    if dataset.grid != grid:
+        raise CheckpointError(
+            f"{dataset.reader.cache.path} has the grid {dataset.grid}, {of} has {grid}: build a cache with that grid, or use another run"
+        )
+
+
+def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
+    teacher = dataset.reader.cache.spec.teacher
+    if "features" in dataset.arrays and teacher is not None and teacher.dim != dim:
+        raise CheckpointError(
+            f"{dataset.reader.cache.path} has features of {teacher.dim} channels ({teacher.name}), {of} has {dim}: build a "
+            "cache with the same teacher, or use another run"
+        )
+
+
+def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
+    """Scene names from a file, one a line, comments after #. Raises ValueError if one of them is not available."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
+    names = list(dict.fromkeys(line for line in lines if line))
+    known = set(available)
+    missing = [name for name in names if name not in known]
+    if missing or not names:
+        raise ValueError(
+            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
+            + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
+            + ": correct the list, or build a cache that has them"
+        )
+    return names
+
+
+def describe_initial(config: Config, start: Checkpoint | None) -> str:
+    if start is not None:
+        return f"{start.path.resolve()} ({start.about.config.task})"
+    return f"backbone weights: {backbone_weights(config)}"
+
+
+def backbone_weights(config: Config) -> str:
+    name = config.network.weights
+    return DEFAULT_WEIGHTS[config.network.backbone] if name == "default" else name
+
+
+def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str:
+    """Fill the network as the run asks, and say with what."""
+    if start is None:
+        return load_backbone_weights(task.network.encoder, backbone_weights(config))
+    if start.about.grid != task.grid:
+        raise CheckpointError(
+            f"{start.path} was trained on the grid {start.about.grid}, this cache has {task.grid}: build a cache with that grid"
+        )
+    same_head = start.about.config.task == config.task
+    load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
+    return f"network{' and head' * same_head} from {start.path} ({start.about.config.task}, step {start.step})"
+
+
+def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
+    """The task of a checkpoint, with its weights."""
+    about = checkpoint.about
+    task = build_task(config or about.config, about.grid, about.feature_dim)
+    load_weights(task, checkpoint.weights(), checkpoint.path)
+    return task
+
+
+def claim(out: Path, about: About, process: Process) -> Checkpoint | None:
+    """`begin_run` once for all processes."""
+    found = prepare_together(lambda: begin_run(out, about) if process.is_main else None)
+    if process.world == 1:
+        return found
+    message = [None if found is None else str(found.path)]
+    dist.broadcast_object_list(message)
+    return None if message[0] is None else find_checkpoint(Path(message[0]))
+
+
+def announce(
+    task: AnyTask,
+    about: About,
+    dataset: KeyframeDataset,
+    place: Place,
+    process: Process,
+    resume: Checkpoint | None,
+    say: Say,
+) -> None:
+    config, optim = about.config, about.config.optim
+    spec = dataset.reader.cache.spec
+    read = sum(array.nbytes for array in spec.arrays() if array.name in dataset.arrays)
+    steps = optim.num_steps(len(dataset))
+    batch = f"{optim.batch}" + (f" x {optim.accumulation} accumulated" if optim.accumulation > 1 else "")
+    parameters = count_parameters(task)
+    size = f"{config.network.image_size[0]}x{config.network.image_size[1]}"
+    say(
+        f"{config.task}: {config.network.lifting} {config.network.backbone}, {parameters:,} parameters "
+        f"({count_parameters(task.head):,} of them the head's), images {size}, grid {about.grid}"
+    )
+    say(
+        f"{len(dataset):,} samples ({read / 1e6:.1f} MB each), {optim.epochs:g} epochs, {steps:,} steps of {batch}; "
+        f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}"
+    )
+    say(f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {place.out / 'checkpoints'}, the newest two are kept")
+    if resume is not None:
+        say(
+            f"continuing at step {resume.step} of {steps}"
+            if resume.step < steps
+            else f"finished already, at step {steps}"
+        )
