@@ -19,8 +19,10 @@ import numpy as np
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.build.assemble import grids_from_ego
-from occfeat_targets.targets.labels import MapGeometry, map_window
-from occfeat_targets.sources.nuscenes import DatasetError, Keyframe, Split, map_file, read_map, read_split
+from occfeat_targets.sources.map_geometry import MapGeometry
+from occfeat_targets.targets.labels import map_window
+from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
+from occfeat_targets.sources.nuscenes import map_file, read_map, read_split
 from occfeat_targets.cache.records import digest
 from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec

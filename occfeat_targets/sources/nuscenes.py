@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
-from occfeat_targets.targets.labels import MapGeometry, map_classes
+from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
+from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 
 LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
 _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
-
-
-class DatasetError(ValueError):
-    """A dataroot that lacks what was asked for; the message says what was found and what to do."""
-
-
-@dataclass(frozen=True)
-class CameraView:
-    """One image of a keyframe. intrinsics: (3, 3) of the source image; source_size: (height, width) [px].
-
-    ego_from_cam: the calibration. cam_from_ego: from the ego frame at LiDAR time to this camera at its own timestamp.
-    """
-
-    path: Path
-    source_size: tuple[int, int]
-    intrinsics: Matrix
-    ego_from_cam: Matrix
-    cam_from_ego: Matrix
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One LiDAR sweep. ego_from_sensor: to the ego frame of the keyframe, through the global frame."""
-
-    path: Path
-    ego_from_sensor: Matrix
-
-
-@dataclass(frozen=True)
-class Keyframe:
-    """Everything a worker needs of one sample.
-
-    cameras: in the asked order. sweeps: the keyframe's own first, then backwards in time.
-    vehicle_corners: (n, 8, 3) in the ego frame at LiDAR time [m], in the devkit's corner order; visibility: (n,) 1..4.
-    problem: why this keyframe cannot be built, found in the tables; cameras and sweeps are empty then.
-    """
-
-    token: str
-    scene: str
-    timestamp_us: int
-    location: str
-    global_from_ego: Matrix = field(default_factory=lambda: np.eye(4))
-    cameras: tuple[CameraView, ...] = ()
-    sweeps: tuple[Sweep, ...] = ()
-    vehicle_corners: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 8, 3)))
-    visibility: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """The keyframes of a split. missing_scenes: scenes the devkit counts to it that this data set has not.
-
-    left_out_scenes: those that are there and were not chosen.
-    locations: map names. has_annotations: false for the test set. is_synthetic: made by 'occfeat-targets synth'.
-    """
-
-    name: str
-    version: str
-    dataroot: Path
-    keyframes: tuple[Keyframe, ...]
-    missing_scenes: tuple[str, ...]
-    locations: tuple[str, ...]
-    has_annotations: bool
-    is_synthetic: bool
-    left_out_scenes: tuple[str, ...] = ()
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:

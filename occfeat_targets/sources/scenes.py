@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from occfeat_targets.sources.nuscenes import DatasetError, Keyframe, Split
+from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 
 
 def parse_scenes(text: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import DIVIDER_WIDTH
-from occfeat_targets.targets.labels import MapGeometry
+from occfeat_targets.sources.map_geometry import MapGeometry
 
 Mask = NDArray[np.bool_]
 TIE = 1e-6  # [m]

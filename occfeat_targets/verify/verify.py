@@ -20,9 +20,10 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
+from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes import find_dataroot
 from occfeat_targets.targets.images import load_image_reference
-from occfeat_targets.targets.labels import MapGeometry, map_classes, map_window
+from occfeat_targets.targets.labels import map_window
 from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
 from occfeat_targets.verify.slow_targets import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +14,6 @@ from occfeat_train.networks.encoder import ImageEncoder
 from occfeat_train.networks.lss import LSS
 from occfeat_train.ops.lifting import SimpleBEV
 from occfeat_train.ops.views import Views
-from occfeat_train.simple_bev.weights import convert
 
 Lifting = SimpleBEV | BEVFormer | LSS
 # What a network is called after.
@@ -50,16 +47,6 @@ class BEVNetwork(nn.Module):
             lifted = _flip(lifted, bev_flip)
         bev = self.decoder(lifted)
         return bev if bev_flip is None else _flip(bev, bev_flip)
-
-    def load_reference(self, state_dict: Mapping[str, Any]) -> None:
-        """Fill this network from the reference's Segnet, Bevformernet or Liftnet (liftnet2.py), whose heads are left out.
-
-        To compute what the reference does, build it with compat="simple-bev".
-        Raises ValueError or RuntimeError on weights that are of none of these, or of another network or grid than this.
-        """
-        weights = convert(state_dict, self.lifting.grid)
-        prefix = "network."
-        self.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
 
 
 def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:

@@ -18,8 +18,9 @@ from occfeat_train.config import Config, Task
 from occfeat_train.data.batch import Batch
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
+from occfeat_train.tasks.build import AnyTask, place
 from occfeat_train.tasks.losses import feature_loss
-from occfeat_train.tasks.tasks import AnyTask, Pretraining, place
+from occfeat_train.tasks.pretraining import Pretraining
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.log import read_log

@@ -16,7 +16,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import Config
 from occfeat_train.networks.network import LIFTINGS
 from occfeat_train.simple_bev.weights import convert
-from occfeat_train.tasks.tasks import build_task
+from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import About, CheckpointError, begin_run, load_weights, save_checkpoint
 
 # What only one of the reference's networks has.

@@ -12,6 +12,7 @@ import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks.encoder import resnet_name
+from occfeat_train.networks.network import BEVNetwork
 
 _EFFICIENTNET_PARTS = {
     "_expand_conv": "expansion.expand_conv",
@@ -116,3 +117,14 @@ def _our_name(name: str) -> str:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     raise ValueError(f"{name} is no name of a Segnet, Bevformernet or Liftnet with EfficientNet-B0 or a ResNet")
+
+
+def load_reference(network: BEVNetwork, state_dict: Mapping[str, Any]) -> None:
+    """Fill a network from the reference's Segnet, Bevformernet or Liftnet (liftnet2.py), whose heads are left out.
+
+    To compute what the reference does, build it with compat="simple-bev".
+    Raises ValueError or RuntimeError on weights that are of none of these, or of another network or grid than this.
+    """
+    weights = convert(state_dict, network.lifting.grid)
+    prefix = "network."
+    network.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})

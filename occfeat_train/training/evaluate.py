@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.tasks import AnyTask, place
+from occfeat_train.tasks.build import AnyTask, place
 from occfeat_train.training.loop import autocast
 
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
 from occfeat_train.distributed import Process, average_statistics, gather_strings, sum_over_processes
-from occfeat_train.tasks.tasks import AnyTask, freeze_batchnorm, place
+from occfeat_train.tasks.build import AnyTask, freeze_batchnorm, place
 from occfeat_train.training.checkpoint import About, Checkpoint, load_weights, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
 from occfeat_train.training.optim import build_optimizer

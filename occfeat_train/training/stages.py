@@ -19,7 +19,7 @@ from occfeat_train.config import FIXED, MEANING, Config
 from occfeat_train.data.dataset import KeyframeDataset, label_scenes, resolve_frame
 from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.networks.encoder import DEFAULT_WEIGHTS, load_backbone_weights
-from occfeat_train.tasks.tasks import AnyTask, build_task, count_parameters
+from occfeat_train.tasks.build import AnyTask, build_task, count_parameters
 from occfeat_train.training.checkpoint import (
     About,
     Checkpoint,

@@ -26,7 +26,7 @@ from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.tasks import build_task, place
+from occfeat_train.tasks.build import build_task, place
 from occfeat_train.training.checkpoint import latest_checkpoint
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import forward_backward, set_training

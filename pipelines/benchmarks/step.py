@@ -24,6 +24,7 @@ from _timing import Row, compare, machine, table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from occfeat_train.simple_bev.weights import load_reference
 from tests.train.head_twin import DenseHead
 
 NETWORKS = ("simplebev/efficientnet-b0", "simplebev/resnet-50", "bevformer/efficientnet-b0")
@@ -34,7 +35,7 @@ _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 def share_weights(ours: OurStep, theirs: ReferenceStep) -> tuple[float, float]:
     """Gives ours the reference's weights, and the dense head ours. Returns F_B's relative difference, and the loss's."""
-    ours.network.load_reference(theirs.network.model.state_dict())
+    load_reference(ours.network, theirs.network.model.state_dict())
     theirs.head = DenseHead.of(ours.head)
     ours.eval(), theirs.eval()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from occfeat_targets.cache.geometry import (
     rotation_matrix,
 )
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.targets.labels import MapGeometry, map_classes
+from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 
 Array = NDArray[Any]
 GRID = VoxelGrid()

@@ -6,7 +6,8 @@ import pytest
 
 from occfeat_targets.cache.geometry import project, transform
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.sources.nuscenes import DatasetError, find_dataroot, read_map, read_split
+from occfeat_targets.sources.keyframe import DatasetError
+from occfeat_targets.sources.nuscenes import find_dataroot, read_map, read_split
 from occfeat_targets.verify.slow_targets import read_source
 
 

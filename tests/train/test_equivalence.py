@@ -14,7 +14,7 @@ import torch
 from occfeat_train.config import AugmentConfig, Config, NetworkConfig, OptimConfig
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.tasks import AnyTask, build_task
+from occfeat_train.tasks.build import AnyTask, build_task
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.loop import TrainingError, forward_backward, set_training, stream_of_batches, train
 from tests.train.runs import (

@@ -15,7 +15,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks.network import build_network
 from occfeat_train.ops.norms import InstanceNorm
 from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD, Views
-from occfeat_train.simple_bev.weights import convert
+from occfeat_train.simple_bev.weights import convert, load_reference
 from occfeat_train.tasks.heads import SegmentationHead
 from tests.conftest import REPOSITORY
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_images, seeded_state_dict
@@ -74,13 +74,13 @@ def test_a_network_loads_the_references_weights_without_its_heads(name):
     file = GOLDEN / f"{name}-effb0_64x112_40x8x40.npz"
     grid = VoxelGrid((8, 40, 40))
     network = build_network(grid, "efficientnet-b0", lifting=NETWORKS[name])
-    network.load_reference(seeded_state_dict(file))
+    load_reference(network, seeded_state_dict(file))
     expected = convert(seeded_state_dict(file), grid)
     for key, value in network.state_dict().items():
         assert torch.equal(value, expected[f"network.{key}"]), key
     other = build_network(grid, "efficientnet-b0", lifting="lss" if name == "segnet" else "simplebev")
     with pytest.raises(RuntimeError, match="(Missing|Unexpected) key"):
-        other.load_reference(seeded_state_dict(file))
+        load_reference(other, seeded_state_dict(file))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

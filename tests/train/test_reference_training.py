@@ -14,7 +14,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.data.augment import transform_intrinsics
 from occfeat_train.networks.network import BEVNetwork, build_network
 from occfeat_train.ops.views import Views
-from occfeat_train.simple_bev.weights import convert
+from occfeat_train.simple_bev.weights import convert, load_reference
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_direction, seeded_state_dict
 from tests.train.test_reference import views_of
 
@@ -38,7 +38,7 @@ def arrays_of(name: str) -> dict[str, np.ndarray]:
 def training_network(name: str, compat: str | None = "simple-bev") -> BEVNetwork:
     """With the reference's weights, in float64 and training, without dropout."""
     network = build_network(GRID, "efficientnet-b0", lifting=NETWORKS[name], drop_connect=0.0, compat=compat)
-    network.load_reference(seeded_state_dict(GOLDEN / file_name(name)))
+    load_reference(network, seeded_state_dict(GOLDEN / file_name(name)))
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

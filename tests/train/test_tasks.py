@@ -15,10 +15,12 @@ from occfeat_train.config import Config, LossConfig, NetworkConfig
 from occfeat_train.networks.network import build_network
 from occfeat_train.ops.sampling import sample_voxel_features_numpy
 from occfeat_train.presets import FEAT_ONLY, OCC_ONLY
+from occfeat_train.tasks.build import build_task, count_parameters, freeze_batchnorm, place
 from occfeat_train.tasks.heads import voxel_rows
 from occfeat_train.tasks.losses import segmentation_loss
 from occfeat_train.tasks.metrics import PretrainingMetric, SegmentationMetric
-from occfeat_train.tasks.tasks import Pretraining, Segmentation, build_task, count_parameters, freeze_batchnorm, place
+from occfeat_train.tasks.pretraining import Pretraining
+from occfeat_train.tasks.segmentation import Segmentation
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
 from tests.train.test_batch import GRID, make_batch

@@ -1,0 +1,50 @@
+"""From a config to a task: network + head + losses + metric, its weights from the seed, where and how it computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.config import Config
+from occfeat_train.networks.network import build_network
+from occfeat_train.tasks.pretraining import Pretraining
+from occfeat_train.tasks.segmentation import Segmentation
+
+AnyTask = Pretraining | Segmentation
+
+
+def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
+    """A task with freshly initialised weights, the same for the same seed. feature_dim: N_y of the cache's teacher."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = build_network(
+            grid,
+            config.network.backbone,
+            config.network.channels,
+            config.network.lifting,
+            config.network.drop_connect,
+            None if config.network.compat == "none" else config.network.compat,
+            config.network.recompute,
+        )
+        if config.task == "pretrain":
+            return Pretraining(network, config, grid, feature_dim)
+        return Segmentation(network, config, grid)
+
+
+def place(task: AnyTask, device: torch.device) -> None:
+    """Move a task to where it computes, its convolutions' weights in channels-last order."""
+    task.to(device)
+    task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def freeze_batchnorm(module: nn.Module) -> None:
+    """Let every BatchNorm use its running statistics, in training too."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.eval()
+
+
+def count_parameters(module: nn.Module) -> int:
+    return int(np.sum([p.numel() for p in module.parameters()], dtype=np.int64))
