@@ -21,7 +21,6 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops.checkpointing import recomputed
 from occfeat_train.ops.deformable import Reads, deformable
 from occfeat_train.ops.lifting import cell_axes, check_compat
-from occfeat_train.ops.rows import by_rows, feed_forward, goes_by_rows
 from occfeat_train.ops.views import Views, check_shapes
 
 HEADS = 4
@@ -33,8 +32,7 @@ class BEVFormer(nn.Module):
     """(B, S, C, h, w) features -> (B, C, H, W) map.
 
     channels: C, a multiple of 4 heads. compat: None or "simple-bev".
-    recompute: of a layer keep the input alone for the backward and compute it again there, where it does not go by rows
-    (on a GPU, or in autocast): at 200 x 200 cells the rest is 0.5 GB a layer and sample.
+    recompute: activation checkpointing of each layer, whose inside is 0.5 GB a sample at 200 x 200 cells.
     Raises ValueError if channels is no such multiple.
     """
 
@@ -61,7 +59,7 @@ class BEVFormer(nn.Module):
         query, positions = (  # rows (B * H * W, C)
             p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
         )
-        call: Callable[..., Any] = recomputed if self.recompute and not goes_by_rows(query) else nn.Module.__call__
+        call: Callable[..., Any] = recomputed if self.recompute else nn.Module.__call__
         for layer in self.layers:
             query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
         return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -90,11 +88,10 @@ class Layer(nn.Module):
         num_views: Tensor,  # (B * H * W,)
         map_shape: tuple[int, int],
     ) -> Tensor:
-        query = self.self_attention(query, positions, cells, map_shape, self.norm1)
-        query = self.cross_attention(query, positions, tokens, cameras, num_views, self.norm2)
-        first, _, second = self.feed_forward
-        (query,) = by_rows(_norm, (feed_forward(query, first, second),), tuple(self.norm3.parameters()))
-        return query
+        query = self.norm1(query + self.self_attention(query + positions, cells, map_shape))
+        query = self.norm2(query + self.cross_attention(query + positions, tokens, cameras, num_views))
+        normed: Tensor = self.norm3(query + self.feed_forward(query))
+        return normed
 
 
 class SelfAttention(nn.Module):
@@ -106,26 +103,14 @@ class SelfAttention(nn.Module):
         self.value = _linear(channels)
         self.inner = _linear(channels)  # Deformable-DETR's own, and the reference has one more after it
         self.output = nn.Linear(channels, channels)
-        self.dropout = AddDropped(_DROPOUT)
+        self.dropout = nn.Dropout(_DROPOUT)
 
-    def forward(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        cells: Reads,
-        map_shape: tuple[int, int],
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
-        values, places = by_rows(_linears, (query, positions), (*self.value.parameters(), *self.places.linear()))
-        values = values.unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
-        read = deformable(values, self.places.unflatten(places), cells).flatten(1)
-        return self.dropout(query, read, None, *self._inner_and_output(), norm)
-
-    def _inner_and_output(self) -> tuple[Tensor, Tensor]:
-        """Two linear layers with nothing between them, as one."""
-        with torch.autocast(self.output.weight.device.type, enabled=False):
-            weight = self.output.weight @ self.inner.weight
-            return weight, self.output.weight @ self.inner.bias + self.output.bias
+    def forward(self, query: Tensor, cells: Reads, map_shape: tuple[int, int]) -> Tensor:
+        """query: (B * H * W, C), positions added."""
+        values = self.value(query).unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
+        read = deformable(values, self.places(query), cells).flatten(1)
+        dropped: Tensor = self.dropout(self.output(self.inner(read)))
+        return dropped
 
 
 class CrossAttention(nn.Module):
@@ -140,63 +125,14 @@ class CrossAttention(nn.Module):
         self.places = Places(channels, points, levels)
         self.value = _linear(channels)
         self.output = nn.Linear(channels, channels)
-        self.dropout = AddDropped(_DROPOUT)
+        self.dropout = nn.Dropout(_DROPOUT)
 
-    def forward(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        tokens: Tensor,
-        cameras: Reads,
-        num_views: Tensor,
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
+    def forward(self, query: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
+        """query: (B * H * W, C), positions added; tokens: (B * S, h, w, C); num_views: (B * H * W,)."""
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
-        (places,) = by_rows(_linears, (query, positions), self.places.linear())
-        read = deformable(values, self.places.unflatten(places), cameras).flatten(1)
-        return self.dropout(query, read, num_views, *self.output.parameters(), norm)
-
-
-class AddDropped(nn.Dropout):
-    """query (n, C) + dropout(a linear layer of what it read (n, C) from num_views (n,) cameras, the mean), normalised.
-
-    On a CPU by 16 random bits an element, of torch's generator: its own dropout takes five times as long. Chances are
-    65536ths: 0.1 is 0.100006.
-    """
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        read: Tensor,
-        num_views: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        norm: nn.LayerNorm | None,
-    ) -> Tensor:
-        drawn = round(self.p * 2**16) if self.training else 0
-        rows = [query, read, _is_dropped(query, drawn)]
-        if num_views is not None:
-            rows.append(1 / num_views.clamp(min=1)[:, None].to(read.dtype))
-        scale = 1 / (1 - drawn / 2**16)
-
-        def add(query: Tensor, read: Tensor, is_dropped: Tensor, *rest: Tensor) -> tuple[Tensor]:
-            if num_views is not None:
-                read, rest = read * rest[0], rest[1:]
-            weight, bias, *norm = rest
-            query = query.add(nn.functional.linear(read, weight, bias).masked_fill_(is_dropped, 0), alpha=scale)
-            return _norm(query, *norm) if norm else (query,)
-
-        (out,) = by_rows(add, tuple(rows), (weight, bias, *(norm.parameters() if norm else ())))
-        return out
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _is_dropped(query: Tensor, drawn: int) -> Tensor:
-    """Bool of the shape of query (n, C), drawn of 65536 true; (n, 1) if none."""
-    if not drawn:
-        return torch.zeros((len(query), 1), dtype=torch.bool, device=query.device)
-    bits = torch.empty(-(-query.numel() // 4), dtype=torch.int64, device=query.device).random_(-(2**63), None)
-    return (bits.view(torch.int16)[: query.numel()] < drawn - 2**15).view(query.shape)
+        read = deformable(values, self.places(query), cameras).flatten(1)
+        dropped: Tensor = self.dropout(self.output(read / num_views.clamp(min=1)[:, None]))
+        return dropped
 
 
 class Places(nn.Module):
@@ -220,28 +156,12 @@ class Places(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, query: Tensor) -> Tensor:
-        return self.unflatten(nn.functional.linear(query, *self.linear()))
-
-    def linear(self) -> tuple[Tensor, Tensor]:
-        """Offsets and weights as one linear layer's weight and bias, a point's three outputs side by side."""
-        weight, bias = (
-            torch.cat([offset.view(HEADS, self.points, 2, -1), score.view(HEADS, self.points, 1, -1)], 2).flatten(0, 2)
-            for offset, score in zip(self.offsets.parameters(), self.weights.parameters(), strict=True)
-        )
-        return weight, bias.flatten()
-
-    def unflatten(self, places: Tensor) -> Tensor:
-        return places.view(-1, HEADS, self.points, 3)
-
-
-def _linears(query: Tensor, positions: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Linear layers, parameters in pairs, of queries at their positions."""
-    placed = query + positions
-    return tuple(nn.functional.linear(placed, *pair) for pair in zip(parameters[::2], parameters[1::2], strict=True))
-
-
-def _norm(query: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (nn.functional.layer_norm(query, weight.shape, weight, bias),)
+        """In float32 also in autocast: at 8 tokens bfloat16 knows an offset to 1/32 token."""
+        with torch.autocast(query.device.type, enabled=False):
+            exact = torch.promote_types(query.dtype, self.offsets.weight.dtype)
+            offsets, scores = self.offsets(query.to(exact)), self.weights(query.to(exact))
+        shape = (-1, HEADS, self.points)
+        return torch.cat([offsets.view(*shape, 2), scores.view(*shape, 1)], -1)
 
 
 def _linear(channels: int) -> nn.Linear:

@@ -12,7 +12,7 @@ from occfeat_train.networks.bevformer import BEVFormer
 from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.networks.encoder import ImageEncoder
 from occfeat_train.networks.lss import LSS
-from occfeat_train.ops.lifting import SimpleBEV
+from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.views import Views
 
 Lifting = SimpleBEV | BEVFormer | LSS

@@ -16,7 +16,6 @@ from _timing import compare, machine, table
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.half import NATIVE
 from occfeat_train.ops.sampling import sample_voxel_features_numpy, sample_voxel_features_torch
 
 SIZE = (270, 480)  # of the cached images
@@ -172,7 +171,7 @@ def main() -> None:
     result, views = sample_voxel_features_numpy(features, None, *scene[:2], SIZE, scene[2])
     source = "SYNTHETIC ring of cameras: no nuScenes dataroot found" if dataroot is None else "real keyframe"
     print(f"{machine()}\n{source}: {len(views):,} voxels, {np.bincount(views).tolist()} of them with 0, 1, 2 views;")
-    print(f"6 x 384 x 16 x 28 maps; float16 converted by {'the processor' if NATIVE else 'integer arithmetic'}")
+    print("6 x 384 x 16 x 28 maps")
     for name in peers:
         error = np.abs(np.asarray(contenders[name]()).astype(np.float32) - result).max()
         print(f"largest difference from ours: {error:.1e} ({name})")

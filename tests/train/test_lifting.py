@@ -14,13 +14,14 @@ from torch import Tensor
 
 from occfeat_targets.cache.geometry import rigid
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.lifting import SimpleBEV, lift, lift_torch
+from occfeat_train.networks.simplebev import SimpleBEV
+from occfeat_train.ops.lifting import lift, lift_torch
 from occfeat_train.ops.views import Views
 from tests.train.interpreted import HAS_TRITON, lift_interpreted
 from tests.train.lifting_twin import lift_dense
 
-WAYS = [lift, lift_torch, *([lift_interpreted] if HAS_TRITON else [])]
-BACKENDS = [pytest.param(way, id=name) for way, name in zip(WAYS, ("numba", "torch", "triton"), strict=False)]
+WAYS = [lift_torch, *([lift_interpreted] if HAS_TRITON else [])]
+BACKENDS = [pytest.param(way, id=name) for way, name in zip(WAYS, ("torch", "triton"), strict=False)]
 COMPATS = [None, "simple-bev"]
 SIZE = (40, 60)  # height, width [px]; maps are 4 x 6 tokens of 10 x 10 px
 GRID = VoxelGrid((3, 8, 7), (-2, -8, -7), (2, 8, 7))

@@ -17,7 +17,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.data.augment import transform_intrinsics
 from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.networks.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
-from occfeat_train.ops.lifting import SimpleBEV
+from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.views import Views
 from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
