@@ -1,7 +1,8 @@
 """Deformable attention's sums: every query reads maps at learned places and adds up what it reads by learned weights.
 
-`bevformer` says who reads which map about where. A GPU runs the Triton kernels of `deformable_triton`, whose gradient of
-the values adds atomically; everywhere else, and under torch.use_deterministic_algorithms(True), it is torch's embedding_bag.
+Stands between `bevformer`, which says who reads which map about where, and the compiled kernels of `deformable_kernels`,
+which do it on a CPU in float32. Elsewhere torch's embedding_bag does. Neither forms the samples: a query, head and point
+at 32 channels is read, weighted and added at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from occfeat_train.ops.deformable_kernels import weighted_samples, weighted_samples_backward
 from occfeat_train.ops.devices import runs_triton
+from occfeat_train.ops.threads import in_threads
+
+_CHUNK = 2048  # queries of one task
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,13 @@ def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     multiple of A.
     Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
     """
-    is_exact = values.dtype == torch.float64
-    if runs_triton(values.device) and not is_exact and not torch.are_deterministic_algorithms_enabled():
+    if values.dtype == torch.float64:
+        return deformable_torch(values, places, reads)
+    if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
         return deformable_triton(values, places, reads)
+    if values.device.type == "cpu":
+        found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
+        return found
     return deformable_torch(values, places, reads)
 
 
@@ -122,3 +131,48 @@ class _TritonDeformable(torch.autograd.Function):
         given = ctx.saved_tensors  # once: activation checkpointing gives them out once
         of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
         return of_values.to(given[0].dtype), of_offsets, of_weights, None
+
+
+class _Deformable(torch.autograd.Function):
+    """By the compiled kernels, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+        values, places = values.contiguous(), places.contiguous()
+        ctx.save_for_backward(values, places)
+        ctx.reads = reads
+        num_queries, heads = places.shape[:2]
+        out = torch.empty((num_queries, heads, values.shape[-1]))
+        arguments: Any = _arrays(values, places, reads)
+        target = out.numpy()
+
+        def work(first: int) -> None:
+            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+
+        in_threads(work, list(range(0, num_queries, _CHUNK)))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
+        values, places = ctx.saved_tensors
+        grads = torch.zeros(values.shape), torch.zeros(places.shape)
+        arguments: Any = _arrays(values, places, ctx.reads)
+        given = grad.contiguous().numpy()
+        targets = grads[0].flatten(1, 2).numpy(), grads[1].numpy()
+        num_queries, heads = places.shape[:2]
+        per_sample = num_queries // ctx.reads.batch
+
+        def work(task: tuple[int, int]) -> None:
+            first, head = task
+            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)  # type: ignore[call-arg]
+
+        in_threads(work, [(first, head) for first in range(0, num_queries, per_sample) for head in range(heads)])
+        return *grads, None
+
+
+def _arrays(values: Tensor, places: Tensor, reads: Reads) -> Any:
+    tensors = (values.flatten(1, 2), places, reads.starts, reads.anchors.float(), reads.maps)
+    tokens, *rest = (t.detach().contiguous().numpy() for t in tensors)
+    return tokens, tuple(values.shape[1:3]), *rest

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks import bevformer
 from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
-from occfeat_train.ops.deformable import Reads, deformable
+from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
 from occfeat_train.ops.views import Views
 from tests.train import deformable_twin
 from tests.train.test_decoder import parameters
@@ -34,6 +34,7 @@ from tests.train.test_lifting import (
 )
 
 __all__ = ["three_threads"]  # a fixture
+BACKENDS = [pytest.param(deformable, id="numba"), pytest.param(deformable_torch, id="torch")]
 COMPATS = [None, "simple-bev"]
 GRID = VoxelGrid((2, 5, 4), (-2, -8, -7), (2, 8, 7))
 Deformable = Callable[[Tensor, Tensor, Reads], Tensor]
@@ -103,13 +104,14 @@ def random_model(
 # -- the sums ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("function", BACKENDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_sums_and_gradients_are_the_looped_twins(seed: int, three_threads: None) -> None:
+def test_sums_and_gradients_are_the_looped_twins(function: Deformable, seed: int, three_threads: None) -> None:
     reads, seen = random_reads(seed)
     inputs = random_inputs(seed)
     assert not seen.any(2).all() and seen.all(2).any()
     expected = value_and_gradients(looped, inputs, reads)
-    found = value_and_gradients(deformable, tuple(t.float() for t in inputs), reads)
+    found = value_and_gradients(function, tuple(t.float() for t in inputs), reads)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
@@ -120,14 +122,15 @@ def test_gradcheck_of_the_sums() -> None:
     assert torch.autograd.gradcheck(lambda *given: deformable(*given, reads), inputs)
 
 
-def test_a_place_on_a_token_reads_it_and_one_a_token_outside_reads_nothing() -> None:
+@pytest.mark.parametrize("function", BACKENDS)
+def test_a_place_on_a_token_reads_it_and_one_a_token_outside_reads_nothing(function: Deformable) -> None:
     values = torch.arange(12.0).view(1, 3, 4, 1, 1)
     places = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [4.0, 1.0], [2.0, 3.0], [-0.5, 0.0], [1e6, -1e6]])
     count = len(places)
     reads = Reads(1, torch.zeros(count, dtype=torch.int64), torch.arange(count + 1), places[:, None])
-    read = deformable(values, torch.zeros(count, 1, 1, 3), reads).flatten()
+    read = function(values, torch.zeros(count, 1, 1, 3), reads).flatten()
     assert read.tolist() == [6, 0, 0, 0, 0, 0]  # half of token 0 is 0, too
-    assert deformable(values + 1, torch.zeros(count, 1, 1, 3), reads)[4].item() == 0.5
+    assert function(values + 1, torch.zeros(count, 1, 1, 3), reads)[4].item() == 0.5
 
 
 def test_a_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_threads() -> None:
@@ -151,6 +154,17 @@ def test_bfloat16_values_are_read_in_float32() -> None:
     torch.testing.assert_close(out, deformable(low.float(), places, reads))
     out.sum().backward()
     assert low.grad is not None and low.grad.dtype == torch.bfloat16
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 6), st.sampled_from([2, 4, 8]))
+def test_both_backends_agree_on_random_reads(seed: int, batch: int, queries: int, points: int) -> None:
+    reads, _ = random_reads(seed, batch, queries)
+    inputs = random_inputs(seed, batch, queries, points)
+    expected = value_and_gradients(deformable_torch, inputs, reads)
+    found = value_and_gradients(deformable, tuple(t.float() for t in inputs), reads)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
 # -- who reads what ---------------------------------------------------------------------------------------------------
