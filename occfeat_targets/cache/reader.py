@@ -141,6 +141,8 @@ class CacheReader:
             raise self._damaged(file, keyframe, "its chunk is cut short")
         is_checked = self._is_checked[array.name]
         is_due = self._check == "always" or (self._check == "first" and not is_checked[keyframe])
+        if is_due and int.from_bytes(crc.tobytes(), "little") != self.records[shard]["chunks"][array.name][row]:
+            raise self._damaged(file, keyframe, "its checksum is not the one in its shard's record")
         if is_due and google_crc32c.value(body) != int.from_bytes(crc.tobytes(), "little"):
             raise self._damaged(file, keyframe, "a checksum does not match")
         is_checked[keyframe] = True

@@ -3,7 +3,7 @@
 One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into the same shards of K keyframes, and one
 task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
 when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
-the shard. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
+the shard and the CRC-32C of every keyframe's chunk. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
 then whatever stood there stands. What a killed build left of a draft is moved or cleared by the next build.
 
 ``progress/created.json`` holds the SHA-256 of every file of metadata, and each shard's record the SHA-256 of
@@ -31,6 +31,7 @@ from occfeat_targets.cache.spec import ArraySpec, TargetSpec
 KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
+_ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
 _WHOLE = "record.json"  # in a draft that only has to be moved
 
 
@@ -108,9 +109,10 @@ class Cache:
         """What write_shard recorded. Raises CacheError if it is damaged, or was written for another shard or cache."""
         file = self._record_path(shard)
         record = read_record(file)
-        found = {**record, "files": sorted(record.get("files", ()))}
+        found = {**record, **{name: sorted(record.get(name, ())) for name in ("files", "chunks")}}
         files = sorted(shard_name(array, shard) for array in self.spec.arrays())
-        for name, expected in {**self._record_head(shard), "files": files}.items():
+        chunks = sorted(array.name for array in self.spec.arrays() if array.per_keyframe)
+        for name, expected in {**self._record_head(shard), "files": files, "chunks": chunks}.items():
             if found.get(name) != expected:
                 raise CacheError(
                     f"{file} is not the record of this shard: its {name} is {found.get(name)}, {expected} expected. If all "
@@ -154,7 +156,7 @@ class Cache:
         with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
             draft = self._draft(shard)
             shutil.rmtree(draft, ignore_errors=True)
-            files = {}
+            files, chunks = {}, {}
             try:
                 for array in self.spec.arrays():
                     (draft / array.name).mkdir(parents=True)
@@ -163,8 +165,11 @@ class Cache:
                     with zarr.config.set({"array.write_empty_chunks": True}):
                         writable = zarr.open_array(draft / array.name, mode="r+")
                     writable[span] = arrays[array.name]
-                    files[shard_name(array, shard)] = sync_and_digest(shard_file(draft, array, shard))
-                record = {**self._record_head(shard), "files": files, **notes}
+                    file = shard_file(draft, array, shard)
+                    files[shard_name(array, shard)] = sync_and_digest(file)
+                    if array.per_keyframe:
+                        chunks[array.name] = chunk_checksums(file, self.keyframes_per_shard)[: len(keyframes)]
+                record = {**self._record_head(shard), "files": files, "chunks": chunks, **notes}
                 write_record(draft / _WHOLE, record)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -228,6 +233,14 @@ def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
 def shard_name(array: ArraySpec, shard: int) -> str:
     """The same within the cache, as records name it."""
     return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
+
+
+def chunk_checksums(file: Path, keyframes_per_shard: int) -> list[int]:
+    """CRC-32C of each keyframe's chunk in a shard, in order: the last four bytes of a chunk, found by the shard's index."""
+    data = np.memmap(file, np.uint8, "r")
+    index = data[-16 * keyframes_per_shard - 4 : -4].view("<u8").reshape(-1, 2)
+    ends = (int(offset + size) if size != _ABSENT else 0 for offset, size in index)
+    return [int.from_bytes(data[end - 4 : end].tobytes(), "little") if end else 0 for end in ends]
 
 
 def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:

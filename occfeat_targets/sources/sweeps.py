@@ -31,6 +31,7 @@ _CENTER = np.tile(np.array([0, 0, 0, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.flo
 _REACH = np.tile(np.array([*[MAX_RANGE] * 3, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
 _IS_RING = np.tile(np.array([0, 0, 0, 0, 1], np.int32), _RETURNS_PER_BLOCK)
 
+_FARTHEST = 30.0  # [m] that the farthest return of any street scene surpasses
 _XYZIR = [0, 1, 2, 3, 4]
 # How other data sets and tools write returns: (what it is, type, columns, which of them are x, y, z, intensity and ring,
 # metres a unit). Named in errors, never read.
@@ -179,6 +180,8 @@ def _other_layout(data: NDArray[np.uint8]) -> str | None:
                 continue
             points = data.view(dtype).reshape(-1, columns)[:, order].astype(np.float64)
             points[:, :3] *= metres
+            if metres != 1 and np.abs(points[:, :3]).max(initial=0) < _FARTHEST:  # of another unit still
+                continue
             if _fits(points).all() and _sectors_of(points.astype(np.float32), 1) == _ALL_SECTORS:
                 return name
     return None

@@ -8,6 +8,7 @@ is ever dropped for the sake of a batch's size.
 from __future__ import annotations
 
 import collections
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +43,7 @@ class KeyframeDataset:
         self, reader: CacheReader, config: Config, *, training: bool, scenes: Iterable[str] | None = None
     ) -> None:
         """scenes: only their keyframes. Raises CacheError or ValueError if the cache can't serve this task and frame."""
-        self.reader, self.config = reader, config
+        self.reader, self.config, self.training = reader, config, training
         spec = reader.cache.spec
         self.grid = spec.grid
         self._augment = config.augment if training else NO_AUGMENTATION
@@ -81,6 +82,12 @@ class KeyframeDataset:
         return len(self.keyframes)
 
     @property
+    def digest(self) -> str:
+        """Hash of the keyframes in use: caches of one spec may hold others, or have skipped others."""
+        tokens = self.reader.cache.identity.tokens
+        return hashlib.sha256("\n".join(tokens[k] for k in self.keyframes).encode()).hexdigest()[:16]
+
+    @property
     def frames(self) -> tuple[str, ...]:
         """The reference frames that a sample's grid may be in: one in evaluation."""
         return tuple(self.reader.cache.spec.frames[index] for index in self._frames)
@@ -97,10 +104,11 @@ class KeyframeDataset:
         network, cached = self.config.network.image_size, self.reader.cache.spec.image_size
         largest = self._augment.largest(network)
         needed = replace(self.config, augment=self._augment).smallest_cache(like=cached)
+        allowed = ", or allow it with --set allow_upsampling=true" if self.training else ""
         raise CacheError(
             f"{self.reader.cache.path} has images of {cached[0]}x{cached[1]}, network.image_size={network[0]}x{network[1]} "
             f"needs up to {largest[0]}x{largest[1]} of them, and enlarged images are not as sharp as real ones: build it "
-            f"with --image-size {needed[0]}x{needed[1]}, or train with --set allow_upsampling=true"
+            f"with --image-size {needed[0]}x{needed[1]}{allowed}"
         )
 
     def stream(self, position: int) -> tuple[int, int]:

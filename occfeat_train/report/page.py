@@ -61,7 +61,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         "<p>What <code>occfeat-train</code> trained, measured on all "
         f"{len(runs[0].dataset)} keyframes of the split and shown on {len(chosen)} of them.</p>"
     )
-    yield from paper_section(runs, describe_data(cache.provenance, len(cache)))
+    yield from paper_section(runs, describe_data(cache.provenance, int(reader.is_valid.sum())))
     for task in TASKS:
         group = [run for run in runs if run.task == task]
         if group:

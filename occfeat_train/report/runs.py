@@ -25,7 +25,14 @@ from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import autocast
-from occfeat_train.training.stages import require_same_grid, restore
+from occfeat_train.training.stages import (
+    changes_of_meaning,
+    measured,
+    notes_on_data,
+    require_same_features,
+    require_same_grid,
+    restore,
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,14 @@ def load_runs(
     for _, checkpoint, _ in opened:
         datasets.append(KeyframeDataset(reader, checkpoint.about.config, training=False))
         require_same_grid(datasets[-1], checkpoint.about.grid, str(checkpoint.path))
+        require_same_features(datasets[-1], checkpoint.about.feature_dim, str(checkpoint.path))
     chosen = evenly_spread(datasets[0].keyframes, samples)
     names = [path.name for path, _, _ in opened]
     runs: list[Run] = []
     for (path, checkpoint, log), dataset in zip(opened, datasets, strict=True):
         say(f"{path}: {checkpoint.about.config.task}, step {checkpoint.step}")
+        for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset)):
+            say(line)
         task = restore(checkpoint)
         results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
         shown = [show(task, dataset, keyframe, process) for keyframe in chosen]
@@ -117,12 +127,11 @@ def evenly_spread(keyframes: NDArray[np.integer[Any]], count: int) -> list[int]:
 def read_or_evaluate(
     path: Path, split: str, checkpoint: Checkpoint, task: AnyTask, dataset: KeyframeDataset, process: Process
 ) -> tuple[dict[str, Any], str]:
-    """RUN/evaluation/SPLIT.json if it is of this checkpoint, cache and frame, otherwise the same evaluation, and which it was."""
+    """RUN/evaluation/SPLIT.json if it is of these weights, keyframes and frame, otherwise the same evaluation, and which it was."""
     file = path / "evaluation" / f"{split}.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        wanted = (checkpoint.step, dataset.reader.cache.spec.fingerprint, list(dataset.frames))
-        if tuple(found.get(name) for name in ("step", "cache", "frames")) == wanted:
+        if measured(checkpoint, dataset).items() <= found.items():
             return found, f"evaluation/{split}.json"
     return dict(evaluate(task, dataset, process, workers=1, progress=False).results()), "evaluated for this report"
 

@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
 class About:
     """What a checkpoint is of. feature_dim: N_y of the teacher, 0 without. cache: fingerprint of the targets.
 
-    num_samples: of the training set, which fixes the order of samples. initial: where the weights came from, a sentence.
+    num_samples: of the training set, which fixes the order of samples. keyframes: hash of which they are. initial: where the weights came from, a sentence.
     scenes: hash of the label scenes. simulated: what in it is not real, from the cache.
     preset: the config's, before options changed it. targets: the cache's spec. data: what it was built from (paper.py).
     parent: the run whose weights it started from.
@@ -54,6 +54,7 @@ class About:
     cache: str
     num_samples: int
     initial: str
+    keyframes: str = ""
     scenes: str = ""
     simulated: tuple[str, ...] = ()
     preset: str = ""
@@ -88,6 +89,11 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(_read_record(self.path)["step"])
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights' file, from the record."""
+        return str(_read_record(self.path)["files"][WEIGHTS])
 
     def weights(self) -> dict[str, Tensor]:
         """{name: tensor} on the CPU. Raises CheckpointError if a byte of the file changed."""
@@ -253,6 +259,8 @@ def begin_run(run: Path, about: About) -> Checkpoint | None:
             differences.append(f"grid: {found.grid} != {about.grid}")
         if found.num_samples != about.num_samples:
             differences.append(f"training samples: {found.num_samples} != {about.num_samples}")
+        elif found.keyframes != about.keyframes:
+            differences.append("keyframes: the cache holds others, or has skipped others")
         if found.scenes != about.scenes:
             differences.append(f"list of label scenes: {found.scenes} != {about.scenes}")
         if found.initial != about.initial:

@@ -7,6 +7,7 @@ from (seed, step, micro-batch, rank), so a checkpoint needs only weights, optimi
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import signal
 import time
@@ -85,7 +86,10 @@ def train(
     if process.world > 1:
         # Batches are on the device already. DDP would overwrite every rank's BatchNorm statistics with the first rank's
         # before a forward pass, and leave them different after it; `average_statistics` keeps what every rank saw.
-        model = DistributedDataParallel(task, broadcast_buffers=False)
+        # torch 2.13 renamed the option
+        is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        keep_buffers: Any = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+        model = DistributedDataParallel(task, **keep_buffers)
     log = RunLog(run, start=start, total=num_steps, tensorboard=options.tensorboard, progress=options.progress) \
         if process.is_main else None  # fmt: skip
     samples = stream_of_batches(dataset, config, process, start, num_steps)

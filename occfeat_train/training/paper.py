@@ -36,12 +36,18 @@ class Difference:
 
 
 def nearest_row(about: About) -> str:
-    """The preset of the paper's row of the same task that a run differs from in the fewest fields, its own before others.
+    """The preset of the paper's row of the same task and label share that a run differs from in the fewest fields, its own
+    before others.
 
     So `--occ-only` or `--lambda 0.1` on top of the default preset is the row of that name, not a difference from another.
     """
     rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == about.config.task]
-    return min(rows, key=lambda name: (len(_config_differences(about.config, PRESETS[name])), name != about.preset))
+
+    def distance(name: str) -> tuple[bool, int, bool]:
+        row = PRESETS[name]
+        return row.labels != about.config.labels, len(_config_differences(about.config, row)), name != about.preset
+
+    return min(rows, key=distance)
 
 
 def differences(about: About) -> list[Difference]:
@@ -98,13 +104,13 @@ def _compare(here: Mapping[str, Any], paper: Mapping[str, Any]) -> list[Differen
 
 
 def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec's fields, the groups' dotted; a teacher in a local folder goes by the folder's name."""
+    """A spec's fields, the groups' dotted. A teacher in a local folder may hold any weights, whatever the folder's name."""
     out: dict[str, Any] = {}
     for name, value in spec.items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     teacher = str(out.get("teacher.name", ""))
-    if teacher and not teacher.startswith("random:"):
-        out["teacher.name"] = Path(teacher).name
+    if Path(teacher).is_absolute():
+        out["teacher.name"] = f"local folder {Path(teacher).name}, weights not compared"
     return out
 
 

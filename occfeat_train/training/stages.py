@@ -128,21 +128,22 @@ def prepare(
     if start is not None:
         for line in changes_of_meaning(dataset, start):
             say(line)
-    if dataset.enlarges:
-        say(f"the cache's images of {spec.image_size[0]}x{spec.image_size[1]} are enlarged (allow_upsampling)")
+    for line in notes_on_data(dataset):
+        say(line)
     about = About(
         config=config,
         grid=spec.grid,
         feature_dim=feature_dim,
         cache=spec.fingerprint,
         num_samples=len(dataset),
+        keyframes=dataset.digest,
         initial=describe_initial(config, start),
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
         simulated=tuple(cache.simulated),
         preset=preset,
         targets=spec.to_dict(),
         data={
-            **describe_data(cache.provenance, len(cache)),
+            **describe_data(cache.provenance, int(reader.is_valid.sum())),
             "label scenes": "from a list" if scenes_file else DATA["label scenes"],
             "simulated": " and ".join(cache.simulated) or DATA["simulated"],
         },
@@ -168,9 +169,24 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
         f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
         for name in changed
     ]
-    ours, theirs = dataset.reader.cache.spec.to_dict()["teacher"], start.about.targets.get("teacher")
-    if "features" in dataset.arrays and theirs is not None and ours != theirs:
+    ours, theirs = (t.get("teacher") or {} for t in (dataset.reader.cache.spec.to_dict(), start.about.targets))
+    same = all(ours.get(name) == value for name, value in theirs.items() if name not in ("name", "dtype"))
+    if "features" in dataset.arrays and not same:
         lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
+    return lines
+
+
+def notes_on_data(dataset: KeyframeDataset) -> list[str]:
+    """A line for each thing that a user should know of the cache's keyframes as they are used."""
+    reader, lines = dataset.reader, []
+    skipped = len(reader) - int(reader.is_valid.sum())
+    if skipped:
+        lines.append(
+            f"{skipped} of {len(reader)} keyframes of {reader.cache.path} were skipped by its build and are left out"
+        )
+    if dataset.enlarges:
+        size = "x".join(map(str, reader.cache.spec.image_size))
+        lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")
     return lines
 
 
@@ -185,17 +201,17 @@ def run_evaluation(
     warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
     for line in warnings:
         say(line)
+    for line in notes_on_data(dataset):
+        say(line)
     skipped = len(reader) - int(reader.is_valid.sum())
-    if skipped:
-        say(f"{skipped} keyframes of the cache were skipped by its build and can't be evaluated")
     say(f"{checkpoint.path}: {about.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}")
     began = time.perf_counter()
     metric = evaluate(
         task, dataset, process, batch=batch, workers=place.options.workers, progress=place.options.progress
     )
     results = {
-        "checkpoint": str(checkpoint.path), "step": checkpoint.step, "task": config.task, "split": place.split,
-        "cache": reader.cache.spec.fingerprint, "frames": list(dataset.frames), "skipped": skipped, "simulated": warnings, **metric.results(),
+        "checkpoint": str(checkpoint.path), "task": config.task, "split": place.split,
+        **measured(checkpoint, dataset), "skipped": skipped, "simulated": warnings, **metric.results(),
     }  # fmt: skip
     for line in metric.lines():
         say(line)
@@ -206,6 +222,18 @@ def run_evaluation(
         file.write_text(json.dumps(results, indent=1))
         say(f"written to {file}")
     return results
+
+
+def measured(checkpoint: Checkpoint, dataset: KeyframeDataset) -> dict[str, Any]:
+    """Which weights were measured on what: results with other values are not of this checkpoint on this cache."""
+    return {
+        "step": checkpoint.step,
+        "weights": checkpoint.weights_digest,
+        "cache": dataset.reader.cache.spec.fingerprint,
+        "keyframes": dataset.digest,
+        "frames": list(dataset.frames),
+        "enlarged": dataset.enlarges,
+    }
 
 
 def prepare_evaluation(path: Path, place: Place, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:

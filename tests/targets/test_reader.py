@@ -133,3 +133,15 @@ def test_unknown_arrays_and_keyframes_are_refused(finished_cache):
         reader.read("images", 7)
     assert len(reader) == 7
     assert reader.is_valid.all()
+
+
+@pytest.mark.parametrize("name", ["features", "images", "occupancy", "labels/map"])
+def test_a_shards_file_in_the_place_of_anothers_is_never_read_as_data(finished_cache, name):
+    """Its own checksums are all right."""
+    files = [shard_file(finished_cache.path, array_named(finished_cache, name), shard) for shard in (0, 1)]
+    files[1].write_bytes(files[0].read_bytes())
+    reader = CacheReader(finished_cache)
+    assert reader.read(name, 2).any()
+    for keyframe in (3, 4, 5):
+        with pytest.raises(CacheError, match=f"{name}/c/1.* is damaged at keyframe {keyframe} .*shard's record"):
+            reader.read(name, keyframe)

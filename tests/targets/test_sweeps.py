@@ -95,6 +95,7 @@ def test_a_missing_or_unreadable_sweep_is_an_error_with_a_remedy(tmp_path: Path)
 def returns(n: int = 4000) -> np.ndarray:
     """The same with intensities up to 255, as a real sweep has them: only the ring's column can be a ring's."""
     points = turn(n)
+    points[:, :3] *= 4  # tens of metres
     points[:, 3] = np.arange(n) * 37 % 256
     return points
 
@@ -132,6 +133,13 @@ def test_another_layout_is_refused_by_name(tmp_path: Path, layout: str, count: i
     LAYOUTS[layout](returns(count)).tofile(tmp_path / "other.pcd.bin")
     with pytest.raises(ValueError, match=f"other.pcd.bin holds {layout}; expected nuScenes' layout .*convert it"):
         read_sweep(tmp_path / "other.pcd.bin")
+
+
+def test_centimetres_are_refused_and_not_called_millimetres(tmp_path: Path) -> None:
+    (returns(4000) * np.float32([100, 100, 100, 1, 1])).tofile(tmp_path / "other.pcd.bin")
+    with pytest.raises(ValueError) as refused:
+        read_sweep(tmp_path / "other.pcd.bin")
+    assert "millimetres" not in str(refused.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

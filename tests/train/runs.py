@@ -72,16 +72,16 @@ def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, 
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = LABEL_KINDS, frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = LABEL_KINDS, frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
-    """A cache of a few keyframes in shards of 2, token0 the first. dim: N_y, 0 without features. shards: how many to write.
+    """A cache of a few keyframes in shards of 2, token`first` the first. dim: N_y, 0 without features. shards: how many to write.
 
     image_size: what 32x48 and a resize by up to 1.2 need. change: alters what is written, given {array: (N, ...)} of all keyframes.
     """
-    features = TeacherSpec(teacher, "r0", (28, 42), 14, dim) if dim else None
+    features = TeacherSpec(teacher, f"digest of {teacher}", (28, 42), 14, dim) if dim else None
     spec = TargetSpec(grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels)
     n = len(scenes)
-    identity = Identity(tuple(f"{split}-token{i}" for i in range(n)), scenes, tuple(range(n)))
+    identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))
     cache = create_cache(
         folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"]}
     )

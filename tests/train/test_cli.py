@@ -62,7 +62,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
     assert "SIMULATED: all of it" in output and "5 samples" in output
     results = json.loads((pretrained / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "cache", "frames", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
+        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
     }  # fmt: skip
     assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "pretrain", "val", 5)
     assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
@@ -84,7 +84,7 @@ def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrai
     succeed(*evaluate(run, cache))
     results = json.loads((run / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "cache", "frames", "skipped", "simulated", "samples", "iou", "iou_best",
+        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "simulated", "samples", "iou", "iou_best",
         "threshold_best", "per_class", "per_class_best", "by_distance",
     }  # fmt: skip
     assert list(results["per_class"]) == (list(MAP_CLASSES) if task == "map" else ["vehicles"])
@@ -314,12 +314,29 @@ def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretr
     assert "another teacher" not in succeed(*evaluate(pretrained, cache, "--out", tmp_path / "out"))
 
 
+def test_a_run_does_not_continue_on_other_keyframes_of_the_same_spec(pretrained, tmp_path):
+    write_caches(tmp_path / "others", first=100)
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    message = refuse(*pretrain(tmp_path / "others", run, *steps(2)))
+    assert "keyframes: the cache holds others, or has skipped others" in message
+
+
+def test_skipped_keyframes_are_said_and_are_no_data(tmp_path):
+    def skip_two(arrays: dict[str, np.ndarray]) -> None:
+        arrays["is_valid"][:2] = False
+
+    write_cache(tmp_path, change=skip_two)
+    output = succeed(*pretrain(tmp_path, tmp_path / "run", *steps(1)))
+    assert "2 of 7 keyframes of" in output and "were skipped by its build and are left out" in output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["keyframes"] == 5
+
+
 def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tmp_path):
     out = tmp_path / "run"
     large = ["--set", "network.image_size=48x64"]
     message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
     assert "has images of 40x60, network.image_size=48x64 needs up to 57x76 of them" in message
-    assert "build it with --image-size 57x86, or train with --set allow_upsampling=true" in message
+    assert "build it with --image-size 57x86, or allow it with --set allow_upsampling=true" in message
     resized = ["--set", "augment.resize=[1, 1.5]"]  # of 32x48
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
     output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
@@ -531,6 +548,6 @@ def test_skipped_keyframes_are_reported_and_left_out(pretrained, tmp_path):
 
     write_cache(tmp_path, "val", scenes=tuple("ddeee"), change=skip)
     output = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
-    assert "2 keyframes of the cache were skipped by its build" in output
+    assert "2 of 5 keyframes of" in output and "were skipped by its build and are left out" in output
     results = json.loads((tmp_path / "out" / "val.json").read_text())
     assert (results["skipped"], results["samples"]) == (2, 3)

@@ -137,7 +137,10 @@ def test_figures_of_merit_are_those_of_evaluate(work, page):
     assert "evaluated for this report" in section(page, "Map: the whole split")
 
 
-@pytest.mark.parametrize("other", [{"step": 99}, {"frames": ["CAM_BACK"]}, {"cache": "another"}])
+@pytest.mark.parametrize(
+    "other",
+    [{"step": 99}, {"frames": ["CAM_BACK"]}, {"cache": "another"}, {"keyframes": "others"}, {"weights": "others"}],
+)
 def test_results_of_another_checkpoint_frame_or_cache_are_not_used(work, tmp_path, other):
     copy = shutil.copytree(work / "vehicles", tmp_path / "vehicles")
     file = copy / "evaluation" / "mini_val.json"
@@ -264,6 +267,10 @@ def test_a_row_that_options_lead_to_is_that_row():
     assert nearest_row(about_of(base.override(["loss.feat=0.1"]))) == "table4/lambda-0.1"
     assert nearest_row(about_of(base.override(["network.backbone=resnet-50"]))) == "table1/simplebev-rn50/occfeat"
     assert nearest_row(about_of(preset("table1/bevformer-enb0/map-10"))) == "table1/bevformer-enb0/map-10"
+    everything = preset("table1/simplebev-enb0/vehicles-100").override(
+        ["optim.epochs=1", "optim.batch=1", "optim.lr=1"]
+    )
+    assert nearest_row(about_of(everything)) == "table1/simplebev-enb0/vehicles-100"
     for name in ("table1/simplebev-enb0/occfeat", "table1/simplebev-enb0/occfeat-100ep"):
         assert nearest_row(about_of(base.override(["optim.epochs=75"]), preset=name)) == name
 
@@ -302,7 +309,7 @@ def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
     data = {**DATA, "version": "v1.0-mini", "keyframes": 323}
     found = found_in(about_of(Config(), targets=targets, data=data))
     assert found == {
-        "targets.teacher.name": ("random:facebook/dinov2-small", "dinov2-small"),
+        "targets.teacher.name": ("random:facebook/dinov2-small", "facebook/dinov2-small"),
         "targets.teacher.input_size": ("112x196", "224x392"),
         "targets.num_sweeps": ("5", "1"),
         "data.version": ("v1.0-mini", "v1.0-trainval"),
@@ -313,7 +320,9 @@ def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
         "upsampling": ("from 270x480 to up to 537x960 pixels", "none")
     }
     local = {**TARGETS.to_dict(), "teacher": {**TARGETS.to_dict()["teacher"], "name": "/models/dinov2-small"}}
-    assert found_in(about_of(Config(), targets=local)) == {}
+    assert found_in(about_of(Config(), targets=local)) == {
+        "targets.teacher.name": ("local folder dinov2-small, weights not compared", "facebook/dinov2-small")
+    }
     none = {**TARGETS.to_dict(), "teacher": None}  # finetuning reads no features
     assert found_in(about_of(preset("table1/simplebev-enb0/map-1"), targets=none)) == {}
     assert {d.field for d in evaluation_differences({"version": "v1.0-mini", "split": "mini_val", "keyframes": 81})} == {
