@@ -24,9 +24,9 @@ from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import EGO_FRAME, MAP_CLASSES
+from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Batch
-from occfeat_train.config import NO_AUGMENTATION, Config
 
 EVALUATION_CAMERA = "CAM_FRONT"  # whose frame evaluation uses (Simple-BEV)
 NEVER_REFERENCE = "CAM_FRONT_LEFT"  # Simple-BEV draws the reference among the other five
