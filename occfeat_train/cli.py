@@ -187,7 +187,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     chosen = chosen.override(overrides)
     for key, value in chosen.flat().items():
         click.echo(f"{key}={json.dumps(value)}")
-    click.echo("# needs a cache built with --image-size {}x{} or larger".format(*chosen.smallest_cache()))
+    click.echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
 
 
 @main.command()
