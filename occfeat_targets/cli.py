@@ -204,7 +204,7 @@ def build(
     elif workers is None:
         workers = default_workers()
     click.echo("\n".join(describe_plan(plan, workers=workers, scheduler=scheduler)))
-    outcome = run(plan, workers=workers, scheduler=scheduler, say=click.echo)
+    outcome = run(plan, workers=workers, scheduler=scheduler, print_line=click.echo)
     click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)

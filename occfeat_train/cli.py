@@ -123,7 +123,7 @@ def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
         return config
     from occfeat_train.training.checkpoint import find_checkpoint
 
-    found = find_checkpoint(initial).about.config
+    found = find_checkpoint(initial).info.config
     return replace(config, frame=found.frame, network=found.network if network else config.network)
 
 
@@ -133,16 +133,18 @@ def start_training(
 ) -> None:  # fmt: skip
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
-    from occfeat_train.training.stages import Place, run_training
+    from occfeat_train.training.stages import RunOptions, run_training
 
-    place = Place(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
+    run_options = RunOptions(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
     with processes(device) as process:
-        say = click.echo if process.is_main else lambda line: None
-        finished = run_training(config, place, process, say, initial=initial, scenes_file=scenes, preset=preset)
+        print_line = click.echo if process.is_main else lambda line: None
+        finished = run_training(
+            config, run_options, process, print_line, initial=initial, scenes_file=scenes, preset=preset
+        )
         if finished:
-            say(f"finished: {place.out}")
+            print_line(f"finished: {run_options.out}")
         else:
-            say(f"stopped by a signal and saved: run the same command again to continue {place.out}")
+            print_line(f"stopped by a signal and saved: run the same command again to continue {run_options.out}")
 
 
 @main.command()
@@ -305,12 +307,14 @@ def evaluate(
     """Evaluate the newest checkpoint of RUN: IoU over the whole split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
-    from occfeat_train.training.stages import Place, run_evaluation
+    from occfeat_train.training.stages import RunOptions, run_evaluation
 
-    place = Place(cache, split, out or run / "evaluation", options=LoopOptions(workers=workers, progress=progress))
+    run_options = RunOptions(
+        cache, split, out or run / "evaluation", loop=LoopOptions(workers=workers, progress=progress)
+    )
     with processes(device) as process:
-        say = click.echo if process.is_main else lambda line: None
-        run_evaluation(run, place, process, say, batch=batch, frame=frame)
+        print_line = click.echo if process.is_main else lambda line: None
+        run_evaluation(run, run_options, process, print_line, batch=batch, frame=frame)
 
 
 @main.command()

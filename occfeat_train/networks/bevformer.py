@@ -99,7 +99,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.places = Places(channels, _POINTS)
+        self.places = SamplingPoints(channels, _POINTS)
         self.value = _linear(channels)
         self.inner = _linear(channels)  # Deformable-DETR's own, and the reference has one more after it
         self.output = nn.Linear(channels, channels)
@@ -122,7 +122,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
         points = _POINTS if _POINTS % levels == 0 else levels
-        self.places = Places(channels, points, levels)
+        self.places = SamplingPoints(channels, points, levels)
         self.value = _linear(channels)
         self.output = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(_DROPOUT)
@@ -135,7 +135,7 @@ class CrossAttention(nn.Module):
         return dropped
 
 
-class Places(nn.Module):
+class SamplingPoints(nn.Module):
     """Queries (B, N, C) -> where and how much they read: (B * N, heads, P, 3), offsets (column, row) [tokens] and scores.
 
     In the beginning every query reads alike: a head to the right, up, left and down, its point i at i + 1 tokens.

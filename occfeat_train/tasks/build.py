@@ -33,7 +33,7 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
         return Segmentation(network, config, grid)
 
 
-def place(task: AnyTask, device: torch.device) -> None:
+def move_to_device(task: AnyTask, device: torch.device) -> None:
     """Move a task to where it computes, its convolutions' weights in channels-last order."""
     task.to(device)
     task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, Places, SelfAttention
+from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, SamplingPoints, SelfAttention
 from occfeat_train.ops.views import Views
 
 
@@ -20,7 +20,7 @@ def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def attend(places: Places, query: Tensor, values: Tensor, anchors: Tensor) -> Tensor:
+def attend(places: SamplingPoints, query: Tensor, values: Tensor, anchors: Tensor) -> Tensor:
     """query (C,) reads values (h, w, C) about anchors (A, 2) in tokens -> (C,)."""
     offsets = places.offsets(query).view(HEADS, places.points, 2)
     weights = places.weights(query).view(HEADS, places.points).softmax(-1)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks import bevformer
-from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
+from occfeat_train.networks.bevformer import (
+    HEADS,
+    BEVFormer,
+    CrossAttention,
+    SamplingPoints,
+    camera_reads,
+    neighbour_reads,
+)
 from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
 from occfeat_train.ops.views import Views
 from tests.train import deformable_twin
@@ -406,7 +413,7 @@ def test_points_are_8_where_the_levels_divide_it_and_one_a_level_otherwise(level
 
 
 def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_nearest() -> None:
-    places = Places(8, 8, levels=4)
+    places = SamplingPoints(8, 8, levels=4)
     offsets, scores = places(torch.randn(2, 8)).split([2, 1], -1)
     assert torch.equal(offsets[0], offsets[1])
     assert torch.equal(scores, torch.zeros_like(scores))
