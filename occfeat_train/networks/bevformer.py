@@ -29,7 +29,7 @@ _OUTSIDE = -1e6  # a place that no offset brings back to its map
 
 
 class BEVFormer(nn.Module):
-    """(B, S, C, h, w) features -> (B, C, H, W) map.
+    """(B, V, C, h, w) features -> (B, C, H, W) map.
 
     channels: C, a multiple of 4 heads. compat: None or "simple-bev".
     recompute: activation checkpointing of each layer, whose inside is 0.5 GB a sample at 200 x 200 cells.
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         self,
         query: Tensor,  # (B * H * W, C), and so are positions
         positions: Tensor,
-        tokens: Tensor,  # (B * S, h, w, C)
+        tokens: Tensor,  # (B * V, h, w, C)
         cells: Reads,
         cameras: Reads,
         num_views: Tensor,  # (B * H * W,)
@@ -128,7 +128,7 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(_DROPOUT)
 
     def forward(self, query: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
-        """query: (B * H * W, C), positions added; tokens: (B * S, h, w, C); num_views: (B * H * W,)."""
+        """query: (B * H * W, C), positions added; tokens: (B * V, h, w, C); num_views: (B * H * W,)."""
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
         read = deformable(values, self.places(query), cameras).flatten(1)
         dropped: Tensor = self.dropout(self.output(read / num_views.clamp(min=1)[:, None]))
@@ -209,7 +209,7 @@ def camera_reads(
         u, v, depth = (
             (row[:, 0] * x[..., None] + row[:, 1] * y[..., None] + row[:, 2] * z[:, None] + row[:, 3]).flatten(0, 1)
             for row in pixels_from_grid[sample].unbind(1)
-        )  # (H * W, Z, S)
+        )  # (H * W, Z, V)
         if compat is None:
             is_valid = depth > 0
             u, v = u / depth, v / depth
@@ -221,7 +221,7 @@ def camera_reads(
             u, v = (u - centre_u * depth) / clamped + centre_u, (v - centre_v * depth) / clamped + centre_v
             is_valid = torch.ones_like(depth, dtype=torch.bool)
             is_inside = (u > 0) & (u < width) & (v > 0) & (v < height)
-        seen = is_inside.any(1)  # (H * W, S)
+        seen = is_inside.any(1)  # (H * W, V)
         views_of.append(seen.sum(1))
         if compat is not None:
             first_seen = seen = seen if first_seen is None else first_seen

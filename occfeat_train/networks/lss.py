@@ -37,7 +37,7 @@ def depth_bins(grid: VoxelGrid) -> Tensor:
 
 
 class LSS(nn.Module):
-    """(B, S, D + C, h, w), logits of D depths and C features -> (B, C, H, W) map. It has no parameters of its own.
+    """(B, V, D + C, h, w), logits of D depths and C features -> (B, C, H, W) map. It has no parameters of its own.
 
     The encoder's last 1x1 convolution makes both, as the reference's and Lift-Splat's do. channels: C.
     compat: None or "simple-bev".
@@ -60,7 +60,7 @@ class LSS(nn.Module):
             )
         batch, _, _, h, w = features.shape
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        rows = features.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype)  # (B, S * h * w, D + C)
+        rows = features.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype)  # (B, V * h * w, D + C)
         probability = rows[..., : self.num_depths].softmax(-1)
         tokens = rows[..., self.num_depths :]
         maps = []
@@ -81,7 +81,7 @@ class LSS(nn.Module):
 class Points:
     """One sample's points inside the grid, in the order of the map's cells.
 
-    places: (n,) int64 index into (S, h, w, D). shares: (n,) float64 of each in its voxel's mean.
+    places: (n,) int64 index into (V, h, w, D). shares: (n,) float64 of each in its voxel's mean.
     starts: (H * W + 1,) int64 where each cell's points start.
     """
 
@@ -104,7 +104,7 @@ def find_points(
     u = (torch.arange(w, device=device, dtype=torch.float64) + centre) * (width / w)
     v = (torch.arange(h, device=device, dtype=torch.float64) + centre) * (height / h)
     pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
-    rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (S, h * w, 3) a metre of depth
+    rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (V, h * w, 3) a metre of depth
     depths = depth_bins(grid).to(device)
     points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
     voxel, is_inside = _voxels(points.view(-1, 3), grid, compat)

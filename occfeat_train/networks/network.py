@@ -50,13 +50,13 @@ class BEVNetwork(nn.Module):
 
 
 def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
-    """Turn mirrored views, whose fx is negative, back: the columns of their features (B, S, C, h, w), and the intrinsics.
+    """Turn mirrored views, whose fx is negative, back: the columns of their features (B, V, C, h, w), and the intrinsics.
 
     Simple-BEV's way. No lifting then needs to know of mirrored images: learned offsets point in image columns, and the
     reference's conventions (`compat`) are not the same from the left and from the right. views.images stay as they are,
     since a lifting reads their size alone.
     """
-    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, S)
+    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, V)
     plain = views.intrinsics.clone()
     plain[..., 0, :] = views.images.shape[-1] * plain[..., 2, :] - plain[..., 0, :]
     intrinsics = torch.where(is_mirrored[..., None, None], plain, views.intrinsics)

@@ -25,10 +25,10 @@ class SimpleBEV(nn.Module):
         )
 
     def lift(self, features: Tensor, views: Views) -> Tensor:
-        """(B, S, C, h, w) -> (B, Z * C, H, W): `lift` on this module's grid."""
+        """(B, V, C, h, w) -> (B, Z * C, H, W): `lift` on this module's grid."""
         return lift(features, views, self.grid, self.compat)
 
     def forward(self, features: Tensor, views: Views) -> Tensor:
-        """(B, S, C, h, w) -> (B, C, H, W)."""
+        """(B, V, C, h, w) -> (B, C, H, W)."""
         compressed: Tensor = self.compressor(self.lift(features, views))
         return compressed

@@ -243,7 +243,7 @@ def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, co
     centers = torch.from_numpy(GRID.voxel_centers()).double().permute(1, 2, 0, 3)
     anchors, seen = deformable_twin.project(views, centers, (4, 6), compat)
     assert torch.equal(num_views, seen.sum(1).flatten(1))
-    is_read = (seen[:1].expand_as(seen) if compat else seen).flatten(2).transpose(1, 2)  # (B, H * W, S)
+    is_read = (seen[:1].expand_as(seen) if compat else seen).flatten(2).transpose(1, 2)  # (B, H * W, V)
     assert torch.equal(reads.starts.diff(), is_read.sum(2).flatten())
     sample, cell, cam = is_read.nonzero(as_tuple=True)
     assert torch.equal(reads.maps, sample * cams + cam)
