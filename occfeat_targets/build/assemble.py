@@ -14,14 +14,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, Matrix, inverse_rigid, scale_intrinsics
-from occfeat_targets.targets.images import load_image
-from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.targets.labels import draw_map, draw_vehicles
-from occfeat_targets.sources.keyframe import Keyframe
-from occfeat_targets.targets.occupancy import voxelize
+from occfeat_targets.cache.geometry import (
+    GRID_FROM_CAMERA_AXES,
+    GRID_FROM_EGO_AXES,
+    Matrix,
+    inverse_rigid,
+    scale_intrinsics,
+)
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
+from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.targets.images import load_image
+from occfeat_targets.targets.labels import draw_map, draw_vehicles
+from occfeat_targets.targets.occupancy import voxelize
 
 Seconds = MutableMapping[str, float]
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.build.assemble import grids_from_ego
-from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.targets.labels import map_window
-from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
-from occfeat_targets.sources.nuscenes import map_file, read_map, read_split
 from occfeat_targets.cache.records import digest
-from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
+from occfeat_targets.sources.map_geometry import MapGeometry
+from occfeat_targets.sources.nuscenes import map_file, read_map, read_split
+from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
+from occfeat_targets.targets.labels import map_window
 
 FRAMES = {"ego": (EGO_FRAME,), "cameras": CAMERAS, "both": (EGO_FRAME, *CAMERAS)}
 RANDOM_TEACHER = "the teacher's weights are random"

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
-from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.map_geometry import MapGeometry
 
 logger = logging.getLogger(__name__)
 

@@ -422,7 +422,7 @@ def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_ne
 
 
 def test_channels_that_4_heads_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, give a multiple"):
+    with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, choose a multiple"):
         BEVFormer(GRID, 6)
     with pytest.raises(ValueError, match="compat 'lss'"):
         BEVFormer(GRID, 8, "lss")

@@ -1,0 +1,1 @@
+"""From a cache to batches: sample order, prefetching, augmentation. Imports `ops`, and `occfeat_targets.cache`."""
