@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
-Exit codes: 0 all is well; 1 an error, or a failed build or check; 2 wrong usage; 3 a cache that is sound but has
-skipped keyframes or is not finished.
+Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3 the cache is sound, but keyframes were
+skipped or shards are missing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ShardOf(click.ParamType[tuple[int, int]]):
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what the user can mend as one line and exit 1; OCCFEAT_TRACEBACK=1 shows where it came from."""
+    """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -67,38 +67,40 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--split", required=True, help="Split of the devkit: train, val, test, mini_train, mini_val."
-    )(command)
+    command = click.option("--split", required=True, help="Split of nuScenes: train, val, test, mini_train, mini_val.")(
+        command
+    )
     return click.option(
         "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
-        help="Directory of caches; a split lies in CACHE/SPLIT.zarr.",
+        help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
     )(command)  # fmt: skip
 
 
 def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--dataroot", type=click.Path(path_type=Path), default=Path("data/nuscenes"), show_default=True,
-        envvar="NUSCENES_ROOT", help="Where nuScenes was unpacked.",
+        envvar="NUSCENES_ROOT", help="Root directory of nuScenes.",
     )(command)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="occfeat")
 def main() -> None:
-    """From a nuScenes dataroot to a cache of OccFeat targets: voxel occupancy, DINOv2 features, images, labels."""
+    """Build and inspect caches of OccFeat targets from nuScenes: occupancy, DINOv2 features, images, labels."""
 
 
 @main.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New directory for the data set.")
 @click.option("--scenes", default=2, show_default=True, help="Training scenes.")
-@click.option("--val-scenes", default=0, show_default=True, help="Validation scenes, in streets of their own.")
-@click.option("--keyframes", default=10, show_default=True, help="Keyframes a scene, at 2 Hz.")
+@click.option("--val-scenes", default=0, show_default=True, help="Validation scenes, in another town.")
+@click.option("--keyframes", default=10, show_default=True, help="Keyframes per scene, at 2 Hz.")
 @click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="900x1600", show_default=True)
-@click.option("--sweeps", default=10, show_default=True, help="LiDAR sweeps a keyframe, at up to 20 Hz.")
-@click.option("--version", default=None, help="v1.0-mini or v1.0-trainval; the smaller that has enough scene names.")
+@click.option("--sweeps", default=10, show_default=True, help="LiDAR sweeps per keyframe, at up to 20 Hz.")
+@click.option(
+    "--version", default=None, help="v1.0-mini or v1.0-trainval. By default v1.0-mini if it has enough scene names."
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--workers", default=None, type=int, help="Threads; as many as cores by default.")
+@click.option("--workers", default=None, type=int, help="Threads; one per core by default.")
 @reports_errors
 def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: tuple[int, int], sweeps: int,
           version: str | None, seed: int, workers: int | None) -> None:  # fmt: skip
@@ -114,43 +116,55 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @main.command()
 @dataroot_option
 @cache_options
-@click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; found from the split by default.")
-@click.option("--scenes", default=None, metavar="A,B,...", help="These scenes alone: names, or a file with one a line.")
+@click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; derived from the split by default.")
+@click.option(
+    "--scenes",
+    default=None,
+    metavar="A,B,...",
+    help="Build only these scenes: names, or a file with one name per line.",
+)
 @click.option("--grid", "grid_shape", type=Size("ZxHxW"), default="8x200x200", show_default=True,
-              help="Voxels up, forward, right.")  # fmt: skip
+              help="Number of voxels up, forward, right.")  # fmt: skip
 @click.option("--range", "grid_range", type=float, nargs=6, default=(-5, 5, -50, 50, -50, 50), show_default=True,
-              metavar="U0 U1 F0 F1 R0 R1", help="Bounds [m] up, forward, right, about the grid's origin.")  # fmt: skip
+              metavar="U0 U1 F0 F1 R0 R1", help="Bounds [m] up, forward, right, relative to the origin.")  # fmt: skip
 @click.option("--frames", type=click.Choice(["ego", "cameras", "both"]), default="ego", show_default=True,
-              help="Frames that carry a grid: the ego's, each camera's (Simple-BEV's protocol), or both.")  # fmt: skip
-@click.option("--sweeps", default=1, show_default=True, help="LiDAR sweeps in the occupancy, the keyframe's included.")
-@click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Student images.")
+              help="Reference frames with a grid: ego, each camera (Simple-BEV's protocol), or both.")  # fmt: skip
+@click.option("--sweeps", default=1, show_default=True, help="LiDAR sweeps in the occupancy, including the keyframe's.")
+@click.option(
+    "--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Size of the student images."
+)
 @click.option("--teacher", default="facebook/dinov2-small", show_default=True,
-              help="Hub id or folder of a DINOv2 or DINOv3; random:ID for random weights; none.")  # fmt: skip
+              help="Hub id or folder of a DINOv2 or DINOv3 model, random:ID for random weights, or none.")  # fmt: skip
 @click.option("--teacher-layer", type=click.Choice(["post-norm", "pre-norm"]), default="post-norm", show_default=True)
 @click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="auto: bfloat16 where the hardware multiplies it natively.")  # fmt: skip
+              help="auto: bfloat16 where the hardware supports it natively.")  # fmt: skip
 @click.option(
-    "--teacher-batch", type=click.IntRange(1), default=None, help="Keyframes at once; 1 on a CPU, 8 on a GPU."
+    "--teacher-batch",
+    type=click.IntRange(1),
+    default=None,
+    help="Keyframes per batch.  [default: 1 on a CPU, 8 on a GPU]",
 )
 @click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
-              help="Teacher input, exact patch multiples; the largest within 224x400 by default.")  # fmt: skip
+              help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
 @click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
-@click.option("--labels", default=None, help="vehicles,map or one of them; whatever the data set has by default.")
-@click.option("--no-labels", is_flag=True, help="No label arrays.")
+@click.option("--labels", default=None, help="vehicles,map or one of them; all that the data set has by default.")
+@click.option("--no-labels", is_flag=True, help="Build no label arrays.")
 @click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
-              help="Map layers of the divider class.")  # fmt: skip
+              help="Map layers used for the divider class.")  # fmt: skip
 @click.option(
     "--compat", type=click.Choice(["simple-bev"]), default=None, help="Draw vehicle labels as Simple-BEV does."
 )
 @click.option("--workers", type=click.IntRange(0), default=None,
-              help="Local processes; one a core by default, 0 for this one alone.")  # fmt: skip
-@click.option("--scheduler", default=None, metavar="TCP://...", help="A Dask cluster that someone else started.")
-@click.option("--shard", type=ShardOf(), default=None, help="Build every N-th shard from the K-th, in this process.")
-@click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes a shard.")
+              help="Local worker processes; one per core by default, 0 builds in this process.")  # fmt: skip
+@click.option("--scheduler", default=None, metavar="TCP://...", help="Address of an existing Dask cluster.")
+@click.option(
+    "--shard", type=ShardOf(), default=None, help="Build every N-th shard, starting with the K-th, in this process."
+)
+@click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes per shard.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="A keyframe that cannot be built: stop, or record and mask it and exit 3.")  # fmt: skip
-@click.option("--retry-skipped", is_flag=True, help="Build finished shards with skipped keyframes again.")
-@click.option("--device", default="auto", show_default=True, help="Of the teacher: auto, cpu, cuda, cuda:1.")
+              help="If a keyframe cannot be built: stop, or record and mask it and exit with 3.")  # fmt: skip
+@click.option("--retry-skipped", is_flag=True, help="Rebuild the skipped keyframes of finished shards.")
+@click.option("--device", default="auto", show_default=True, help="Device of the teacher: auto, cpu, cuda, cuda:1.")
 @reports_errors
 def build(
     dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
@@ -160,16 +174,16 @@ def build(
     scheduler: str | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
     device: str,
 ) -> None:  # fmt: skip
-    """Build the cache of a split, or continue it. Killed at any moment, the same command resumes it."""
+    """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import default_workers, run
     from occfeat_targets.messages import describe_outcome, describe_plan
     from occfeat_targets.sources.scenes import parse_scenes
 
     if sum(x is not None for x in (workers, scheduler, shard)) > 1:
-        raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one")
+        raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one of them")
     if no_labels and labels is not None:
-        raise click.UsageError("--labels and --no-labels contradict each other")
+        raise click.UsageError("--labels and --no-labels contradict each other: pass one of them")
     started = time.monotonic()
     weights = "" if teacher == "none" else f" and the weights of {teacher}"
     click.echo(f"reading the tables of {dataroot}{weights} ...")
@@ -190,7 +204,7 @@ def build(
     elif workers is None:
         workers = default_workers()
     click.echo("\n".join(describe_plan(plan, workers=workers, scheduler=scheduler)))
-    outcome = run(plan, workers=workers, scheduler=scheduler, say=click.echo)
+    outcome = run(plan, workers=workers, scheduler=scheduler, print_line=click.echo)
     click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)
@@ -203,7 +217,7 @@ def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
         return None
     kinds = tuple(kind.strip() for kind in labels.split(","))
     if not set(kinds) <= set(LABEL_KINDS):
-        raise click.UsageError(f"--labels {labels}: some of {','.join(LABEL_KINDS)} expected, joined by commas")
+        raise click.UsageError(f"--labels {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas")
     return kinds
 
 
@@ -217,7 +231,7 @@ def _open(cache: Path, split: str) -> Any:
 @cache_options
 @reports_errors
 def status(cache: Path, split: str) -> None:
-    """Say what of a cache is finished, failed, skipped and missing. Exits 3 unless all of it is there."""
+    """List the finished, failed, skipped and missing parts of a cache. Exits with 3 unless it is complete."""
     from occfeat_targets.messages import describe_status, is_complete
 
     opened = _open(cache, split)
@@ -229,10 +243,10 @@ def status(cache: Path, split: str) -> None:
 
 @main.command()
 @cache_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
 def info(cache: Path, split: str, as_json: bool) -> None:
-    """Say what a cache holds, how it was made, and from what."""
+    """Print the contents of a cache, its options and its source."""
     from occfeat_targets.messages import describe_info, info_as_json
 
     opened = _open(cache, split)
@@ -243,13 +257,13 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 @main.command()
 @cache_options
 @click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
-              help="The data set; where the cache was built from by default.")  # fmt: skip
+              help="The data set; the one the cache was built from by default.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
-              help="Random keyframes to recompute from the data set by slow code; 0: checksums only.")  # fmt: skip
-@click.option("--seed", default=None, type=int, help="Of the choice of keyframes; another choice each time by default.")
+              help="Random keyframes to recompute from the data set by independent code; 0: checksums only.")  # fmt: skip
+@click.option("--seed", default=None, type=int, help="Seed of the random choice of keyframes; random by default.")
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
-    """Read every byte of a cache against its checksums, and recompute random keyframes from the data set."""
+    """Check all checksums of a cache, and recompute random keyframes from the data set."""
     from occfeat_targets.verify.verify import verify_checksums, verify_source
 
     opened = _open(cache, split)
@@ -260,7 +274,9 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     if samples and not findings[0].problems:
         source = dataroot or Path(opened.provenance["dataroot"])
         if not source.is_dir():
-            raise ValueError(f"the data set is not at {source}: pass --dataroot, or --samples 0 for checksums only")
+            raise ValueError(
+                f"there is no data set at {source}: pass --dataroot, or --samples 0 to check checksums only"
+            )
         click.echo(f"recomputing {min(samples, len(opened))} keyframes from {source} (--seed {seed}) ...")
         findings.append(verify_source(opened, source, samples, seed, click.echo))
     for line in opened.warnings:
@@ -280,19 +296,27 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
 @main.command()
 @cache_options
 @click.option("--out", type=click.Path(path_type=Path), default=Path("preview"), show_default=True)
-@click.option("--keyframes", "numbers", default=None, metavar="0,5,9", help="Which; else --samples, evenly spread.")
-@click.option("--token", "tokens", multiple=True, help="A keyframe by its sample token; may be repeated.")
-@click.option("--samples", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--frame", default=None, help="Reference frame of the grid to show; the cache's first by default.")
-@click.option("--points", is_flag=True, help="Also project the LiDAR returns, read from the data set.")
+@click.option(
+    "--keyframes",
+    "numbers",
+    default=None,
+    metavar="0,5,9",
+    help="Keyframes to draw, by number.  [default: evenly spread]",
+)
+@click.option("--token", "tokens", multiple=True, help="A keyframe to draw, by its sample token; may be repeated.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=4, show_default=True, help="Number of evenly spread keyframes to draw."
+)
+@click.option("--frame", default=None, help="Reference frame of the grid; the cache's first by default.")
+@click.option("--points", is_flag=True, help="Also draw the LiDAR returns, read from the data set.")
 @click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
-              help="The data set; where the cache was built from by default.")  # fmt: skip
+              help="The data set; the one the cache was built from by default.")  # fmt: skip
 @reports_errors
 def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool, dataroot: Path | None,
             **choice: Any) -> None:  # fmt: skip
-    """Draw keyframes: voxels on the images, features, occupancy and labels from above; PNGs and an index.html."""
+    """Draw keyframes as PNGs and an index.html: voxels in the images, features, bird's-eye occupancy and labels."""
     from occfeat_targets.pictures.page import choose_keyframes, write_preview
 
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)
-    click.echo(f"see {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")
+    click.echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")

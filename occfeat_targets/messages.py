@@ -1,4 +1,4 @@
-"""What the command line says about a plan, a build and a cache, as lines of text."""
+"""Output of the command line about a plan, a build and a cache, as lines of text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from occfeat_targets.sources.scenes import describe_problems
 
 
 def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
-    """What is about to be built, where, how large and for how long."""
+    """What will be built, where, how large it gets and how long it takes."""
     split, cache, spec = plan.split, plan.cache, plan.cache.spec
     scenes = Counter(k.scene for k in split.keyframes)
     lines = [f"{split.name} of {split.version}: {count(len(cache), 'keyframe')} of {count(len(scenes), 'scene')}"]
@@ -49,29 +49,29 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
         size = spec.bytes_per_keyframe * plan.num_keyframes
         where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
         lines.append(
-            f"size: {format_bytes(spec.bytes_per_keyframe)} a keyframe, {format_bytes(size)} in all "
+            f"size: {format_bytes(spec.bytes_per_keyframe)} per keyframe, {format_bytes(size)} in total "
             f"({format_bytes(free_bytes(cache.path))} free); "
             f"time: about {format_seconds(estimate_seconds(plan, max(workers, 1)))} {where}"
-            + (", were it as fast as this machine" if scheduler else "")
+            + (" (estimated with the speed of this machine)" if scheduler else "")
         )
     return lines
 
 
 def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
-    """What was built, what the time went to, what failed, and how to go on."""
+    """What was built, the time of each stage, what failed, and how to continue."""
     cache = plan.cache
     lines = []
     if outcome.num_keyframes:
         rate = outcome.num_keyframes / seconds
         lines.append(
-            f"built {count(outcome.num_keyframes, 'keyframe')} in {format_seconds(seconds)} ({rate:.2f} keyframes/s in all)"
+            f"built {count(outcome.num_keyframes, 'keyframe')} in {format_seconds(seconds)} ({rate:.2f} keyframes/s)"
         )
         stages = {stage: s / outcome.num_keyframes * 1e3 for stage, s in outcome.seconds.items()}
         total = stages.pop("total")
         spent = ", ".join(f"{stage} {ms:.1f}" for stage, ms in sorted(stages.items(), key=lambda item: -item[1]))
         lines.append(
-            f"  {total:.0f} ms a keyframe and worker: {spent} (images, occupancy and labels are made while the teacher "
-            "works; wait: for those)"
+            f"  {total:.0f} ms per keyframe and worker: {spent} (images, occupancy and labels are computed while the teacher "
+            "runs; wait: the teacher waits for them)"
         )
     cosines = [r.cosine for r in outcome.reports if r.cosine is not None]
     if cosines:
@@ -79,14 +79,14 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
     if outcome.skipped:
         lines.append(
-            f"  skipped {len(outcome.skipped)} keyframes: see 'occfeat-targets status'; --retry-skipped tries again"
+            f"  skipped {len(outcome.skipped)} keyframes: 'occfeat-targets status' lists them; --retry-skipped tries again"
         )
     pending = cache.pending_shards()
     lines += cache.warnings
     if outcome.failed:
         lines.append(
-            f"{len(outcome.failed)} shards failed; finished ones are intact. Mend the cause, or pass --on-error skip, "
-            "and run the same command again: it continues"
+            f"{len(outcome.failed)} shards failed; finished shards are intact. Fix the cause, or pass --on-error skip, "
+            "and run the same command again to continue"
         )
     elif pending:
         lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
@@ -96,7 +96,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
 
 
 def describe_status(cache: Cache) -> list[str]:
-    """What is done, failed, skipped and missing."""
+    """Finished, failed, skipped and missing parts."""
     finished, failed = cache.finished_shards(), cache.failed_shards()
     keyframes = sum(len(cache.shard_range(shard)) for shard in finished)
     lines = [
@@ -107,7 +107,7 @@ def describe_status(cache: Cache) -> list[str]:
     ]
     missing = [shard for shard in range(cache.num_shards) if shard not in finished]
     if missing:
-        lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build again")
+        lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build command again")
     lines += [f"failed: shard {shard}: {record['error']}" for shard, record in failed.items()]
     lines += [f"skipped: {why}" for record in finished.values() for why in record["skipped"].values()]
     return lines
@@ -120,7 +120,7 @@ def is_complete(cache: Cache) -> bool:
 
 
 def describe_info(cache: Cache) -> list[str]:
-    """What a cache holds and where it came from."""
+    """Contents and source of a cache."""
     spec, origin = cache.spec, cache.provenance
     scenes, left_out = len(set(cache.identity.scenes)), origin.get("left_out_scenes", [])
     lines = [
@@ -142,7 +142,7 @@ def describe_info(cache: Cache) -> list[str]:
 
 
 def info_as_json(cache: Cache) -> str:
-    """The same for programs."""
+    """The same as JSON."""
     data: dict[str, Any] = {
         "path": str(cache.path),
         "fingerprint": cache.spec.fingerprint,

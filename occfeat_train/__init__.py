@@ -1,1 +1,1 @@
-"""occfeat_train: the training half of OccFeat. It needs a cache, and neither data set, devkit nor Dask."""
+"""occfeat_train: pretraining, finetuning and evaluation from a cache. It needs no data set, devkit or Dask."""

@@ -1,6 +1,6 @@
 """The command line: occfeat-train check, config, pretrain, finetune, evaluate, report, import-reference.
 
-Exit codes: 0 all is well, or a signal asked to stop and the run can be continued; 1 an error; 2 wrong usage.
+Exit codes: 0 success, or stopped by a signal with a checkpoint saved; 1 error; 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BACKBONE = click.Choice(get_args(Backbone))
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="occfeat")
 def main() -> None:
-    """Training bird's-eye-view networks from a cache of OccFeat targets."""
+    """Train bird's-eye-view networks on a cache of OccFeat targets."""
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what the user can mend as one line and exit 1; OCCFEAT_TRACEBACK=1 shows where it came from."""
+    """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
-    """Several decorators as one, in the order in which they show in --help."""
+    """Several decorators as one, in their order in --help."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
@@ -61,32 +61,34 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 cache_option = click.option(
     "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
-    help="Directory of caches; a split lies in CACHE/SPLIT.zarr.",
+    help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
 )  # fmt: skip
 machine_options = options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that read ahead."),
+    click.option(
+        "--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that prefetch samples."
+    ),
     click.option("--progress/--no-progress", default=True, help="Progress bars."),
 )
 training_options = options(
     click.option("--split", default="train", show_default=True, help="Split to train on."),
-    click.option("--out", type=DIRECTORY, help="Run directory; a run that stands there is continued. [default: runs/NAME]"),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the config; see 'config show'."),
-    click.option("--network", type=NETWORK, help="How image features get to the map, instead of the preset's."),
-    click.option("--backbone", type=BACKBONE, help="Of the image encoder, instead of the preset's."),
-    click.option("--backbone-weights", metavar="WEIGHTS", help="default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
-    click.option("--epochs", type=float, help="Instead of the preset's."),
-    click.option("--batch", type=click.IntRange(1), help="Samples a forward pass, all processes together."),
-    click.option("--seed", type=click.IntRange(0), help="Of initial weights, order and augmentation."),
-    click.option("--compile/--no-compile", default=None, help="torch.compile the network."),
-    click.option("--validate", metavar="SPLIT", help="Evaluate this split whenever a checkpoint is written."),
+    click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME]"),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the config; 'config show' lists them."),
+    click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid; overrides the preset."),
+    click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder; overrides the preset."),
+    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
+    click.option("--epochs", type=float, help="Number of epochs; overrides the preset."),
+    click.option("--batch", type=click.IntRange(1), help="Samples per forward pass, over all ranks."),
+    click.option("--seed", type=click.IntRange(0), help="Seed of the initial weights, the sample order and the augmentation."),
+    click.option("--compile/--no-compile", default=None, help="Compile the network with torch.compile."),
+    click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint."),
     click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
-    click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard beside RUN/log.jsonl."),
+    click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard in addition to RUN/log.jsonl."),
 )  # fmt: skip
 
 
 def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any]) -> Config:
-    """A preset with the options on top. --set comes last."""
+    """A preset with the options applied, --set last."""
     fields = {
         "network": "network.lifting",
         "backbone": "network.backbone",
@@ -101,9 +103,9 @@ def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any
 
 
 def variant(name: str, shortcuts: dict[str, Any], initial: Path | None, *, arms: bool = False) -> str:
-    """A run's name that says which network it has, where that is not the preset's, and which run it starts from.
+    """Name of a run: the preset, options that change the network, and the run it starts from.
 
-    arms: say so, too, where it starts from none: several such runs are compared.
+    arms: also mark runs that start from no other run, because such runs are compared.
     """
     parts = [name, *(shortcuts[option] for option in ("network", "backbone") if shortcuts[option])]
     if initial is not None:
@@ -116,12 +118,12 @@ def variant(name: str, shortcuts: dict[str, Any], initial: Path | None, *, arms:
 
 
 def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
-    """A preset with the initial run's reference frame, and with its whole network where no preset was asked for."""
+    """A preset with the reference frame of the initial run, and with its network if `network` is true."""
     if initial is None:
         return config
     from occfeat_train.training.checkpoint import find_checkpoint
 
-    found = find_checkpoint(initial).about.config
+    found = find_checkpoint(initial).info.config
     return replace(config, frame=found.frame, network=found.network if network else config.network)
 
 
@@ -131,16 +133,18 @@ def start_training(
 ) -> None:  # fmt: skip
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
-    from occfeat_train.training.stages import Place, run_training
+    from occfeat_train.training.stages import RunOptions, run_training
 
-    place = Place(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
+    run_options = RunOptions(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
     with processes(device) as process:
-        say = click.echo if process.is_main else lambda line: None
-        finished = run_training(config, place, process, say, initial=initial, scenes_file=scenes, preset=preset)
+        print_line = click.echo if process.is_main else lambda line: None
+        finished = run_training(
+            config, run_options, process, print_line, initial=initial, scenes_file=scenes, preset=preset
+        )
         if finished:
-            say(f"finished: {place.out}")
+            print_line(f"finished: {run_options.out}")
         else:
-            say(f"stopped by a signal and saved: run the same command again to continue {place.out}")
+            print_line(f"stopped by a signal and saved: run the same command again to continue {run_options.out}")
 
 
 @main.command()
@@ -149,24 +153,24 @@ def start_training(
 @click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Random keyframes to read.")
 @reports_errors
 def check(cache: Path, split: str, samples: int) -> None:
-    """Say whether a cache is ready to be trained on: read random keyframes and sample their targets."""
+    """Check whether a cache can be trained on: read random keyframes and sample their target features."""
     from occfeat_targets.cache.reader import CacheReader
     from occfeat_train.data.check import check_cache
 
     reader = CacheReader(cache / f"{split}.zarr")
     click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
     click.echo("\n".join(check_cache(reader, samples).describe()))
-    click.echo(f"{reader.cache.path} is ready")
+    click.echo(f"{reader.cache.path} is ready for training")
 
 
 @main.group()
 def config() -> None:
-    """What a run would be: named presets and their fields."""
+    """List presets and show their fields."""
 
 
 @config.command("list")
 def list_presets() -> None:
-    """The presets, named after the paper's table rows, and the cache that one needs if not one of the default size."""
+    """List the presets, named after the rows of the paper's tables, and the cache each needs if not of the default size."""
     width = max(map(len, PRESETS))
     for name, chosen in PRESETS.items():
         height, wide = chosen.smallest_cache()
@@ -179,7 +183,7 @@ def list_presets() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field.")
 @reports_errors
 def show(name: str, overrides: tuple[str, ...]) -> None:
-    """Every field of a preset, or of the config of a run directory, as key=value."""
+    """Print every field of a preset or of a run directory's config, as key=value."""
     file = Path(name) / "config.json"
     chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
     chosen = chosen.override(overrides)
@@ -191,13 +195,18 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
 @main.command()
 @cache_option
 @click.option(
-    "--preset", "asked", help=f"See 'config list'.  [default: {PRETRAINING}; its network, with --from, is that run's]"
+    "--preset",
+    "asked",
+    help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}]",
 )
-@click.option("--occ-only", is_flag=True, help="Occupancy alone (Table 3).")
-@click.option("--feat-only", is_flag=True, help="Features alone (Table 3).")
+@click.option("--occ-only", is_flag=True, help="Only the occupancy loss (Table 3).")
+@click.option("--feat-only", is_flag=True, help="Only the feature loss (Table 3).")
 @click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
 @click.option(
-    "--from", "initial", type=click.Path(path_type=Path), help="Run or checkpoint whose network and head to start from."
+    "--from",
+    "initial",
+    type=click.Path(path_type=Path),
+    help="Run or checkpoint with the initial weights of network and head.",
 )
 @training_options
 @machine_options
@@ -207,14 +216,14 @@ def pretrain(
     overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int, tensorboard: bool,
     progress: bool, **shortcuts: Any,
 ) -> None:  # fmt: skip
-    """Pretrain a network on occupancy and features (paper 3); the preset's defaults are the paper's."""
+    """Pretrain a network on occupancy and features (paper, section 3). The defaults are the paper's values."""
     name = asked or PRETRAINING
     chosen = inherit(preset(name), initial, network=asked is None)
     if chosen.task != "pretrain":
-        raise click.UsageError(f"--preset {name} is a finetuning: occfeat-train finetune --preset {name}")
+        raise click.UsageError(f"--preset {name} is a finetuning preset: use occfeat-train finetune --preset {name}")
     row = name
     if occ_only + feat_only + (lambda_ is not None) > 1:
-        raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other")
+        raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
     if occ_only or feat_only:
         chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
         name += "-occ-only" if occ_only else "-feat-only"
@@ -232,20 +241,20 @@ def pretrain(
     "--from",
     "initial",
     type=click.Path(path_type=Path),
-    help="Pretrained run or checkpoint; without it, backbone weights alone.",
+    help="Pretrained run or checkpoint to start from; without it, only the backbone is initialised from trained weights.",
 )
-@click.option("--task", type=click.Choice(["vehicles", "map"]), help="What to segment.  [default: vehicles]")
+@click.option("--task", type=click.Choice(["vehicles", "map"]), help="Classes to segment.  [default: vehicles]")
 @click.option(
     "--labels",
     type=click.FloatRange(0, 100, min_open=True),
-    help=f"Percent of the training scenes with labels; the paper's recipes are for {', '.join(f'{p:g}' for p in LABELS)}.  [default: 100]",
+    help=f"Percentage of the training scenes whose labels are used; the paper's recipes are for {', '.join(f'{p:g}' for p in LABELS)}.  [default: 100]",
 )
 @click.option(
     "--scenes",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File with the label scenes' names instead, one a line.",
+    help="File with the names of the scenes whose labels are used, one per line; replaces --labels.",
 )
-@click.option("--preset", "asked", help="A finetuning of 'config list' instead of --task and --labels.")
+@click.option("--preset", "asked", help="A finetuning preset of 'config list'; replaces --task and --labels.")
 @training_options
 @machine_options
 @reports_errors
@@ -254,16 +263,18 @@ def finetune(
     out: Path | None, overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int,
     tensorboard: bool, progress: bool, **shortcuts: Any,
 ) -> None:  # fmt: skip
-    """Finetune for vehicles or map on a share of the labels, from a pretraining or from none (paper 4.1).
+    """Finetune for vehicle or map segmentation with a fraction of the labels, with or without pretraining (paper, section 4.1).
 
-    With --from, the reference frame is the pretraining's, and so is the network unless --preset names one.
+    With --from, the reference frame is that of the pretrained run. The network is too, unless --preset is given.
     """
     if asked is not None:
         if task is not None or labels is not None:
-            raise click.UsageError("--preset already says --task and --labels")
+            raise click.UsageError("--preset replaces --task and --labels: pass one or the other")
         name, chosen = asked, preset(asked)
         if chosen.task == "pretrain":
-            raise click.UsageError(f"--preset {name} is a pretraining: occfeat-train pretrain --preset {name}")
+            raise click.UsageError(
+                f"--preset {name} is a pretraining preset: use occfeat-train pretrain --preset {name}"
+            )
     else:
         task, labels = task or "vehicles", 100.0 if labels is None else labels
         name, chosen = f"{task}-{labels:g}", finetuning(task, labels, NetworkConfig())
@@ -280,42 +291,46 @@ def finetune(
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @cache_option
-@click.option("--split", default="val", show_default=True, help="Split to evaluate on, all of it.")
+@click.option("--split", default="val", show_default=True, help="Split to evaluate; all its valid keyframes are used.")
 @click.option(
-    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples a forward pass and process."
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass and rank."
 )
-@click.option("--frame", help="Reference frame of the grid: ego, or a camera's name.  [default: the run's]")
-@click.option("--out", type=DIRECTORY, help="Where SPLIT.json goes.  [default: RUN/evaluation]")
+@click.option("--frame", help="Reference frame of the grid: ego, or the name of a camera.  [default: the run's]")
+@click.option(
+    "--out", type=DIRECTORY, help="Directory of the results, written to SPLIT.json.  [default: RUN/evaluation]"
+)
 @machine_options
 @reports_errors
 def evaluate(
     run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, device: str, workers: int, progress: bool
 ) -> None:  # fmt: skip
-    """Evaluate the newest checkpoint of a RUN: IoU at 0.5 over the whole split, at the best threshold, per class, by distance."""
+    """Evaluate the newest checkpoint of RUN: IoU over the whole split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
-    from occfeat_train.training.stages import Place, run_evaluation
+    from occfeat_train.training.stages import RunOptions, run_evaluation
 
-    place = Place(cache, split, out or run / "evaluation", options=LoopOptions(workers=workers, progress=progress))
+    run_options = RunOptions(
+        cache, split, out or run / "evaluation", loop=LoopOptions(workers=workers, progress=progress)
+    )
     with processes(device) as process:
-        say = click.echo if process.is_main else lambda line: None
-        run_evaluation(run, place, process, say, batch=batch, frame=frame)
+        print_line = click.echo if process.is_main else lambda line: None
+        run_evaluation(run, run_options, process, print_line, batch=batch, frame=frame)
 
 
 @main.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
 @cache_option
-@click.option("--split", default="val", show_default=True, help="Split to measure and show the runs on.")
+@click.option("--split", default="val", show_default=True, help="Split to evaluate and to draw keyframes from.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="The file to write."
+    "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="Output file."
 )
-@click.option("--samples", type=click.IntRange(1), default=3, show_default=True, help="Keyframes to show.")
+@click.option("--samples", type=click.IntRange(1), default=3, show_default=True, help="Number of keyframes to draw.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @reports_errors
 def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: int, device: str) -> None:
-    """One HTML file about RUNs: curves, figures of merit, and what the networks make of a few keyframes.
+    """Write one HTML file about RUNs: training curves, metrics, and predictions for a few keyframes.
 
-    Results of 'evaluate' are used where they stand; what was not evaluated yet is.
+    Existing results of 'evaluate' are used. Runs without results are evaluated first.
     """
     from occfeat_train.distributed import processes
     from occfeat_train.report.page import write_report
@@ -330,12 +345,12 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
     "--network",
     type=NETWORK,
     required=True,
-    help="Segnet is simplebev, Bevformernet bevformer, liftnet2's Liftnet lss.",
+    help="simplebev for Segnet, bevformer for Bevformernet, lss for liftnet2's Liftnet.",
 )
-@click.option("--backbone", type=BACKBONE, required=True, help="Its encoder.")
-@click.option("--out", type=DIRECTORY, required=True, help="Run directory to make.")
+@click.option("--backbone", type=BACKBONE, required=True, help="Image encoder of the checkpoint.")
+@click.option("--out", type=DIRECTORY, required=True, help="Run directory to create.")
 @click.option(
-    "--grid", metavar="ZxHxW", default="8x200x200", show_default=True, help="Cells up, forward, right of its grid."
+    "--grid", metavar="ZxHxW", default="8x200x200", show_default=True, help="Number of grid cells up, forward, right."
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, such as network.image_size=448x800."
@@ -344,9 +359,9 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 def import_reference(
     checkpoint: Path, network: str, backbone: str, out: Path, grid: str, overrides: tuple[str, ...]
 ) -> None:  # fmt: skip
-    """Take a CHECKPOINT of aharley/simple_bev and make a run of it, for 'evaluate' and 'finetune --from'.
+    """Convert a CHECKPOINT of aharley/simple_bev into a run, for 'evaluate' and 'finetune --from'.
 
-    The run's compat is simple-bev: it computes what the reference does, on a cache whose grid is in the cameras' frames.
+    The run has network.compat=simple-bev: it computes the same function as the reference. It needs a cache of --frames cameras.
     """
     from occfeat_targets.cache.grid import VoxelGrid
     from occfeat_train.simple_bev.import_reference import import_reference

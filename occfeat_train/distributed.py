@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who am I, and sums and means over all."""
+"""Ranks (torchrun) and devices, and reductions over all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Process:
-    """rank of world processes, and the device it computes on."""
+    """This process: its rank of `world` ranks, and its device."""
 
     rank: int
     world: int
@@ -31,9 +31,9 @@ class Process:
 
 @contextmanager
 def processes(device: str) -> Iterator[Process]:
-    """Join the other processes if torchrun started some, and leave them at the end.
+    """Initialise the process group under torchrun, and destroy it at the end.
 
-    device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if it isn't there.
+    device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if the device does not exist.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -41,7 +41,7 @@ def processes(device: str) -> Iterator[Process]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Process(rank, world, chosen)
-        if world > 1:  # leaving right after a collective can hang in torch 2.13's gloo
+        if world > 1:  # destroying the group right after a collective can hang in torch 2.13's gloo
             dist.barrier()
     finally:
         if world > 1:
@@ -49,10 +49,10 @@ def processes(device: str) -> Iterator[Process]:
 
 
 def prepare_together(prepare: Callable[[], Result]) -> Result:
-    """prepare(), which every process calls and which waits for no other; none goes on unless it succeeds in all.
+    """Call prepare() on every rank, and continue only if it succeeds on all. prepare() must not wait for other ranks.
 
-    Where it raises ValueError or OSError, the first process in which it does raises that, and the others exit with 1:
-    one message instead of one a process, and nobody waits for a process that is gone.
+    If it raises ValueError or OSError, the first rank where it does raises the error, and the other ranks exit with 1. The
+    error is printed once, and no rank waits for one that has exited.
     """
     try:
         result, error = prepare(), None
@@ -69,7 +69,7 @@ def prepare_together(prepare: Callable[[], Result]) -> Result:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Raises ValueError if a GPU is asked for that isn't there, or the name means nothing."""
+    """Raises ValueError if the GPU does not exist or the name is not a device."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if count else "cpu"
@@ -90,7 +90,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes; itself if there is one."""
+    """Sum of a tensor over all ranks; the tensor itself without a process group."""
     if not dist.is_initialized():
         return value
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else value.device
@@ -100,10 +100,10 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def average_statistics(module: nn.Module) -> None:
-    """Set the running statistics of every BatchNorm in training to their mean over all processes, in one message.
+    """Set the running statistics of every BatchNorm in training mode to their mean over all ranks, with one all-reduce.
 
-    Each process normalises by its own batch, so each updates them with other numbers. num_batches_tracked stays: it is
-    the same everywhere.
+    Each rank normalises with its own batch statistics, so the running statistics differ between ranks. num_batches_tracked
+    is equal on all ranks.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d) and norm.training]
     if not dist.is_initialized() or not norms:
@@ -115,7 +115,7 @@ def average_statistics(module: nn.Module) -> None:
 
 
 def gather_strings(values: list[str]) -> list[str]:
-    """All processes' lists, one after the other."""
+    """The lists of all ranks, concatenated."""
     if not dist.is_initialized():
         return values
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]

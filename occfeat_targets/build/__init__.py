@@ -1,1 +1,1 @@
-"""From a command's options to a finished cache: plan, keyframes, shards, and where they run. Imports everything above."""
+"""From options to a finished cache: planning, assembling keyframes, writing shards. Imports `cache`, `sources` and `targets`."""

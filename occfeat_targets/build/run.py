@@ -43,7 +43,7 @@ def default_workers() -> int:
 
 
 def run(
-    plan: Plan, *, workers: int, scheduler: str | None, say: Callable[[str], None], progress: bool = True
+    plan: Plan, *, workers: int, scheduler: str | None, print_line: Callable[[str], None], progress: bool = True
 ) -> Outcome:
     """Build the plan's shards on `workers` local processes (0: in this one) or on the cluster at `scheduler`.
 
@@ -73,8 +73,8 @@ def run(
             outcome.reports.append(report)
             with bar.external_write_mode():
                 if report.error is not None:
-                    say(f"shard {report.shard} failed: {report.error}")
+                    print_line(f"shard {report.shard} failed: {report.error}")
                 for why in report.skipped.values():
-                    say(f"skipped: {why}")
+                    print_line(f"skipped: {why}")
             bar.update(report.num_keyframes if report.error is None else 0)
     return outcome

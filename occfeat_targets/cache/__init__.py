@@ -1,4 +1,1 @@
-"""The cache: what is in it, how it is written and read. NumPy and zarr, nothing else.
-
-The contract between the two halves: the trainer imports this package of `occfeat_targets` and no other.
-"""
+"""Contents of a cache, and reading and writing it: NumPy and zarr only. The trainer imports only this package of `occfeat_targets`."""

@@ -362,21 +362,21 @@ def open_cache(path: Path) -> Cache:
                 f"{path / name} is missing or was changed since the cache was created: restore or rebuild it"
             )
     group = zarr.open_group(path, mode="r", use_consolidated=False)
-    about: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
+    attributes: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
     identity = Identity(
         tuple(str(t) for t in np.asarray(_zarr_array(group, "sample_token")[:])),
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
         tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
     )
     try:
-        spec = TargetSpec.from_dict(about["spec"])
+        spec = TargetSpec.from_dict(attributes["spec"])
     except (KeyError, TypeError) as err:
         raise CacheError(
             f"{path} was not written by this release of occfeat ({err}): use the one that built it"
         ) from err
-    if spec.fingerprint != about["fingerprint"]:
+    if spec.fingerprint != attributes["fingerprint"]:
         raise CacheError(
-            f"{path / 'zarr.json'} says fingerprint {about['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "
+            f"{path / 'zarr.json'} says fingerprint {attributes['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "
             "restore it, or delete the cache and build it again"
         )
-    return Cache(path, spec, identity, int(about["keyframes_per_shard"]), about["provenance"], digest(record))
+    return Cache(path, spec, identity, int(attributes["keyframes_per_shard"]), attributes["provenance"], digest(record))

@@ -151,9 +151,9 @@ def _draw_title(sheet: Image.Image, cache: Cache, keyframe: int, index: int) -> 
         raise IndexError(f"keyframe {keyframe} of a cache of {len(cache)}")
     title = f"{identity.tokens[keyframe]}   {identity.scenes[keyframe]}   {cache.path.stem} {keyframe} of {len(cache)}"
     teacher = "no teacher" if spec.teacher is None else f"teacher {spec.teacher.name} ({spec.teacher.digest})"
-    about = f"cache {spec.fingerprint}; {teacher}; grid {spec.grid} in frame {spec.frames[index]}"
+    caption = f"cache {spec.fingerprint}; {teacher}; grid {spec.grid} in frame {spec.frames[index]}"
     top = draw_lines(sheet, MARGIN, 12, [title], 27)
-    top = draw_lines(sheet, MARGIN, top, wrap(about, WIDTH - 2 * MARGIN, 17), 17, FAINT) + 4
+    top = draw_lines(sheet, MARGIN, top, wrap(caption, WIDTH - 2 * MARGIN, 17), 17, FAINT) + 4
     warnings = [line for text in cache.warnings for line in wrap(text, WIDTH - 2 * MARGIN, 24)]
     return draw_banner(sheet, top, warnings) + 10 if warnings else top + 6
 

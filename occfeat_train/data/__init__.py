@@ -1,1 +1,1 @@
-"""From a cache to batches: order of samples, reference frames, augmentation. Imports `ops` for what a batch samples."""
+"""From a cache to batches: sample order, prefetching, augmentation. Imports `ops`, and `occfeat_targets.cache`."""

@@ -1,8 +1,8 @@
-"""Simple-BEV's augmentations: drawn on the host from (seed, epoch, sample), carried out on the device.
+"""Simple-BEV's augmentations: parameters are sampled on the host from (seed, epoch, sample) and applied on the device.
 
-A draw only decides numbers. Images are resized, cropped and mirrored at once, for all cameras of a batch, as two
-matrix products (rows and columns of an antialiased triangle filter), and the calibration follows exactly: pixel i
-covers [i, i + 1), so a resize scales fx, cx, a crop shifts cx, and a mirrored image is one of a camera with fx < 0.
+All images of a batch are resized, cropped and mirrored together, as two matrix products (rows and columns of an
+antialiased triangle filter). The intrinsics are transformed exactly: pixel i covers [i, i + 1), so a resize scales fx and
+cx, a crop shifts cx, and mirroring makes fx negative.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one sample. resized: (C, 2) int (height, width) after resizing; crop: (C, 2) int (top, left) of
-    the final image in the resized one; mirror: (C,) bool; cameras: (n,) int, which of the C and in what order;
+    """Augmentation of one sample with V cameras.
+
+    resized: (V, 2) int (height, width) after resizing; crop: (V, 2) int (top, left) of the final image in the resized
+    image; mirror: (V,) bool; cameras: (n,) int, indices of the cameras used, in their order;
     bev_flip: (2,) bool (forward, right); frame: index of the grid's reference frame.
     """
 
@@ -36,9 +38,9 @@ class Draw:
 def draw(
     rng: np.random.Generator, config: AugmentConfig, image_size: tuple[int, int], num_cameras: int, frames: list[int]
 ) -> Draw:
-    """One sample's draw. image_size: final (height, width) [px]. frames: the reference frames to choose from.
+    """Sample the augmentation of one sample. image_size: final (height, width) [px]. frames: reference frames to choose from.
 
-    Everything is drawn whether it is used or not, so that switching one augmentation off leaves the others as they were.
+    All random numbers are always sampled, so that turning one augmentation off does not change the others.
     """
     factor = rng.uniform(*config.resize, num_cameras)
     shift = rng.uniform(-1, 1, (num_cameras, 2)) * int(image_size[0] * config.crop)
@@ -79,16 +81,16 @@ def transform_intrinsics(
 
 
 def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize, crop and mirror, then normalise as ImageNet networks expect.
+    """Resize, crop and mirror images, then normalise them with ImageNet's statistics.
 
-    images: (B, C, h, w, 3) uint8; resized, crop: (B, C, 2) int64; mirror: (B, C) bool; size: final (height, width).
-    Returns (B, C, 3, height, width) float32, channels last within an image. Outside the resized image is black.
+    images: (B, V, h, w, 3) uint8; resized, crop: (B, V, 2) int64; mirror: (B, V) bool; size: final (height, width).
+    Returns (B, V, 3, height, width) float32, channels-last within an image. Pixels outside the resized image are black.
     """
     source = images.permute(0, 1, 4, 2, 3).float()
     rows = filter_matrix(source.shape[-2], resized[..., 0], crop[..., 0], size[0])
     columns = filter_matrix(source.shape[-1], resized[..., 1], crop[..., 1], size[1])
     columns = torch.where(mirror[..., None, None], columns.flip(-2), columns)
-    with torch.autocast(images.device.type, enabled=False):  # a pixel is worth more than bfloat16's eight bits
+    with torch.autocast(images.device.type, enabled=False):  # pixels need more than bfloat16's eight bits
         pixels = rows[:, :, None] @ (source @ columns[:, :, None].transpose(-1, -2))
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels / 255 - mean) / std).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(
@@ -97,10 +99,10 @@ def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size
 
 
 def filter_matrix(source: int, resized: Tensor, crop: Tensor, size: int) -> Tensor:
-    """(..., size, source) weights of one axis: antialiased bilinear, as Pillow's and torch's `antialias=True`.
+    """(..., size, source) filter weights of one axis: antialiased bilinear, as in Pillow and torch's `antialias=True`.
 
-    Row j is output pixel j's: a triangle about its centre in the source, as wide as a resized pixel where that is
-    wider than a source pixel; it sums to 1, or to 0 where the pixel lies outside the resized image.
+    Row j belongs to output pixel j. It is a triangle around the pixel's centre in the source, as wide as the larger of a
+    resized pixel and a source pixel. It sums to 1, or to 0 if the pixel is outside the resized image.
     """
     position = torch.arange(size, device=resized.device) + 0.5 + crop[..., None]  # in the resized image
     scale = (resized / source)[..., None].float()

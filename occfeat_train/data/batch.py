@@ -1,5 +1,6 @@
-"""A batch as it travels: uint8 images, packed bits and the draws of the augmentation, straight from the cache. The
-device unpacks, augments and normalises, so that little is copied and the host does next to nothing.
+"""A batch: uint8 images, packed bits and augmentation parameters, as read from the cache.
+
+The device unpacks, augments and normalises it, so that little data is copied and the host does little work.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from occfeat_train.ops.views import Views
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples. Everything is as the cache holds it, in the cache's camera order; what a task doesn't need is None.
+    """B samples with V cameras, as stored in the cache and in its camera order. Arrays that a task does not need are None.
 
-    tokens: sample tokens, for error messages. grid: what the packed arrays are packed over.
-    images: (B, C, h, w, 3) uint8. intrinsics: (B, C, 3, 3) float64 of those images [px].
-    cam_from_grid: (B, C, 4, 4) float64 [m], the grid in the drawn reference frame.
-    resized, crop: (B, C, 2) int64; mirror: (B, C) bool; cameras: (B, n) int64; bev_flip: (B, 2) bool: see augment.Draw.
-    occupancy: (B, packed) uint8. features: (B, C, fh, fw, N_y) float16 or int8; feature_scale: (B, C, fh, fw) float16.
-    labels, valid: (B, K or 1, H, packed) uint8 map masks; valid is None where every cell counts.
+    tokens: sample tokens, for error messages. grid: the grid of the packed arrays.
+    images: (B, V, h, w, 3) uint8. intrinsics: (B, V, 3, 3) float64 of these images [px].
+    cam_from_grid: (B, V, 4, 4) float64 [m], for the grid in the sampled reference frame.
+    resized, crop: (B, V, 2) int64; mirror: (B, V) bool; cameras: (B, n) int64; bev_flip: (B, 2) bool: see augment.Draw.
+    occupancy: (B, packed) uint8. features: (B, V, fh, fw, N_y) float16 or int8; feature_scale: (B, V, fh, fw) float16.
+    labels, valid: (B, K or 1, H, packed) uint8 map masks; valid is None if every cell is valid.
     """
 
     tokens: tuple[str, ...]
@@ -74,7 +75,7 @@ class Batch:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def views(self, size: tuple[int, int]) -> Views:
-        """What the network sees, augmented as drawn. size: (height, width) of its input [px]."""
+        """The augmented input of the network. size: (height, width) of its images [px]."""
         rows = torch.arange(len(self), device=self.images.device)[:, None]
         images, intrinsics, cam_from_grid, resized, crop, mirror = (
             t[rows, self.cameras]
@@ -88,7 +89,7 @@ class Batch:
         )
 
     def occupied(self) -> Tensor:
-        """(B, Z, H, W) bool: O of paper 3.2."""
+        """(B, Z, H, W) bool, O in paper 3.2."""
         assert self.occupancy is not None
         bits = unpack_bits(self.occupancy)[:, : self.grid.num_voxels]
         return bits.unflatten(1, self.grid.shape)
@@ -102,8 +103,9 @@ class Batch:
         return labels, valid
 
     def voxel_targets(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
-        """Y_v (paper 3.3) of voxels given as (n,) ascending flat indices into (B, Z, H, W), from the images as they are
-        in the cache: augmentation is the student's alone.
+        """Y_v (paper 3.3) of voxels, given as (n,) ascending flat indices into (B, Z, H, W).
+
+        It is sampled from features of the cached images, because only the student's images are augmented.
 
         Returns (n, N_y) float16 and the number of valid views (n,) uint8.
         """

@@ -1,4 +1,4 @@
-"""Is a cache ready to be trained on? Read random keyframes the way training does, and say what a step would get."""
+"""Check whether a cache can be trained on: read random keyframes like training does, and measure them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from occfeat_train.ops.sampling import sample_voxel_features_numpy
 
 @dataclass(frozen=True)
 class Readiness:
-    """What `check_cache` measured, means over the keyframes it read.
+    """Measurements of `check_cache`, as means over the keyframes read.
 
-    occupied: voxels of the first reference frame; seen: their share with a view, whose features are distilled.
-    views: cameras that see a seen voxel. read_seconds, target_seconds: a keyframe's reading, and the sampling of its targets.
+    occupied: occupied voxels of the first reference frame; seen: fraction of them with a view, whose features are distilled.
+    views: views per seen voxel. read_seconds, target_seconds: time to read a keyframe, and to sample its target features.
     """
 
     num_keyframes: int
@@ -31,30 +31,35 @@ class Readiness:
 
     def describe(self) -> list[str]:
         lines = [
-            f"{self.num_keyframes} keyframes read, {self.num_skipped} of the cache are masked (skipped by the build)",
-            f"occupied voxels: {self.occupied:.0f} a keyframe",
-            f"reading: {self.read_seconds * 1e3:.2f} ms and {self.megabytes:.2f} MB a keyframe, checksums included",
+            f"{self.num_keyframes} keyframes read; {self.num_skipped} keyframes of the cache are masked (skipped by the build)",
+            f"occupied voxels: {self.occupied:.0f} per keyframe",
+            f"reading: {self.read_seconds * 1e3:.2f} ms and {self.megabytes:.2f} MB per keyframe, with checksums",
         ]
         if self.views:
-            lines.insert(2, f"  {self.seen:.1%} of them seen by a camera, {self.views:.2f} views each: distilled")
-            lines.append(f"sampling target features: {self.target_seconds * 1e3:.2f} ms a keyframe on one core")
+            lines.insert(
+                2,
+                f"  {self.seen:.1%} of them are seen by a camera, with {self.views:.2f} views each; their features are distilled",
+            )
+            lines.append(f"sampling target features: {self.target_seconds * 1e3:.2f} ms per keyframe on one core")
         return lines
 
 
 def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readiness:
-    """Read random keyframes, every array of them, and sample their target features.
+    """Read all arrays of random keyframes, and sample their target features.
 
-    Raises CacheError if a chunk is damaged or lost, ValueError if every keyframe of the cache is masked, or a target is not finite.
+    Raises CacheError if a chunk is damaged or lost, and ValueError if all keyframes are masked or a target is not finite.
     """
     reader.cache.require_files()
     valid = np.flatnonzero(reader.is_valid)
     if not len(valid):
-        raise ValueError(f"{reader.cache.path} has no valid keyframe: every one was skipped by the build")
+        raise ValueError(
+            f"{reader.cache.path} has no valid keyframe: the build skipped all of them; see 'occfeat-targets status'"
+        )
     spec = reader.cache.spec
     names = [array.name for array in spec.arrays()]
     chosen = np.random.default_rng(seed).permutation(valid)[:num_keyframes]
     occupied, seen, views, reading, sampling = [], [], [], [], []
-    for keyframe in [chosen[0], *chosen]:  # the first one twice: it pays for indices and compilation
+    for keyframe in [chosen[0], *chosen]:  # the first one twice, because it includes reading indices and compilation
         start = time.perf_counter()
         arrays = reader.read_all(names, int(keyframe))
         reading.append(time.perf_counter() - start)

@@ -1,8 +1,8 @@
-"""From a cache to batches: which samples a run sees and in what order, and reading them ahead of the step.
+"""From a cache to batches: the samples of a run, their order, and prefetching.
 
-The samples of a run are one stream: a permutation of the split an epoch, one after the other, cut into batches. So a
-position in the stream says everything about what comes next, whoever asks and on however many processes, and no sample
-is ever dropped for the sake of a batch's size.
+The samples of a run are one stream: one permutation of the split per epoch, concatenated and cut into batches. The position
+in the stream determines all following samples, independently of the number of ranks, and no sample is dropped to fill a
+batch.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Batch
 
-EVALUATION_CAMERA = "CAM_FRONT"  # whose frame evaluation uses (Simple-BEV)
-NEVER_REFERENCE = "CAM_FRONT_LEFT"  # Simple-BEV draws the reference among the other five
+EVALUATION_CAMERA = "CAM_FRONT"  # reference frame in evaluation (Simple-BEV)
+NEVER_REFERENCE = "CAM_FRONT_LEFT"  # Simple-BEV samples the reference camera from the other five
 CLASSES = {"vehicles": ("vehicles",), "map": MAP_CLASSES}
 
 
 class KeyframeDataset:
     """Samples of one cache for one task, with or without augmentation.
 
-    keyframes: (N,) the indices into the cache that belong to it, skipped ones left out. arrays: what is read for each.
+    keyframes: (N,) indices into the cache, without skipped keyframes. arrays: names of the arrays read for each sample.
     """
 
     def __init__(
         self, reader: CacheReader, config: Config, *, training: bool, scenes: Iterable[str] | None = None
     ) -> None:
-        """scenes: only their keyframes. Raises CacheError or ValueError if the cache can't serve this task and frame."""
+        """scenes: use only their keyframes. Raises CacheError or ValueError if the cache does not fit the task or the frame."""
         self.reader, self.config, self.training = reader, config, training
         spec = reader.cache.spec
         self.grid = spec.grid
@@ -66,7 +66,7 @@ class KeyframeDataset:
             )
         labels = {"pretrain": [], "vehicles": ["labels/vehicles", "labels/vehicles_valid"], "map": ["labels/map"]}
         read = [*self.arrays, *labels[config.task], "intrinsics", "cam_from_ego", "grid_from_ego"]
-        reader.cache.require_files(read)  # now, not hours into the first epoch
+        reader.cache.require_files(read)  # before training, not hours into the first epoch
         cameras = len(spec.cameras)
         if training and config.augment.num_cameras > cameras:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
@@ -89,12 +89,12 @@ class KeyframeDataset:
 
     @property
     def frames(self) -> tuple[str, ...]:
-        """The reference frames that a sample's grid may be in: one in evaluation."""
+        """Possible reference frames of a sample's grid; only one in evaluation."""
         return tuple(self.reader.cache.spec.frames[index] for index in self._frames)
 
     @property
     def enlarges(self) -> bool:
-        """Whether images are resized to more pixels than the cache has of them, on either axis."""
+        """Whether images are resized to more pixels than the cached images have, on either axis."""
         largest = self._augment.largest(self.config.network.image_size)
         return any(n > given for n, given in zip(largest, self.reader.cache.spec.image_size, strict=True))
 
@@ -107,7 +107,7 @@ class KeyframeDataset:
         allowed = ", or allow it with --set allow_upsampling=true" if self.training else ""
         raise CacheError(
             f"{self.reader.cache.path} has images of {cached[0]}x{cached[1]}, network.image_size={network[0]}x{network[1]} "
-            f"needs up to {largest[0]}x{largest[1]} of them, and enlarged images are not as sharp as real ones: build it "
+            f"needs up to {largest[0]}x{largest[1]}, and enlarged images are not as sharp as real ones: build it "
             f"with --image-size {needed[0]}x{needed[1]}{allowed}"
         )
 
@@ -153,14 +153,14 @@ def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 def resolve_frame(available: Sequence[str], wanted: str) -> str:
-    """``auto`` as the frame that a cache with these frames makes of it; anything else as it is."""
+    """Resolve ``auto`` for a cache with these frames; other values are returned unchanged."""
     if wanted != "auto":
         return wanted
     return EGO_FRAME if set(available) <= {EGO_FRAME} else "cameras"
 
 
 def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -> list[int]:
-    """Indices of the reference frames a sample may use: one in evaluation, the cameras' in training.
+    """Indices of a sample's possible reference frames: one in evaluation, several cameras in training.
 
     wanted: ``auto`` (cameras where the cache has them), ``ego``, ``cameras``, or a camera's name.
     Raises ValueError if the cache has no such frame.
@@ -185,7 +185,7 @@ def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -
 def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
     """Every (100 / percent)-th scene of the split, in its order, at least one (paper 4.1 leaves the choice open).
 
-    scenes: scene names in the split's order, one a keyframe; those of valid keyframes, so that each has something to learn.
+    scenes: scene name of each valid keyframe, in the split's order, so that every chosen scene has valid keyframes.
     """
     names = list(dict.fromkeys(scenes))
     count = max(round(len(names) * percent / 100), 1)
@@ -193,9 +193,9 @@ def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
 
 
 class Prefetcher:
-    """Iterates over batches that a pool of threads reads ahead; reading and sampling release the interpreter's lock.
+    """Iterates over batches that a pool of threads prefetches; reading releases the GIL.
 
-    On a GPU batches are pinned and copied on a stream of their own. `waited` is how long the loop stood waiting [s].
+    For a GPU, batches are pinned and copied on a separate stream. `waited` is the time the loop waited for data [s].
     """
 
     def __init__(

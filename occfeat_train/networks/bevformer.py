@@ -1,11 +1,12 @@
-"""BEVFormer as the paper had it: Simple-BEV's single-frame re-implementation (Harley et al.; Li et al. for the idea).
+"""BEVFormer as used in the paper: Simple-BEV's single-frame re-implementation (Harley et al.) of Li et al.
 
-Every cell of the bird's-eye map is a learned query. Six layers let a query read the other queries about itself, then
-the cameras its column of voxels projects into, at places it learns. Stands between the image encoder and the decoder.
+Every cell of the BEV map is a learned query. In each of six layers, a query attends to the queries around it and then to
+the cameras into which its column of voxels projects, at learned sampling points.
 
-`compat="simple-bev"` reproduces what the reference code does otherwise: its self-attention reads about the transposed
-cell, its cross-attention takes the views of the batch's first sample for every sample, and tells points behind a camera
-by a depth clamped at 1e-4 alone. Its training also flips channels where the map is to be flipped forward: not reproduced.
+`compat="simple-bev"` reproduces the differences of the reference code: its self-attention reads around the transposed
+cell, its cross-attention uses the views of the batch's first sample for all samples, and it recognises points behind a
+camera only by a depth clamped at 1e-4. In training the reference also flips channels where it should flip the map
+forward; this is not reproduced.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from occfeat_train.ops.views import Views, check_shapes
 
 HEADS = 4
 _LAYERS, _POINTS, _DROPOUT = 6, 8, 0.1
-_OUTSIDE = -1e6  # a place that no offset brings back to its map
+_OUTSIDE = -1e6  # a point so far outside that no offset returns to the map
 
 
 class BEVFormer(nn.Module):
-    """(B, S, C, h, w) features -> (B, C, H, W) map.
+    """(B, V, C, h, w) features -> (B, C, H, W) map.
 
     channels: C, a multiple of 4 heads. compat: None or "simple-bev".
-    recompute: activation checkpointing of each layer, whose inside is 0.5 GB a sample at 200 x 200 cells.
-    Raises ValueError if channels is no such multiple.
+    recompute: activation checkpointing of each layer, which saves 0.5 GB of activations per sample at 200 x 200 cells.
+    Raises ValueError for other numbers of channels.
     """
 
-    mirrors_grid = False  # a mirrored grid would be read by the same learned queries: see `network`
+    mirrors_grid = False  # the learned queries do not mirror with the grid: see `network`
 
     def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
         super().__init__()
         check_compat(compat)
         if channels % HEADS:
-            raise ValueError(f"BEVFormer of {channels} channels: its attention has {HEADS} heads, give a multiple")
+            raise ValueError(f"BEVFormer of {channels} channels: its attention has {HEADS} heads, choose a multiple")
         self.grid, self.compat, self.feature_channels = grid, compat, channels
         self.recompute = True
         self.queries = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
@@ -66,11 +67,11 @@ class BEVFormer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention, and two linear layers, each added to its input and normalised after."""
+    """Self-attention, cross-attention and a feed-forward network, each with a residual connection and a LayerNorm after it."""
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
-        hidden = 1028 * channels // 128  # sic
+        hidden = 1028 * channels // 128  # 1028 as in the reference
         self.self_attention = SelfAttention(channels)
         self.norm1 = nn.LayerNorm(channels)
         self.cross_attention = CrossAttention(channels, levels)
@@ -80,9 +81,9 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        query: Tensor,  # (B * H * W, C), and so are positions
+        query: Tensor,  # (B * H * W, C), the same for positions
         positions: Tensor,
-        tokens: Tensor,  # (B * S, h, w, C)
+        tokens: Tensor,  # (B * V, h, w, C)
         cells: Reads,
         cameras: Reads,
         num_views: Tensor,  # (B * H * W,)
@@ -95,13 +96,13 @@ class Layer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Queries read queries, 8 places a head about their own cell. Keys are not used."""
+    """Queries attend to queries, at 8 sampling points per head around their own cell. Keys are not used."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.places = Places(channels, _POINTS)
+        self.places = SamplingPoints(channels, _POINTS)
         self.value = _linear(channels)
-        self.inner = _linear(channels)  # Deformable-DETR's own, and the reference has one more after it
+        self.inner = _linear(channels)  # Deformable-DETR's output layer; the reference adds another after it
         self.output = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(_DROPOUT)
 
@@ -114,32 +115,33 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries read the cameras that see their column, about the projections of its voxels' centres: the mean over cameras.
+    """Queries attend to the cameras that see their column, around the projections of its voxel centres; mean over cameras.
 
-    Places of a head are 8 where the grid's levels divide that, a level's in turn, otherwise one for each level.
+    A head has 8 sampling points, assigned to the levels of the grid in turn. If 8 is no multiple of the number of levels,
+    it has one point per level.
     """
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
         points = _POINTS if _POINTS % levels == 0 else levels
-        self.places = Places(channels, points, levels)
+        self.places = SamplingPoints(channels, points, levels)
         self.value = _linear(channels)
         self.output = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(_DROPOUT)
 
     def forward(self, query: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
-        """query: (B * H * W, C), positions added; tokens: (B * S, h, w, C); num_views: (B * H * W,)."""
+        """query: (B * H * W, C), positions added; tokens: (B * V, h, w, C); num_views: (B * H * W,)."""
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
         read = deformable(values, self.places(query), cameras).flatten(1)
         dropped: Tensor = self.dropout(self.output(read / num_views.clamp(min=1)[:, None]))
         return dropped
 
 
-class Places(nn.Module):
-    """Queries (B, N, C) -> where and how much they read: (B * N, heads, P, 3), offsets (column, row) [tokens] and scores.
+class SamplingPoints(nn.Module):
+    """Queries (B, N, C) -> sampling points (B * N, heads, P, 3): offsets (column, row) [tokens] and scores.
 
-    In the beginning every query reads alike: a head to the right, up, left and down, its point i at i + 1 tokens.
-    levels: of anchors that points take in turn; the highest one's point is the nearest in the beginning.
+    At initialisation all queries have the same points: the heads point right, up, left and down, point i at i + 1 tokens.
+    levels: number of anchors to which the points are assigned in turn; the point of the highest level starts nearest.
     """
 
     def __init__(self, channels: int, points: int, levels: int = 1) -> None:
@@ -156,7 +158,7 @@ class Places(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, query: Tensor) -> Tensor:
-        """In float32 also in autocast: at 8 tokens bfloat16 knows an offset to 1/32 token."""
+        """float32 also under autocast: bfloat16 has a resolution of only 1/32 token at an offset of 8 tokens."""
         with torch.autocast(query.device.type, enabled=False):
             exact = torch.promote_types(query.dtype, self.offsets.weight.dtype)
             offsets, scores = self.offsets(query.to(exact)), self.weights(query.to(exact))
@@ -172,7 +174,7 @@ def _linear(channels: int) -> nn.Linear:
 
 
 def neighbour_reads(batch: int, map_shape: tuple[int, int], compat: str | None, device: torch.device) -> Reads:
-    """Every cell reads its own sample's map of queries about itself; in compat about the cell mirrored at the diagonal."""
+    """Every cell reads its own sample's map of queries around itself; with compat, around the transposed cell."""
     height, width = map_shape
     rows = torch.arange(height, device=device)[:, None].expand(map_shape)
     columns = torch.arange(width, device=device).expand(map_shape)
@@ -193,9 +195,9 @@ def neighbour_reads(batch: int, map_shape: tuple[int, int], compat: str | None, 
 def camera_reads(
     views: Views, grid: VoxelGrid, feature_size: tuple[int, int], compat: str | None
 ) -> tuple[Reads, Tensor]:
-    """Every cell reads the cameras in which some voxel centre of its column lies, about the projections of all of them.
+    """Every cell reads the cameras that see a voxel centre of its column, around the projections of all its voxel centres.
 
-    A centre behind a camera is read nowhere. Returns those reads and (B, H * W) how many cameras a cell reads.
+    A centre behind a camera is not read. Returns the reads and (B, H * W) the number of cameras that a cell reads.
     """
     (height, width), (h, w) = views.images.shape[-2:], feature_size
     batch, cams = views.images.shape[:2]
@@ -209,19 +211,19 @@ def camera_reads(
         u, v, depth = (
             (row[:, 0] * x[..., None] + row[:, 1] * y[..., None] + row[:, 2] * z[:, None] + row[:, 3]).flatten(0, 1)
             for row in pixels_from_grid[sample].unbind(1)
-        )  # (H * W, Z, S)
+        )  # (H * W, Z, V)
         if compat is None:
             is_valid = depth > 0
             u, v = u / depth, v / depth
             is_inside = is_valid & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         else:
             clamped = depth.clamp(min=1e-4)
-            # (x fx + depth cx) / clamped would not be the reference's x fx / clamped + cx behind the camera
+            # behind the camera, (x fx + depth cx) / clamped differs from the reference's x fx / clamped + cx
             centre_u, centre_v = views.intrinsics[sample, :, 0, 2].double(), views.intrinsics[sample, :, 1, 2].double()
             u, v = (u - centre_u * depth) / clamped + centre_u, (v - centre_v * depth) / clamped + centre_v
             is_valid = torch.ones_like(depth, dtype=torch.bool)
             is_inside = (u > 0) & (u < width) & (v > 0) & (v < height)
-        seen = is_inside.any(1)  # (H * W, S)
+        seen = is_inside.any(1)  # (H * W, V)
         views_of.append(seen.sum(1))
         if compat is not None:
             first_seen = seen = seen if first_seen is None else first_seen

@@ -1,4 +1,4 @@
-"""The BEV decoder: a UNet with ResNet-18's blocks from the lifted map to F_B (paper 3.1; Simple-BEV's `raw_feat`)."""
+"""BEV decoder: a UNet with ResNet-18 blocks from the lifted map to F_B (paper 3.1; Simple-BEV's `raw_feat`)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from occfeat_train.ops.norms import InstanceNorm
 
 
 class BEVDecoder(nn.Module):
-    """(B, channels, H, W) lifted map -> (B, channels, H, W) F_B, with nothing after the last addition.
+    """(B, channels, H, W) lifted map -> (B, channels, H, W) F_B, without activation after the last addition.
 
-    Three levels of strides 2, 4, 8 and widths channels/2, channels, 2*channels; each is brought back to the map of the
-    level above and added to it. Any H and W will do: an odd side rounds up on its way down.
+    Three levels with strides 2, 4, 8 and widths channels/2, channels, 2*channels. Each is resized to the level above and
+    added to it. H and W are arbitrary; odd sides are rounded up when halved.
     Raises ValueError if channels is odd.
     """
 
     def __init__(self, channels: int = 128) -> None:
         super().__init__()
         if channels < 2 or channels % 2:
-            raise ValueError(f"decoder of {channels} channels: its first level has half of them, give an even number")
+            raise ValueError(f"decoder of {channels} channels: its first level has half of them, choose an even number")
         narrow, wide = channels // 2, channels * 2
         self.stem = nn.Sequential(
             nn.Conv2d(channels, narrow, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(True)
@@ -42,9 +42,9 @@ class BEVDecoder(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's block of two 3x3 convolutions: (N, inside, H, W) -> (N, outside, H/stride, W/stride).
+    """ResNet's basic block of two 3x3 convolutions: (N, inside, H, W) -> (N, outside, H/stride, W/stride).
 
-    The last gamma starts at zero, so that a new block is its shortcut.
+    The last gamma is initialised to zero, so that a new block equals its shortcut.
     """
 
     def __init__(self, inside: int, outside: int, stride: int = 1) -> None:
@@ -69,10 +69,10 @@ class BasicBlock(nn.Module):
 
 
 class ShortcutConv(nn.Conv2d):
-    """A 1x1 convolution with a stride and no bias; of few channels on a CPU, its input is subsampled before instead.
+    """A 1x1 convolution with a stride and without bias. With few channels on a CPU, the input is subsampled first.
 
-    That is the same function. torch 2.13's backward (oneDNN) of the other writes past its buffer where a pixel's inputs
-    do not fill a vector register of 16 floats, and the process mostly dies of it; five lines that show it:
+    The function is the same. torch 2.13's backward pass (oneDNN) of the strided convolution writes past its buffer if a
+    pixel's channels do not fill a vector register of 16 floats, and the process usually crashes. To reproduce:
 
         conv = torch.nn.Conv2d(4, 8, 1, stride=2, bias=False).to(memory_format=torch.channels_last)
         x = torch.randn(2, 4, 100, 100).to(memory_format=torch.channels_last).requires_grad_()
@@ -91,8 +91,8 @@ class ShortcutConv(nn.Conv2d):
 class UpAdd(nn.Module):
     """(N, inside, h, w) and a skip (N, outside, H, W) -> skip + InstanceNorm(1x1 convolution, bilinearly resized).
 
-    Convolving before the resize is the same function as after it, as the reference does, for a 1x1 convolution mixes
-    channels and bilinear weights mix places; there are a quarter as many places before.
+    The reference convolves after the resize. The function is the same, because a 1x1 convolution mixes only channels and
+    the resize mixes only positions. Before the resize there are a quarter as many positions.
     """
 
     def __init__(self, inside: int, outside: int) -> None:
@@ -102,6 +102,6 @@ class UpAdd(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         up = self.conv(x)
-        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would return float32
+        with torch.autocast(x.device.type, enabled=False):  # autocast on a GPU would return float32
             up = functional.interpolate(up, size=skip.shape[-2:], mode="bilinear", align_corners=False)
         return skip + self.norm(up)

@@ -1,7 +1,7 @@
-"""Image encoders: a pretrained backbone cut off at stride 16 and fused to one map at stride 8 (paper 4.1).
+"""Image encoders: a pretrained backbone truncated at stride 16, fused to one map at stride 8 (paper 4.1).
 
-The backbones are transformers' modules, put together so that they compute what Simple-BEV's do: EfficientNet-B0 up to
-block 10, ResNet-50 and -101 (v1.5) up to the third stage. Their weights come from the hub, a folder, or MoCo-v2's file.
+The backbones consist of transformers' modules and compute the same function as Simple-BEV's: EfficientNet-B0 up to block
+10, ResNet-50 and -101 (v1.5) up to the third stage. Weights come from the hub, a folder, or MoCo-v2's file.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DEFAULT_WEIGHTS = {
     "resnet-101": "microsoft/resnet-101",
 }
 MOCO_V2_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
-MOCO_V2_MD5 = "a04e12f8"  # its first digits, as MoCo's authors publish them
+MOCO_V2_MD5 = "a04e12f8"  # the first digits, as published by MoCo's authors
 
 _STRIDE = 16
-# EfficientNet-B0's first five stages are its blocks 0 to 10; a ResNet's first three its layer1 to layer3.
+# The first five stages of EfficientNet-B0 are blocks 0 to 10; the first three of a ResNet are layer1 to layer3.
 _EFFICIENTNET: dict[str, Any] = {
     "width_coefficient": 1.0,
     "depth_coefficient": 1.0,
@@ -44,7 +44,7 @@ _EFFICIENTNET: dict[str, Any] = {
     "strides": [1, 2, 2, 2, 1],
     "num_block_repeats": [1, 2, 2, 3, 3],
     "expand_ratios": [1, 6, 6, 6, 6],
-    "depthwise_padding": [],  # every padding is TensorFlow's: of even sides, the odd pixel goes right and below
+    "depthwise_padding": [],  # TensorFlow's padding everywhere: for even sides, the extra pixel is on the right and below
     "batch_norm_eps": 1e-3,
 }
 _RESNET: dict[str, Any] = {
@@ -53,18 +53,18 @@ _RESNET: dict[str, Any] = {
     "hidden_sizes": [256, 512, 1024],
     "downsample_in_bottleneck": False,  # v1.5: the 3x3 convolution has the stride
 }
-_LARGE_BLOCKS = 4  # EfficientNet's, up to the first of stride 8: with the stem, two thirds of what it would keep
+_LARGE_BLOCKS = 4  # of EfficientNet, up to the first of stride 8: with the stem, two thirds of its saved activations
 _RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
 
 
 class ImageEncoder(nn.Module):
     """(N, 3, H, W) ImageNet-normalised images -> (N, extra_channels + channels, H/8, W/8) features.
 
-    backbone: one of BACKBONES, its weights random until `load_backbone_weights`.
-    extra_channels: what a lifting wants besides, from the same last convolution.
-    drop_connect: EfficientNet's rate of dropped residuals in training, reached linearly towards its (missing) block 11.
-    recompute: keep nothing inside the blocks of the largest maps for the backward, and compute it again there.
-    Raises ValueError on another backbone, and in `forward` if H or W is no multiple of 16.
+    backbone: one of BACKBONES, with random weights until `load_backbone_weights`.
+    extra_channels: additional output channels of the last convolution for the lifting.
+    drop_connect: EfficientNet's stochastic depth; the rate grows linearly with depth up to this value at block 11 (absent).
+    recompute: activation checkpointing of the first blocks, which have the largest maps.
+    Raises ValueError on an unknown backbone, and in `forward` if H or W is no multiple of 16.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ImageEncoder(nn.Module):
 
 
 class EfficientNetB0(nn.Module):
-    """(N, 3, H, W) -> (N, 40, H/8, W/8) and (N, 112, H/16, W/16), outputs of blocks 4 and 10; later ones don't exist."""
+    """(N, 3, H, W) -> (N, 40, H/8, W/8) and (N, 112, H/16, W/16), outputs of blocks 4 and 10; later blocks are left out."""
 
     widths = (40, 112)
 
@@ -121,11 +121,11 @@ class EfficientNetB0(nn.Module):
         self.blocks = EfficientNetEncoder(config).blocks
         block: Any
         for index, block in enumerate(self.blocks):
-            # transformers drops single elements here; EfficientNet drops an image's whole residual.
+            # transformers uses elementwise dropout here; EfficientNet drops the whole residual of an image.
             block.projection.dropout = DropConnect(drop_connect * index / len(self.blocks))
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.01  # transformers hands TensorFlow's 0.99 to torch, where it means the opposite
+                module.momentum = 0.01  # transformers passes TensorFlow's 0.99, but torch defines 1 - momentum
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +162,7 @@ class ResNet(nn.Module):
 
 
 class DropConnect(nn.Module):
-    """Stochastic depth: in training an image's (C, H, W) is zero with probability `rate`, else divided by 1 - rate."""
+    """Stochastic depth: in training, each image's (C, H, W) is set to zero with probability `rate`, else divided by 1 - rate."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class DropConnect(nn.Module):
 
 
 def _initialise(backbone: nn.Module) -> None:
-    """He's initialisation by the fan out; a depthwise convolution's is its own kernel."""
+    """He initialisation by fan-out; the fan-out of a depthwise convolution is its kernel size."""
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
@@ -188,11 +188,11 @@ def _initialise(backbone: nn.Module) -> None:
 
 
 def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
-    """Fill the encoder's backbone, every parameter and running statistic of it, and say in a sentence with what.
+    """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
 
-    weights: ``none`` to leave it random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
-    official file of 800 epochs; or a .pth or .pth.tar file in its layout (ResNet-50 only).
-    Raises ValueError if they can't be had, are of another architecture, or lack something.
+    weights: ``none`` keeps them random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
+    official file of 800 epochs; or a .pth or .pth.tar file with its layout (ResNet-50 only).
+    Raises ValueError if the weights are not available, incomplete, or of another architecture.
     """
     if weights == "none":
         return "backbone: from scratch, random weights"
@@ -210,13 +210,13 @@ def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
 
 
 def _fill(backbone: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy what the truncated backbone has; a count of batches may be missing, nothing reads it."""
+    """Copy the tensors of the truncated backbone. num_batches_tracked may be missing, because it is never used."""
     wanted = {name: value for name, value in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(
             f"backbone weights {source} lack {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}: another architecture, or not the layout expected"
+            f"{', ...' if len(missing) > 5 else ''}: they are of another architecture, or in another layout"
         )
     for name, value in wanted.items():
         if state[name].shape != value.shape:
@@ -227,7 +227,7 @@ def _fill(backbone: nn.Module, state: Mapping[str, torch.Tensor], source: str) -
 
 
 def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
-    """(tensors by the truncated backbone's names, where they are from) of a hub id or folder."""
+    """(tensors by the truncated backbone's names, source) of a hub id or folder."""
     from transformers import AutoConfig, EfficientNetModel, ResNetModel
 
     kind, expected = "efficientnet", _EFFICIENTNET
@@ -248,7 +248,7 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
             model_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         ),
     )
-    # transformers makes up what is missing or of another shape.
+    # transformers initialises tensors that are missing or have another shape at random.
     absent = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
     state = {n.removeprefix("encoder."): v for n, v in model.state_dict().items() if n not in absent}
     revision = getattr(config, "_commit_hash", None)
@@ -256,7 +256,7 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
 
 
 def _local_first(weights: str, load: Callable[..., Any]) -> Any:
-    """`load` from a folder or the hub's cache, and only then over the network."""
+    """`load` from a folder or the hub's cache; if that fails, over the network."""
     if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
         raise ValueError(f"backbone weights {weights}: there is no such folder")
     try:
@@ -282,7 +282,7 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
 
 
 def _moco_v2_file() -> Path:
-    """The official checkpoint in torch.hub's folder, downloaded if it isn't there."""
+    """The official checkpoint in torch.hub's folder; downloaded if it is missing."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / MOCO_V2_URL.rsplit("/", 1)[1]
     if file.exists():
         return file
@@ -305,10 +305,10 @@ def _moco_v2_file() -> Path:
 
 
 def _read_moco(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by the truncated backbone's names of a checkpoint of MoCo-v2, which holds the query encoder and more."""
+    """Tensors of a MoCo-v2 checkpoint's query encoder, by the truncated backbone's names."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error below
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise ValueError(f"backbone weights {file}: there is no such file") from err
@@ -324,7 +324,7 @@ def _read_moco(file: Path) -> dict[str, torch.Tensor]:
 
 
 def resnet_name(torchvision_name: str) -> str | None:
-    """A tensor's name in `ResNet` from its name in torchvision's; None for what is left out (layer4, fc)."""
+    """Name of a torchvision tensor in `ResNet`; None for tensors that are left out (layer4, fc)."""
     match = re.fullmatch(r"(?:layer([123])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)", torchvision_name)
     if match is None:
         return None
@@ -339,8 +339,8 @@ def resnet_name(torchvision_name: str) -> str | None:
 
 def _refused(source: str, err: Exception) -> str:
     return (
-        f"backbone weights {source} are refused ({_first_line(err)}): not a checkpoint of plain tensors, and a pickle "
-        "that holds code is never run here; save its state_dict alone, or download it again"
+        f"backbone weights {source} are refused ({_first_line(err)}): not a checkpoint of plain tensors, and pickles "
+        "with code are never executed; save only its state_dict, or download it again"
     )
 
 

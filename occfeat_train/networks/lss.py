@@ -1,15 +1,15 @@
-"""LSS: image features to a bird's-eye map by Lift-Splat (Philion and Fidler, "push"), as Simple-BEV's liftnet2 has it.
+"""LSS: Lift-Splat (Philion and Fidler, "push") from image features to a BEV map, as in Simple-BEV's liftnet2.
 
-A feature token is spread over the depths along its ray by a softmax; what falls into a voxel is averaged, and a cell of
-the map is the sum over its voxels. Stands between the image encoder, which emits the depths' logits, and the decoder.
+A softmax distributes each feature token over the depths along its ray. The points in a voxel are averaged, and a cell of
+the map is the sum over its voxels. The image encoder outputs the depth logits.
 
-Of the (depth, token) points half fall into the grid, and a point is one token times a weight: a sparse product of
-weights and tokens, so that no outer product of depths and features is ever formed. A gradient has the same bits in every
-run on a CPU.
+Half of the (depth, token) points are inside the grid, and each is a token times a weight. The map is therefore a sparse
+product of weights and tokens, and the outer product of depths and features is never stored. On a CPU, gradients are
+bit-identical in every run.
 
-`compat="simple-bev"` reproduces the reference code instead: tokens lie at their upper left corners, points in the cells
-that start half a cell further, beyond each lower bound one cell is added to the first, and cells are divided by their
-number of points once more.
+`compat="simple-bev"` reproduces the reference code: tokens are at their upper left corners, points are assigned to cells
+that start half a cell further, the first cell also takes one cell beyond each lower bound, and cells are divided by their
+number of points again.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ NEAREST = 2.0  # m
 
 
 def depth_bins(grid: VoxelGrid) -> Tensor:
-    """(D,) float64 depths [m], half as many as the map's longer side has cells, from 2 m to 0.9 of its corner's distance."""
+    """(D,) float64 depths [m] from 2 m to 0.9 of the distance of the map's corner; D is half the cells of its longer side."""
     farthest = math.hypot(*(max(abs(grid.lower[i]), abs(grid.upper[i])) for i in (1, 2)))
-    # The reference's range is whole metres.
+    # The reference rounds the range to whole metres.
     return torch.linspace(
         NEAREST, max(int(0.9 * farthest), NEAREST + 1), max(max(grid.map_shape) // 2, 2), dtype=torch.float64
     )
 
 
 class LSS(nn.Module):
-    """(B, S, D + C, h, w), logits of D depths and C features -> (B, C, H, W) map. It has no parameters of its own.
+    """(B, V, D + C, h, w), D depth logits and C features -> (B, C, H, W) map. It has no parameters of its own.
 
-    The encoder's last 1x1 convolution makes both, as the reference's and Lift-Splat's do. channels: C.
+    The encoder's last 1x1 convolution outputs both, as in the reference and Lift-Splat. channels: C.
     compat: None or "simple-bev".
     """
 
-    mirrors_grid = False  # compat's cells are not mirrored when the grid is: see `network`
+    mirrors_grid = False  # with compat, mirroring the grid does not mirror the cells: see `network`
 
     def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class LSS(nn.Module):
             )
         batch, _, _, h, w = features.shape
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        rows = features.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype)  # (B, S * h * w, D + C)
+        rows = features.permute(0, 1, 3, 4, 2).flatten(1, 3).to(dtype)  # (B, V * h * w, D + C)
         probability = rows[..., : self.num_depths].softmax(-1)
         tokens = rows[..., self.num_depths :]
         maps = []
@@ -79,10 +79,10 @@ class LSS(nn.Module):
 
 @dataclass(frozen=True)
 class Points:
-    """One sample's points inside the grid, in the order of the map's cells.
+    """The points of one sample inside the grid, sorted by the map's cells.
 
-    places: (n,) int64 index into (S, h, w, D). shares: (n,) float64 of each in its voxel's mean.
-    starts: (H * W + 1,) int64 where each cell's points start.
+    places: (n,) int64 index into (V, h, w, D). shares: (n,) float64, weight of each in its voxel's mean.
+    starts: (H * W + 1,) int64 index of each cell's first point.
     """
 
     places: Tensor
@@ -99,12 +99,12 @@ def find_points(
     intrinsics, cam_from_grid = views.intrinsics[sample].double(), views.cam_from_grid[sample].double()
     pixels_from_grid = cam_from_grid.detach().clone()
     pixels_from_grid[:, :3] = intrinsics.detach() @ cam_from_grid[:, :3].detach()
-    grid_from_pixels = torch.linalg.inv_ex(pixels_from_grid).inverse  # of a camera that can't be inverted, not finite
+    grid_from_pixels = torch.linalg.inv_ex(pixels_from_grid).inverse  # not finite for a camera that cannot be inverted
     centre = 0.5 if compat is None else 0.0
     u = (torch.arange(w, device=device, dtype=torch.float64) + centre) * (width / w)
     v = (torch.arange(h, device=device, dtype=torch.float64) + centre) * (height / h)
     pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
-    rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (S, h * w, 3) a metre of depth
+    rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (V, h * w, 3) per metre of depth
     depths = depth_bins(grid).to(device)
     points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
     voxel, is_inside = _voxels(points.view(-1, 3), grid, compat)
@@ -127,7 +127,7 @@ def _voxels(points: Tensor, grid: VoxelGrid, compat: str | None) -> tuple[Tensor
         along = (points[:, 2 - axis] - grid.lower[axis]) / grid.cell_size[axis]
         if compat is None:
             i = along.floor()
-        else:  # towards zero, of an index that is whole at centres and counts down from the top
+        else:  # rounds towards zero; the reference's index is whole at cell centres and counts down from the top
             i = (along - 0.5).trunc() if axis else size - 1 - (size - 0.5 - along).trunc()
         is_inside &= (i >= 0) & (i < size)
         index = index * size + i.nan_to_num().clamp(0, size - 1).long()

@@ -1,4 +1,4 @@
-"""The BEV network F_B of the paper's section 3.1: image encoder, lifting to the grid, BEV decoder; no head."""
+"""The BEV network of the paper's section 3.1, with output F_B: image encoder, lifting to the grid, BEV decoder; no head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.views import Views
 
 Lifting = SimpleBEV | BEVFormer | LSS
-# What a network is called after.
+# Names of the liftings, as in config.py.
 LIFTINGS: dict[str, type[Lifting]] = {"simplebev": SimpleBEV, "bevformer": BEVFormer, "lss": LSS}
 
 
@@ -30,11 +30,11 @@ class BEVNetwork(nn.Module):
         self.decoder = decoder
 
     def forward(self, views: Views, bev_flip: torch.Tensor | None = None) -> torch.Tensor:
-        """bev_flip: (B, 2) bool, whether a sample's (forward, right) axis is mirrored between lifting and heads.
+        """bev_flip: (B, 2) bool, whether to mirror a sample's (forward, right) axis between lifting and decoder.
 
-        That is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B mirrored back, so F_B
-        and every target stay where they are. Mirroring the grid before the lifting gives the same volume for less,
-        where the lifting says so (`mirrors_grid`); of the others the lifted map is mirrored.
+        This is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B is mirrored back, so F_B
+        and all targets keep their positions. For liftings with `mirrors_grid`, mirroring the grid before the lifting gives
+        the same volume at lower cost. For other liftings the lifted map is mirrored.
         """
         if bev_flip is not None and self.lifting.mirrors_grid:
             mirror = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
@@ -50,13 +50,12 @@ class BEVNetwork(nn.Module):
 
 
 def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
-    """Turn mirrored views, whose fx is negative, back: the columns of their features (B, S, C, h, w), and the intrinsics.
+    """Mirror the features (B, V, C, h, w) and intrinsics of mirrored views (fx < 0) back, as Simple-BEV does.
 
-    Simple-BEV's way. No lifting then needs to know of mirrored images: learned offsets point in image columns, and the
-    reference's conventions (`compat`) are not the same from the left and from the right. views.images stay as they are,
-    since a lifting reads their size alone.
+    Liftings then need no special case for mirrored images: learned offsets are in image columns, and the reference's
+    conventions (`compat`) are not symmetric. views.images are not changed, because liftings read only their size.
     """
-    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, S)
+    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, V)
     plain = views.intrinsics.clone()
     plain[..., 0, :] = views.images.shape[-1] * plain[..., 2, :] - plain[..., 0, :]
     intrinsics = torch.where(is_mirrored[..., None, None], plain, views.intrinsics)
@@ -65,7 +64,7 @@ def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]
 
 
 def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) with the axes mirrored that (B, 2) names: one pass over cells, and no wait for a GPU to name them."""
+    """(B, C, H, W) mirrored along the axes marked in (B, 2), in one pass and without synchronising with a GPU."""
     batch, channels, height, width = maps.shape
     rows, columns = (
         torch.where(
@@ -80,9 +79,9 @@ def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
 
 
 def grid_mirror(grid: VoxelGrid, bev_flip: torch.Tensor) -> torch.Tensor:
-    """(B, 2) bool, (forward, right) -> (B, 4, 4) float64 maps of the grid's points that mirror it onto itself [m].
+    """(B, 2) bool, (forward, right) -> (B, 4, 4) float64 transforms of the grid's points that mirror it onto itself [m].
 
-    A point x of a mirrored axis goes to lower + upper - x, so cell i takes the place of cell n - 1 - i.
+    A coordinate x on a mirrored axis becomes lower + upper - x, so cell i and cell n - 1 - i are swapped.
     """
     mirror = torch.eye(4, dtype=torch.float64, device=bev_flip.device).repeat(len(bev_flip), 1, 1)
     for column, axis in ((0, 1), (1, 0)):  # of bev_flip; of a point (right, forward, up)
@@ -104,9 +103,9 @@ def build_network(
 ) -> BEVNetwork:
     """A network with random weights, channels-last.
 
-    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: the lifting's, "simple-bev" for the reference's defects.
-    recompute: less memory for a little time, see `ImageEncoder` and `BEVFormer`.
-    Raises ValueError on a name that isn't known, or channels that the lifting or the decoder can't have.
+    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: "simple-bev" reproduces the reference's defects.
+    recompute: activation checkpointing, see `ImageEncoder` and `BEVFormer`.
+    Raises ValueError on an unknown name, or on a number of channels that the lifting or the decoder does not support.
     """
     if lifting not in LIFTINGS:
         raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")

@@ -1,4 +1,4 @@
-"""SimpleBEV: lifting by `ops.lifting`, then a compressor of the volume's columns to a map. Stands between encoder and decoder."""
+"""SimpleBEV: lifting by `ops.lifting`, then a compressor from the volume to a BEV map."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from occfeat_train.ops.views import Views
 
 
 class SimpleBEV(nn.Module):
-    """Lifting and the compressor of its Z * C channels to C: a 3x3 convolution, InstanceNorm, GELU."""
+    """Lifting, and a compressor from its Z * C channels to C: 3x3 convolution, InstanceNorm, GELU."""
 
-    mirrors_grid = True  # with its grid mirrored, it gives the mirrored volume: see `network`
+    mirrors_grid = True  # mirroring the grid gives the mirrored volume: see `network`
 
     def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
         """channels: C of the image features and of the result. compat: None or "simple-bev"."""
@@ -25,10 +25,10 @@ class SimpleBEV(nn.Module):
         )
 
     def lift(self, features: Tensor, views: Views) -> Tensor:
-        """(B, S, C, h, w) -> (B, Z * C, H, W): `lift` on this module's grid."""
+        """(B, V, C, h, w) -> (B, Z * C, H, W): `lift` on this module's grid."""
         return lift(features, views, self.grid, self.compat)
 
     def forward(self, features: Tensor, views: Views) -> Tensor:
-        """(B, S, C, h, w) -> (B, C, H, W)."""
+        """(B, V, C, h, w) -> (B, C, H, W)."""
         compressed: Tensor = self.compressor(self.lift(features, views))
         return compressed

@@ -1,1 +1,1 @@
-"""Operations of the networks, each with a plain twin: lifting, attention, norms. No module with weights but the norm."""
+"""Operations of the networks: lifting, sampling, deformable attention, norms. Each fast version has a plain PyTorch reference."""

@@ -1,6 +1,6 @@
-"""Memory for arithmetic: a module whose inside is not kept for the backward but computed again there.
+"""Activation checkpointing that updates BatchNorm statistics only once.
 
-Used by `backbones`, whose first blocks work on large maps with little arithmetic, and by `bevformer` for its layers.
+Used by `encoder` for its first blocks, which have large maps and little arithmetic, and by `bevformer` for its layers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(module: nn.Module, *given: Any) -> Any:
-    """module(*given): the same values, gradients, running statistics and random numbers; only what is given is kept.
+    """module(*given) with activation checkpointing: same values, gradients, running statistics and random numbers.
 
-    A plain call without gradients; and for a module with BatchNorms where torch.compile traces it, which can't be told
-    to leave their statistics alone, and decides itself what it keeps.
+    Only the inputs are saved for the backward pass. It is a plain call where gradients are off. It is also a plain call
+    for a module with BatchNorms under torch.compile, which cannot exclude their statistics from the recomputation and
+    chooses itself which activations to save.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
     if not torch.is_grad_enabled() or (norms and torch.compiler.is_compiling()):
@@ -31,7 +32,7 @@ def recomputed(module: nn.Module, *given: Any) -> Any:
 
 @contextlib.contextmanager
 def _statistics_counted(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
-    """In it, BatchNorms in training normalise as before, and count nothing a second time."""
+    """Context in which BatchNorms in training mode normalise as usual but do not update their running statistics."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

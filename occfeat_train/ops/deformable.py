@@ -1,8 +1,8 @@
-"""Deformable attention's sums: every query reads maps at learned places and adds up what it reads by learned weights.
+"""Deformable attention: every query samples maps at learned points and sums the samples with learned weights.
 
-Stands between `bevformer`, which says who reads which map about where, and the compiled kernels of `deformable_kernels`,
-which do it on a CPU in float32. Elsewhere torch's embedding_bag does. Neither forms the samples: a query, head and point
-at 32 channels is read, weighted and added at once.
+`bevformer` determines which query reads which map, and around which reference points. A CPU uses the numba kernels of
+`deformable_kernels` in float32, a GPU the Triton kernels of `deformable_triton`, and everything else torch's
+embedding_bag. None of them stores the samples: each is read, weighted and added at once.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from occfeat_train.ops.deformable_kernels import weighted_samples, weighted_samp
 from occfeat_train.ops.devices import runs_triton
 from occfeat_train.ops.threads import in_threads
 
-_CHUNK = 2048  # queries of one task
+_CHUNK = 2048  # queries per task
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Who reads which map about where: n (query, map) pairs in the order of the queries, of B samples' queries in turn.
+    """Which query reads which map, around which points: n (query, map) pairs sorted by query; B samples one after another.
 
-    maps: (n,) int64 index of a pair's map; samples share none. starts: (Q + 1,) int64 where each query's pairs start.
-    anchors: (n, A, 2) float (column, row) a pair's places lie about, in tokens: 0 is the centre of the first one.
+    maps: (n,) int64 index of a pair's map; samples share no map. starts: (Q + 1,) int64 index of each query's first pair.
+    anchors: (n, A, 2) float reference points (column, row) of a pair, in tokens; 0 is the centre of the first token.
     """
 
     batch: int
@@ -45,8 +45,8 @@ class Reads:
 def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
 
-    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. places: (Q, heads, P, 3), a point's offset (column,
-    row) in tokens and its score; the weights of a query's and head's points are the softmax of their scores. P is a
+    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. places: (Q, heads, P, 3) sampling points, each an offset
+    (column, row) in tokens and a score. The weights are the softmax of the scores over the points of a query and head. P is a
     multiple of A.
     Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
     """
@@ -61,16 +61,19 @@ def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
 
 
 def deformable_triton(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
-    """`deformable` by Triton's kernels, for a GPU and any float but float64; gradients' last bits change from run to run."""
+    """`deformable` with the Triton kernels, for a GPU and any floating-point type except float64.
+
+    The last bits of gradients differ between runs.
+    """
     places = places.float()
     found: Tensor = _TritonDeformable.apply(values, places[..., :2], places[..., 2].softmax(-1), reads)
     return found
 
 
 def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
-    """`deformable` in plain torch, for any device, a sample at a time.
+    """`deformable` in plain torch, for any device, one sample at a time.
 
-    A batch at once would be more elements than embedding_bag's gradient can index on a GPU (2^31).
+    A whole batch can have more elements than embedding_bag's gradient can index on a GPU (2^31).
     """
     queries, maps = (len(reads.starts) - 1) // reads.batch, len(values) // reads.batch
     bounds = reads.starts[::queries].tolist()
@@ -128,13 +131,13 @@ class _TritonDeformable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         from occfeat_train.ops.deformable_triton import weighted_samples_backward
 
-        given = ctx.saved_tensors  # once: activation checkpointing gives them out once
+        given = ctx.saved_tensors  # read once: activation checkpointing allows only one read
         of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
         return of_values.to(given[0].dtype), of_offsets, of_weights, None
 
 
 class _Deformable(torch.autograd.Function):
-    """By the compiled kernels, in float32."""
+    """The numba kernels, in float32."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
@@ -155,7 +158,7 @@ class _Deformable(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """A head of a sample's maps and queries belongs to one task, which adds to them in order."""
+        """Each task processes one head of one sample, in order, so no two tasks add to the same gradient."""
         values, places = ctx.saved_tensors
         grads = torch.zeros(values.shape), torch.zeros(places.shape)
         arguments: Any = _arrays(values, places, ctx.reads)

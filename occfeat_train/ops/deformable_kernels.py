@@ -1,7 +1,7 @@
-"""Deformable attention's sums and their gradients on a CPU: the compiled half of `deformable`.
+"""Numba kernels of deformable attention on a CPU, forward and backward; used by `deformable`.
 
-Rows of a head's channels are contiguous float32. A call takes some queries, or one head of one sample, and lets go of
-the GIL: callers run several on threads of their own.
+The channels of a head are contiguous float32. A call processes a range of queries (forward) or one head of one sample
+(backward), and releases the GIL, so that callers can run several calls in threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 
 @numba.njit(inline="always")
 def _taps(x: Any, y: Any, h: Any, w: Any) -> Any:
-    """Of a place within a token of the map: four tokens, their bilinear weights, 0 beside the map."""
+    """The four tokens around a sampling point, their bilinear weights, and 0 for each token outside the map."""
     x0, y0 = int(np.floor(x)), int(np.floor(y))
     right, lower = np.float32(x - x0), np.float32(y - y0)
     left, upper = np.float32(1) - right, np.float32(1) - lower
@@ -52,7 +52,7 @@ def weighted_samples(
     starts: Ints,  # (Q + 1,)
     anchors: Floats,  # (n, A, 2)
     maps: Ints,  # (n,)
-    queries: tuple[int, int],  # first, and behind the last
+    queries: tuple[int, int],  # first, and one past the last
     out: Floats,  # (Q, heads, d), of these queries
 ) -> None:
     """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p."""
@@ -89,12 +89,12 @@ def weighted_samples_backward(
     starts: Ints,  # (Q + 1,)
     anchors: Floats,  # (n, A, 2)
     maps: Ints,  # (n,)
-    queries: tuple[int, int],  # first, and behind the last
+    queries: tuple[int, int],  # first, and one past the last
     head: int,
     grad_values: Floats,  # (M, h * w, heads, d) zeros, of this head
     grad_places: Floats,  # (Q, heads, P, 3) zeros, of these queries and this head
 ) -> None:
-    """Gradients of `weighted_samples`; no other call may have these queries' maps and this head."""
+    """Gradients of `weighted_samples`. Concurrent calls must not share both a head and the maps of their queries."""
     h, w = size
     points, d, num_anchors = places.shape[2], values.shape[3], anchors.shape[1]
     weights = np.empty(points, np.float32)

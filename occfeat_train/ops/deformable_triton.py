@@ -1,9 +1,9 @@
-"""Triton kernels of deformable attention's sums, forward and backward: `deformable.deformable_torch` on a GPU.
+"""Triton kernels of deformable attention, forward and backward; `deformable.deformable_torch` is the reference.
 
-A program takes a block of rows, a row being one head of one query, and loops over their maps and points. No sample is
-ever in memory. Values are of any float type and converted in registers; sums are float32.
+A program processes a block of rows and loops over their maps and points; a row is one head of one query. Samples are not
+stored. Values have any floating-point type and are converted in registers; sums are float32.
 
-The gradient of the values is added atomically, so its last bits change from run to run.
+The gradient of the values uses atomic additions, so its last bits differ between runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def weighted_samples(
 ) -> Tensor:
     """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p.
 
-    All contiguous. Returns (Q, heads, d) float32.
+    All tensors are contiguous. Returns (Q, heads, d) float32.
     """
     out = torch.empty((*weights.shape[:2], values.shape[-1]), dtype=torch.float32, device=values.device)
     grid, sizes = _sizes(values, weights, anchors)
@@ -47,7 +47,7 @@ def weighted_samples_backward(
     starts: Tensor,
     anchors: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `weighted_samples`'s values, offsets and weights, float32, from its result's. All contiguous."""
+    """Float32 gradients of values, offsets and weights of `weighted_samples`. All tensors are contiguous."""
     of_values = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
     of_offsets, of_weights = torch.empty_like(offsets), torch.empty_like(weights)
     grid, sizes = _sizes(values, weights, anchors)
@@ -60,7 +60,7 @@ def weighted_samples_backward(
 
 
 def _sizes(values: Tensor, weights: Tensor, anchors: Tensor) -> tuple[tuple[int], tuple[int, ...]]:
-    """The kernels' grid, and their sizes: a row is a query's head."""
+    """Launch grid and sizes of the kernels; a row is one head of one query."""
     _, h, w, heads, d = values.shape
     padded = triton.next_power_of_2(d)
     block = max(1, _TILE // padded)
@@ -169,7 +169,7 @@ def _rows(
     padded: tl.constexpr,
     block: tl.constexpr,
 ) -> Any:
-    """A program's rows (block,), their first pair and number of pairs (block,), and channels (1, padded)."""
+    """Rows of a program (block,), their first pair and number of pairs (block,), and channels (1, padded)."""
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     is_row = row < rows
     first = tl.load(starts + row // heads, is_row, 0)
@@ -192,7 +192,7 @@ def _taps(
     points: tl.constexpr,
     num_anchors: tl.constexpr,
 ) -> Any:
-    """Of every row's point p in its map: the four tokens around it, which of them exist, and how far right and low it lies."""
+    """For point p of every row: the four tokens around it, which of them exist, and the distances to the upper left one."""
     offset, anchor = offsets + (row * points + p) * 2, anchors + (pair * num_anchors + p % num_anchors) * 2
     x = tl.load(anchor, is_pair, 0) + tl.load(offset, is_row, 0)
     y = tl.load(anchor + 1, is_pair, 0) + tl.load(offset + 1, is_row, 0)
@@ -219,7 +219,7 @@ def _read(
     channel: tl.tensor,
     is_channel: tl.tensor,
 ) -> Any:
-    """(block, padded) float32 of the rows' tokens, zeros where there is none."""
+    """(block, padded) float32 tokens of the rows, zeros where a token does not exist."""
     at = (start + token * heads)[:, None] * d + channel
     return tl.load(values + at, exists[:, None] & is_channel, 0).to(tl.float32)
 

@@ -1,4 +1,4 @@
-"""Which devices run our Triton kernels."""
+"""Devices that run the Triton kernels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Triton kernels of the occupancy head: linear layer, Softplus and dot product with a vector, in one pass over the cells.
 
-The function is `heads.softplus_logits`, and `_SoftplusLogits` there is its plain twin. At 8x200x200 voxels and 256 hidden
-channels a sample has 82 M hidden values; here they exist in registers only, in the forward and in the backward pass,
-which computes them again. Products take the inputs' type, sums are float32.
+They compute `heads.softplus_logits`; `_SoftplusLogits` there is the plain reference. With 8x200x200 voxels and 256 hidden
+channels a sample has 82 M hidden values. Here they exist only in registers; the backward pass recomputes them. Products
+use the inputs' dtype, sums are float32.
 
-Gradients of the weights are summed over splits of the cells into separate buffers, so they are the same in every run.
+Gradients of the weights are summed over splits of the cells in separate buffers, so they are identical in every run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 _CELLS, _HIDDEN = 64, 64  # tile of cells x hidden channels
 _WARPS, _STAGES = 4, 3
-_SPLITS = 64  # of the cells, in the weights' gradient
+_SPLITS = 64  # splits of the cells for the gradient of the weights
 
 
 def forward(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
-    """(n, C), (Z * K, C), (Z * K,), (K,), contiguous and of one 16-bit type -> logits (n, Z) float32."""
+    """(n, C), (Z * K, C), (Z * K,), (K,), contiguous and of the same 16-bit type -> logits (n, Z) float32."""
     num_cells, channels, hidden, levels = _sizes(cells, weight, to_logit)
     logits = torch.empty((num_cells, levels), dtype=torch.float32, device=cells.device)
     with torch.cuda.device_of(cells):  # Triton launches on the current device
@@ -36,7 +36,7 @@ def forward(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Te
 def backward(
     grad: Tensor, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad: (n, Z) float32 of the logits. Returns the gradients of `forward`'s four inputs, float32 but for the cells'."""
+    """grad: (n, Z) float32, gradient of the logits. Returns the gradients of `forward`'s four inputs: float32, for the cells their dtype."""
     num_cells, channels, hidden, levels = _sizes(cells, weight, to_logit)
     grad_cells = torch.empty_like(cells)
     blocks = triton.cdiv(num_cells, _CELLS)
@@ -65,7 +65,7 @@ def _sizes(cells: Tensor, weight: Tensor, to_logit: Tensor) -> tuple[int, int, i
 
 
 def _padded(channels: int) -> int:
-    """Sides of Triton's products are powers of two, at least 16."""
+    """Triton needs the sizes of matrix products to be powers of two, at least 16."""
     return max(16, triton.next_power_of_2(channels))
 
 
@@ -182,7 +182,7 @@ def _backward_weights(
 
 @triton.jit
 def _rows(matrix: tl.tensor, row: tl.tensor, is_row: tl.tensor, channels: tl.constexpr, padded: tl.constexpr) -> Any:
-    """(rows, padded) of a matrix (any, C), zeros elsewhere."""
+    """(rows, padded) block of a matrix (any, C), zeros in the padding."""
     channel = tl.arange(0, padded)[None, :]
     return tl.load(matrix + row[:, None] * channels + channel, is_row[:, None] & (channel < channels), 0)
 

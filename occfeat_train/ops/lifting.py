@@ -1,13 +1,13 @@
-"""SimpleBEV's lifting (paper 3.1; Harley et al., "pull"): every voxel takes the mean, over the views its centre projects
-into, of the bilinearly sampled feature maps.
+"""SimpleBEV's lifting (paper 3.1; Harley et al., "pull"): each voxel's centre is projected into the cameras, the feature
+maps are sampled bilinearly there, and the samples are averaged over the views.
 
-Under a fifth of the (voxel, camera) pairs are in view and a pair has four taps, so the volume is a sparse product of taps
-and tokens: no camera's volume is ever formed. A GPU runs the Triton kernels of `lifting_kernels`, whose gradient adds
-atomically, so its last bits change from run to run. Everywhere else, and under torch.use_deterministic_algorithms(True),
-it is torch's embedding_bag.
+Less than a fifth of the (voxel, camera) pairs are in view and a pair has four taps. The volume is therefore computed as a
+sparse product of taps and tokens, and no volume per camera is stored. A GPU runs the Triton kernels of `lifting_kernels`;
+their gradient uses atomic additions, so its last bits differ between runs. Other devices, and
+torch.use_deterministic_algorithms(True), use torch's embedding_bag.
 
-`sampling` says where a feature token lies in its image; `network` turns mirrored images back before the lifting.
-`compat="simple-bev"` reproduces the reference code instead: it stretches the map by w / (w - 1), takes views up to half
+`sampling` documents the position of a feature token in its image. `network` mirrors mirrored images back before the
+lifting. `compat="simple-bev"` reproduces the reference code: it stretches the map by w / (w - 1), accepts views up to half
 a token outside the image, and fades them out there.
 """
 
@@ -29,13 +29,13 @@ from occfeat_train.ops.views import Views, check_shapes
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def lift(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
-    """Mean over the views of the features sampled at every voxel's centre; zeros where there is no view.
+    """Mean over the views of the features sampled at every voxel's centre; zeros without a view.
 
-    features: (B, S, C, h, w); a view is valid if the voxel's centre is in front of the camera and 0 <= u < width,
+    features: (B, V, C, h, w); a view is valid if the voxel's centre is in front of the camera and 0 <= u < width,
     0 <= v < height of views.images. Gradients reach the features only.
     Returns (B, Z * C, H, W) of the same dtype, channels_last; channel z * C + c, z = 0 the lowest. Sums are float32, or
     float64 for float64 features.
-    Raises ValueError on shapes that don't fit or another compat than None and "simple-bev".
+    Raises ValueError on shapes that do not match, or on a compat other than None and "simple-bev".
     """
     is_exact = features.dtype == torch.float64
     if runs_triton(features.device) and not is_exact and not torch.are_deterministic_algorithms_enabled():
@@ -57,7 +57,7 @@ def lift_torch(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def lift_triton(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
-    """`lift` by Triton's kernels, for a GPU and any float but float64."""
+    """`lift` with the Triton kernels, for a GPU and any floating-point type except float64."""
     tokens, geometry = _prepared(features, views, grid, compat)
     volume: Tensor = _TritonLift.apply(tokens.contiguous(), geometry)
     return _as_map(volume, grid)
@@ -65,9 +65,9 @@ def lift_triton(features: Tensor, views: Views, grid: VoxelGrid, compat: str | N
 
 @dataclass(frozen=True)
 class _Geometry:
-    """All that the taps of a batch depend on."""
+    """Everything that determines the taps of a batch."""
 
-    pixels_from_grid: Tensor  # (B, S, 3, 4) float64
+    pixels_from_grid: Tensor  # (B, V, 3, 4) float64
     image_size: tuple[int, int]  # height, width [px]
     feature_size: tuple[int, int]  # h, w
     grid: VoxelGrid
@@ -76,10 +76,10 @@ class _Geometry:
 
 @dataclass(frozen=True)
 class _Taps:
-    """Of voxels in order (h, w, z), the list of (voxel, camera) pairs in view."""
+    """The (voxel, camera) pairs in view, for voxels in order (h, w, z)."""
 
-    starts: Tensor  # (voxels + 1,) where each voxel's pairs start
-    tokens: Tensor  # (pairs, 4) index of a sample's S * h * w tokens
+    starts: Tensor  # (voxels + 1,) index of each voxel's first pair
+    tokens: Tensor  # (pairs, 4) index into a sample's V * h * w tokens
     weights: Tensor  # (pairs, 4) bilinear, divided by the voxel's number of views
 
 
@@ -89,14 +89,14 @@ def check_compat(compat: str | None) -> None:
 
 
 def _prepared(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> tuple[Tensor, _Geometry]:
-    """Tokens (B, S * h * w, C) and their geometry."""
+    """Tokens (B, V * h * w, C) and their geometry."""
     check_compat(compat)
     check_shapes(features, views)
     h, w = features.shape[-2:]
     if min(h, w) < (2 if compat else 1):
         raise ValueError(f"features of {h}x{w} tokens: expected at least {'2x2 for simple-bev' if compat else '1x1'}")
     pixels_from_grid = (views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()).detach()
-    # a copy from the host to a GPU need not be waited for
+    # the copy from the host to a GPU needs no synchronisation
     pixels_from_grid = pixels_from_grid.to(features.device, non_blocking=pixels_from_grid.device.type == "cpu")
     height, width = views.images.shape[-2:]
     tokens = features.permute(0, 1, 3, 4, 2).flatten(1, 3)
@@ -110,7 +110,7 @@ def _as_map(volume: Tensor, grid: VoxelGrid) -> Tensor:
 
 
 def _sample_volume(tokens: Tensor, taps: _Taps) -> Tensor:
-    """One sample's tokens (S * h * w, C) -> (voxels, C)."""
+    """One sample's tokens (V * h * w, C) -> (voxels, C)."""
     return nn.functional.embedding_bag(
         taps.tokens.view(-1), tokens, taps.starts * 4, mode="sum", per_sample_weights=taps.weights.view(-1),
         include_last_offset=True,
@@ -119,7 +119,7 @@ def _sample_volume(tokens: Tensor, taps: _Taps) -> Tensor:
 
 @lru_cache(maxsize=8)
 def cell_axes(grid: VoxelGrid) -> tuple[Any, Any, Any]:
-    """Cell centres [m] along (up, forward, right), as float64 of the grid's float32."""
+    """Cell centres [m] along (up, forward, right): the grid's float32 values as float64."""
     centers = grid.voxel_centers().astype(np.float64)
     up, forward, right = centers[:, 0, 0, 2].copy(), centers[0, :, 0, 1].copy(), centers[0, 0, :, 0].copy()
     return up, forward, right
@@ -133,7 +133,7 @@ def _axes_on(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 class _TritonLift(torch.autograd.Function):
-    """Tokens (B, T, C) -> volume (B, H * W * Z, C) of their type, by `lifting_kernels`. Keeps nothing but the geometry."""
+    """Tokens (B, T, C) -> volume (B, H * W * Z, C) of the same type, with `lifting_kernels`. Saves only the geometry for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, geometry: _Geometry) -> Tensor:
@@ -160,11 +160,11 @@ class _TritonLift(torch.autograd.Function):
 
 
 def _taps(pixels_from_grid: Tensor, geometry: _Geometry, dtype: torch.dtype) -> _Taps:
-    """One sample's. The kernels do every operation in this order."""
+    """The taps of one sample. The kernels do all operations in the same order."""
     device = pixels_from_grid.device
     (height, width), (h, w) = geometry.image_size, geometry.feature_size
     up, forward, right = _axes_on(geometry.grid, device)
-    x, y, z = right[:, None, None], forward[:, None, None, None], up[:, None]  # to (H, W, Z, S)
+    x, y, z = right[:, None, None], forward[:, None, None, None], up[:, None]  # to (H, W, Z, V)
     u, v, depth = (row[:, 0] * x + row[:, 1] * y + row[:, 2] * z + row[:, 3] for row in pixels_from_grid.unbind(1))
     if geometry.is_compat:
         clamped = depth.clamp(min=1e-6)
@@ -176,7 +176,7 @@ def _taps(pixels_from_grid: Tensor, geometry: _Geometry, dtype: torch.dtype) -> 
         u, v = u / depth, v / depth
         is_valid = (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         u, v = (u * (w / width) - 0.5).clamp(0, w - 1), (v * (h / height) - 0.5).clamp(0, h - 1)
-    is_valid = is_valid.flatten(0, 2)  # (voxels, S)
+    is_valid = is_valid.flatten(0, 2)  # (voxels, V)
     num_views = is_valid.sum(1)
     voxel, cam = is_valid.nonzero(as_tuple=True)
     u, v = u.reshape(is_valid.shape)[voxel, cam], v.reshape(is_valid.shape)[voxel, cam]

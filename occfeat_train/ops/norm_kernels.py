@@ -1,8 +1,8 @@
-"""Triton kernels of instance normalisation on channels-last maps: two passes forward, two backward, in the input's type.
+"""Triton kernels of instance normalisation on channels-last maps, in the input's dtype: two passes forward, two backward.
 
-torch's autocast computes a group norm in float32 and returns it channels-first, whatever came in. These keep 16-bit
-types and channels-last. Statistics are float32: a tile of rows gives its sum and the squares about its own mean,
-which `_combined` adds up exactly (Chan et al.), so a mean of many deviations costs no precision.
+Under autocast, torch computes a group norm in float32 and returns it channels-first. These kernels keep 16-bit types and
+channels-last. Statistics are float32: each tile of rows computes its sum and the squared deviations from its own mean, and
+`_combined` merges them without cancellation (Chan et al.), so a large mean costs no precision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WARPS = 8
 
 
 def normalize(x: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """out = (x - mean) / sqrt(variance + eps) over n; x and out: (B, n, C), contiguous, of one type.
+    """out = (x - mean) / sqrt(variance + eps) over n; x and out: (B, n, C), contiguous, of the same dtype.
 
     Returns the means and 1 / sqrt(variance + eps), (B, C) float32.
     """
@@ -34,7 +34,7 @@ def normalize(x: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out = gradient of x from that of what `normalize` wrote: scale * (g - mean(g) - normed * mean(g * normed))."""
+    """out = gradient of x, given the gradient of `normalize`'s result: scale * (g - mean(g) - normed * mean(g * normed))."""
     grid, sizes = _tiles(x)
     sums, products = _sums(x, grid)
     with torch.cuda.device_of(x):
@@ -44,7 +44,7 @@ def normalize_backward(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, out
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """The kernels' grid (tiles of rows, B), and their sizes: rows, channels, those to a power of two, rows of a tile."""
+    """Launch grid (tiles of rows, B), and sizes: rows, channels, channels padded to a power of two, rows per tile."""
     batch, rows, channels = x.shape
     padded = triton.next_power_of_2(channels)
     block = max(1, min(_TILE // padded, triton.next_power_of_2(rows)))
@@ -58,7 +58,7 @@ def _sums(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _combined(sums: Tensor, squares: Tensor, rows: int, block: int) -> tuple[Tensor, Tensor]:
-    """(B, tiles, C) sums and squares about the tiles' means -> mean and variance (B, C) over all rows."""
+    """(B, tiles, C) sums and squared deviations from the tiles' means -> mean and variance (B, C) over all rows."""
     first = torch.arange(0, rows, block, device=sums.device)
     counts = (rows - first).clamp(max=block)[:, None]
     mean = sums.sum(1) / rows
@@ -68,7 +68,7 @@ def _combined(sums: Tensor, squares: Tensor, rows: int, block: int) -> tuple[Ten
 
 @triton.jit
 def _tile(rows: tl.constexpr, channels: tl.constexpr, padded: tl.constexpr, block: tl.constexpr) -> Any:
-    """Offsets (block, padded) of a program's elements in (B, n, C), whether they exist, and the same of (B, C) (1, padded)."""
+    """Offsets (block, padded) of a program's elements in (B, n, C) and their mask; the same for (B, C), (1, padded)."""
     row = tl.program_id(0) * block + tl.arange(0, block)[:, None]
     channel = tl.arange(0, padded)[None, :]
     sample = tl.program_id(1).to(tl.int64)
@@ -85,7 +85,7 @@ def _tile(rows: tl.constexpr, channels: tl.constexpr, padded: tl.constexpr, bloc
 def _store_sums(
     first: tl.tensor, second: tl.tensor, a: tl.tensor, b: tl.tensor, channels: tl.constexpr, padded: tl.constexpr
 ) -> None:
-    """Two results (padded,) of a program into (B, tiles, C)."""
+    """Write two results (padded,) of a program to (B, tiles, C)."""
     channel = tl.arange(0, padded)
     out = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * channels + channel
     tl.store(first + out, a, channel < channels)

@@ -1,4 +1,4 @@
-"""The normalisation of the encoder's fusion, the lifting's compressor, the decoder's skips and the heads."""
+"""Instance normalisation, used in the encoder, the liftings, the decoder and the heads."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _EPS = 1e-5
 
 
 class InstanceNorm(nn.Module):
-    """(N, C, H, W) -> the same shape; every channel of every map to mean 0 and variance 1, eps 1e-5, no parameters.
+    """(N, C, H, W) -> same shape; normalises each channel of each map to mean 0 and variance 1, eps 1e-5, no parameters.
 
-    The result has the input's type and layout, also in autocast. torch's own do not serve:
-    `nn.InstanceNorm2d` copies to channels-first and back, and on a CPU torch 2.13 returns a wrong gradient for one
-    sample whose incoming gradient is channels-last. Group norm of one channel a group is right, but its channels-last
-    CPU kernel takes E[x^2] - E[x]^2 in float32, an error of 1e-3 where the mean is ten deviations; and on a GPU
-    autocast computes it in float32, and it returns channels-first.
+    The result has the dtype and memory format of the input, also under autocast. torch's own modules are not suitable.
+    `nn.InstanceNorm2d` copies to channels-first and back, and on a CPU torch 2.13 returns a wrong gradient for a single
+    sample whose incoming gradient is channels-last. Group norm with one channel per group is correct, but its
+    channels-last CPU kernel computes E[x^2] - E[x]^2 in float32, with an error of 1e-3 where the mean is ten standard
+    deviations. On a GPU, autocast computes group norm in float32, and it returns channels-first.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # torch.compile fuses the plain operations by itself
+        # torch.compile fuses the plain operations itself
         is_plain = torch.compiler.is_compiling() or x.dtype == torch.float64 or not runs_triton(x.device)
         normed: torch.Tensor = (_InstanceNorm if is_plain else _TritonInstanceNorm).apply(x)
         return normed
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """In float32 or float64 inside, whatever x is; in x's layout throughout. Keeps x, so the result may be overwritten."""
+    """Computes in float32 or float64, in the memory format of x. Saves x, so the result may be modified in place."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class _InstanceNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        """Less what would move the mean and the variance: scale * (g - mean(g) - normed * mean(g * normed))."""
+        """scale * (g - mean(g) - normed * mean(g * normed))."""
         x, mean, scale = ctx.saved_tensors
         centred, exact = _exact(x) - mean, _exact(grad)
         along = (exact * centred).mean((2, 3), keepdim=True) * scale * scale
@@ -57,7 +57,7 @@ class _InstanceNorm(torch.autograd.Function):
 
 
 class _TritonInstanceNorm(torch.autograd.Function):
-    """The same by the kernels of `norm_kernels`; x of any layout, the result channels-last."""
+    """The same with the kernels of `norm_kernels`; x has any memory format, the result is channels-last."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class _TritonInstanceNorm(torch.autograd.Function):
 
         rows, out = _rows(x), torch.empty_like(x, memory_format=torch.channels_last)
         ctx.save_for_backward(rows, *normalize(rows, _EPS, _rows(out)))
-        return out  # not a view, which an activation could not overwrite
+        return out  # not a view, so that an activation can work in place
 
     @staticmethod
     @once_differentiable
@@ -79,7 +79,7 @@ class _TritonInstanceNorm(torch.autograd.Function):
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, H * W, C), contiguous: a view of channels-last maps."""
+    """(B, C, H, W) -> (B, H * W, C), contiguous; a view if x is channels-last."""
     return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 

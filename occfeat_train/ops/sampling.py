@@ -1,9 +1,10 @@
 """Target features Y_v of occupied voxels (paper 3.3): each voxel's centre is projected into the cameras, the teacher's
-feature maps are sampled bilinearly there and averaged over the views. Stands between the cache and the loss.
+feature maps are sampled bilinearly there, and the samples are averaged over the views.
 
-Feature maps are channels-last, [cams, h, w, C], so that a token's channels are read in one run. Token (row i, column j)
-is centred at ((j + 0.5) * W / w, (i + 0.5) * H / h) pixels of a W x H image; outside the outermost centres the border
-token holds. That is `grid_sample(align_corners=False, padding_mode="border")`: a valid projection is never attenuated.
+Feature maps are channels-last, [cams, h, w, C], so that the channels of a token are contiguous. The centre of token
+(row i, column j) is at ((j + 0.5) * W / w, (i + 0.5) * H / h) pixels of a W x H image. Beyond the outermost centres the
+border token is used. This equals `grid_sample(align_corners=False, padding_mode="border")`: a valid projection is never
+attenuated.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ def sample_voxel_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over the views of the bilinearly sampled teacher features at voxel centres (paper 3.3).
 
-    One sample; for a batch every tensor but `centers` gets a leading axis, and `batch_index` says whose a voxel is:
+    Shapes are those of one sample. For a batch, every tensor except `centers` has a leading batch axis, and `batch_index`
+    is required.
     features: (cams, h, w, C) float16 or float32; or int8, with
-    feature_scale: (cams, h, w) float16, what a token's int8 values are multiplied by; None otherwise.
+    feature_scale: (cams, h, w) float16, the factor of each token's int8 values; None otherwise.
     cam_from_grid: (cams, 4, 4), that is cam_from_ego @ inverse(grid_from_ego) [m].
     intrinsics: (cams, 3, 3) of an image of
-    image_size: (height, width) pixels, the one the projection has to fall inside.
-    centers: (n, 3) voxel centres (right, forward, up) in the grid [m], all samples' in one list.
-    batch_index: (n,) integers, never decreasing, as `nonzero` lists them.
+    image_size: (height, width) pixels; a projection must be inside this image.
+    centers: (n, 3) voxel centres (right, forward, up) in the grid [m], of all samples.
+    batch_index: (n,) index of each voxel's sample, never decreasing, as `nonzero` returns it.
     dtype: of the result. Arithmetic is float32, the projection float64.
 
     Returns features (n, C) and num_views (n,) uint8, on the device of `features`. A voxel that no camera sees has
-    num_views 0 and zeros. A NaN or infinity among the four tokens around a projection makes the channel one, too.
-    On a CPU this is `sample_voxel_features_numpy`; elsewhere plain torch, which reads only valid (voxel, camera) pairs.
+    num_views 0 and zeros. A NaN or infinity in one of the four tokens around a projection propagates to the channel.
+    A CPU uses `sample_voxel_features_numpy`. Other devices use plain torch, which reads only valid (voxel, camera) pairs.
     Raises ValueError on shapes that don't fit.
     """
     if features.device.type == "cpu":
@@ -114,7 +116,7 @@ def sample_voxel_features_numpy(
     *,
     dtype: Precision = "float16",
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """`sample_voxel_features` on NumPy arrays, by a kernel that releases the GIL."""
+    """`sample_voxel_features` on NumPy arrays, with a numba kernel that releases the GIL."""
     _check_shapes(features, feature_scale, cam_from_grid, intrinsics, centers, batch_index)
     cams, h, w, channels = features.shape[-4:]
     if features.dtype not in (np.float16, np.float32, np.int8):
@@ -132,7 +134,7 @@ def sample_voxel_features_numpy(
     if batch_index is not None:
         ends = np.searchsorted(batch_index, np.arange(len(maps)), side="right").tolist()
         if ends[-1] != len(points) or (len(points) and batch_index[0] < 0) or (np.diff(batch_index) < 0).any():
-            raise ValueError(f"batch_index decreases or leaves 0..{len(maps) - 1}: list the voxels sample by sample")
+            raise ValueError(f"batch_index decreases or leaves 0..{len(maps) - 1}: sort the voxels by sample")
     out = np.empty((len(points), channels), np.float32)
     num_views = np.empty(len(points), np.uint8)
     start = 0
@@ -147,7 +149,7 @@ def sample_voxel_features_numpy(
 def _check_shapes(
     features: Any, feature_scale: Any, cam_from_grid: Any, intrinsics: Any, centers: Any, batch_index: Any
 ) -> None:
-    """Of tensors and arrays alike."""
+    """Raises ValueError on shapes that do not match. Takes tensors or arrays."""
     lead = tuple(features.shape[:-3])
     if len(lead) != (1 if batch_index is None else 2):
         raise ValueError(
@@ -166,12 +168,12 @@ def _check_shapes(
                 f"{name} of shape {tuple(array.shape)} beside features of {tuple(features.shape)}: expected {shape}"
             )
     if ("int8" in str(features.dtype)) != (feature_scale is not None):
-        raise ValueError(f"features are {features.dtype}: int8 needs feature_scale, any other type goes without")
+        raise ValueError(f"features are {features.dtype}: int8 needs feature_scale, other types must not have it")
 
 
 @numba.njit(forceinline=True, fastmath={"contract"})
 def _blend(c: int, t00: Any, t01: Any, t10: Any, t11: Any, w00: Any, w01: Any, w10: Any, w11: Any) -> Any:
-    """Channel c of four tokens, weighted; multiplications and additions may fuse."""
+    """Weighted sum of channel c of four tokens; multiplications and additions may be fused."""
     top = w00 * np.float32(t00[c]) + w01 * np.float32(t01[c])
     return top + (w10 * np.float32(t10[c]) + w11 * np.float32(t11[c]))
 
@@ -197,7 +199,7 @@ def _sample(
         count = min(_BLOCK, centers.shape[0] - start)
         for i in range(count):
             points[0, i], points[1, i], points[2, i] = centers[start + i]
-        for cam in range(cams):  # vectorised over voxels: a pixel of a point that is not in front is never used
+        for cam in range(cams):  # vectorised over voxels: pixels of points behind the camera are computed but not used
             p, q, r = pixels_from_grid[cam]
             columns, rows, valid = column[cam], row[cam], is_valid[cam]
             for i in range(count):
@@ -232,7 +234,7 @@ def _sample(
                     w00, w01 = w00 * np.float32(scale[cam, y0, x0]), w01 * np.float32(scale[cam, y0, x1])
                     w10, w11 = w10 * np.float32(scale[cam, y1, x0]), w11 * np.float32(scale[cam, y1, x1])
                 t00, t01, t10, t11 = maps[cam, y0, x0], maps[cam, y0, x1], maps[cam, y1, x0], maps[cam, y1, x1]
-                if views == 1:  # nine voxels of ten: no detour through memory
+                if views == 1:  # nine of ten voxels: write directly, without the intermediate sum
                     for c in range(channels):
                         target[c] = _blend(c, t00, t01, t10, t11, w00, w01, w10, w11)
                 else:

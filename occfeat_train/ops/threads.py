@@ -1,5 +1,6 @@
-"""Compiled kernels let go of the GIL: here they get threads of their own, on torch's number of them. Numba's would reset
-torch's count (OpenMP) or break when two threads enter (workqueue).
+"""Threads for numba kernels that release the GIL, as many as torch uses.
+
+Numba's own threads would reset torch's number of threads (OpenMP), or fail when two threads enter (workqueue).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 
 def in_threads(work: Callable[[Any], Any], tasks: list[Any]) -> Iterable[Any]:
-    """Results in order. Threads are made anew, 0.1 ms, so that none is missing in a forked process."""
+    """Results in order. Threads are created for each call (0.1 ms), so that they also exist in a forked process."""
     threads = min(torch.get_num_threads(), len(tasks))
     if threads <= 1:
         return [work(task) for task in tasks]

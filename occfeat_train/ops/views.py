@@ -1,4 +1,4 @@
-"""What the network is given: a batch of surround images and the geometry that ties them to the grid."""
+"""Input of a network: a batch of surround images, and the transforms between cameras and grid."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-# Of RGB in [0, 1]; every pretrained backbone here was trained with them.
+# Mean and standard deviation of RGB in [0, 1]; all pretrained backbones here were trained with these values.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Views:
-    """Images of B samples, S cameras each, all of one size.
+    """Images of B samples, V cameras each, all of one size.
 
-    images: (B, S, 3, H, W) float RGB, (value in [0, 1] - IMAGENET_MEAN) / IMAGENET_STD.
-    intrinsics: (B, S, 3, 3) float64 of exactly these images, after any resize, crop and mirroring [px]. fx is negative if
-    and only if the image is mirrored; the network turns the features of such a view back before the lifting.
-    cam_from_grid: (B, S, 4, 4) float64, from the grid's (right, forward, up) to each camera's axes [m].
+    images: (B, V, 3, H, W) float RGB, (value in [0, 1] - IMAGENET_MEAN) / IMAGENET_STD.
+    intrinsics: (B, V, 3, 3) float64 of exactly these images, after any resize, crop and mirroring [px]. fx is negative if
+    and only if the image is mirrored; the network mirrors the features of such a view back before the lifting.
+    cam_from_grid: (B, V, 4, 4) float64, from the grid's (right, forward, up) to each camera's axes [m].
     """
 
     images: torch.Tensor
@@ -27,9 +27,9 @@ class Views:
 
 
 def check_shapes(features: torch.Tensor, views: Views) -> None:
-    """Raises ValueError unless features (B, S, C, h, w), of any floating-point type, and views are of the same B and S."""
+    """Raises ValueError unless features (B, V, C, h, w), of any floating-point type, and views have the same B and V."""
     if features.dim() != 5 or not features.is_floating_point():
-        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: expected float (B, S, C, h, w)")
+        raise ValueError(f"features of shape {tuple(features.shape)}, {features.dtype}: expected float (B, V, C, h, w)")
     batch, cams = features.shape[:2]
     for name, tail in (("images", (3, *views.images.shape[-2:])), ("intrinsics", (3, 3)), ("cam_from_grid", (4, 4))):
         if (shape := tuple(getattr(views, name).shape)) != (batch, cams, *tail):

@@ -19,7 +19,7 @@ from occfeat_train.data.dataset import CLASSES
 from occfeat_train.distributed import Process
 from occfeat_train.report import figures
 from occfeat_train.report.markup import STYLE, height_key, key, number, percent, picture, row_of, swatch, table
-from occfeat_train.report.runs import Run, Shown, load_runs
+from occfeat_train.report.runs import Prediction, Run, load_runs
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
@@ -37,21 +37,21 @@ def write_report(
     split: str,
     out: Path,
     process: Process,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     samples: int,
 ) -> None:
     """Raises ValueError if a run is absent, has no log, or does not fit the cache; nothing is written then."""
     reader = open_reader(cache, split)
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs, chosen = load_runs(paths, reader, split, samples, process, say)
+    runs, chosen = load_runs(paths, reader, split, samples, process, print_line)
     page = "\n".join(build_page(runs, reader, split, chosen))
     out.write_text(page, encoding="utf-8")
-    say(f"written to {out} ({len(page) / 1e6:.1f} MB)")
+    print_line(f"written to {out} ({len(page) / 1e6:.1f} MB)")
 
 
 def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int]) -> Iterable[str]:
     cache, identity = reader.cache, reader.cache.identity
-    warnings = dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.about.warnings())])
+    warnings = dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.info.warnings())])
     title = html.escape(f"OccFeat: {len(runs)} run{'s' * (len(runs) > 1)} on {split}")
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
     yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n<body>'
@@ -78,7 +78,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         yield f'<div class="row">{picture(png, ", ".join(cache.spec.cameras), "wide")}</div>'
         for run, fitted in zip(runs, colors, strict=True):
             if run.task == "pretrain":
-                yield from pretraining_section(run, run.shown[row], fitted)
+                yield from pretraining_section(run, run.predictions[row], fitted)
         for task in TASKS[1:]:
             group = [run for run in runs if run.task == task]
             if group:
@@ -90,9 +90,9 @@ def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterab
     """A table of all that the runs, and the data they are measured on, have unlike the paper; nothing where that is nothing."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}  # what differs: in which runs
     for run in runs:
-        about = run.checkpoint.about
-        row = nearest_row(about)
-        for d in (*differences(about), *evaluation_differences(measured_on)):
+        info = run.checkpoint.info
+        row = nearest_row(info)
+        for d in (*differences(info), *evaluation_differences(measured_on)):
             rows.setdefault((d.field, d.here, d.paper, row), []).append(run.name)
     if rows:
         yield '<div class="scaled"><p><b>Not what the paper did</b>, so not to be compared with its tables:</p>'
@@ -119,11 +119,11 @@ def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
     ]
     rows = []
     for run in runs:
-        r, about = run.results, run.checkpoint.about
+        r, info = run.results, run.checkpoint.info
         best = f"{percent(r['iou_best'])} ({r['threshold_best']:g})"
-        labels = f"{about.config.labels:g} % ({about.num_samples} keyframes)"
+        labels = f"{info.config.labels:g} % ({info.num_samples} keyframes)"
         rows.append([
-            run_name(run), labels, initial_weights(about.initial), f"<b>{percent(r['iou'])}</b>", best,
+            run_name(run), labels, initial_weights(info.initial), f"<b>{percent(r['iou'])}</b>", best,
             *(percent(r["per_class"][name]) for name in classes), *(percent(r["by_distance"][b]) for b in bands), run.source,
         ])  # fmt: skip
     header = ["run", "labels", "initial weights", "IoU at 0.5 [%]", "at the best threshold"]
@@ -170,9 +170,9 @@ def curves_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
         # Each step's time is inverse to its rate, so these are the shares of the whole run's time.
         seconds = np.array([1 / record["samples_per_s"] for record in steps])
         wait = float(np.dot(seconds, [record["data_wait"] for record in steps]) / seconds.sum())
-        about = run.checkpoint.about
+        info = run.checkpoint.info
         rows.append([
-            run_name(run), f"{len(steps):,}", f"{steps[-1]['epoch']:.3g}", f"{about.num_samples:,}",
+            run_name(run), f"{len(steps):,}", f"{steps[-1]['epoch']:.3g}", f"{info.num_samples:,}",
             f"{len(steps) / seconds.sum():.3g}", f"{wait:.1%}",
         ])  # fmt: skip
     yield table(["run", "steps", "epochs", "training keyframes", "samples/s", "waiting for data"], rows)
@@ -187,15 +187,15 @@ def curve(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[fl
 
 def feature_colors(run: Run) -> figures.FeatureColors | None:
     """One mapping for the targets and predictions of all shown keyframes."""
-    targets = [shown.target for shown in run.shown if shown.target is not None]
+    targets = [each.target for each in run.predictions if each.target is not None]
     return figures.FeatureColors.fit(np.concatenate(targets)) if sum(map(len, targets)) > 1 else None
 
 
-def pretraining_section(run: Run, shown: Shown, colors: figures.FeatureColors | None) -> Iterable[str]:
-    grid, pose, true, predicted = run.dataset.grid, shown.grid_from_ego, shown.true, shown.predicted
+def pretraining_section(run: Run, prediction: Prediction, colors: figures.FeatureColors | None) -> Iterable[str]:
+    grid, pose, true, predicted = run.dataset.grid, prediction.grid_from_ego, prediction.true, prediction.predicted
     merits = {
-        "occupancy IoU [%]": percent(shown.results["occupancy_iou"]),
-        "mean cosine": number(shown.results["cosine"], 3),
+        "occupancy IoU [%]": percent(prediction.results["occupancy_iou"]),
+        "mean cosine": number(prediction.results["cosine"], 3),
     }
     text = ", ".join(f"{name} {value}" for name, value in merits.items())
     yield f"<h3>{HEADINGS['pretrain']}: {run_name(run)} <small>{text}, on this keyframe</small></h3>"
@@ -204,10 +204,10 @@ def pretraining_section(run: Run, shown: Shown, colors: figures.FeatureColors | 
         maps["predicted occupancy, highest cell"] = figures.highest_colors(predicted)
         outcomes = figures.outcome_colors(predicted.any(0), true.any(0))
         maps["columns with an occupied cell: hit, false alarm, missed"] = outcomes
-    if colors is not None and shown.voxels is not None:
-        for features, caption in ((shown.target, "target features"), (shown.features, "predicted features")):
+    if colors is not None and prediction.voxels is not None:
+        for features, caption in ((prediction.target, "target features"), (prediction.features, "predicted features")):
             assert features is not None
-            maps[f"{caption}, topmost seen voxel"] = figures.topmost(shown.voxels, colors(features), grid)
+            maps[f"{caption}, topmost seen voxel"] = figures.topmost(prediction.voxels, colors(features), grid)
     pictures = [(figures.draw_map(cells, grid, pose), caption) for caption, cells in maps.items()]
     if predicted is not None:
         mixed = figures.outcome_shares(predicted, true, axis=1)
@@ -220,20 +220,20 @@ def segmentation_section(task: str, runs: Sequence[Run], row: int) -> Iterable[s
     """What every run of a task predicts for a keyframe, beside the truth."""
     yield f"<h3>{HEADINGS[task]}</h3>"
     legend = key(figures.OUTCOMES)
-    if any(not run.shown[row].all_scored for run in runs):
+    if any(not run.predictions[row].all_scored for run in runs):
         legend += " " + key({"hardly visible, not scored": figures.UNSCORED})
     if task == "map":
         legend += "<br>" + key({name.replace("_", " "): color for name, color in figures.MAP_COLORS.items()})
     for group in [runs] if task == "vehicles" else [[run] for run in runs]:
-        ious = ", ".join(f"{run_name(run)} {percent(run.shown[row].results['iou'])} %" for run in group)
+        ious = ", ".join(f"{run_name(run)} {percent(run.predictions[row].results['iou'])} %" for run in group)
         yield f"<h4>{ious} <small>IoU on this keyframe</small></h4>"
-        yield row_of([shown for run in group for shown in segmentation_pictures(run, run.shown[row])], legend)
+        yield row_of([picture for run in group for picture in segmentation_pictures(run, run.predictions[row])], legend)
 
 
-def segmentation_pictures(run: Run, shown: Shown) -> Iterable[tuple[bytes, str]]:
+def segmentation_pictures(run: Run, prediction: Prediction) -> Iterable[tuple[bytes, str]]:
     """PNGs with captions."""
-    grid, pose, true = run.dataset.grid, shown.grid_from_ego, shown.true
-    predicted, probability, valid = shown.predicted, shown.probability, shown.valid
+    grid, pose, true = run.dataset.grid, prediction.grid_from_ego, prediction.true
+    predicted, probability, valid = prediction.predicted, prediction.probability, prediction.valid
     assert predicted is not None and probability is not None and valid is not None
     if run.task == "map":
         for masks, what in ((true, "ground truth"), (predicted, "predicted")):

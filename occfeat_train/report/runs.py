@@ -18,7 +18,7 @@ from occfeat_train.config import Config, Task
 from occfeat_train.data.batch import Batch
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, place
+from occfeat_train.tasks.build import AnyTask, move_to_device
 from occfeat_train.tasks.losses import feature_loss
 from occfeat_train.tasks.pretraining import Pretraining
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
@@ -36,7 +36,7 @@ from occfeat_train.training.stages import (
 
 
 @dataclass(frozen=True)
-class Shown:
+class Prediction:
     """What a run's network makes of one keyframe; None for what it does not predict.
 
     predicted, true: (Z, H, W) occupancy or (K, H, W) masks. valid: (H, W). probability: (K, H, W). voxels: (n,) flat
@@ -69,7 +69,7 @@ class Run:
     dataset: KeyframeDataset
     results: dict[str, Any]
     source: str
-    shown: list[Shown]
+    predictions: list[Prediction]
 
     @property
     def task(self) -> Task:
@@ -77,11 +77,16 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return self.checkpoint.about.config
+        return self.checkpoint.info.config
 
 
 def load_runs(
-    paths: Sequence[Path], reader: CacheReader, split: str, samples: int, process: Process, say: Callable[[str], None]
+    paths: Sequence[Path],
+    reader: CacheReader,
+    split: str,
+    samples: int,
+    process: Process,
+    print_line: Callable[[str], None],
 ) -> tuple[list[Run], list[int]]:
     """Runs with their outputs for up to `samples` keyframes, evenly spread over the split, and these keyframes' numbers.
 
@@ -90,21 +95,21 @@ def load_runs(
     opened = [(path, *open_run(path)) for path in dict.fromkeys(paths)]
     datasets = []
     for _, checkpoint, _ in opened:
-        datasets.append(KeyframeDataset(reader, checkpoint.about.config, training=False))
-        require_same_grid(datasets[-1], checkpoint.about.grid, str(checkpoint.path))
-        require_same_features(datasets[-1], checkpoint.about.feature_dim, str(checkpoint.path))
+        datasets.append(KeyframeDataset(reader, checkpoint.info.config, training=False))
+        require_same_grid(datasets[-1], checkpoint.info.grid, str(checkpoint.path))
+        require_same_features(datasets[-1], checkpoint.info.feature_dim, str(checkpoint.path))
     chosen = evenly_spread(datasets[0].keyframes, samples)
     names = [path.name for path, _, _ in opened]
     runs: list[Run] = []
     for (path, checkpoint, log), dataset in zip(opened, datasets, strict=True):
-        say(f"{path}: {checkpoint.about.config.task}, step {checkpoint.step}")
+        print_line(f"{path}: {checkpoint.info.config.task}, step {checkpoint.step}")
         for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset)):
-            say(line)
+            print_line(line)
         task = restore(checkpoint)
         results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
-        shown = [show(task, dataset, keyframe, process) for keyframe in chosen]
+        predictions = [predict(task, dataset, keyframe, process) for keyframe in chosen]
         name = path.name if names.count(path.name) == 1 else str(path)
-        runs.append(Run(len(runs), name, checkpoint, log, dataset, results, source, shown))
+        runs.append(Run(len(runs), name, checkpoint, log, dataset, results, source, predictions))
     return runs, chosen
 
 
@@ -137,9 +142,9 @@ def read_or_evaluate(
 
 
 @torch.no_grad()
-def show(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Process) -> Shown:
+def predict(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Process) -> Prediction:
     """The outputs of a network for one keyframe, as evaluation has them."""
-    place(task, process.device)
+    move_to_device(task, process.device)
     task.eval()
     batch = dataset.batch([(0, keyframe)])
     cam_from_ego = dataset.reader.read("cam_from_ego", keyframe)[0].astype(np.float64)
@@ -147,11 +152,11 @@ def show(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Proces
     batch = batch.to(process.device)
     with autocast(process.device, task.config.precision):
         if isinstance(task, Pretraining):
-            return _show_pretraining(task, batch, grid_from_ego)
+            return _predict_pretraining(task, batch, grid_from_ego)
         logits = task.logits(batch)
         metric, (labels, valid) = task.metric(), batch.map_labels()
         metric.update(logits, labels, valid)
-    return Shown(
+    return Prediction(
         grid_from_ego,
         labels[0].cpu().numpy(),
         metric.results(),
@@ -161,7 +166,7 @@ def show(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Proces
     )
 
 
-def _show_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np.float64]) -> Shown:
+def _predict_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np.float64]) -> Prediction:
     bev = task.network(batch.views(task.config.network.image_size), batch.bev_flip)
     occupied = batch.occupied()
     voxels, target = task.targets(batch, occupied) if task.config.loss.feat else (None, None)
@@ -171,7 +176,7 @@ def _show_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np
         _, cosine = feature_loss(features, target, torch.zeros_like(voxels), 1)
     metric = task.metric()
     metric.update(logits, occupied, cosine)
-    return Shown(
+    return Prediction(
         grid_from_ego,
         occupied[0].cpu().numpy(),
         metric.results(),

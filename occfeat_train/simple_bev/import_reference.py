@@ -17,7 +17,7 @@ from occfeat_train.config import Config
 from occfeat_train.networks.network import LIFTINGS
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
-from occfeat_train.training.checkpoint import About, CheckpointError, begin_run, load_weights, save_checkpoint
+from occfeat_train.training.checkpoint import CheckpointError, RunInfo, begin_run, load_weights, save_checkpoint
 
 # What only one of the reference's networks has.
 _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
@@ -41,9 +41,11 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
     task = build_task(config, grid, 0)
     load_weights(task, weights, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    about = About(config, grid, feature_dim=0, cache="", num_samples=0, initial=f"imported from {file.name} ({digest})")
-    begin_run(out, about)
-    return save_checkpoint(out, 0, about, task.state_dict(), {})
+    info = RunInfo(
+        config, grid, feature_dim=0, cache="", num_samples=0, initial=f"imported from {file.name} ({digest})"
+    )
+    begin_run(out, info)
+    return save_checkpoint(out, 0, info, task.state_dict(), {})
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""From a config to a task: network + head + losses + metric, its weights from the seed, where and how it computes."""
+"""From a config to a task (network, head, losses, metric), with weights initialised from the seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnyTask = Pretraining | Segmentation
 
 
 def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
-    """A task with freshly initialised weights, the same for the same seed. feature_dim: N_y of the cache's teacher."""
+    """A task with initial weights that depend only on config and seed. feature_dim: N_y of the cache's teacher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = build_network(
@@ -33,14 +33,14 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
         return Segmentation(network, config, grid)
 
 
-def place(task: AnyTask, device: torch.device) -> None:
-    """Move a task to where it computes, its convolutions' weights in channels-last order."""
+def move_to_device(task: AnyTask, device: torch.device) -> None:
+    """Move a task to a device, with the weights of convolutions in channels-last format."""
     task.to(device)
     task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
-    """Let every BatchNorm use its running statistics, in training too."""
+    """Make every BatchNorm use its running statistics in training, too."""
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.eval()

@@ -1,7 +1,7 @@
-"""What is plugged on top of F_B: OccFeat's un-splatting head for pretraining (paper 3.2, 3.3), a segmentation head after.
+"""Heads on F_B: OccFeat's un-splatting head for pretraining (paper 3.2, 3.3), and a segmentation head.
 
-Volumes inside the head are channels-last maps whose channels are Z groups (3.2): the reshape of a map into a volume
-moves nothing, and a cell's column of voxels is a row.
+Volumes in the head are channels-last maps whose channels are Z groups (3.2). Reshaping a map into a volume copies
+nothing, and the voxels of a cell's column are one row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from occfeat_train.ops.devices import runs_triton
 from occfeat_train.ops.norms import InstanceNorm
 
-# Numbers of a block of voxels' hidden channels: as many as stay in a core's cache, or fill a GPU.
+# Hidden values per block: few enough for a core's cache, or enough to fill a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 27
 
 
@@ -27,13 +27,14 @@ class OccFeatHead(nn.Module):
     F_B -> 3x3 conv, InstanceNorm, ReLU -> 1x1 conv to N_B * Z_B, Z_B groups of N_B -> 1x1x1 to 2 N_B, Softplus ->
     1x1x1 to N_B: F_V -> occupancy logit, and N_y features.
 
-    The layers hold exactly the paper's parameters. Computed is the same function, without what nobody reads: the two
-    linear layers before the Softplus are one, so are the two between it and the occupancy logit; F_V and the features
-    exist only at the voxels asked for, and what is between the Softplus and the logits in one block of cells at a time.
+    The layers have exactly the paper's parameters. The head evaluates the same function but skips outputs that are never
+    used: the two linear layers before the Softplus are merged, and so are the two between the Softplus and the occupancy
+    logit. F_V and the features are computed only at the requested voxels. Values between the Softplus and the logits
+    exist for one block of cells at a time.
     """
 
     def __init__(self, channels: int, height: int, feature_dim: int, *, occupancy: bool = True) -> None:
-        """channels: N_B. height: Z_B. feature_dim: N_y, 0 for no feature projection. occupancy: false leaves its out."""
+        """channels: N_B. height: Z_B. feature_dim: N_y, 0 for no feature projection. occupancy: whether to have an occupancy projection."""
         super().__init__()
         self.channels, self.height = channels, height
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -45,14 +46,14 @@ class OccFeatHead(nn.Module):
         self.features = nn.Linear(channels, feature_dim) if feature_dim else None
 
     def forward(self, bev: Tensor, voxels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """bev: F_B (B, N_B, H, W). voxels: (n,) int64 flat indices into (B, Z_B, H, W) whose features are wanted.
+        """bev: F_B (B, N_B, H, W). voxels: (n,) int64 flat indices into (B, Z_B, H, W) whose features are computed.
 
-        Returns occupancy logits (B, Z_B, H, W), None without that projection, and features (n, N_y), None if voxels is.
+        Returns occupancy logits (B, Z_B, H, W) or None without that projection, and features (n, N_y) or None without voxels.
         """
         batch, _, height, width = bev.shape
         hidden = F.relu(self.norm(self.conv(bev)))
         cells = hidden.permute(0, 2, 3, 1).reshape(-1, self.channels)
-        with torch.autocast(bev.device.type, enabled=False):  # products of weights, formed in their own precision
+        with torch.autocast(bev.device.type, enabled=False):  # products of weights in the weights' own precision
             weight, bias = self._unsplat_and_expand()
         logits = features = None
         if self.occupancy is not None:
@@ -66,7 +67,7 @@ class OccFeatHead(nn.Module):
         return logits, features
 
     def _occupancy(self, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(n, N_B) cells -> (n, Z_B) logits; F_V's layer and the occupancy projection after it are one: 2 N_B to 1."""
+        """(n, N_B) cells -> (n, Z_B) logits; the layer that outputs F_V and the occupancy projection are merged: 2 N_B to 1."""
         assert self.occupancy is not None
         with torch.autocast(cells.device.type, enabled=False):
             to_logit = (self.occupancy.weight @ self.reduce.weight)[0]
@@ -75,7 +76,7 @@ class OccFeatHead(nn.Module):
             return softplus_logits(cells, *(p.to(cells.dtype) for p in parameters)) + constant
 
     def _unsplat_and_expand(self) -> tuple[Tensor, Tensor]:
-        """The 1x1 convolution and the 1x1x1 one after it, with nothing between, as one linear layer for every level.
+        """The 1x1 convolution and the 1x1x1 convolution after it (no activation between), merged to one linear layer per level.
 
         Returns weights (Z_B, 2 N_B, N_B) and biases (Z_B, 2 N_B).
         """
@@ -85,7 +86,7 @@ class OccFeatHead(nn.Module):
 
 
 def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Row i: cells[cell[i]] through the linear layer of level[i]. weight: (Z, out, in), bias: (Z, out) -> (n, out)."""
+    """Row i: the linear layer of level[i], applied to cells[cell[i]]. weight: (Z, out, in), bias: (Z, out) -> (n, out)."""
     order = level.argsort(stable=True)
     counts = torch.bincount(level, minlength=len(weight)).tolist()
     rows = cells.index_select(0, cell[order]).split(counts)
@@ -94,10 +95,10 @@ def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor,
 
 
 def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
-    """softplus(cells W^T + b), seen as rows of as many channels as `to_logit` has, times `to_logit`.
+    """softplus(cells W^T + b), reshaped to rows of K channels, times `to_logit`.
 
     cells: (n, C); weight: (Z * K, C); bias: (Z * K,); to_logit: (K,), all of one dtype. Returns (n, Z).
-    In bfloat16 and float16 a GPU runs one Triton kernel, which returns float32; elsewhere it goes block by block.
+    For bfloat16 and float16 on a GPU this is one Triton kernel, which returns float32. Otherwise it is plain torch in blocks.
     """
     is_half = cells.dtype in (torch.bfloat16, torch.float16)
     function = _TritonSoftplusLogits if is_half and runs_triton(cells.device) else _SoftplusLogits
@@ -106,7 +107,7 @@ def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tenso
 
 
 class _TritonSoftplusLogits(torch.autograd.Function):
-    """`softplus_logits` by `head_kernels`. No hidden value is ever in memory; the backward computes them again."""
+    """`softplus_logits` with `head_kernels`. Hidden values are not stored; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ class _TritonSoftplusLogits(torch.autograd.Function):
 class _SoftplusLogits(torch.autograd.Function):
     """`softplus_logits` in plain torch.
 
-    Of 8x200x200 voxels the Softplus alone is 328 MB, and its gradient as much, all of it read and written several times.
-    Here a block of cells stays in the cache from the first product to the logit. The backward computes it again, which
-    costs less than reading it back.
+    For 8x200x200 voxels the Softplus output takes 328 MB, and so does its gradient; each is read and written several
+    times. Here a block of cells stays in the processor's cache from the first product to the logit. The backward pass
+    recomputes it, which takes less time than reading it from memory.
     """
 
     @staticmethod
@@ -145,7 +146,7 @@ class _SoftplusLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """Sums over blocks are kept in float32, or float64 if that is what came in. `to_logit`'s factor is left to the ends."""
+        """Sums over blocks are float32, or float64 for float64 inputs. The factor `to_logit` is applied outside the loop."""
         cells, weight, bias, to_logit = ctx.saved_tensors
         factor = to_logit.repeat(len(weight) // len(to_logit))
         to_cells = weight * factor[:, None]
@@ -166,7 +167,7 @@ class _SoftplusLogits(torch.autograd.Function):
 
 
 def _blocks(cells: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, and cells W^T + b of each, in memory that the next one overwrites."""
+    """Blocks of rows, with cells W^T + b of each in a buffer that the next block overwrites."""
     size = max((_CPU_BLOCK if cells.device.type == "cpu" else _GPU_BLOCK) // len(weight), 1)
     memory = cells.new_empty(min(size, len(cells)), len(weight))
     for start in range(0, len(cells), size):
@@ -187,5 +188,5 @@ class SegmentationHead(nn.Sequential):
 
 
 def voxel_rows(occupied: Tensor) -> Tensor:
-    """(B, Z, H, W) bool -> (n,) flat indices of the true ones, sample by sample."""
+    """(B, Z, H, W) bool -> (n,) flat indices of the true voxels, sorted by sample."""
     return torch.nonzero(occupied.reshape(-1)).reshape(-1)

@@ -1,6 +1,7 @@
-"""The losses: eq. 2 and 3 of the paper, and the segmentation's. Each is a mean over samples of a sample's own mean, so
-that a batch split over micro-batches or processes has the same loss and gradient as whole. Computed in float32, or in
-float64 if that is what the network gave.
+"""Losses: eq. 2 and 3 of the paper, and the segmentation loss.
+
+Each is the mean over samples of a sample's own mean, so that a batch has the same loss and gradient when it is split over
+micro-batches or ranks. They are computed in float32, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def occupancy_loss(logits: Tensor, occupied: Tensor) -> Tensor:
 def feature_loss(predicted: Tensor, target: Tensor, sample: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
     """Eq. 3: negative cosine similarity, averaged over a sample's occupied and seen voxels, then over samples.
 
-    predicted, target: (n, N_y). sample: (n,) int64, whose voxel it is, of num_samples. Voxels without a valid view are
-    the caller's to leave out (end of 3.3). A sample without any voxel adds nothing, and counts in the mean.
+    predicted, target: (n, N_y). sample: (n,) int64 index of each voxel's sample. The caller leaves out voxels without a
+    valid view (end of 3.3). A sample without voxels adds 0 and counts in the mean.
     Returns the loss and the cosines (n,).
     """
     predicted = _exact(predicted)

@@ -1,7 +1,7 @@
-"""Figures of merit over a whole data set: sums that are kept exactly, and divided once at the end.
+"""Metrics over a whole data set: exact sums, divided once at the end.
 
-IoU = sum of intersections / sum of unions over all scored cells of the set, as Lift-Splat-Shoot and Simple-BEV count it;
-a mean of per-batch IoUs is another number (46.6 against 47.4 on one of their checkpoints).
+IoU = sum of intersections / sum of unions over all valid cells of the data set, as in Lift-Splat-Shoot and Simple-BEV. The
+mean of per-batch IoUs is a different number (46.6 against 47.4 on one of their checkpoints).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class SegmentationMetric:
         self._logits = torch.logit(torch.tensor(THRESHOLDS, dtype=torch.float64)).float()
 
     def update(self, logits: Tensor, target: Tensor, valid: Tensor) -> None:
-        """logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool: cells that count."""
+        """logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool, cells that are scored."""
         bands = self._bands.to(logits.device).flatten(1).double().T  # (cells, bands)
         target, valid = target.flatten(2), valid.flatten(2)
         for row, threshold in enumerate(self._logits.tolist()):
             predicted = logits.flatten(2).float() >= threshold
             for column, cells in enumerate((predicted & target & valid, (predicted | target) & valid)):
-                # Exact: autocast, under which models are evaluated, leaves float64 products alone, and only those.
+                # float64 is exact; autocast, which is on in evaluation, changes all other products.
                 self.counts[row, ..., column] += (cells.sum(0).double() @ bands).round().long().cpu()
         self.num_samples += len(logits)
 
     def reduce(self) -> None:
-        """Add up the counts of all processes."""
+        """Sum the counts over all ranks."""
         self.counts = sum_over_processes(self.counts)
         self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
 
@@ -76,7 +76,7 @@ class SegmentationMetric:
         }
 
     def lines(self) -> list[str]:
-        """A table of the results."""
+        """The results as lines of a table."""
         r = self.results()
         rows = [("IoU at 0.5", r["iou"]), (f"IoU at the best threshold, {r['threshold_best']:g}", r["iou_best"])]
         rows += [(f"  {name}", iou) for name, iou in r["per_class"].items()] if len(self.classes) > 1 else []
@@ -104,7 +104,7 @@ class PretrainingMetric:
         self.num_samples += len(occupied)
 
     def reduce(self) -> None:
-        """Add up the sums of all processes."""
+        """Sum over all ranks."""
         self.counts, self.cosine = sum_over_processes(self.counts), sum_over_processes(self.cosine)
         self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
 

@@ -1,5 +1,6 @@
-"""OccFeat's pretext task: occupancy and teacher features of voxels (eq. 1 to 3). A module whose `forward` takes a batch and
-gives its losses, so that DDP and torch.compile see the whole step.
+"""OccFeat's pretext task: occupancy and teacher features of voxels (eq. 1 to 3).
+
+`forward` takes a batch and returns the losses, so that DDP and torch.compile see the whole step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from occfeat_train.tasks.metrics import PretrainingMetric
 
 
 class Pretraining(nn.Module):
-    """L = L_occ + lambda L_feat (eq. 1). A loss of weight 0 is not computed, and its projection does not exist."""
+    """L = L_occ + lambda L_feat (eq. 1). A loss with weight 0 is not computed and has no projection layer."""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Pretraining(nn.Module):
         return {"loss": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(), **losses}
 
     def _outputs(self, batch: Batch, occupied: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Occupancy logits, cosines of the distilled voxels, and eq. 3; None for what this run leaves out."""
+        """Occupancy logits, cosines of the distilled voxels, and eq. 3; None for outputs that this run does not have."""
         bev = self.network(batch.views(self.config.network.image_size), batch.bev_flip)
         if not self.config.loss.feat:
             return self.head(bev, None)[0], None, None
@@ -56,7 +57,7 @@ class Pretraining(nn.Module):
 
     @staticmethod
     def targets(batch: Batch, occupied: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the `occupied` voxels (B, Z, H, W) that some camera sees: flat indices (n,), and their Y_v (n, N_y)."""
+        """Flat indices (n,) and Y_v (n, N_y) of the `occupied` voxels (B, Z, H, W) that at least one camera sees."""
         voxels = voxel_rows(occupied)
         target, num_views = batch.voxel_targets(voxels)
         seen = num_views > 0

@@ -1,4 +1,4 @@
-"""Segmentation of the BEV plane, vehicles or map classes. A module whose `forward` takes a batch and gives its loss."""
+"""BEV segmentation of vehicles or map classes. `forward` takes a batch and returns its loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from occfeat_train.tasks.metrics import SegmentationMetric
 
 
 class Segmentation(nn.Module):
-    """Vehicles, or the map's classes, each a binary segmentation of the BEV plane."""
+    """Binary segmentation of the BEV plane for vehicles or for each map class."""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid) -> None:
         super().__init__()

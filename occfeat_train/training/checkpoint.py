@@ -31,7 +31,7 @@ from occfeat_targets.cache.records import CacheError, digest, read_record, sync_
 from occfeat_train.config import Config
 
 KEEP = 2
-WEIGHTS, ABOUT, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt", "checkpoint.json"
+WEIGHTS, INFO, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt", "checkpoint.json"
 
 
 class CheckpointError(ValueError):
@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class About:
+class RunInfo:
     """What a checkpoint is of. feature_dim: N_y of the teacher, 0 without. cache: fingerprint of the targets.
 
     num_samples: of the training set, which fixes the order of samples. keyframes: hash of which they are. initial: where the weights came from, a sentence.
@@ -60,7 +60,7 @@ class About:
     preset: str = ""
     targets: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    parent: About | None = None
+    parent: RunInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:
         parent = None if self.parent is None else self.parent.to_dict()
@@ -68,7 +68,7 @@ class About:
         return {**own, "config": self.config.to_dict(), "grid": self.grid.to_dict(), "parent": parent}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> About:
+    def from_dict(cls, data: Mapping[str, Any]) -> RunInfo:
         values = dict(data)
         values["config"] = Config.from_dict(values["config"])
         values["grid"] = VoxelGrid.from_dict(values["grid"])
@@ -84,7 +84,7 @@ class About:
 @dataclass(frozen=True)
 class Checkpoint:
     path: Path
-    about: About
+    info: RunInfo
 
     @property
     def step(self) -> int:
@@ -141,7 +141,7 @@ def _advice(folder: Path) -> str:
     """What to do about a checkpoint that is damaged: which older one of its run is whole."""
     for older in [p for p in _steps(folder.parent.parent)[::-1] if p.name < folder.name]:
         try:
-            for name in (WEIGHTS, ABOUT, STATE):
+            for name in (WEIGHTS, INFO, STATE):
                 _sound_file(older, name)
         except CheckpointError:
             continue
@@ -154,7 +154,7 @@ def _folder_name(step: int) -> str:
 
 
 def save_checkpoint(
-    run: Path, step: int, about: About, weights: Mapping[str, Tensor], state: Mapping[str, Any]
+    run: Path, step: int, info: RunInfo, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
     """Write RUN/checkpoints/step-N, atomically, and drop all but the newest ones.
 
@@ -167,9 +167,9 @@ def save_checkpoint(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, draft / WEIGHTS)
-    (draft / ABOUT).write_text(json.dumps(about.to_dict(), indent=1))
+    (draft / INFO).write_text(json.dumps(info.to_dict(), indent=1))
     torch.save(dict(state), draft / STATE)
-    files = {name: sync_and_digest(draft / name) for name in (WEIGHTS, ABOUT, STATE)}
+    files = {name: sync_and_digest(draft / name) for name in (WEIGHTS, INFO, STATE)}
     write_record(draft / RECORD, {"step": step, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
@@ -187,7 +187,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if path.is_file():
         raise CheckpointError(
-            f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {ABOUT})"
+            f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {INFO})"
         )
     is_checkpoint = (path / RECORD).is_file() or (path / WEIGHTS).is_file()
     folders = [path] if is_checkpoint else _steps(path)[::-1]
@@ -195,12 +195,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"no checkpoint in {path}: a directory that occfeat-train pretrain or finetune made is expected"
         )
-    file = _sound_file(folders[0], ABOUT)
+    file = _sound_file(folders[0], INFO)
     try:
-        about = About.from_dict(json.loads(file.read_text()))
+        info = RunInfo.from_dict(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(f"{file} can't be used ({_first_line(err)}): use another checkpoint") from err
-    return Checkpoint(folders[0], about)
+    return Checkpoint(folders[0], info)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
@@ -240,31 +240,31 @@ def require_finite(weights: Mapping[str, Tensor], what: str, remedy: str) -> Non
         raise CheckpointError(f"{what}: {shown} of {len(weights)} tensors are not finite: {remedy}")
 
 
-def begin_run(run: Path, about: About) -> Checkpoint | None:
+def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
     """Claim RUN for this config, or continue the run that stands there if it is the same.
 
     A run that never began training (it has no log) gives way to any config. Returns the checkpoint to continue from, None
     at the beginning. Raises CheckpointError naming every difference.
     """
-    file = run / ABOUT
+    file = run / INFO
     if file.is_file():
         try:
-            found = About.from_dict(json.loads(file.read_text()))
+            found = RunInfo.from_dict(json.loads(file.read_text()))
         except (ValueError, KeyError, TypeError) as err:
             raise CheckpointError(f"{file} can't be used ({_first_line(err)}): choose another --out") from err
-        differences = found.config.differences(about.config)
-        if found.cache != about.cache:
-            differences.append(f"cache fingerprint: {found.cache} != {about.cache}")
-        if found.grid != about.grid:
-            differences.append(f"grid: {found.grid} != {about.grid}")
-        if found.num_samples != about.num_samples:
-            differences.append(f"training samples: {found.num_samples} != {about.num_samples}")
-        elif found.keyframes != about.keyframes:
+        differences = found.config.differences(info.config)
+        if found.cache != info.cache:
+            differences.append(f"cache fingerprint: {found.cache} != {info.cache}")
+        if found.grid != info.grid:
+            differences.append(f"grid: {found.grid} != {info.grid}")
+        if found.num_samples != info.num_samples:
+            differences.append(f"training samples: {found.num_samples} != {info.num_samples}")
+        elif found.keyframes != info.keyframes:
             differences.append("keyframes: the cache holds others, or has skipped others")
-        if found.scenes != about.scenes:
-            differences.append(f"list of label scenes: {found.scenes} != {about.scenes}")
-        if found.initial != about.initial:
-            differences.append(f"initial weights: {found.initial} != {about.initial}")
+        if found.scenes != info.scenes:
+            differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
+        if found.initial != info.initial:
+            differences.append(f"initial weights: {found.initial} != {info.initial}")
         if differences and ((run / "log.jsonl").exists() or _steps(run)):
             raise CheckpointError(
                 f"{run} holds another run ({'; '.join(differences)} [there != here]): choose another --out, or delete it"
@@ -275,7 +275,7 @@ def begin_run(run: Path, about: About) -> Checkpoint | None:
         raise CheckpointError(f"{run} holds something that is no run of occfeat-train: choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(about.to_dict(), indent=1))
+    partial.write_text(json.dumps(info.to_dict(), indent=1))
     _flush(partial)
     partial.rename(file)
     return None

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, place
+from occfeat_train.tasks.build import AnyTask, move_to_device
 from occfeat_train.training.loop import autocast
 
 
@@ -28,7 +28,7 @@ def evaluate(
     Processes take keyframes in turn, so their numbers differ by one at most and no sample is padded or repeated.
     batch: samples a forward pass on one process. The task is left in evaluation mode.
     """
-    place(task, process.device)
+    move_to_device(task, process.device)
     task.eval()
     metric = task.metric()
     mine = dataset.keyframes[process.rank :: process.world].tolist()

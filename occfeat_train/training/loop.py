@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
 from occfeat_train.distributed import Process, average_statistics, gather_strings, sum_over_processes
-from occfeat_train.tasks.build import AnyTask, freeze_batchnorm, place
-from occfeat_train.training.checkpoint import About, Checkpoint, load_weights, save_checkpoint
+from occfeat_train.tasks.build import AnyTask, freeze_batchnorm, move_to_device
+from occfeat_train.training.checkpoint import Checkpoint, RunInfo, load_weights, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
 from occfeat_train.training.optim import build_optimizer
 
@@ -50,7 +50,7 @@ class TrainingError(ValueError):
 
 def train(
     task: AnyTask,
-    about: About,
+    info: RunInfo,
     dataset: KeyframeDataset,
     run: Path,
     process: Process,
@@ -63,7 +63,7 @@ def train(
     validate: called on all processes whenever a checkpoint is written, or when its run continues. Returns whether the run is finished; if not, the
     same call continues it. Raises TrainingError on a loss or gradient that is not finite, with the newest checkpoint intact.
     """
-    config, device = about.config, process.device
+    config, device = info.config, process.device
     optim = config.optim
     if optim.batch % process.world:
         raise TrainingError(
@@ -71,7 +71,7 @@ def train(
         )
     num_steps = optim.num_steps(len(dataset))
     save_every = options.save_every or max(math.ceil(len(dataset) / optim.samples_per_step), 1)
-    place(task, device)
+    move_to_device(task, device)
     optimizer, schedule = build_optimizer(task.parameters(), optim, num_steps, fused=device.type == "cuda")
     start = 0
     if resume is not None:
@@ -99,7 +99,7 @@ def train(
     def save(step: int) -> None:
         if process.is_main:
             trainer = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            save_checkpoint(run, step, about, task.state_dict(), trainer)
+            save_checkpoint(run, step, info, task.state_dict(), trainer)
 
     def measure(step: int) -> None:
         if validate is not None:

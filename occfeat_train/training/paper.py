@@ -14,7 +14,7 @@ from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_train.config import Config
 from occfeat_train.networks.encoder import DEFAULT_WEIGHTS
 from occfeat_train.presets import PRESETS
-from occfeat_train.training.checkpoint import About
+from occfeat_train.training.checkpoint import RunInfo
 
 TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
 DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": "evenly spread", "simulated": "nothing"}  # fmt: skip
@@ -35,41 +35,41 @@ class Difference:
     paper: str
 
 
-def nearest_row(about: About) -> str:
+def nearest_row(info: RunInfo) -> str:
     """The preset of the paper's row of the same task and label share that a run differs from in the fewest fields, its own
     before others.
 
     So `--occ-only` or `--lambda 0.1` on top of the default preset is the row of that name, not a difference from another.
     """
-    rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == about.config.task]
+    rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == info.config.task]
 
     def distance(name: str) -> tuple[bool, int, bool]:
         row = PRESETS[name]
-        return row.labels != about.config.labels, len(_config_differences(about.config, row)), name != about.preset
+        return row.labels != info.config.labels, len(_config_differences(info.config, row)), name != info.preset
 
     return min(rows, key=distance)
 
 
-def differences(about: About) -> list[Difference]:
+def differences(info: RunInfo) -> list[Difference]:
     """Of a run from `nearest_row`, and of the runs whose weights it started from."""
-    found = _config_differences(about.config, PRESETS[nearest_row(about)])
-    targets, paper = _flat({"grid": about.grid.to_dict(), **about.targets}), _flat(TARGETS.to_dict())
-    reads_teacher = about.config.task == "pretrain" and about.config.loss.feat > 0
+    found = _config_differences(info.config, PRESETS[nearest_row(info)])
+    targets, paper = _flat({"grid": info.grid.to_dict(), **info.targets}), _flat(TARGETS.to_dict())
+    reads_teacher = info.config.task == "pretrain" and info.config.loss.feat > 0
     left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
     found += _compare(
         {f"targets.{name}": value for name, value in targets.items() if name not in left_out},
         {f"targets.{name}": value for name, value in paper.items()},
     )
-    found += _compare({f"data.{name}": value for name, value in about.data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
-    if "image_size" in about.targets:
-        cached, largest = about.targets["image_size"], about.config.augment.largest(about.config.network.image_size)
+    found += _compare({f"data.{name}": value for name, value in info.data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
+    if "image_size" in info.targets:
+        cached, largest = info.targets["image_size"], info.config.augment.largest(info.config.network.image_size)
         if any(n > given for n, given in zip(largest, cached, strict=True)):
             found.append(Difference("upsampling", f"from {_text(cached)} to up to {_text(largest)} pixels", "none"))
-    if about.parent is not None:
-        kind = about.parent.config.task
-        if kind != "pretrain" or about.config.task == "pretrain":
+    if info.parent is not None:
+        kind = info.parent.config.task
+        if kind != "pretrain" or info.config.task == "pretrain":
             found.append(Difference("initial weights", f"a run of {kind}", "a pretraining, or the backbone's"))
-        found += [replace(other, field=f"{kind}: {other.field}") for other in differences(about.parent)]
+        found += [replace(other, field=f"{kind}: {other.field}") for other in differences(info.parent)]
     return found
 
 

@@ -21,9 +21,9 @@ from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.networks.encoder import DEFAULT_WEIGHTS, load_backbone_weights
 from occfeat_train.tasks.build import AnyTask, build_task, count_parameters
 from occfeat_train.training.checkpoint import (
-    About,
     Checkpoint,
     CheckpointError,
+    RunInfo,
     begin_run,
     find_checkpoint,
     load_weights,
@@ -32,25 +32,25 @@ from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.paper import DATA, describe_data
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Place:
+class RunOptions:
     """Where a stage works. cache: directory of caches. validate: a split to evaluate at every checkpoint, or None."""
 
     cache: Path
     split: str
     out: Path
     validate: str | None = None
-    options: LoopOptions = field(default_factory=LoopOptions)
+    loop: LoopOptions = field(default_factory=LoopOptions)
 
 
 def run_training(
     config: Config,
-    place: Place,
+    run_options: RunOptions,
     process: Process,
-    say: Say,
+    print_line: PrintLine,
     *,
     initial: Path | None = None,
     scenes_file: Path | None = None,
@@ -62,39 +62,41 @@ def run_training(
     of the label scenes, one a line, instead of config.labels. preset: the name of the one that config came from, for the
     report. Returns whether the run is finished.
     """
-    ready = prepare_together(lambda: prepare(config, place, say, initial, scenes_file, preset))
-    about, dataset, held_out, scenes = ready.about, ready.dataset, ready.held_out, ready.scenes
-    config, cache = about.config, dataset.reader.cache
-    task = build_task(config, about.grid, about.feature_dim)
-    resume = claim(place.out, about, process)
+    ready = prepare_together(lambda: prepare(config, run_options, print_line, initial, scenes_file, preset))
+    info, dataset, held_out, scenes = ready.info, ready.dataset, ready.held_out, ready.scenes
+    config, cache = info.config, dataset.reader.cache
+    task = build_task(config, info.grid, info.feature_dim)
+    resume = begin_or_resume(run_options.out, info, process)
     if resume is None:
-        say(prepare_together(lambda: load_initial(task, config, ready.start)))
+        print_line(prepare_together(lambda: load_initial(task, config, ready.start)))
     if scenes is not None:
         without = list(dict.fromkeys(scene for scene in cache.identity.scenes if scene not in ready.usable))
         note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
-        say(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {place.out / 'scenes.txt'}{note}")
+        print_line(
+            f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {run_options.out / 'scenes.txt'}{note}"
+        )
         if process.is_main:
             lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
-            (place.out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
-    announce(task, about, dataset, place, process, resume, say)
+            (run_options.out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
+    print_summary(task, info, dataset, run_options, process, resume, print_line)
     validate = None
     if held_out is not None:
 
         def validate(task: AnyTask) -> dict[str, Any]:
-            metric = evaluate(task, held_out, process, workers=place.options.workers, progress=False)
+            metric = evaluate(task, held_out, process, workers=run_options.loop.workers, progress=False)
             return dict(metric.results())
 
-    return train(task, about, dataset, place.out, process, resume, place.options, validate)
+    return train(task, info, dataset, run_options.out, process, resume, run_options.loop, validate)
 
 
 @dataclass(frozen=True)
-class Ready:
+class TrainingSetup:
     """What a training needs and every process opens for itself.
 
     scenes: whose labels are used, None without labels. usable: all with a valid keyframe. start: whose weights it starts from.
     """
 
-    about: About
+    info: RunInfo
     dataset: KeyframeDataset
     held_out: KeyframeDataset | None
     scenes: list[str] | None
@@ -103,13 +105,18 @@ class Ready:
 
 
 def prepare(
-    config: Config, place: Place, say: Say, initial: Path | None, scenes_file: Path | None, preset: str
-) -> Ready:
+    config: Config,
+    run_options: RunOptions,
+    print_line: PrintLine,
+    initial: Path | None,
+    scenes_file: Path | None,
+    preset: str,
+) -> TrainingSetup:
     """Open caches and the initial network, and check that they fit each other and the config. Raises ValueError."""
-    reader = open_reader(place.cache, place.split)
+    reader = open_reader(run_options.cache, run_options.split)
     cache, spec = reader.cache, reader.cache.spec
     for line in cache.warnings:
-        say(line)
+        print_line(line)
     config = replace(config, frame=resolve_frame(spec.frames, config.frame))
     scenes = None
     usable = list(
@@ -120,17 +127,17 @@ def prepare(
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
     feature_dim = spec.teacher.dim if spec.teacher is not None else 0
     held_out = None
-    if place.validate is not None:
-        held_out = KeyframeDataset(open_reader(place.cache, place.validate), config, training=False)
-        require_same_grid(held_out, dataset.grid, f"the {place.split} split")
-        require_same_features(held_out, feature_dim, f"the {place.split} split")
+    if run_options.validate is not None:
+        held_out = KeyframeDataset(open_reader(run_options.cache, run_options.validate), config, training=False)
+        require_same_grid(held_out, dataset.grid, f"the {run_options.split} split")
+        require_same_features(held_out, feature_dim, f"the {run_options.split} split")
     start = find_checkpoint(initial) if initial is not None else None
     if start is not None:
         for line in changes_of_meaning(dataset, start):
-            say(line)
+            print_line(line)
     for line in notes_on_data(dataset):
-        say(line)
-    about = About(
+        print_line(line)
+    info = RunInfo(
         config=config,
         grid=spec.grid,
         feature_dim=feature_dim,
@@ -147,9 +154,9 @@ def prepare(
             "label scenes": "from a list" if scenes_file else DATA["label scenes"],
             "simulated": " and ".join(cache.simulated) or DATA["simulated"],
         },
-        parent=None if start is None else start.about,
+        parent=None if start is None else start.info,
     )
-    return Ready(about, dataset, held_out, scenes, usable, start)
+    return TrainingSetup(info, dataset, held_out, scenes, usable, start)
 
 
 def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
@@ -157,7 +164,7 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
 
     Raises CheckpointError where the network's weights fit no other value.
     """
-    here, there = dataset.config.flat(), start.about.config.flat()
+    here, there = dataset.config.flat(), start.info.config.flat()
     changed = [name for name in MEANING if here[name] != there[name]]
     for name in changed:
         if name in FIXED:
@@ -169,7 +176,7 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
         f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
         for name in changed
     ]
-    ours, theirs = (t.get("teacher") or {} for t in (dataset.reader.cache.spec.to_dict(), start.about.targets))
+    ours, theirs = (t.get("teacher") or {} for t in (dataset.reader.cache.spec.to_dict(), start.info.targets))
     same = all(ours.get(name) == value for name, value in theirs.items() if name not in ("name", "dtype"))
     if "features" in dataset.arrays and not same:
         lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
@@ -191,36 +198,44 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
 
 
 def run_evaluation(
-    path: Path, place: Place, process: Process, say: Say, *, batch: int, frame: str | None = None
+    path: Path,
+    run_options: RunOptions,
+    process: Process,
+    print_line: PrintLine,
+    *,
+    batch: int,
+    frame: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
-    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, place, frame))
-    about, config, reader = checkpoint.about, dataset.config, dataset.reader
+    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, run_options, frame))
+    info, config, reader = checkpoint.info, dataset.config, dataset.reader
     for line in changes_of_meaning(dataset, checkpoint):
-        say(line)
-    warnings = list(dict.fromkeys([*reader.cache.warnings, *about.warnings()]))
+        print_line(line)
+    warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     for line in warnings:
-        say(line)
+        print_line(line)
     for line in notes_on_data(dataset):
-        say(line)
+        print_line(line)
     skipped = len(reader) - int(reader.is_valid.sum())
-    say(f"{checkpoint.path}: {about.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}")
+    print_line(
+        f"{checkpoint.path}: {info.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}"
+    )
     began = time.perf_counter()
     metric = evaluate(
-        task, dataset, process, batch=batch, workers=place.options.workers, progress=place.options.progress
+        task, dataset, process, batch=batch, workers=run_options.loop.workers, progress=run_options.loop.progress
     )
     results = {
-        "checkpoint": str(checkpoint.path), "task": config.task, "split": place.split,
+        "checkpoint": str(checkpoint.path), "task": config.task, "split": run_options.split,
         **measured(checkpoint, dataset), "skipped": skipped, "simulated": warnings, **metric.results(),
     }  # fmt: skip
     for line in metric.lines():
-        say(line)
-    say(f"{len(dataset) / (time.perf_counter() - began):.3g} samples/s")
+        print_line(line)
+    print_line(f"{len(dataset) / (time.perf_counter() - began):.3g} samples/s")
     if process.is_main:
-        place.out.mkdir(parents=True, exist_ok=True)
-        file = place.out / f"{place.split}.json"
+        run_options.out.mkdir(parents=True, exist_ok=True)
+        file = run_options.out / f"{run_options.split}.json"
         file.write_text(json.dumps(results, indent=1))
-        say(f"written to {file}")
+        print_line(f"written to {file}")
     return results
 
 
@@ -236,14 +251,16 @@ def measured(checkpoint: Checkpoint, dataset: KeyframeDataset) -> dict[str, Any]
     }
 
 
-def prepare_evaluation(path: Path, place: Place, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
+def prepare_evaluation(
+    path: Path, run_options: RunOptions, frame: str | None
+) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
     """A run's newest checkpoint, the split in the run's frame or another, and the task. Raises ValueError."""
     checkpoint = find_checkpoint(path)
-    about = checkpoint.about
-    config = about.config if frame is None else replace(about.config, frame=frame)
-    dataset = KeyframeDataset(open_reader(place.cache, place.split), config, training=False)
-    require_same_grid(dataset, about.grid, str(checkpoint.path))
-    require_same_features(dataset, about.feature_dim, str(checkpoint.path))
+    info = checkpoint.info
+    config = info.config if frame is None else replace(info.config, frame=frame)
+    dataset = KeyframeDataset(open_reader(run_options.cache, run_options.split), config, training=False)
+    require_same_grid(dataset, info.grid, str(checkpoint.path))
+    require_same_features(dataset, info.feature_dim, str(checkpoint.path))
     return checkpoint, dataset, restore(checkpoint, config)
 
 
@@ -285,7 +302,7 @@ def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
 
 def describe_initial(config: Config, start: Checkpoint | None) -> str:
     if start is not None:
-        return f"{start.path.resolve()} ({start.about.config.task})"
+        return f"{start.path.resolve()} ({start.info.config.task})"
     return f"backbone weights: {backbone_weights(config)}"
 
 
@@ -298,26 +315,26 @@ def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str
     """Fill the network as the run asks, and say with what."""
     if start is None:
         return load_backbone_weights(task.network.encoder, backbone_weights(config))
-    if start.about.grid != task.grid:
+    if start.info.grid != task.grid:
         raise CheckpointError(
-            f"{start.path} was trained on the grid {start.about.grid}, this cache has {task.grid}: build a cache with that grid"
+            f"{start.path} was trained on the grid {start.info.grid}, this cache has {task.grid}: build a cache with that grid"
         )
-    same_head = start.about.config.task == config.task
+    same_head = start.info.config.task == config.task
     load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
-    return f"network{' and head' * same_head} from {start.path} ({start.about.config.task}, step {start.step})"
+    return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, step {start.step})"
 
 
 def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
     """The task of a checkpoint, with its weights."""
-    about = checkpoint.about
-    task = build_task(config or about.config, about.grid, about.feature_dim)
+    info = checkpoint.info
+    task = build_task(config or info.config, info.grid, info.feature_dim)
     load_weights(task, checkpoint.weights(), checkpoint.path)
     return task
 
 
-def claim(out: Path, about: About, process: Process) -> Checkpoint | None:
+def begin_or_resume(out: Path, info: RunInfo, process: Process) -> Checkpoint | None:
     """`begin_run` once for all processes."""
-    found = prepare_together(lambda: begin_run(out, about) if process.is_main else None)
+    found = prepare_together(lambda: begin_run(out, info) if process.is_main else None)
     if process.world == 1:
         return found
     message = [None if found is None else str(found.path)]
@@ -325,33 +342,35 @@ def claim(out: Path, about: About, process: Process) -> Checkpoint | None:
     return None if message[0] is None else find_checkpoint(Path(message[0]))
 
 
-def announce(
+def print_summary(
     task: AnyTask,
-    about: About,
+    info: RunInfo,
     dataset: KeyframeDataset,
-    place: Place,
+    run_options: RunOptions,
     process: Process,
     resume: Checkpoint | None,
-    say: Say,
+    print_line: PrintLine,
 ) -> None:
-    config, optim = about.config, about.config.optim
+    config, optim = info.config, info.config.optim
     spec = dataset.reader.cache.spec
     read = sum(array.nbytes for array in spec.arrays() if array.name in dataset.arrays)
     steps = optim.num_steps(len(dataset))
     batch = f"{optim.batch}" + (f" x {optim.accumulation} accumulated" if optim.accumulation > 1 else "")
     parameters = count_parameters(task)
     size = f"{config.network.image_size[0]}x{config.network.image_size[1]}"
-    say(
+    print_line(
         f"{config.task}: {config.network.lifting} {config.network.backbone}, {parameters:,} parameters "
-        f"({count_parameters(task.head):,} of them the head's), images {size}, grid {about.grid}"
+        f"({count_parameters(task.head):,} of them the head's), images {size}, grid {info.grid}"
     )
-    say(
+    print_line(
         f"{len(dataset):,} samples ({read / 1e6:.1f} MB each), {optim.epochs:g} epochs, {steps:,} steps of {batch}; "
         f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}"
     )
-    say(f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {place.out / 'checkpoints'}, the newest two are kept")
+    print_line(
+        f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {run_options.out / 'checkpoints'}, the newest two are kept"
+    )
     if resume is not None:
-        say(
+        print_line(
             f"continuing at step {resume.step} of {steps}"
             if resume.step < steps
             else f"finished already, at step {steps}"

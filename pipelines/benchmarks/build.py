@@ -48,7 +48,7 @@ def main() -> None:
                 dataroot=dataroot, split=arguments.split, cache=cache, teacher=arguments.teacher, keyframes_per_shard=4
             )
             plan = make_plan(options)
-            outcome = run(plan, workers=workers, scheduler=None, say=print, progress=False)
+            outcome = run(plan, workers=workers, scheduler=None, print_line=print, progress=False)
             elapsed = time.perf_counter() - start
             assert not outcome.failed
             # a worker's first shard also loads libraries, weights and compiled kernels

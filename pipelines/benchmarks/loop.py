@@ -26,7 +26,7 @@ from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import build_task, place
+from occfeat_train.tasks.build import build_task, move_to_device
 from occfeat_train.training.checkpoint import latest_checkpoint
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import forward_backward, set_training
@@ -51,7 +51,7 @@ def resident_samples_per_second(cache: Cache, config: Config, device: torch.devi
     """Of whole optimiser steps on one batch, the median."""
     dataset = KeyframeDataset(CacheReader(cache), config, training=True)
     task = build_task(config, cache.spec.grid, 384)
-    place(task, device)
+    move_to_device(task, device)
     if config.compile:
         task.network.compile()
     optimizer, schedule = build_optimizer(task.parameters(), config.optim, steps + 2, fused=device.type == "cuda")
@@ -91,7 +91,7 @@ def main() -> None:
         checkpoint = latest_checkpoint(run)
         assert checkpoint is not None, "a finished run has a checkpoint"
         limits = [
-            resident_samples_per_second(cache, checkpoint.about.config, device, options.steps // 2) for _ in range(2)
+            resident_samples_per_second(cache, checkpoint.info.config, device, options.steps // 2) for _ in range(2)
         ]
         rate = statistics.median(record["samples_per_s"] for record in records)
         waits = [record["data_wait"] for record in records]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, Places, SelfAttention
+from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, SamplingPoints, SelfAttention
 from occfeat_train.ops.views import Views
 
 
@@ -20,7 +20,7 @@ def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def attend(places: Places, query: Tensor, values: Tensor, anchors: Tensor) -> Tensor:
+def attend(places: SamplingPoints, query: Tensor, values: Tensor, anchors: Tensor) -> Tensor:
     """query (C,) reads values (h, w, C) about anchors (A, 2) in tokens -> (C,)."""
     offsets = places.offsets(query).view(HEADS, places.points, 2)
     weights = places.weights(query).view(HEADS, places.points).softmax(-1)
@@ -54,9 +54,9 @@ def cross_attention(
     module: CrossAttention,
     query: Tensor,  # (H, W, C)
     positions: Tensor,  # (H, W, C)
-    features: Tensor,  # (S, h, w, C)
-    anchors: Tensor,  # (S, H, W, Z, 2) in tokens
-    is_read: Tensor,  # (S, H, W) bool
+    features: Tensor,  # (V, h, w, C)
+    anchors: Tensor,  # (V, H, W, Z, 2) in tokens
+    is_read: Tensor,  # (V, H, W) bool
     num_views: Tensor,  # (H, W)
 ) -> Tensor:
     values = module.value(features)
@@ -73,7 +73,7 @@ def cross_attention(
 
 
 def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat: str | None) -> tuple[Tensor, Tensor]:
-    """centers (H, W, Z, 3) -> (B, S, H, W, Z, 2) places in tokens, nowhere near where there is none, and (B, S, H, W) seen."""
+    """centers (H, W, Z, 3) -> (B, V, H, W, Z, 2) places in tokens, nowhere near where there is none, and (B, V, H, W) seen."""
     (height, width), (h, w) = views.images.shape[-2:], feature_size
     points = torch.einsum("bsij,hwzj->bshwzi", views.cam_from_grid[..., :3, :3], centers)
     points = points + views.cam_from_grid[:, :, None, None, None, :3, 3]

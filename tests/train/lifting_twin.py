@@ -10,7 +10,7 @@ from occfeat_train.ops.views import Views
 
 
 def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
-    """features: (B, S, C, h, w) -> (B, Z * C, H, W), channel z * C + c."""
+    """features: (B, V, C, h, w) -> (B, Z * C, H, W), channel z * C + c."""
     batch, cams, channels, h, w = features.shape
     height, width = views.images.shape[-2:]
     centers = torch.from_numpy(grid.voxel_centers()).double().reshape(-1, 3).to(features.device)

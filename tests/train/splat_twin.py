@@ -10,10 +10,10 @@ from occfeat_train.ops.views import Views
 
 
 def splat_dense(logits: Tensor, features: Tensor, depths: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
-    """logits: (B, S, D, h, w). features: (B, S, C, h, w). depths: (D,) [m]. Returns (B, C, H, W)."""
+    """logits: (B, V, D, h, w). features: (B, V, C, h, w). depths: (D,) [m]. Returns (B, C, H, W)."""
     batch, cams, channels, h, w = features.shape
     height, width = views.images.shape[-2:]
-    outer = logits.softmax(2)[:, :, None] * features[:, :, :, None]  # (B, S, C, D, h, w)
+    outer = logits.softmax(2)[:, :, None] * features[:, :, :, None]  # (B, V, C, D, h, w)
     volume = features.new_zeros(batch, channels, *grid.shape)
     count = features.new_zeros(batch, 1, *grid.shape)
     for b, s, k, row, column in torch.cartesian_prod(

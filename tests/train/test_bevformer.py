@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks import bevformer
-from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Places, camera_reads, neighbour_reads
+from occfeat_train.networks.bevformer import (
+    HEADS,
+    BEVFormer,
+    CrossAttention,
+    SamplingPoints,
+    camera_reads,
+    neighbour_reads,
+)
 from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
 from occfeat_train.ops.views import Views
 from tests.train import deformable_twin
@@ -236,7 +243,7 @@ def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, co
     centers = torch.from_numpy(GRID.voxel_centers()).double().permute(1, 2, 0, 3)
     anchors, seen = deformable_twin.project(views, centers, (4, 6), compat)
     assert torch.equal(num_views, seen.sum(1).flatten(1))
-    is_read = (seen[:1].expand_as(seen) if compat else seen).flatten(2).transpose(1, 2)  # (B, H * W, S)
+    is_read = (seen[:1].expand_as(seen) if compat else seen).flatten(2).transpose(1, 2)  # (B, H * W, V)
     assert torch.equal(reads.starts.diff(), is_read.sum(2).flatten())
     sample, cell, cam = is_read.nonzero(as_tuple=True)
     assert torch.equal(reads.maps, sample * cams + cam)
@@ -406,7 +413,7 @@ def test_points_are_8_where_the_levels_divide_it_and_one_a_level_otherwise(level
 
 
 def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_nearest() -> None:
-    places = Places(8, 8, levels=4)
+    places = SamplingPoints(8, 8, levels=4)
     offsets, scores = places(torch.randn(2, 8)).split([2, 1], -1)
     assert torch.equal(offsets[0], offsets[1])
     assert torch.equal(scores, torch.zeros_like(scores))
@@ -415,7 +422,7 @@ def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_ne
 
 
 def test_channels_that_4_heads_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, give a multiple"):
+    with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, choose a multiple"):
         BEVFormer(GRID, 6)
     with pytest.raises(ValueError, match="compat 'lss'"):
         BEVFormer(GRID, 8, "lss")

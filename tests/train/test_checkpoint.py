@@ -80,12 +80,12 @@ def test_the_two_newest_checkpoints_are_kept_and_say_what_they_are_of(trained, c
         and found.step == 4
         and found.path == find_checkpoint(trained / "checkpoints" / "step-00000004").path
     )
-    about = json.loads((found.path / "config.json").read_text())
-    assert about == json.loads((trained / "config.json").read_text())
-    assert Config.from_dict(about["config"]) == found.about.config
-    assert found.about.grid == GRID
-    assert (found.about.num_samples, found.about.feature_dim) == (7, 6)
-    assert found.about.simulated == ("all of it",)
+    info = json.loads((found.path / "config.json").read_text())
+    assert info == json.loads((trained / "config.json").read_text())
+    assert Config.from_dict(info["config"]) == found.info.config
+    assert found.info.grid == GRID
+    assert (found.info.num_samples, found.info.feature_dim) == (7, 6)
+    assert found.info.simulated == ("all of it",)
 
 
 def test_an_older_checkpoint_can_be_named(trained, cache):
@@ -156,7 +156,7 @@ def flipped(file: Path, position: int) -> None:
 def read_all(run: Path) -> tuple[object, ...]:
     """Everything that resuming reads of a checkpoint."""
     found = find_checkpoint(run)
-    return found.step, found.about, restore(found).state_dict(), found.trainer_state()
+    return found.step, found.info, restore(found).state_dict(), found.trainer_state()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "checkpoint.json"])
@@ -208,7 +208,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(cache, run):
         weights[name].view(-1)[-1] = value
     shown = f"{', '.join(names[:3])} and 1 more of "
     with pytest.raises(CheckpointError, match="the weights after step 5 are not saved: " + shown + ".* are not finite"):
-        save_checkpoint(run, 5, found.about, weights, state)
+        save_checkpoint(run, 5, found.info, weights, state)
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000003", "step-00000004"]
     save_file(weights, found.path / "model.safetensors")
     renew(found.path)
@@ -240,9 +240,9 @@ def test_damaged_words_about_a_checkpoint_are_refused(cache, run):
 
 def test_a_config_of_another_release_is_refused(run, cache):
     file = find_checkpoint(run).path / "config.json"
-    about = json.loads(file.read_text())
-    about["config"]["network"]["wings"] = 2
-    file.write_text(json.dumps(about))
+    info = json.loads(file.read_text())
+    info["config"]["network"]["wings"] = 2
+    file.write_text(json.dumps(info))
     renew(file.parent)
     message = refuse(*evaluate(run, cache))
     assert "unknown fields network.wings" in message and "another release" in message

@@ -459,7 +459,7 @@ def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
     ("options", "expected"),
     [
         (["--preset", "table9/occfeat"], "no preset 'table9/occfeat'; there are: table1/simplebev-enb0/occfeat, "),
-        (["--preset", "small/map-10"], "is a finetuning: occfeat-train finetune --preset small/map-10"),
+        (["--preset", "small/map-10"], "is a finetuning preset: use occfeat-train finetune --preset small/map-10"),
         (["--occ-only", "--lambda", "1"], "--occ-only, --feat-only and --lambda exclude each other"),
         (["--set", "optim.speed=9"], "--set optim.speed=9: no such field; there are task, network.lifting, "),
         (["--set", "optim.lr"], "--set optim.lr: key=value expected"),
@@ -483,11 +483,11 @@ def test_wrong_options_say_what_would_be_right(cache, tmp_path, options, expecte
 
 def test_presets_and_their_parts_do_not_mix(cache, tmp_path):
     out = tmp_path / "run"
-    assert "--preset already says --task and --labels" in refuse(
+    assert "--preset replaces --task and --labels" in refuse(
         *finetune(cache, out, "--preset", "small/map-10", "--labels", "10"), out=out
     )
     message = refuse(*finetune(cache, out, "--preset", "small/occfeat"), out=out)
-    assert "is a pretraining: occfeat-train pretrain --preset small/occfeat" in message
+    assert "is a pretraining preset: use occfeat-train pretrain --preset small/occfeat" in message
 
 
 def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch):

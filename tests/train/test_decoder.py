@@ -125,7 +125,7 @@ def test_the_input_is_added_at_the_end_and_nothing_comes_after():
 
 
 def test_an_odd_number_of_channels_is_refused():
-    with pytest.raises(ValueError, match="decoder of 7 channels: .* give an even number"):
+    with pytest.raises(ValueError, match="decoder of 7 channels: .* choose an even number"):
         BEVDecoder(7)
 
 

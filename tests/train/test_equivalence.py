@@ -103,9 +103,9 @@ def test_with_batchnorm_in_training_micro_batches_are_another_step(cache):
 def test_a_batch_that_the_processes_cannot_share_is_refused(cache):
     dataset = KeyframeDataset(reader(cache), CONFIG, training=True)
     task = build_task(CONFIG, dataset.grid, 6)
-    about = type("About", (), {"config": CONFIG})
+    info = type("RunInfo", (), {"config": CONFIG})
     with pytest.raises(TrainingError, match="optim.batch=8 is no multiple of the 3 processes: change one of them"):
-        train(task, about, dataset, Path("unused"), Process(0, 3, ALONE.device), None, None)  # type: ignore[arg-type]
+        train(task, info, dataset, Path("unused"), Process(0, 3, ALONE.device), None, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -436,7 +436,7 @@ def test_a_gpu_equals_the_cpu(compat: str | None) -> None:
         ({"compat": "lss"}, "compat 'lss': expected None or 'simple-bev'"),
         (
             {"features": torch.ones(2, 3, 4, 6)},
-            r"features of shape \(2, 3, 4, 6\), torch.float32: expected float \(B, S",
+            r"features of shape \(2, 3, 4, 6\), torch.float32: expected float \(B, V",
         ),
         ({"features": torch.ones(1, 3, 2, 4, 6)}, r"images of shape \(1, 2, 3, 40, 60\) beside .*: expected \(1, 3,"),
         ({"features": torch.ones(1, 2, 2, 1, 6), "compat": "simple-bev"}, "1x6 tokens: expected at least 2x2"),

@@ -61,7 +61,7 @@ def test_it_pretrains_resumes_finetunes_and_is_evaluated(cache, tmp_path, networ
     assert f"pretrain: {network} efficientnet-b0" in said
     whole = find_checkpoint(tmp_path / "run")
     assert whole.step == 2
-    assert whole.about.config.network.lifting == network
+    assert whole.info.config.network.lifting == network
 
     stopped = tmp_path / "stopped"
     shutil.copytree(tmp_path / "run", stopped)
@@ -115,12 +115,12 @@ def test_a_checkpoint_of_the_reference_is_evaluated_and_finetuned(tmp_path, name
     file, out = reference_checkpoint(tmp_path / "model.pth", name), tmp_path / "imported"
     said = run("import-reference", file, "--network", network, "--backbone", backbone, "--out", out, *grid)
     assert str(out / "checkpoints" / "step-00000000") in said
-    about = find_checkpoint(out).about
-    assert (about.config.network.lifting, about.config.network.compat) == (network, "simple-bev")
-    assert about.initial.startswith("imported from model.pth")
+    info = find_checkpoint(out).info
+    assert (info.config.network.lifting, info.config.network.compat) == (network, "simple-bev")
+    assert info.initial.startswith("imported from model.pth")
 
-    assert about.config.frame == "cameras"  # of which the reference draws one
-    cache = write_cache(tmp_path / "cache", grid=about.grid, frames=CAMERAS)
+    assert info.config.frame == "cameras"  # of which the reference draws one
+    cache = write_cache(tmp_path / "cache", grid=info.grid, frames=CAMERAS)
     run("evaluate", out, "--cache", cache, "--split", "train", "--no-progress")
     assert (out / "evaluation" / "train.json").is_file()
     tuned = ["finetune", "--cache", cache, "--from", out, *SMALL, "--set", "optim.epochs=0.5"]

@@ -18,7 +18,7 @@ from occfeat_train.presets import PRESETS, preset
 from occfeat_train.report import figures
 from occfeat_train.report.page import curve, initial_weights
 from occfeat_train.report.runs import evenly_spread
-from occfeat_train.training.checkpoint import About
+from occfeat_train.training.checkpoint import RunInfo
 from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
 from tests.targets.command_line import run as targets
 
@@ -246,15 +246,15 @@ def test_shown_keyframes_are_spread_over_the_split():
     assert evenly_spread(np.array([4, 9]), 5) == [4, 9]
 
 
-def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> About:
+def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> RunInfo:
     """A run of a config on the paper's data."""
     targets = {**TARGETS.to_dict(), "image_size": list(size)}
     values = {"feature_dim": 384, "cache": "", "num_samples": 28_130, "initial": "", "targets": targets, "data": DATA}
-    return About(config, VoxelGrid(), **{**values, **changes})
+    return RunInfo(config, VoxelGrid(), **{**values, **changes})
 
 
-def found_in(about: About) -> dict[str, tuple[str, str]]:
-    return {d.field: (d.here, d.paper) for d in differences(about)}
+def found_in(info: RunInfo) -> dict[str, tuple[str, str]]:
+    return {d.field: (d.here, d.paper) for d in differences(info)}
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -332,9 +332,9 @@ def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
 
 def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
     short = about_of(Config().override(["optim.epochs=1"]))
-    about = about_of(preset("table1/simplebev-enb0/vehicles-1"), parent=short)
-    assert About.from_dict(json.loads(json.dumps(about.to_dict()))).to_dict() == about.to_dict()
-    assert found_in(about) == {"pretrain: optim.epochs": ("1", "50")}
+    info = about_of(preset("table1/simplebev-enb0/vehicles-1"), parent=short)
+    assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))).to_dict() == info.to_dict()
+    assert found_in(info) == {"pretrain: optim.epochs": ("1", "50")}
     again = found_in(about_of(Config(), parent=about_of(Config())))
     assert again == {"initial weights": ("a run of pretrain", "a pretraining, or the backbone's")}
 

@@ -252,7 +252,7 @@ def test_a_gpu_equals_the_cpu() -> None:
         ({2: FORWARD[None]}, r"cam_from_grid of shape \(1, 4, 4\) .*: expected \(2, 4, 4\)"),
         ({3: PINHOLE}, r"intrinsics of shape \(3, 3\) .*: expected \(2, 3, 3\)"),
         ({5: np.zeros((3, 4), np.float32)}, r"centers of shape \(3, 4\) .*: expected \(3, 3\)"),
-        ({1: np.ones((2, 4, 6), np.float16)}, "int8 needs feature_scale, any other type goes without"),
+        ({1: np.ones((2, 4, 6), np.float16)}, "int8 needs feature_scale, other types must not have it"),
         ({0: np.ones((2, 4, 6, 8), np.int8)}, "int8 needs feature_scale"),
     ],
 )

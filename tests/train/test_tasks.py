@@ -15,7 +15,7 @@ from occfeat_train.config import Config, LossConfig, NetworkConfig
 from occfeat_train.networks.network import build_network
 from occfeat_train.ops.sampling import sample_voxel_features_numpy
 from occfeat_train.presets import FEAT_ONLY, OCC_ONLY
-from occfeat_train.tasks.build import build_task, count_parameters, freeze_batchnorm, place
+from occfeat_train.tasks.build import build_task, count_parameters, freeze_batchnorm, move_to_device
 from occfeat_train.tasks.heads import voxel_rows
 from occfeat_train.tasks.losses import segmentation_loss
 from occfeat_train.tasks.metrics import PretrainingMetric, SegmentationMetric
@@ -187,7 +187,7 @@ def test_a_task_is_its_network_and_its_head():
 def test_placing_a_task_orders_its_weights_channels_last_and_changes_none():
     task = task_of()
     before = states(task)
-    place(task, torch.device("cpu"))
+    move_to_device(task, torch.device("cpu"))
     for name, value in task.state_dict().items():
         assert value.dim() != 4 or value.is_contiguous(memory_format=torch.channels_last), name
         np.testing.assert_array_equal(value.numpy(), before[name])
