@@ -253,10 +253,10 @@ def test_a_finetuning_and_its_evaluation_keep_the_pretrainings_frame(cache, tmp_
         assert frames_of(run, cache) == ["ego"]
         shutil.rmtree(run)
     output = succeed(*finetune(cache, run, "--from", ego, "--set", "frame=cameras", *steps(1)))
-    assert f"frame=cameras overrides ego, with which the network of {ego / 'checkpoints'}" in output
+    assert f"frame=cameras overrides ego, which the network of {ego / 'checkpoints'}" in output
     assert frames_of(run, cache) == ["CAM_FRONT"]
     output = succeed(*evaluate(run, cache, "--frame", "ego"))
-    assert "frame=ego overrides cameras, with which the network of" in output
+    assert "frame=ego overrides cameras, which the network of" in output
 
 
 def test_a_run_keeps_the_frame_that_its_cache_chose_on_any_cache(cache, tmp_path):
@@ -486,7 +486,7 @@ def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch)
 def test_a_directory_with_something_else_in_it_is_left_alone(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     message = refuse(*pretrain(cache, tmp_path, *steps(1)), out=tmp_path)
-    assert "holds something that is no run of occfeat-train: choose another --out" in message
+    assert "is not empty and not a run of occfeat-train: choose another --out" in message
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
