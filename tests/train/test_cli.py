@@ -293,8 +293,8 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
         assert (network["compat"], network["image_size"], network["channels"]) == ("simple-bev", [32, 48], 8)
         shutil.rmtree(run)
     output = succeed("finetune", *short, "--set", "network.compat=none", "--set", "network.image_size=16x48")
-    assert "network.image_size=[16, 48] overrides [32, 48], with which" in output
-    assert "network.compat=none overrides simple-bev, with which" in output
+    assert "network.image_size=[16, 48] overrides [32, 48], which the network of" in output
+    assert "network.compat=none overrides simple-bev, which the network of" in output
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
 )
 def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrained, tmp_path, options):
     message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
-    assert "was trained with" in message and "its weights fit nothing else: leave that option or preset out" in message
+    assert "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
 
 
 def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
