@@ -1,1 +1,1 @@
-"""occfeat_targets: the offline half of OccFeat. A nuScenes dataroot in, a cache of pretraining targets out."""
+"""occfeat_targets: offline pipeline from a nuScenes dataroot to a cache of pretraining targets."""

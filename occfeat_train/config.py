@@ -1,7 +1,7 @@
-"""What a run is: one frozen value, saved with every run and checkpoint. The defaults are the paper's (section 4.1).
+"""The config of a run: frozen dataclasses, saved with every run and checkpoint. The defaults are the paper's (section 4.1).
 
-A variant is a named preset (presets.py) or a changed field: ``--set optim.lr=1e-4``. Nothing is interpolated or looked
-up by class path; what follows from other values is a property.
+A variant is a named preset (presets.py) or a changed field: ``--set optim.lr=1e-4``. There is no interpolation and no class
+path; derived values are properties.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Task = Literal["pretrain", "vehicles", "map"]
 TASKS: tuple[Task, ...] = typing.get_args(Task)
 Lifting = Literal["simplebev", "bevformer", "lss"]
 Backbone = Literal["efficientnet-b0", "resnet-50", "resnet-101"]
-# What decides the meaning of F_B: with another value, the same weights compute something else. `--from` inherits these.
-# The weights of a network fit no other value of the first three.
+# Fields that change the meaning of F_B: with another value, the same weights compute another function. `--from` inherits
+# them. FIXED are those that also change the shapes or names of the weights.
 FIXED = ("network.lifting", "network.backbone", "network.channels")
 MEANING = (*FIXED, "network.image_size", "network.compat", "frame")
 
@@ -30,13 +30,12 @@ MEANING = (*FIXED, "network.image_size", "network.compat", "frame")
 class NetworkConfig:
     """The BEV network (paper 3.1).
 
-    weights: of the image backbone: ``default`` (RN-50 MoCo-v2, the others supervised, all on ImageNet), a hub id, a local
+    weights: initial weights of the image backbone: ``default`` (RN-50 MoCo-v2, the others supervised, all on ImageNet), a hub id, a local
     folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
     image_size: (height, width) of the student's input [px], multiples of 16.
-    recompute: inside the encoder's first blocks, of the largest maps, and BEVFormer's layers, keep nothing for the backward
-    and compute it again.
-    freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its micro-batch.
-    compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
+    recompute: activation checkpointing of the encoder's first blocks, which have the largest maps, and of BEVFormer's
+    layers. freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its
+    micro-batch. compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """
 
     lifting: Lifting = "simplebev"
@@ -67,14 +66,14 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Simple-BEV's augmentations ("we use augmentations from [24]"), drawn in training only.
+    """Simple-BEV's augmentations ("we use augmentations from [24]"), used only in training.
 
-    resize: the image's size after resizing, times the final size, uniform; each camera draws its own.
-    crop: the crop's centre moves by up to this share of the final height, in both directions; black outside.
-    flip_images: mirror each image with p = 0.5, and its features back before the lifting.
-    flip_bev: mirror the lifted volume along each axis with p = 0.5, and F_B back after the decoder.
-    shuffle_cameras: their order. num_cameras: keep only so many of them; 0 keeps all.
-    random_frame: the grid in a random camera's frame, where the cache has camera frames.
+    resize: range of the ratio of resized to final size, sampled uniformly for each camera.
+    crop: the centre of the crop moves by up to this fraction of the final height in both directions; black outside.
+    flip_images: mirror each image with p = 0.5, and mirror its features back before the lifting.
+    flip_bev: mirror the lifted volume along each axis with p = 0.5, and mirror F_B back after the decoder.
+    shuffle_cameras: shuffle the order of the cameras. num_cameras: keep only this many cameras; 0 keeps all.
+    random_frame: use the grid in a random camera's frame if the cache has camera frames.
     """
 
     resize: tuple[float, float] = (0.8, LARGEST_RESIZE)
@@ -95,7 +94,7 @@ class AugmentConfig:
             raise ValueError(f"augment.num_cameras={self.num_cameras}: at least 0 expected (0 keeps all)")
 
     def largest(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) [px] to which images of a network of `image_size` are resized at most."""
+        """Largest (height, width) [px] to which images are resized, for a network of `image_size`."""
         height, width = (int(self.resize[1] * n) for n in image_size)
         return height, width
 
@@ -107,9 +106,9 @@ NO_AUGMENTATION = AugmentConfig(
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule (paper 4.1). batch: samples a forward pass over all processes together.
+    """Optimiser and schedule (paper 4.1). batch: samples per forward pass, over all ranks.
 
-    accumulation: forward passes an optimiser step; their losses are averaged. clip: L2 norm of the gradient, Simple-BEV's.
+    accumulation: forward passes per optimiser step; their losses are averaged. clip: L2 norm of the gradient (Simple-BEV).
     """
 
     optimizer: Literal["adam", "adamw"] = "adam"
@@ -134,7 +133,7 @@ class OptimConfig:
         return self.batch * self.accumulation
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimiser steps of the whole run: the epochs are one stream of samples, and only its rest is left over."""
+        """Optimiser steps of the whole run. The epochs are one stream of samples; only an incomplete last batch is left out."""
         return max(int(self.epochs * num_samples) // self.samples_per_step, 1)
 
 
@@ -142,7 +141,7 @@ class OptimConfig:
 class LossConfig:
     """occ: weight of eq. 2, 1 or 0 (``--feat-only``). feat: lambda of eq. 1; 0 leaves the features out (``--occ-only``).
 
-    pos_weight: of a positive cell in the segmentation's cross-entropy, Simple-BEV's.
+    pos_weight: weight of positive cells in the segmentation's cross-entropy (Simple-BEV).
     """
 
     occ: float = 1.0
@@ -161,10 +160,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. labels: percent of the training scenes whose labels finetuning may see. frame: the grid's; ``cameras``
-    (random in training, CAM_FRONT in evaluation), ``ego``, or a camera's name. ``auto`` becomes ``cameras`` where the
-    cache has them, otherwise ``ego``, before a run starts. allow_upsampling: whether the cache's images may be enlarged.
-    precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+    """One run.
+
+    labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
+    (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
+    run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
+    images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
     """
 
     task: Task = "pretrain"
@@ -189,11 +190,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
-        """Raises ValueError on a field this release does not know."""
+        """Raises ValueError on an unknown field."""
         return _build(cls, data, "")
 
     def override(self, assignments: Iterable[str]) -> Config:
-        """Fields changed by ``key=value`` strings, such as ``optim.lr=1e-4``. Raises ValueError naming the bad one."""
+        """Change fields with ``key=value`` strings, such as ``optim.lr=1e-4``. Raises ValueError that names the invalid one."""
         data = self.to_dict()
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
@@ -216,12 +217,12 @@ class Config:
         return out
 
     def smallest_cache(self, like: tuple[int, int] = STUDENT_SIZE) -> tuple[int, int]:
-        """(height, width) [px] of the smallest cached images, shaped like `like`, that training never enlarges."""
+        """(height, width) [px] of the smallest cached images with the aspect ratio of `like` that are never enlarged."""
         scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
         return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
 
     def differences(self, other: Config) -> list[str]:
-        """One line a field in which two configs differ."""
+        """One line for each field in which two configs differ."""
         mine, theirs = self.flat(), other.flat()
         return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
 
@@ -235,7 +236,7 @@ def _one_of(value: Any, *names: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """JSON where it is JSON, AxB as a size, a word otherwise; True and False as Python writes them."""
+    """JSON, a size AxB, or a plain word; also Python's True and False."""
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
@@ -244,11 +245,13 @@ def _parse(text: str) -> Any:
 
 
 def _build(cls: Any, data: Any, where: str) -> Any:
-    """A dataclass from nested dictionaries, every value checked against its annotation."""
+    """A dataclass from nested dictionaries, with every value checked against its annotation."""
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     if unknown:
-        raise ValueError(f"unknown fields {', '.join(where + u for u in unknown)}: this config is of another release")
+        raise ValueError(
+            f"unknown fields {', '.join(where + u for u in unknown)}: this config was written by another release"
+        )
     return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
 
 
@@ -261,7 +264,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         fits = isinstance(value, list | tuple) and len(value) == len(args)
         value = tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True)) if fits else value
     elif origin is Literal:
-        return value  # the class checks it, and names what is allowed
+        return value  # the class checks it and lists the allowed values
     elif hint is bool:
         fits = isinstance(value, bool)
     elif hint is int:

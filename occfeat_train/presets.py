@@ -1,8 +1,8 @@
-"""Named configs: one for every row of the paper's tables that this release can train, and scaled-down ones.
+"""Presets: one for every row of the paper's tables that this release can train, and scaled-down ones.
 
 Pretraining presets are named after the row (``table1/simplebev-enb0/occfeat``), finetuning presets after the row's
-network and the column (``table1/simplebev-enb0/vehicles-1``); whether a finetuning starts from a pretraining
-(``--from``) or from none is the row's business, its recipe is the same (paper 4.1).
+network and the column (``table1/simplebev-enb0/vehicles-1``). The finetuning recipe is the same with and without
+pretraining (``--from``; paper 4.1).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FINETUNED: tuple[Task, ...] = ("vehicles", "map")
 # Paper 4.4, Table 4.
 LAMBDAS = (0, 0.0001, 0.001, 0.01, 0.1, 1.0)
 OCC_ONLY = LossConfig(feat=0.0)
-# Alone, the weight of a loss means little to Adam; 1 is eq. 3 itself.
+# Adam is nearly invariant to the weight of a single loss; 1 is eq. 3 itself.
 FEAT_ONLY = LossConfig(occ=0.0, feat=1.0)
 
 _NETWORKS = {
@@ -34,7 +34,7 @@ _SMALL = NetworkConfig(weights="none", channels=32, image_size=(64, 112))
 
 
 def finetuning(task: Task, labels: float, network: NetworkConfig) -> Config:
-    """The paper's recipe for a share of labels [%]; for a share it does not give, that of the next larger one."""
+    """The paper's recipe for a label fraction [%]; for other fractions, the recipe of the next larger one."""
     recipe = FINETUNING[min(p for p in LABELS if p >= labels)]
     return Config(task, network, optim=recipe, labels=labels)
 
@@ -44,7 +44,7 @@ def _presets() -> dict[str, Config]:
     for name in ("simplebev-enb0", "simplebev-rn50", "bevformer-enb0"):
         row = Config(network=_NETWORKS[name])
         presets[f"table1/{name}/occfeat"] = row
-        if name != "bevformer-enb0":  # which the paper did not train for 100
+        if name != "bevformer-enb0":  # the paper did not train it for 100 epochs
             presets[f"table1/{name}/occfeat-100ep"] = replace(row, optim=replace(row.optim, epochs=100.0))
         for task in FINETUNED:
             for labels in LABELS:
@@ -60,7 +60,7 @@ def _presets() -> dict[str, Config]:
     presets["table3/bevformer/occfeat"] = Config(network=_NETWORKS["bevformer-enb0"])
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
-    # Scaled down in image size, channels and length, and from scratch: for two cores and the synthetic city.
+    # Smaller images, fewer channels, fewer epochs, no pretrained backbone: for two cores and the synthetic city.
     presets["small/occfeat"] = Config(network=_SMALL, optim=OptimConfig(batch=8, epochs=4))
     for task in FINETUNED:
         for labels, epochs in ((1, 24), (10, 8), (100, 1.5)):
@@ -73,7 +73,7 @@ PRESETS = _presets()
 
 
 def preset(name: str) -> Config:
-    """Raises ValueError with the names there are."""
+    """Raises ValueError that lists the names."""
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -3,8 +3,8 @@
 A 4x4 transform is called ``a_from_b`` and maps column vectors of frame b to frame a, so that adjacent names in a
 product match: ``cam_from_ego @ ego_from_lidar``.
 
-Pixels are continuous: pixel ``i`` covers ``[i, i + 1)``, an image of width W spans ``[0, W)`` and its first pixel's
-centre lies at 0.5. In this convention a resize scales intrinsics with no half-pixel term, and the reference code's
+Pixels are continuous: pixel ``i`` covers ``[i, i + 1)``, an image of width W spans ``[0, W)``, and the centre of
+its first pixel is at 0.5. In this convention a resize scales intrinsics without a half-pixel term, and the reference code's
 ``fx * s, cx * s`` is exact.
 """
 
@@ -18,16 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
 
-# (right, forward, up) from a frame's own axes: nuScenes' ego frame (x forward, y left, z up) with the grid's origin
-# 0.5 m above the ego's; a camera (x right, y down, z forward) with the origin 1 m below it, Simple-BEV's centroid.
+# (right, forward, up) of a grid from the axes of its frame. nuScenes' ego frame (x forward, y left, z up): the grid's origin
+# is 0.5 m above the ego's. A camera (x right, y down, z forward): the origin is 1 m below it, as in Simple-BEV.
 GRID_FROM_EGO_AXES: Matrix = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, -0.5], [0, 0, 0, 1]], np.float64)
 GRID_FROM_CAMERA_AXES: Matrix = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]], np.float64)
 
 
 def rotation_matrix(quaternion: ArrayLike) -> Matrix:
-    """(3, 3) rotation of a quaternion (w, x, y, z); it is normalised first.
+    """(3, 3) rotation of a quaternion (w, x, y, z), which is normalised first.
 
-    Raises ValueError if it holds a NaN or infinity, or has no length.
+    Raises ValueError on a NaN, an infinity or a zero quaternion.
     """
     q = np.asarray(quaternion, np.float64)
     norm = np.sqrt((q * q).sum()) if q.shape == (4,) else np.nan
@@ -58,7 +58,7 @@ def rigid(rotation: ArrayLike, translation: ArrayLike) -> Matrix:
 
 
 def inverse_rigid(a_from_b: Matrix) -> Matrix:
-    """(..., 4, 4) -> its inverse, exact for a rotation and a translation."""
+    """(..., 4, 4) -> the inverse of a rotation and translation."""
     inverse = np.zeros_like(a_from_b)
     rotation_t = np.swapaxes(a_from_b[..., :3, :3], -1, -2)
     inverse[..., :3, :3] = rotation_t
@@ -73,12 +73,12 @@ def transform(a_from_b: NDArray[Any], points_b: NDArray[Any]) -> NDArray[Any]:
 
 
 def scale_intrinsics(intrinsics: NDArray[Any], scale_x: float, scale_y: float) -> NDArray[Any]:
-    """(..., 3, 3) intrinsics of an image after it was resized by (scale_x, scale_y)."""
+    """(..., 3, 3) intrinsics after the image is resized by (scale_x, scale_y)."""
     return intrinsics * np.array([[scale_x], [scale_y], [1.0]], intrinsics.dtype)
 
 
 def crop_intrinsics(intrinsics: NDArray[Any], left: float, top: float) -> NDArray[Any]:
-    """(..., 3, 3) intrinsics of an image after `left` and `top` pixels were cut off (negative: added)."""
+    """(..., 3, 3) intrinsics after `left` and `top` pixels are cropped (negative: added)."""
     cropped = intrinsics.copy()
     cropped[..., 0, 2] -= left
     cropped[..., 1, 2] -= top
@@ -91,7 +91,7 @@ def project(
     """Pinhole projection (paper 3.3: a projection is valid if it falls inside the image, in front of the camera).
 
     intrinsics: (3, 3) of the image; points_cam: (..., 3) in camera axes [m]; image_size: (height, width).
-    Returns pixels (..., 2) as (u, v), depth (...) [m], is_valid (...). Pixels of points that are not in front are 0.
+    Returns pixels (..., 2) as (u, v), depth (...) [m], is_valid (...). Pixels of points behind the camera are 0.
     """
     depth = points_cam[..., 2]
     in_front = depth > 0

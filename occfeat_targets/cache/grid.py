@@ -1,8 +1,8 @@
-"""The voxel grid: bounds, shape, axis order, metres <-> cells, bit packing. Everything else gets these from here.
+"""The voxel grid: bounds, shape, axis order, metres <-> cells, bit packing.
 
-Coordinates and index order are said once, in this module:
+Coordinates and index order are defined only in this module:
 
-* a point in a grid is ``(right, forward, up)`` in metres about the grid's origin;
+* a point in a grid is ``(right, forward, up)`` in metres, relative to the grid's origin;
 * a volume is indexed ``[z, h, w]`` = (up, forward, right); index 0 is the lowest, rearmost, leftmost cell;
 * cell ``i`` of an axis covers ``[lower + i * size, lower + (i + 1) * size)``;
 * bits are packed little-endian along the flattened C-order volume, map masks row by row.
@@ -25,7 +25,7 @@ class VoxelGrid:
     """Z_B x H_B x W_B cells over a box of metres (paper 3.2); the default is Simple-BEV's.
 
     shape: cells along (up, forward, right).
-    lower, upper: bounds [m] along (up, forward, right), about the origin of the reference frame's grid.
+    lower, upper: bounds [m] along (up, forward, right), relative to the grid's origin.
     """
 
     shape: tuple[int, int, int] = (8, 200, 200)
@@ -66,7 +66,7 @@ class VoxelGrid:
 
     @property
     def map_row_bytes(self) -> int:
-        """Bytes of one bit-packed row of a map; a row that is no multiple of 8 is padded with zeros."""
+        """Bytes of one bit-packed row of a map; rows are padded with zeros to a multiple of 8 cells."""
         return (self.shape[2] + 7) // 8
 
     @property
@@ -128,7 +128,7 @@ class VoxelGrid:
 
     @property
     def fingerprint(self) -> str:
-        """Eight hex digits that two grids share only if they are equal."""
+        """Eight hex digits that identify the grid."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
     def __str__(self) -> str:

@@ -1,10 +1,9 @@
-"""Reading a finished cache, one keyframe at a time, as a training run does: straight from the shard's bytes.
+"""Random access to single keyframes of a finished cache, directly from the bytes of a shard.
 
-zarr-python reads the same arrays and gives the same values. It takes about ten times as long for one keyframe of
-a sharded array (BENCHMARKS.md), because it goes through its event loop and codec pipeline; this reader knows that an uncompressed chunk
-is its array's bytes and a CRC-32C, finds it in the shard's index, and reads it into place. A chunk's checksum is checked
-when a reader first meets it: later epochs then read at the speed of a memory-mapped file. A chunk that is not there is
-an error, where zarr-python reads zeros.
+zarr-python reads the same arrays and returns the same values, but takes about ten times as long for one keyframe of a
+sharded array (BENCHMARKS.md), because of its event loop and codec pipeline. This reader finds an uncompressed chunk in the
+shard's index and reads it directly; a chunk is its array's bytes and a CRC-32C. Each chunk's checksum is verified at its
+first read, so later epochs read at the speed of a memory-mapped file. A missing chunk is an error; zarr-python reads zeros.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ _ABSENT = np.uint64(2**64 - 1)
 class CacheReader:
     """Random access to the keyframes of a cache.
 
-    Cheap to open; holds no open files, so it can be forked and pickled. Small arrays (calibration, validity) are
-    loaded whole at the first use and compared with the SHA-256 in their shard's record; shard indices are loaded when
-    first met. records: {shard: its record} of the shards that were finished when the reader was made; it reads no others.
+    It is cheap to open and holds no open files, so it can be forked and pickled. Small arrays (calibration, validity) are
+    loaded whole at first use and verified with the SHA-256 in their shard's record; shard indices are loaded at first use.
+    records: {shard: its record} of the shards that were finished when the reader was created; it reads no others.
     """
 
     def __init__(self, cache: Cache | Path, *, check: Check = "first", allow_incomplete: bool = False) -> None:
         """check: when to verify a large array's chunk against its CRC-32C.
 
-        Raises CacheError on a record that is not its shard's, or if shards are missing, unless allow_incomplete.
+        Raises CacheError if a record does not belong to its shard, or if shards are missing and allow_incomplete is false.
         """
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
         self._check = check
@@ -60,14 +59,14 @@ class CacheReader:
 
     @property
     def is_valid(self) -> NDArray[np.bool_]:
-        """(N,) false where a keyframe was skipped on an error, or is not built yet."""
+        """(N,) false for keyframes that were skipped after an error or are not built yet."""
         return self._whole("is_valid")
 
     def read(self, name: str, keyframe: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """One keyframe of an array, shaped as its spec says; into `out` if given (C-contiguous, same shape and dtype).
+        """One keyframe of an array, with the shape in its spec; read into `out` if given (C-contiguous, same shape and dtype).
 
-        Raises CacheError if the array is not in this cache, the keyframe is not built yet, or a chunk is damaged, naming
-        keyframe and file; IndexError if there is no such keyframe.
+        Raises CacheError if the cache does not have the array, the keyframe is not built yet, or a chunk is damaged (naming
+        keyframe and file). Raises IndexError if there is no such keyframe.
         """
         if not 0 <= keyframe < len(self):
             raise IndexError(f"keyframe {keyframe} of a cache of {len(self)}")
@@ -113,7 +112,7 @@ class CacheReader:
                 raise self._damaged(file, rows.start, err.strerror or str(err)) from err
             if hashlib.sha256(data).hexdigest() != record["files"][shard_name(array, shard)]:
                 raise self._damaged(file, rows.start, "its SHA-256 is not the one in its shard's record")
-            chunk = np.frombuffer(data[:-4], array.dtype)  # K keyframes, also in the last shard, and their CRC-32C
+            chunk = np.frombuffer(data[:-4], array.dtype)  # K keyframes (also in the last shard) and their CRC-32C
             whole[rows.start : rows.stop] = chunk.reshape(-1, *array.shape)[: len(rows)]
         self._loaded[name] = whole
         return whole
@@ -154,7 +153,7 @@ class CacheReader:
             out[...] = np.frombuffer(decoded, out.dtype).reshape(out.shape)
 
     def _read_index(self, descriptor: int, file: Path, keyframe: int) -> NDArray[np.uint64]:
-        """(K, 2) offset and size of every keyframe's chunk: the last bytes of a shard, before their own CRC-32C."""
+        """(K, 2) offset and size of every keyframe's chunk, from the end of a shard, before the index's own CRC-32C."""
         size = 16 * self.cache.keyframes_per_shard
         tail = os.pread(descriptor, size + 4, max(os.fstat(descriptor).st_size - size - 4, 0))
         if len(tail) != size + 4 or google_crc32c.value(tail[:size]) != int.from_bytes(tail[size:], "little"):
@@ -165,5 +164,5 @@ class CacheReader:
         shard = keyframe // self.cache.keyframes_per_shard
         return CacheError(
             f"{file} is damaged at keyframe {keyframe} (sample {self.cache.identity.tokens[keyframe]}): {what}. Delete "
-            f"{self.cache.path / 'progress' / f'{shard:05d}.json'} and run the build again: it makes that shard anew"
+            f"{self.cache.path / 'progress' / f'{shard:05d}.json'} and run the build again: it rebuilds that shard"
         )

@@ -1,4 +1,4 @@
-"""What a cache believes of itself: JSON records with their own checksum, and digests of files. All writes are atomic."""
+"""JSON records with their own checksum, and digests of files. All writes are atomic."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import google_crc32c
 
 
 class CacheError(ValueError):
-    """A cache that is absent, incomplete, damaged or of another kind; the message says which, and what to do."""
+    """A cache that is absent, incomplete, damaged or of another kind. The message says what to do."""
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file, in hex. (Not CRC-32C: a file that ends in its own CRC-32C always has the same one.)"""
+    """SHA-256 of a file, in hex. (CRC-32C would not do: all files that end in their own CRC-32C have the same one.)"""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sync_and_digest(file: Path) -> str:
-    """Flush a file to the disk, then the SHA-256 of what it holds."""
+    """Flush a file to disk. Returns its SHA-256."""
     with file.open("rb") as f:
         os.fsync(f.fileno())
     return digest(file)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON record with its own checksum; it appears whole or not at all."""
+    """Write a JSON record with its own checksum, atomically."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with partial.open("wb") as f:
         f.write(_record_bytes(record))
@@ -46,7 +46,7 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The record that write_record wrote. Raises CacheError if it is absent or a byte of it changed."""
+    """A record written by write_record. Raises CacheError if it is absent or was changed."""
     try:
         data = file.read_bytes()
         record: dict[str, Any] = json.loads(data)
@@ -57,7 +57,7 @@ def read_record(file: Path) -> dict[str, Any]:
         raise CacheError(f"{file} is missing: this cache was not made by occfeat-targets, or lost files") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         pass
-    raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' makes that shard again")
+    raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' rebuilds that shard")
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -69,11 +69,11 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn the operating system's refusals into an error that says what was being written and what to do."""
+    """Turn an OSError into a CacheError that says what was being written and what to do."""
     try:
         yield
     except OSError as err:
         raise CacheError(
-            f"could not write {what}: {err.strerror or err}. Finished shards are intact: free space or permissions, "
-            "then run the same build again and it continues"
+            f"could not write {what}: {err.strerror or err}. Finished shards are intact: free disk space or correct the permissions, "
+            "then run the same build again to continue"
         ) from err

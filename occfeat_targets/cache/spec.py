@@ -1,7 +1,7 @@
-"""What a cache holds: the TargetSpec that decides its bytes, and the arrays that follow from it.
+"""Contents of a cache: the TargetSpec that determines its bytes, and the resulting arrays.
 
-The spec is a value. It is validated before a byte is written, stored in the cache's attributes, and hashed into the
-fingerprint that a build, a resume and a training run compare. Caches of one fingerprint hold interchangeable targets.
+The spec is validated before anything is written, stored in the cache's attributes, and hashed into the fingerprint that
+builds and training runs compare. Caches with the same fingerprint hold interchangeable targets.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from occfeat_targets.cache.grid import VoxelGrid
 
 FORMAT_VERSION = 2
 
-# Simple-BEV's order; index into the camera axis of every array.
+# In Simple-BEV's order, which is the order of the camera axis of every array.
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 EGO_FRAME = "ego"
 LABEL_KINDS = ("vehicles", "map")
-# The paper names five classes and no nuScenes layers. These are BEVFusion's six less stop_line; its "divider"
-# holds both kinds of line, hence the second choice.
+# The paper names five classes but no nuScenes layers. These are BEVFusion's six without stop_line. BEVFusion's "divider"
+# contains both kinds of line, hence the second option.
 MAP_LAYERS: dict[str, tuple[str, ...]] = {
     "road": ("drivable_area",),
     "sidewalk": ("walkway",),
@@ -32,27 +32,27 @@ MAP_LAYERS: dict[str, tuple[str, ...]] = {
     "road_divider": ("road_divider",),
 }
 DIVIDERS = {"road": ("road_divider",), "road+lane": ("road_divider", "lane_divider")}
-# BEVFusion asks OpenCV for lines of 2 pixels of 0.5 m. OpenCV then paints 3 to 5 pixels a row, depending on
-# the slope; we draw the metre that was asked for.
+# BEVFusion draws lines of 2 pixels of 0.5 m with OpenCV, which paints 3 to 5 pixels per row, depending on the slope. We
+# draw the nominal metre.
 DIVIDER_WIDTH = 1.0
 MAP_CLASSES = tuple(MAP_LAYERS)
 # 1600x900 times exactly 0.3. Simple-BEV's augmentation resizes to at most 1.2 x 224x400 = 268x480: nothing is upsampled.
 STUDENT_SIZE = (270, 480)
-LARGEST_RESIZE = 1.2  # what Simple-BEV's augmentation multiplies a network's image size by, at most
-EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it, in the sensor's frame, are the vehicle's own (Simple-BEV's)
+LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multiplies a network's image size
+EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
 
 def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
-    """(height, width) [px] of the largest network, in multiples of 16, that cached images serve without being enlarged.
+    """(height, width) [px] of the largest network image size, in multiples of 16, for which cached images are not enlarged.
 
-    resize: what training multiplies the network's image size by, at most.
+    resize: largest factor by which training multiplies the network's image size.
     """
     height, width = (next(n for n in range(side // 16 * 16, -1, -16) if int(resize * n) <= side) for side in image_size)
     return height, width
 
 
 def check_format(version: int) -> None:
-    """Raises ValueError if a cache of this version is not for this library."""
+    """Raises ValueError if this release does not read this format version."""
     if version != FORMAT_VERSION:
         raise ValueError(
             f"this cache has format version {version}, this library writes and reads {FORMAT_VERSION}: "
@@ -62,14 +62,13 @@ def check_format(version: int) -> None:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """The frozen image model of paper 3.3 and how it is fed.
+    """The frozen image model of paper 3.3 and its input.
 
-    name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture. Where the weights
-    were found, not which they are: specs are equal whatever their teachers' names.
-    digest: of the loaded weights.
+    name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture. It says where the
+    weights were found and does not count when specs are compared. digest: digest of the loaded weights.
     layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens), or ``pre-norm``, its input (as ScaLR).
-    input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: what it computes in.
-    mean, std: of RGB in [0, 1], as the model was trained (ImageNet's, unless its own processor says otherwise).
+    input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: of the computation.
+    mean, std: normalisation of RGB in [0, 1] (ImageNet's, unless the model's processor has others).
     """
 
     name: str = field(compare=False)
@@ -108,9 +107,9 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One Zarr array of N keyframes. shape, dims: of one keyframe. compress: zstd, for bits that are mostly zero.
+    """One Zarr array of N keyframes. shape, dims: of one keyframe. compress: use zstd, for bits that are mostly zero.
 
-    per_keyframe: an inner chunk a keyframe inside the shard (random reads); otherwise a chunk a shard (small arrays).
+    per_keyframe: one inner chunk per keyframe (random reads); otherwise one chunk per shard (small arrays).
     """
 
     name: str
@@ -129,12 +128,12 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Everything that decides a cache's bytes, given the data set.
+    """Everything that determines a cache's bytes, given the data set.
 
-    frames: the frames that carry a grid: ``ego`` and/or camera channels (design: reference frames).
-    num_sweeps: LiDAR sweeps accumulated into the occupancy, the keyframe's own included.
-    ego_box: returns with abs(x) and abs(y) below this many metres in the sensor's frame are the ego vehicle's own.
-    labels: which label arrays exist. dividers: which map layers make the divider class. compat: None or ``simple-bev``.
+    frames: reference frames with a grid: ``ego`` and/or camera channels.
+    num_sweeps: LiDAR sweeps accumulated in the occupancy, including the keyframe's own.
+    ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle and dropped.
+    labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
     """
 
     grid: VoxelGrid = field(default_factory=VoxelGrid)
@@ -188,7 +187,7 @@ class TargetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over everything above but the teacher's name, which is not its identity."""
+        """Sixteen hex digits over all fields except the teacher's name."""
         identity = self.to_dict()
         if self.teacher is not None:
             del identity["teacher"]["name"]
@@ -196,7 +195,7 @@ class TargetSpec:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: TargetSpec) -> list[str]:
-        """One line a field in which two specs differ: ``field: mine != theirs``."""
+        """One line for each field in which two specs differ: ``field: mine != theirs``."""
         mine, theirs = self.to_dict(), other.to_dict()
         lines = []
         for name in (name for name in mine if getattr(self, name) != getattr(other, name)):
@@ -209,11 +208,11 @@ class TargetSpec:
     def describe(self) -> list[str]:
         """The spec in a few lines of text."""
         height, width = self.image_size
-        lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps a keyframe: {self.num_sweeps}"]
+        lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}"]
         trained, plain = ("{}x{}".format(*largest_network(self.image_size, r)) for r in (LARGEST_RESIZE, 1.0))
         lines.append(
-            f"images {height}x{width} of {len(self.cameras)} cameras: without enlarging them, networks train at up to {trained} "
-            f"(resizing by up to {LARGEST_RESIZE:g}) and are evaluated at up to {plain}"
+            f"images {height}x{width} of {len(self.cameras)} cameras: without upsampling, networks can train at up to {trained} "
+            f"(resized by up to {LARGEST_RESIZE:g}) and be evaluated at up to {plain}"
         )
         if self.teacher is None:
             lines.append("teacher: none, no features")
@@ -227,7 +226,7 @@ class TargetSpec:
         return lines
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """The arrays that a shard writes, in the order of writing."""
+        """The arrays of a cache, in the order in which a shard writes them."""
         cams, frames, grid = len(self.cameras), len(self.frames), self.grid
         height, width = self.image_size
         h_b, row = grid.map_shape[0], grid.map_row_bytes
@@ -290,5 +289,5 @@ class TargetSpec:
 
     @property
     def bytes_per_keyframe(self) -> int:
-        """Bytes on disk of one keyframe, taking a tenth for the bits that are compressed."""
+        """Estimated bytes on disk of one keyframe; compressed arrays count a tenth."""
         return sum(a.nbytes // 10 if a.compress else a.nbytes for a in self.arrays())

@@ -1,13 +1,13 @@
-"""A cache on disk: creating it, writing whole shards, and the records that say which of them are finished.
+"""A cache on disk: creating it, writing shards, and the records of finished shards.
 
-One Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is cut into the same shards of K keyframes, and one
-task writes one shard of every array, so that no two writers ever meet in a file and no locks exist. A shard is done
-when ``progress/<number>.json`` stands, which is written last, atomically, with the SHA-256 of every file of
-the shard and the CRC-32C of every keyframe's chunk. A shard is written beside the arrays, as ``progress/<number>.draft``, and moved into them when whole: until
-then whatever stood there stands. What a killed build left of a draft is moved or cleared by the next build.
+There is one Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is split into the same shards of K keyframes, and
+one task writes one shard of every array, so that no two writers share a file and no locks are needed. A shard is finished
+when ``progress/<number>.json`` exists. It is written last, atomically, with the SHA-256 of every file of the shard
+and the CRC-32C of every keyframe's chunk. A shard is first written to ``progress/<number>.draft`` and moved into the arrays when complete; until then, an earlier version of
+the shard stays in place. The next build moves or removes the draft of a killed build.
 
-``progress/created.json`` holds the SHA-256 of every file of metadata, and each shard's record the SHA-256 of
-``created.json``: metadata that were edited, and a record of another cache or shard, do not fit together.
+``progress/created.json`` holds the SHA-256 of every metadata file, and each shard's record holds the SHA-256 of
+``created.json``. Edited metadata, and records of another cache or shard, are therefore detected.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
 _ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
-_WHOLE = "record.json"  # in a draft that only has to be moved
+_WHOLE = "record.json"  # present in a draft that is complete and only has to be moved
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who the keyframes are, in the split's order. tokens, scenes: (N,) strings; timestamps_us: (N,) int64."""
+    """Identity of the keyframes, in the split's order. tokens, scenes: (N,) strings; timestamps_us: (N,) int64."""
 
     tokens: tuple[str, ...]
     scenes: tuple[str, ...]
@@ -51,8 +51,8 @@ class Identity:
 class Cache:
     """An existing cache.
 
-    provenance: what made it (versions, data set, whether anything is simulated); not part of the fingerprint.
-    metadata: SHA-256 of ``created.json``, and through it of all metadata; every shard's record repeats it.
+    provenance: package versions, data set, simulated parts; not part of the fingerprint.
+    metadata: SHA-256 of ``created.json``, which covers all metadata; also in every shard's record.
     """
 
     path: Path
@@ -76,20 +76,20 @@ class Cache:
 
     @property
     def simulated(self) -> list[str]:
-        """What in this cache is not real, one phrase each; empty for real data and a real teacher."""
+        """Phrases for the parts of this cache that are not real; empty for real data with a real teacher."""
         return list(self.provenance.get("simulated", []))
 
     @property
     def warnings(self) -> list[str]:
-        """A line to print wherever this cache is used, if anything in it is not real."""
+        """A line to print wherever this cache is used if a part of it is not real."""
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
     def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on a record that shard_record refuses."""
+        """{shard: its record}. Raises CacheError on an invalid record; see shard_record."""
         return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
 
     def require_files(self, names: Collection[str] | None = None) -> None:
-        """Raises CacheError if finished shards lost files of these arrays, of any array by default."""
+        """Raises CacheError if finished shards lost files of these arrays (default: of any array)."""
         arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
         files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
         lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
@@ -101,12 +101,12 @@ class Cache:
             )
 
     def recorded_shards(self) -> list[int]:
-        """The shards that have a record, whatever it says."""
+        """Shards with a record, valid or not."""
         names = {p.name for p in self._progress.iterdir()}
         return [shard for shard in range(self.num_shards) if self._record_path(shard).name in names]
 
     def shard_record(self, shard: int) -> dict[str, Any]:
-        """What write_shard recorded. Raises CacheError if it is damaged, or was written for another shard or cache."""
+        """The record written by write_shard. Raises CacheError if it is damaged or belongs to another shard or cache."""
         file = self._record_path(shard)
         record = read_record(file)
         found = {**record, **{name: sorted(record.get(name, ())) for name in ("files", "chunks")}}
@@ -117,12 +117,12 @@ class Cache:
                 raise CacheError(
                     f"{file} is not the record of this shard: its {name} is {found.get(name)}, {expected} expected. If all "
                     "records are refused, the cache's metadata were edited: restore them. Otherwise delete this record and "
-                    "run the build again: it makes that shard anew"
+                    "run the build again: it rebuilds that shard"
                 )
         return record
 
     def _record_head(self, shard: int) -> dict[str, Any]:
-        """What binds a record to its shard and its cache."""
+        """The fields that tie a record to its shard and its cache."""
         rows = self.shard_range(shard)
         return {"shard": shard, "keyframes": [rows.start, rows.stop], "metadata": self.metadata}
 
@@ -142,14 +142,14 @@ class Cache:
         return self._progress / f"{shard:05d}.json"
 
     def write_shard(self, shard: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> None:
-        """Write one shard of every array, flush it, and only then put it in the place of what stood there.
+        """Write one shard of every array, flush it, and then replace the earlier version of the shard, if any.
 
-        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: kept in the record.
-        Raises CacheError when the disk is full or not writable; what stood there stays then, and so does its record.
+        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: stored in the record.
+        Raises CacheError if the disk is full or not writable; then an earlier version of the shard stays with its record.
         """
         keyframes = self.shard_range(shard)
         span = slice(keyframes.start, keyframes.stop)
-        for array in self.spec.arrays():  # checked in full before the first byte is written
+        for array in self.spec.arrays():  # check everything before the first write
             expected = (len(keyframes), *array.shape)
             values = arrays[array.name]
             assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
@@ -161,7 +161,7 @@ class Cache:
                 for array in self.spec.arrays():
                     (draft / array.name).mkdir(parents=True)
                     shutil.copy(self.path / array.name / "zarr.json", draft / array.name)
-                    # An absent chunk must always mean "never written", also where a keyframe holds zeros.
+                    # Write zero chunks, too: a missing chunk must always mean "never written".
                     with zarr.config.set({"array.write_empty_chunks": True}):
                         writable = zarr.open_array(draft / array.name, mode="r+")
                     writable[span] = arrays[array.name]
@@ -177,14 +177,14 @@ class Cache:
             self.settle_draft(shard)
 
     def settle_draft(self, shard: int) -> None:
-        """Move a shard's draft into the arrays if it is whole, remove it if it is not; nothing happens without one.
+        """Move a shard's draft into the arrays if it is complete; remove it if it is not. Does nothing without a draft.
 
-        Killed at any moment, it is whole or not as before, and the next call goes on. Only for who builds this shard.
+        If this is killed, the next call continues. Only the process that builds this shard may call it.
         """
         draft = self._draft(shard)
         if (draft / _WHOLE).is_file():
             record = read_record(draft / _WHOLE)
-            # Without a record while files of two builds stand side by side: readers refuse such a shard.
+            # Remove the record while files of two builds are mixed, so that readers refuse the shard.
             self._record_path(shard).unlink(missing_ok=True)
             for name in record["files"]:
                 if (draft / name).is_file():  # not yet moved
@@ -195,13 +195,13 @@ class Cache:
         shutil.rmtree(draft, ignore_errors=True)
 
     def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
-        """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not, or was changed."""
+        """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not finished or was changed."""
         keyframes = self.shard_range(shard)
         for name, sha256 in self.shard_record(shard)["files"].items():
             if not (self.path / name).is_file() or digest(self.path / name) != sha256:
                 raise CacheError(
                     f"{self.path / name} is missing or was changed after it was written: delete "
-                    f"{self._record_path(shard)} and run the build again: it makes that shard anew"
+                    f"{self._record_path(shard)} and run the build again: it rebuilds that shard"
                 )
         return {
             array.name: np.asarray(zarr.open_array(self.path / array.name, mode="r")[keyframes.start : keyframes.stop])
@@ -215,13 +215,13 @@ class Cache:
         return self._progress / f"{shard:05d}.failed.json"
 
     def record_failure(self, shard: int, error: str) -> None:
-        """Remember why a shard failed, for `status`; the next successful build of it forgets."""
+        """Record why a shard failed, for `status`. The next successful build of the shard removes the record."""
         with writing(f"the failure of shard {shard}"):
             write_record(self._failed_path(shard), {"shard": shard, "error": error})
 
 
 def is_draft(name: str) -> bool:
-    """Is this file, by its name relative to the cache, of a shard that is being written, or was when its build died?"""
+    """Whether a file (name relative to the cache) belongs to the draft of a running or killed build."""
     return name.startswith(f"{PROGRESS}/") and ".draft/" in name
 
 
@@ -231,7 +231,7 @@ def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
 
 
 def shard_name(array: ArraySpec, shard: int) -> str:
-    """The same within the cache, as records name it."""
+    """The same relative to the cache, as in records."""
     return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
 
 
@@ -252,10 +252,10 @@ def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def create_cache(
     path: Path, spec: TargetSpec, identity: Identity, *, keyframes_per_shard: int, provenance: Mapping[str, Any]
 ) -> Cache:
-    """Make an empty cache, or open the one that stands there if it is for exactly these keyframes and this spec.
+    """Create an empty cache, or open an existing one with exactly these keyframes and this spec.
 
-    Several processes may call this at once (array jobs): the group is made under another name and renamed when whole.
-    Raises CacheError if what stands at `path` is something else, naming both fingerprints.
+    Several processes may call this at once (array jobs): the group is created under another name and renamed when complete.
+    Raises CacheError that names both fingerprints if the existing cache differs.
     """
     if keyframes_per_shard < 1:
         raise ValueError(f"{keyframes_per_shard} keyframes per shard: at least 1 expected")
@@ -316,7 +316,7 @@ def _write_skeleton(draft: Path, cache: Cache) -> None:
             fill_value=0,
             attributes={"description": spec_array.description},
         )
-    with warnings.catch_warnings():  # zarr warns that the v3 specification does not name consolidated metadata yet
+    with warnings.catch_warnings():  # zarr warns that consolidated metadata are not part of the v3 specification yet
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(draft)
     files = {str(f.relative_to(draft)): sync_and_digest(f) for f in sorted(draft.rglob("*")) if f.is_file()}
@@ -334,7 +334,7 @@ def _open_matching(wanted: Cache) -> Cache:
     if found.identity != wanted.identity:
         raise CacheError(
             f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
-            "point --dataroot at the data set it was built from, pass the --scenes it was begun with, choose another --cache, "
+            "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
             "or delete it to rebuild"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:
@@ -346,7 +346,7 @@ def _open_matching(wanted: Cache) -> Cache:
 
 
 def open_cache(path: Path) -> Cache:
-    """Open what create_cache made, finished or not. Raises CacheError if there is none, or its metadata is damaged."""
+    """Open a cache, finished or not. Raises CacheError if there is none or its metadata are damaged."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
         there = sorted(p.name for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
@@ -372,7 +372,7 @@ def open_cache(path: Path) -> Cache:
         spec = TargetSpec.from_dict(attributes["spec"])
     except (KeyError, TypeError) as err:
         raise CacheError(
-            f"{path} was not written by this release of occfeat ({err}): use the one that built it"
+            f"{path} was not written by this release of occfeat ({err}): use the release that built it"
         ) from err
     if spec.fingerprint != attributes["fingerprint"]:
         raise CacheError(

@@ -1,7 +1,7 @@
-"""The pictures of a report: cells seen from above and from behind, features as colours, curves. NumPy in, PNG out.
+"""Figures of a report: grids seen from above and from behind, features as colours, curves. NumPy in, PNG out.
 
-Every picture has forward up and right to the right, with axes in metres: an array of cells is turned over once, in
-`foremost_first`. Matplotlib is imported where it draws, so that nothing else waits for it.
+In every figure forward is up and right is right, with axes in metres; `foremost_first` flips an array of cells for this.
+Matplotlib is imported only where it draws, because its import is slow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNSCORED: RGB = (204, 204, 204)
 VEHICLE: RGB = (228, 96, 24)
 HEIGHTS = "viridis"  # Matplotlib's name
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
-# In the order of painting: what lies on top comes last.
+# In drawing order: later classes cover earlier ones.
 MAP_COLORS: dict[str, RGB] = {
     "road": (196, 204, 216),
     "parking_area": (120, 160, 224),
@@ -45,12 +45,12 @@ _EGO = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0),
 
 
 def foremost_first(cells: NDArray[Any]) -> NDArray[Any]:
-    """(H, W[, 3]) cells, the rearmost row first -> as a picture has them, the foremost row on top."""
+    """(H, W[, 3]) cells with the rearmost row first -> with the foremost row first, as in a picture."""
     return cells[::-1]
 
 
 def highest_colors(occupied: Mask) -> Colors:
-    """(Z, H, W) -> (H, W, 3): each column in the colour of its highest occupied cell's height, `HEIGHTS`' scale."""
+    """(Z, H, W) -> (H, W, 3): the colour of each column is the height of its highest occupied cell, on the scale `HEIGHTS`."""
     from matplotlib import colormaps
 
     height = occupied.shape[0]
@@ -60,7 +60,7 @@ def highest_colors(occupied: Mask) -> Colors:
 
 
 def outcome_colors(predicted: Mask, true: Mask, valid: Mask | None = None) -> Colors:
-    """Hits, false alarms and misses of cells (..., ) as colours; cells that are not valid are grey, whatever they are."""
+    """Hits, false alarms and misses of cells (..., ) as colours; cells that are not valid are grey."""
     colors = np.full((*true.shape, 3), EMPTY, np.uint8)
     for mask, color in ((predicted & true, HIT), (predicted & ~true, FALSE_ALARM), (~predicted & true, MISSED)):
         colors[mask] = color
@@ -70,7 +70,7 @@ def outcome_colors(predicted: Mask, true: Mask, valid: Mask | None = None) -> Co
 
 
 def outcome_shares(predicted: Mask, true: Mask, axis: int) -> Colors:
-    """Outcomes of a volume's cells along an axis, mixed in their shares: what a look along that axis shows."""
+    """Colours of a volume's outcomes, averaged along an axis by their frequency."""
     counts = np.stack([(predicted & true).sum(axis), (predicted & ~true).sum(axis), (~predicted & true).sum(axis)], -1)
     total = counts.sum(-1, keepdims=True)
     mixed = counts @ np.array(list(OUTCOMES.values()), np.float64) / np.maximum(total, 1)
@@ -86,7 +86,7 @@ def map_colors(masks: Mask) -> Colors:
 
 
 def topmost(voxels: NDArray[np.int64], colors: Colors, grid: VoxelGrid) -> Colors:
-    """Colours (n, 3) of voxels with ascending flat indices (n,) -> (H, W, 3): the highest one of each column."""
+    """Colours (n, 3) of voxels with ascending flat indices (n,) -> (H, W, 3): the highest voxel of each column."""
     picture = np.full((*grid.map_shape, 3), EMPTY, np.uint8)
     _, h, w = np.unravel_index(voxels, grid.shape)
     picture[h, w] = colors  # ascending indices: the highest comes last
@@ -95,9 +95,9 @@ def topmost(voxels: NDArray[np.int64], colors: Colors, grid: VoxelGrid) -> Color
 
 @dataclass(frozen=True, eq=False)
 class FeatureColors:
-    """Three principal components of features' directions as red, green and blue: one mapping for targets and predictions.
+    """Three principal components of normalised features as red, green and blue; one mapping for targets and predictions.
 
-    Directions, because eq. 3 is a cosine: the length of a predicted feature is left free, and means nothing.
+    Features are normalised because eq. 3 is a cosine: the length of a predicted feature is not trained.
     mean: (C,); axes: (C, 3); low, high: (3,) percentiles 2 and 98 of the components, shown as 0 and 255.
     """
 
@@ -108,7 +108,7 @@ class FeatureColors:
 
     @classmethod
     def fit(cls, targets: NDArray[Any]) -> FeatureColors:
-        """From (n, C) target features. An axis points to where its largest loading is positive."""
+        """Fit to (n, C) target features. The sign of an axis makes its largest loading positive."""
         directions = _directions(targets)
         mean = directions.mean(axis=0)
         centered = directions - mean
@@ -138,7 +138,7 @@ def draw_map(
     hatched: Mask | None = None,
     outlined: Mask | None = None,
 ) -> bytes:
-    """A PNG of (H, W, 3) cells from above, the ego vehicle on it, its nose pointed. hatched, outlined: (H, W) cells."""
+    """A PNG of (H, W, 3) cells from above, with the ego vehicle, whose front is pointed. hatched, outlined: (H, W) cells."""
     (_, rear, left), (_, front, right) = grid.lower, grid.upper
     figure, axes = _figure(3.2, 3.2 * (front - rear) / (right - left) + 0.1)
     axes.imshow(foremost_first(colors), extent=(left, right, rear, front), interpolation="nearest")
@@ -155,7 +155,7 @@ def draw_map(
 
 
 def draw_from_behind(colors: Colors, grid: VoxelGrid, grid_from_ego: Matrix) -> bytes:
-    """A PNG of (Z, W, 3) cells, up at the top, heights exaggerated, a triangle where the ego vehicle stands."""
+    """A PNG of (Z, W, 3) cells with exaggerated heights; a triangle marks the ego vehicle."""
     (low, _, left), (high, _, right) = grid.lower, grid.upper
     figure, axes = _figure(3.2, 1.6)
     axes.imshow(foremost_first(colors), extent=(left, right, low, high), interpolation="nearest", aspect="auto")
@@ -174,7 +174,7 @@ def probability_colors(probability: NDArray[Any]) -> Colors:
 
 
 def draw_cameras(images: NDArray[np.uint8], width: int = 240) -> bytes:
-    """A PNG of (C, h, w, 3) images, three in a row, each at most `width` px wide."""
+    """A PNG of (V, h, w, 3) images, three per row, each at most `width` px wide."""
     from PIL import Image
 
     step = min(width / images.shape[2], 1)
@@ -193,7 +193,7 @@ def draw_cameras(images: NDArray[np.uint8], width: int = 240) -> bytes:
 def draw_curves(
     name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], colors: Sequence[str]
 ) -> bytes:
-    """A PNG of {run: (steps, values)}: values pale, their running mean over a twentieth of the run in full colour."""
+    """A PNG of {run: (steps, values)}: values in a pale colour, their running mean in full colour."""
     figure, axes = _figure(3.6, 2.3)
     for (steps, values), color in zip(curves.values(), colors, strict=True):
         few = len(values) < 20
@@ -206,7 +206,7 @@ def draw_curves(
 
 
 def smooth(values: Sequence[float], reach: int) -> NDArray[np.float64]:
-    """Means over up to `reach` values on either side, fewer at the ends."""
+    """Running mean over up to `reach` values on either side, fewer at the ends."""
     ones = np.ones(2 * reach + 1)
     total = np.convolve(np.asarray(values, np.float64), ones)
     count = np.convolve(np.ones(len(values)), ones)

@@ -1,4 +1,4 @@
-"""The pieces of a report's HTML: pictures inside the file, legends, tables, and one style sheet for screen, phone and print."""
+"""HTML of the report: embedded pictures, legends, tables, and one style sheet for screen, phone and print."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells of the body are HTML."""
+    """An HTML table; cells of the body are HTML already."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,7 +1,7 @@
-"""`occfeat-train report`: one HTML file about some runs, with everything in it, that any browser shows off line.
+"""`occfeat-train report`: one self-contained HTML file about some runs.
 
-What is not real, and what is smaller than in the paper, comes first; then curves, figures of merit over a whole split,
-and what the networks make of a few keyframes. All numbers come from the modules that training and evaluation use.
+It first lists simulated data and differences from the paper, then training curves, metrics over a whole split, and
+predictions for a few keyframes. All numbers come from the modules that training and evaluation use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_report(
     print_line: Callable[[str], None],
     samples: int,
 ) -> None:
-    """Raises ValueError if a run is absent, has no log, or does not fit the cache; nothing is written then."""
+    """Raises ValueError if a run is absent, has no log, or does not fit the cache; then nothing is written."""
     reader = open_reader(cache, split)
     out.parent.mkdir(parents=True, exist_ok=True)
     runs, chosen = load_runs(paths, reader, split, samples, process, print_line)
@@ -58,8 +58,8 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
     yield f"<h1>{title}</h1>"
     yield from (f'<p class="simulated">{html.escape(text)}</p>' for text in warnings)
     yield (
-        "<p>What <code>occfeat-train</code> trained, measured on all "
-        f"{len(runs[0].dataset)} keyframes of the split and shown on {len(chosen)} of them.</p>"
+        "<p>Runs of <code>occfeat-train</code>, evaluated on all "
+        f"{len(runs[0].dataset)} keyframes of the split, with predictions for {len(chosen)} of them.</p>"
     )
     yield from paper_section(runs, describe_data(cache.provenance, int(reader.is_valid.sum())))
     for task in TASKS:
@@ -87,15 +87,15 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
 
 
 def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterable[str]:
-    """A table of all that the runs, and the data they are measured on, have unlike the paper; nothing where that is nothing."""
-    rows: dict[tuple[str, str, str, str], list[str]] = {}  # what differs: in which runs
+    """A table of the differences of the runs and the evaluation data from the paper; nothing if there are none."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}  # difference: names of the runs
     for run in runs:
         info = run.checkpoint.info
         row = nearest_row(info)
         for d in (*differences(info), *evaluation_differences(measured_on)):
             rows.setdefault((d.field, d.here, d.paper, row), []).append(run.name)
     if rows:
-        yield '<div class="scaled"><p><b>Not what the paper did</b>, so not to be compared with its tables:</p>'
+        yield '<div class="scaled"><p><b>Not what the paper did</b>, so do not compare with its tables:</p>'
         cells = [
             [html.escape(text) for text in (", ".join(names), field, here, paper, row)]
             for (field, here, paper, row), names in rows.items()
@@ -104,7 +104,7 @@ def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterab
 
 
 def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
-    """A table of figures of merit over the whole split."""
+    """A table of metrics over the whole split."""
     yield f"<h2>{HEADINGS[task]}: the whole split</h2>"
     if task == "pretrain":
         rows = [
@@ -139,12 +139,12 @@ def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
 
 
 def unbroken(text: str) -> str:
-    """The text with a hyphen and spaces at which no line is broken."""
+    """The text with non-breaking hyphens and spaces."""
     return text.replace("-", "\u2011").replace(" ", "\xa0")
 
 
 def initial_weights(initial: str) -> str:
-    """About.initial without the directories: ``r1, step 42`` of a pretraining, or the backbone's."""
+    """RunInfo.initial without directories: ``r1, step 42`` for a pretraining, or the backbone weights."""
     text, _, kind = initial.rpartition(" (")
     if kind == "pretrain)":
         path = Path(text)
@@ -153,7 +153,7 @@ def initial_weights(initial: str) -> str:
 
 
 def curves_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
-    """One figure: every quantity of the logs, one line a run; and how fast the runs were."""
+    """One figure per quantity of the logs with one line per run, and a table of the runs' speeds."""
     yield f"<h3>{HEADINGS[task]}</h3>"
     pictures = []
     for quantity, name in CURVES.items():
@@ -167,7 +167,7 @@ def curves_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
     rows = []
     for run in runs:
         steps = [record for record in run.log if "loss" in record]
-        # Each step's time is inverse to its rate, so these are the shares of the whole run's time.
+        # The time of a step is the inverse of its rate, so these are fractions of the whole run's time.
         seconds = np.array([1 / record["samples_per_s"] for record in steps])
         wait = float(np.dot(seconds, [record["data_wait"] for record in steps]) / seconds.sum())
         info = run.checkpoint.info
@@ -179,14 +179,14 @@ def curves_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
 
 
 def curve(log: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one quantity; what is called ``iou`` or ``cosine`` stands in the validations."""
+    """Steps and values of one quantity; ``iou`` and ``cosine`` are in the validation records."""
     points = [(record["step"], record.get("validation", record).get(key)) for record in log]
     points = [(step, value) for step, value in points if value is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def feature_colors(run: Run) -> figures.FeatureColors | None:
-    """One mapping for the targets and predictions of all shown keyframes."""
+    """One mapping for the targets and predictions of all drawn keyframes."""
     targets = [each.target for each in run.predictions if each.target is not None]
     return figures.FeatureColors.fit(np.concatenate(targets)) if sum(map(len, targets)) > 1 else None
 
@@ -211,13 +211,13 @@ def pretraining_section(run: Run, prediction: Prediction, colors: figures.Featur
     pictures = [(figures.draw_map(cells, grid, pose), caption) for caption, cells in maps.items()]
     if predicted is not None:
         mixed = figures.outcome_shares(predicted, true, axis=1)
-        pictures.append((figures.draw_from_behind(mixed, grid, pose), "all cells from behind, their outcomes mixed"))
+        pictures.append((figures.draw_from_behind(mixed, grid, pose), "all cells from behind, outcomes averaged"))
     yield row_of(pictures, f"{key(figures.OUTCOMES)}. {height_key(grid)} Features: three principal components of the targets of all "
         "keyframes shown, as red, green and blue, the same for targets and predictions.")  # fmt: skip
 
 
 def segmentation_section(task: str, runs: Sequence[Run], row: int) -> Iterable[str]:
-    """What every run of a task predicts for a keyframe, beside the truth."""
+    """Predictions of all runs of a task for a keyframe, with the ground truth."""
     yield f"<h3>{HEADINGS[task]}</h3>"
     legend = key(figures.OUTCOMES)
     if any(not run.predictions[row].all_scored for run in runs):

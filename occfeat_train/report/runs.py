@@ -1,4 +1,4 @@
-"""What there is to report of a run: its log, its figures of merit over a split, its network's outputs for some keyframes."""
+"""Contents of a report: log, metrics over a split, and predictions for some keyframes of each run."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from occfeat_train.training.stages import (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run's network makes of one keyframe; None for what it does not predict.
+    """Outputs of a run's network for one keyframe; None for outputs that it does not have.
 
     predicted, true: (Z, H, W) occupancy or (K, H, W) masks. valid: (H, W). probability: (K, H, W). voxels: (n,) flat
-    indices of the distilled ones. target, features: (n, N_y). results: the task's metric of this keyframe alone.
+    indices of the distilled voxels. target, features: (n, N_y). results: the task's metric on this keyframe.
     """
 
     grid_from_ego: NDArray[np.float64]
@@ -60,7 +60,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as the report shows it, the number-th of them. results: of its newest checkpoint over the whole split; source: where they are from."""
+    """A run of the report. number: its position in the report. results: metrics of its newest checkpoint; source: their origin."""
 
     number: int
     name: str
@@ -88,9 +88,9 @@ def load_runs(
     process: Process,
     print_line: Callable[[str], None],
 ) -> tuple[list[Run], list[int]]:
-    """Runs with their outputs for up to `samples` keyframes, evenly spread over the split, and these keyframes' numbers.
+    """Runs with predictions for up to `samples` keyframes, evenly spread over the split, and the numbers of these keyframes.
 
-    Raises ValueError if one of them is absent, has no log, or does not fit the cache, before any is evaluated.
+    Raises ValueError if a run is absent, has no log, or does not fit the cache, before any run is evaluated.
     """
     opened = [(path, *open_run(path)) for path in dict.fromkeys(paths)]
     datasets = []
@@ -132,7 +132,7 @@ def evenly_spread(keyframes: NDArray[np.integer[Any]], count: int) -> list[int]:
 def read_or_evaluate(
     path: Path, split: str, checkpoint: Checkpoint, task: AnyTask, dataset: KeyframeDataset, process: Process
 ) -> tuple[dict[str, Any], str]:
-    """RUN/evaluation/SPLIT.json if it is of these weights, keyframes and frame, otherwise the same evaluation, and which it was."""
+    """Results from RUN/evaluation/SPLIT.json if it matches weights, keyframes and frame, else from a new evaluation; and the source."""
     file = path / "evaluation" / f"{split}.json"
     if file.is_file():
         found = json.loads(file.read_text())
@@ -143,7 +143,7 @@ def read_or_evaluate(
 
 @torch.no_grad()
 def predict(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Process) -> Prediction:
-    """The outputs of a network for one keyframe, as evaluation has them."""
+    """The outputs of a network for one keyframe, computed as in evaluation."""
     move_to_device(task, process.device)
     task.eval()
     batch = dataset.batch([(0, keyframe)])

@@ -1,1 +1,1 @@
-"""What exists only to import checkpoints of the reference repository, aharley/simple_bev."""
+"""Import of checkpoints of the reference repository, aharley/simple_bev."""

@@ -1,4 +1,4 @@
-"""A checkpoint of the reference repository (aharley/simple_bev) as a run of ours, to evaluate or to finetune from."""
+"""Convert a checkpoint of the reference repository (aharley/simple_bev) to a run, to evaluate or to finetune from."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import CheckpointError, RunInfo, begin_run, load_weights, save_checkpoint
 
-# What only one of the reference's networks has.
+# Tensors that only one of the reference's networks has.
 _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
 
 
 def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> Path:
-    """Convert a checkpoint, see that every tensor of it has a place in `config`'s network, write it, say where.
+    """Convert a checkpoint, check that all its tensors fit `config`'s network, and write it as a run. Returns its path.
 
-    config: of a vehicle segmentation, with compat="simple-bev" if it is to compute what the reference does.
-    Raises CheckpointError or ValueError on a file that is none, is of another network, or does not fit the grid.
+    config: a vehicle segmentation, with compat="simple-bev" to compute the same function as the reference.
+    Raises CheckpointError or ValueError on a file that is no checkpoint, is of another network, or does not fit the grid.
     """
     state = read_state_dict(file)
     found = next((lifting for name, lifting in _MARKS.items() if name in state), "lss")
@@ -37,7 +37,7 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
         weights = convert(state, grid)
     except ValueError as err:
         raise CheckpointError(f"{file} can't be imported: {err}") from err
-    config = replace(config, frame="cameras")  # the reference knows no other
+    config = replace(config, frame="cameras")  # the only one in the reference
     task = build_task(config, grid, 0)
     load_weights(task, weights, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
@@ -49,22 +49,22 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """Its ``model_state_dict``, or the file itself if it is one, without DataParallel's prefix; no code in it is run."""
+    """The file's ``model_state_dict``, or the file itself, without DataParallel's prefix. Code in it is never executed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error below
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise CheckpointError(
-            f"{file} is refused ({str(err).splitlines()[0]}): not a checkpoint of plain tensors; save its state_dict alone"
+            f"{file} is refused ({str(err).splitlines()[0]}): not a checkpoint of plain tensors; save only its state_dict"
         ) from err
     except IsADirectoryError as err:
-        raise CheckpointError(f"{file} is a directory: give the model-*.pth file in it") from err
+        raise CheckpointError(f"{file} is a directory: pass the model-*.pth file in it") from err
     except (RuntimeError, EOFError) as err:
         raise CheckpointError(f"{file} can't be read ({str(err).splitlines()[0]}): download it again") from err
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
         raise CheckpointError(
-            f"{file} holds no state_dict, bare or as 'model_state_dict': of one of {', '.join(LIFTINGS)} expected"
+            f"{file} holds no state_dict, bare or as 'model_state_dict': a state_dict of {', '.join(LIFTINGS)} is expected"
         )
     return {name.removeprefix("module."): value for name, value in state.items()}

@@ -1,5 +1,6 @@
-"""Weights of the reference networks (aharley/simple_bev's Segnet, Bevformernet and Liftnet) under our names, to compare
-with and to start from. Its Liftnet is two: liftnet2.py's splat is our LSS, liftnet.py's volume is none of ours.
+"""Mapping of the reference's weights (Segnet, Bevformernet and Liftnet of aharley/simple_bev) to our names.
+
+The reference has two Liftnets: liftnet2.py is our LSS; liftnet.py is not supported.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ _ATTENTION = {
     "deformable_attention.output_proj": "inner",
     "output_proj": "output",
 }
-# Heads of tasks that are none of ours, one that no loss of the reference reads, and its learned loss weights.
+# Heads of other tasks, a head that the reference does not train, and its learned loss weights.
 _LEFT_OUT = re.compile(r"(ce|center|offset)_weight|decoder\.(feat|instance_offset|instance_center)_head\..*")
 
 
 def convert(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, torch.Tensor]:
-    """The reference's tensors or arrays, by its names, as tensors by ours.
+    """The reference's tensors or arrays as tensors with our names.
 
-    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head. EfficientNet-B0,
-    ResNet-50 or -101. grid: of the network. Its cells along up order the compressor's input, the reference's from the
-    highest down and innermost (c * Z + y), ours from the lowest up and outermost (z * C + c); and the places that
-    BEVFormer's cross-attention reads, likewise.
+    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head; backbones are
+    EfficientNet-B0, ResNet-50 and -101. grid: grid of the network. The input channels of the compressor are reordered: the
+    reference counts levels from the highest down, innermost (c * Z + y); ours count from the lowest up, outermost
+    (z * C + c). The sampling points of BEVFormer's cross-attention are reordered in the same way.
     Raises ValueError on a name that is not the reference's, or a tensor that does not fit the grid.
     """
     converted = {}
@@ -76,19 +77,19 @@ def _reorder_compressor(weight: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
     if weight.shape[1] % levels:
         raise ValueError(
             f"bev_compressor.0.weight of shape {tuple(weight.shape)}: its inputs are no multiple of the grid's "
-            f"{levels} levels; give the grid it was trained on"
+            f"{levels} levels; pass the grid it was trained on"
         )
     return weight.unflatten(1, (-1, levels)).flip(2).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 def _reorder_places(name: str, value: torch.Tensor, grid: VoxelGrid) -> torch.Tensor:
-    """(heads * points [* 2], ...), points in turn of the highest voxel to the lowest -> of the lowest to the highest."""
+    """(heads * points [* 2], ...), points from the highest level to the lowest -> from the lowest to the highest."""
     heads, last = 4, 2 if "offsets" in name else 1
     levels = grid.shape[0]
     if value.shape[0] % (heads * levels * last):
         raise ValueError(
             f"{name} of shape {tuple(value.shape)}: its points are no multiple of the grid's {levels} levels; "
-            "give the grid it was trained on"
+            "pass the grid it was trained on"
         )
     return value.reshape(heads, -1, levels, last, *value.shape[1:]).flip(2).reshape(value.shape).contiguous()
 
@@ -120,10 +121,10 @@ def _our_name(name: str) -> str:
 
 
 def load_reference(network: BEVNetwork, state_dict: Mapping[str, Any]) -> None:
-    """Fill a network from the reference's Segnet, Bevformernet or Liftnet (liftnet2.py), whose heads are left out.
+    """Load the weights of the reference's Segnet, Bevformernet or Liftnet (liftnet2.py) into a network, without heads.
 
-    To compute what the reference does, build it with compat="simple-bev".
-    Raises ValueError or RuntimeError on weights that are of none of these, or of another network or grid than this.
+    Build the network with compat="simple-bev" to compute the same function as the reference.
+    Raises ValueError or RuntimeError on weights of another network or grid.
     """
     weights = convert(state_dict, network.lifting.grid)
     prefix = "network."

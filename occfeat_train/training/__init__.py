@@ -1,1 +1,1 @@
-"""The loop and everything around it: optimiser, checkpoints, log, evaluation, and the stages of a run."""
+"""Runs: training loop, optimiser, checkpoints, log, evaluation, and the stages pretrain, finetune and evaluate."""

@@ -1,12 +1,12 @@
-"""A run on disk, and its checkpoints: weights that anybody can open, the trainer's state apart.
+"""Runs and checkpoints on disk. Weights are safetensors; the optimiser state is a separate file.
 
-    RUN/config.json                 the resolved config, and what the run was given (cache, grid, initial weights)
-    RUN/log.jsonl                   one record a step
+    RUN/config.json                 the resolved config, and the run's cache, grid and initial weights
+    RUN/log.jsonl                   one record per step
     RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt, checkpoint.json
 
-A checkpoint is written under another name, flushed and renamed, so it is whole or not there; the two newest are kept.
-Its record, checkpoint.json, is written last and holds its step and the SHA-256 of the other files. A file is compared with
-it before it is read. Nothing falls back to an older checkpoint by itself: the error names the one that is whole.
+A checkpoint is written under another name, flushed and renamed, so it is complete or absent. The two newest are kept.
+checkpoint.json is written last and holds the step and the SHA-256 of the other files, which are verified before a file is
+read. An older checkpoint is never used automatically; the error names the newest intact one.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ WEIGHTS, INFO, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt",
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or run directory that is absent, damaged or of another kind; the message says what to do."""
+    """A checkpoint or run directory that is absent, damaged or of another kind. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a checkpoint is of. feature_dim: N_y of the teacher, 0 without. cache: fingerprint of the targets.
+    """Description of a run, saved with it and with its checkpoints.
 
-    num_samples: of the training set, which fixes the order of samples. keyframes: hash of which they are. initial: where the weights came from, a sentence.
-    scenes: hash of the label scenes. simulated: what in it is not real, from the cache.
-    preset: the config's, before options changed it. targets: the cache's spec. data: what it was built from (paper.py).
-    parent: the run whose weights it started from.
+    feature_dim: N_y of the teacher, 0 without a teacher. cache: fingerprint of the targets. num_samples: size of the
+    training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights, a sentence. scenes: hash of
+    the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
+    before options changed it. targets: the cache's spec. data: source of the cache (paper.py). parent: the run whose weights
+    it started from.
     """
 
     config: Config
@@ -96,7 +97,7 @@ class Checkpoint:
         return str(_read_record(self.path)["files"][WEIGHTS])
 
     def weights(self) -> dict[str, Tensor]:
-        """{name: tensor} on the CPU. Raises CheckpointError if a byte of the file changed."""
+        """{name: tensor} on the CPU. Raises CheckpointError if the file was changed."""
         file = _sound_file(self.path, WEIGHTS)
         try:
             return load_file(file)
@@ -104,11 +105,11 @@ class Checkpoint:
             raise CheckpointError(f"{file} is damaged ({err}): {_advice(self.path)}") from err
 
     def trainer_state(self) -> dict[str, Any]:
-        """Optimiser and schedule. Raises CheckpointError if a byte of the file changed; runs no code that it might hold."""
+        """Optimiser and schedule. Raises CheckpointError if the file was changed. Code in the file is never executed."""
         file = _sound_file(self.path, STATE)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of a pickle's protocol; what can't be read is an error
+                warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
                 return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
             raise CheckpointError(
@@ -117,7 +118,7 @@ class Checkpoint:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """A checkpoint's record. Raises CheckpointError if it is lost, damaged, or of another step than its folder's name."""
+    """A checkpoint's record. Raises CheckpointError if it is lost, damaged, or its step does not match the folder's name."""
     try:
         record = read_record(folder / RECORD)
     except CacheError:
@@ -128,7 +129,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _sound_file(folder: Path, name: str) -> Path:
-    """A file of a checkpoint. Raises CheckpointError if it is lost or a byte of it changed."""
+    """A file of a checkpoint. Raises CheckpointError if it is lost or was changed."""
     expected, file = _read_record(folder)["files"][name], folder / name
     if not file.is_file():
         raise CheckpointError(f"{file} is missing: {_advice(folder)}")
@@ -138,15 +139,15 @@ def _sound_file(folder: Path, name: str) -> Path:
 
 
 def _advice(folder: Path) -> str:
-    """What to do about a checkpoint that is damaged: which older one of its run is whole."""
+    """What to do about a damaged checkpoint: names the newest intact checkpoint of its run."""
     for older in [p for p in _steps(folder.parent.parent)[::-1] if p.name < folder.name]:
         try:
             for name in (WEIGHTS, INFO, STATE):
                 _sound_file(older, name)
         except CheckpointError:
             continue
-        return f"{older} is whole; name that one, or delete {folder} to continue from it"
-    return "no older checkpoint of its run is whole; start a new run"
+        return f"{older} is intact; pass that one, or delete {folder} to continue from it"
+    return "no older checkpoint of its run is intact; start a new run"
 
 
 def _folder_name(step: int) -> str:
@@ -156,9 +157,9 @@ def _folder_name(step: int) -> str:
 def save_checkpoint(
     run: Path, step: int, info: RunInfo, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write RUN/checkpoints/step-N, atomically, and drop all but the newest ones.
+    """Write RUN/checkpoints/step-N atomically, and delete all but the two newest.
 
-    Raises CheckpointError on weights that are not finite, and OSError on a full disk; earlier checkpoints stay.
+    Raises CheckpointError on weights that are not finite, and OSError on a full disk; earlier checkpoints are kept.
     """
     folder = run / "checkpoints"
     final = folder / _folder_name(step)
@@ -182,7 +183,7 @@ def save_checkpoint(
 def find_checkpoint(path: Path) -> Checkpoint:
     """The newest checkpoint of a run directory, or the checkpoint directory itself.
 
-    Raises CheckpointError if there is none, saying what was found instead, or if its record or config are damaged.
+    Raises CheckpointError if there is none, or if its record or config is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -193,7 +194,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     folders = [path] if is_checkpoint else _steps(path)[::-1]
     if not folders:
         raise CheckpointError(
-            f"no checkpoint in {path}: a directory that occfeat-train pretrain or finetune made is expected"
+            f"no checkpoint in {path}: a run directory of occfeat-train pretrain or finetune is expected"
         )
     file = _sound_file(folders[0], INFO)
     try:
@@ -204,15 +205,15 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, None if it has none yet."""
+    """The newest checkpoint of a run, or None."""
     return find_checkpoint(run) if _steps(run) else None
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, only: str = "") -> None:
-    """Load weights into a module, every one of them, exactly.
+    """Load weights into a module; names and shapes must match exactly.
 
-    only: a prefix; what doesn't start with it (another head) is left out. Raises CheckpointError naming what differs, or
-    what is not finite.
+    only: a prefix; tensors with other names (another head) are left out. Raises CheckpointError that names the tensors that
+    differ or are not finite.
     """
     wanted = {name: t for name, t in module.state_dict().items() if name.startswith(only)}
     found = {name: t for name, t in weights.items() if name.startswith(only)}
@@ -226,14 +227,14 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path,
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(
-            f"{source} does not fit this network: {shown}: choose the preset or options it was trained with"
+            f"{source} does not fit this network: {shown}: use the preset or options it was trained with"
         )
     require_finite(found, f"{source} can't be used", "use another checkpoint")
     module.load_state_dict(found, strict=False)
 
 
 def require_finite(weights: Mapping[str, Tensor], what: str, remedy: str) -> None:
-    """Raises CheckpointError naming the tensors that hold an infinity or a NaN."""
+    """Raises CheckpointError that names the tensors with an infinity or a NaN."""
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
@@ -241,10 +242,10 @@ def require_finite(weights: Mapping[str, Tensor], what: str, remedy: str) -> Non
 
 
 def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
-    """Claim RUN for this config, or continue the run that stands there if it is the same.
+    """Create RUN for this config, or continue the existing run if its config is the same.
 
-    A run that never began training (it has no log) gives way to any config. Returns the checkpoint to continue from, None
-    at the beginning. Raises CheckpointError naming every difference.
+    A run that has not begun training (it has no log) is overwritten. Returns the checkpoint to continue from, or None at the
+    beginning. Raises CheckpointError that lists every difference.
     """
     file = run / INFO
     if file.is_file():
@@ -272,7 +273,7 @@ def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
         if not differences:
             return latest_checkpoint(run)
     elif run.exists() and any(run.iterdir()):
-        raise CheckpointError(f"{run} holds something that is no run of occfeat-train: choose another --out")
+        raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(info.to_dict(), indent=1))
@@ -282,7 +283,7 @@ def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
 
 
 def _steps(run: Path) -> list[Path]:
-    """Checkpoint folders, whole or not, oldest first."""
+    """Checkpoint folders, intact or not, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
 
 

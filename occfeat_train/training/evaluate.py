@@ -1,4 +1,4 @@
-"""Evaluation over a whole split: every sample once, on any number of processes, nothing dropped, no augmentation."""
+"""Evaluation over a whole split: every sample exactly once on any number of ranks, without augmentation."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def evaluate(
     workers: int = 2,
     progress: bool = True,
 ) -> Any:
-    """The task's metric over the data set, its counts summed over all processes.
+    """The task's metric over the data set, summed over all ranks.
 
-    Processes take keyframes in turn, so their numbers differ by one at most and no sample is padded or repeated.
-    batch: samples a forward pass on one process. The task is left in evaluation mode.
+    Keyframes are assigned to ranks in turn, so their numbers differ by at most one, and no sample is padded or repeated.
+    batch: samples per forward pass and rank. The task stays in evaluation mode.
     """
     move_to_device(task, process.device)
     task.eval()

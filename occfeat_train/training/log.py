@@ -1,4 +1,4 @@
-"""What a run says while it trains: one JSON record a step, always; TensorBoard; a progress bar."""
+"""Log of a run: one JSON record per step, optional TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """RUN/log.jsonl and RUN/tensorboard. Continuing at a step drops what a killed run logged after it."""
+    """RUN/log.jsonl and RUN/tensorboard. Records from `start` on are dropped when a killed run continues there."""
 
     def __init__(self, run: Path, *, start: int, total: int, tensorboard: bool, progress: bool) -> None:
         file = run / "log.jsonl"
@@ -27,7 +27,7 @@ class RunLog:
         self._bar = tqdm(total=total, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
 
     def step(self, record: dict[str, Any]) -> None:
-        """A training step's record; `step` counts from 0."""
+        """Log the record of a training step; `step` counts from 0."""
         self._write(record, "train")
         self._bar.update()
         self._bar.set_postfix_str(
@@ -35,7 +35,7 @@ class RunLog:
         )
 
     def validation(self, step: int, results: dict[str, Any]) -> None:
-        """What evaluation found after `step` steps."""
+        """Log the validation results after `step` steps."""
         self._write({"step": step - 1, "validation": results}, "validation")
 
     def _write(self, record: dict[str, Any], group: str) -> None:
@@ -53,7 +53,7 @@ class RunLog:
 
 
 def read_log(run: Path, *, before: int | None = None) -> list[dict[str, Any]]:
-    """The records of a run, of steps below `before`; a last line that a kill cut short is left out."""
+    """The records of a run for steps below `before`. A truncated last line of a killed run is ignored."""
     records = []
     for line in (run / "log.jsonl").read_text().splitlines():
         try:

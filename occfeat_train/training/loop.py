@@ -1,7 +1,8 @@
-"""The one training loop, for every task: pretraining and finetuning differ in their task, data and config alone.
+"""The training loop of all tasks: pretraining and finetuning differ only in task, data and config.
 
-A run is a function of its config and its data. A step's samples follow from its number (dataset.py), its random numbers
-from (seed, step, micro-batch, rank), so a checkpoint needs only weights, optimiser and schedule to continue exactly.
+A run is a function of its config and its data. The samples of a step follow from its number (dataset.py), and its random
+numbers from (seed, step, micro-batch, rank). A checkpoint therefore needs only weights, optimiser and schedule to continue
+exactly.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from occfeat_train.training.optim import build_optimizer
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How a run is carried out; nothing here changes what is learnt.
+    """Options that do not change the trained weights.
 
-    save_every: steps between checkpoints, 0 for once an epoch. workers: threads that read ahead.
+    save_every: steps between checkpoints, 0 for once per epoch. workers: threads that prefetch samples.
     """
 
     save_every: int = 0
@@ -45,7 +46,7 @@ class LoopOptions:
 
 
 class TrainingError(ValueError):
-    """Training can't go on, such as on a loss that is not finite."""
+    """Training cannot continue, for example because of a loss that is not finite."""
 
 
 def train(
@@ -58,10 +59,11 @@ def train(
     options: LoopOptions,
     validate: Callable[[AnyTask], dict[str, Any]] | None = None,
 ) -> bool:
-    """Train a task to its last step, or to the first SIGTERM or SIGUSR1.
+    """Train a task to its last step, or until SIGTERM or SIGUSR1.
 
-    validate: called on all processes whenever a checkpoint is written, or when its run continues. Returns whether the run is finished; if not, the
-    same call continues it. Raises TrainingError on a loss or gradient that is not finite, with the newest checkpoint intact.
+    validate: called on all ranks at every checkpoint, and at the start of a continued run whose last validation is missing.
+    Returns whether the run is finished; if not, the same call continues it. Raises TrainingError on a loss or gradient that is
+    not finite; the newest checkpoint stays intact.
     """
     config, device = info.config, process.device
     optim = config.optim
@@ -84,8 +86,8 @@ def train(
         task.network.compile()
     model: Any = task
     if process.world > 1:
-        # Batches are on the device already. DDP would overwrite every rank's BatchNorm statistics with the first rank's
-        # before a forward pass, and leave them different after it; `average_statistics` keeps what every rank saw.
+        # With broadcast_buffers, DDP would overwrite all ranks' BatchNorm statistics with rank 0's before each forward
+        # pass, and the ranks would differ after it. `average_statistics` averages them instead.
         # torch 2.13 renamed the option
         is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         keep_buffers: Any = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
@@ -111,18 +113,18 @@ def train(
         with stop_signals() as stop:
             is_due = start > 0 and (start % save_every == 0 or start == num_steps)
             if validate is not None and is_due and not is_validated(run, start, process):
-                measure(start)  # a signal or a kill came between the checkpoint and its validation
+                measure(start)  # the run was stopped between the checkpoint and its validation
             for step in range(start, num_steps):
                 began, waited = time.perf_counter(), prefetcher.waited
                 set_training(task, config)
                 losses, tokens = forward_backward(model, batches, config, process, step)
-                average_statistics(task)  # after every step: when a run is saved or validated must not change it
+                average_statistics(task)  # after every step, so that saving and validating do not change the run
                 norm = torch.nn.utils.clip_grad_norm_(task.parameters(), optim.clip)
                 record = reduce_losses({**losses, "grad_norm": norm / process.world, "stop": stop.flag(device)})
                 if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                     raise TrainingError(
                         f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
-                        f"{', '.join(gather_strings(tokens))}. Nothing was saved after it; the newest checkpoint in {run} is sound. "
+                        f"{', '.join(gather_strings(tokens))}. Nothing was saved after it; the newest checkpoint in {run} is intact. "
                         "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
                     )
                 optimizer.step()
@@ -153,9 +155,9 @@ def train(
 def forward_backward(
     model: Any, batches: Iterator[Any], config: Config, process: Process, step: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The passes of one optimiser step; gradients add up to those of the mean loss over all its samples.
+    """Forward and backward passes of one optimiser step; the gradient is that of the mean loss over all its samples.
 
-    Returns the losses, averaged, and the tokens of this process's samples.
+    Returns the averaged losses, and the tokens of this rank's samples.
     """
     count = config.optim.accumulation
     total: dict[str, Tensor] = {}
@@ -177,7 +179,7 @@ def forward_backward(
 def stream_of_batches(
     dataset: KeyframeDataset, config: Config, process: Process, start: int, num_steps: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, keyframe) of this process's samples, a list a forward pass, from step `start` on."""
+    """(epoch, keyframe) of this rank's samples from step `start` on, one list per forward pass."""
     batch, local = config.optim.batch, config.optim.batch // process.world
     for number in range(start * config.optim.accumulation, num_steps * config.optim.accumulation):
         first = number * batch + process.rank * local
@@ -185,37 +187,37 @@ def stream_of_batches(
 
 
 def is_validated(run: Path, step: int, process: Process) -> bool:
-    """Whether the log has what evaluation found after `step` steps, as the first process sees it."""
+    """Whether rank 0's log has validation results after `step` steps."""
     found = process.is_main and any("validation" in r and r["step"] == step - 1 for r in read_log(run))
     return bool(sum_over_processes(torch.tensor(float(found), device=process.device)) > 0)
 
 
 def seed_step(*numbers: int) -> None:
-    """Seed torch's random numbers (drop-connect) from (seed, step, micro-batch, rank)."""
+    """Seed torch's random numbers (stochastic depth, dropout) from (seed, step, micro-batch, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 where asked for, or by default on a GPU; float32 master weights in any case."""
+    """bfloat16 autocast if requested, or by default on a GPU; weights stay float32."""
     enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def set_training(task: AnyTask, config: Config) -> None:
-    """Training mode, whatever mode the task is in; BatchNorm stays out of it where it is frozen."""
+    """Set training mode; frozen BatchNorms stay in evaluation mode."""
     task.train()
     if config.network.freeze_batchnorm:
         freeze_batchnorm(task)
 
 
 def reduce_losses(values: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over all processes, in one message and one wait for the device."""
+    """Sums over all ranks, with one all-reduce and one device synchronisation."""
     stacked = torch.stack([v.detach().double() for v in values.values()])
     return dict(zip(values, sum_over_processes(stacked).tolist(), strict=True))
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop."""
+    """Whether this process has received a stop signal."""
 
     is_set = False
 
@@ -228,7 +230,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """SIGTERM and SIGUSR1 (what Slurm sends before a job's time is over) ask for a stop after the step under way."""
+    """SIGTERM and SIGUSR1 (sent by Slurm before a job's time limit) stop the run after the current step."""
     request = StopRequest()
     before = {number: signal.signal(number, request.set) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:

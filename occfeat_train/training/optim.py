@@ -1,4 +1,4 @@
-"""Optimiser and schedule of a run (paper 4.1; what it leaves open as Simple-BEV has it)."""
+"""Optimiser and schedule of a run (paper 4.1; open details follow Simple-BEV)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from occfeat_train.config import OptimConfig
 
-WARM_UP = 0.05  # of the steps, linear both ways (Simple-BEV); from lr / 25 to lr to lr / 250,000
+WARM_UP = 0.05  # fraction of the steps; linear (Simple-BEV): lr / 25 to lr, then down to lr / 250,000
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, num_steps: int, *, fused: bool = False
 ) -> tuple[Optimizer, LRScheduler]:
-    """num_steps: of the whole run. fused: one kernel for all parameters, on a GPU."""
+    """num_steps: steps of the whole run. fused: use one kernel for all parameters on a GPU."""
     kind = {"adam": Adam, "adamw": AdamW}[config.optimizer]
     optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     schedule: LRScheduler
@@ -26,8 +26,8 @@ def build_optimizer(
         schedule = OneCycleLR(
             optimizer,
             max_lr=config.lr,
-            total_steps=num_steps + 1,  # the schedule is advanced once more than it is used
-            pct_start=max(WARM_UP, 2 / (num_steps + 1)),  # at least one step, which OneCycleLR divides by
+            total_steps=num_steps + 1,  # the schedule is stepped once more than it is used
+            pct_start=max(WARM_UP, 2 / (num_steps + 1)),  # at least one step, because OneCycleLR divides by it
             anneal_strategy="linear",
             cycle_momentum=False,
         )

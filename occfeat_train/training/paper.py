@@ -1,6 +1,6 @@
-"""What a run did otherwise than the paper: every field in which its config, its targets and its data differ from a row.
+"""Differences of a run from the paper: every field in which its config, targets and data differ from a row.
 
-Nothing here knows a field by name unless it is left out, and then with the reason.
+All fields are compared except those listed here with a reason.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from occfeat_train.training.checkpoint import RunInfo
 TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
 DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": "evenly spread", "simulated": "nothing"}  # fmt: skip
 EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_019}
-# How a run is computed, on which the paper says nothing; whether images were enlarged is looked up in the cache.
+# Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
-# Of a cache: which arrays there are, how they were computed, and images of which a network takes as many pixels as it needs.
+# Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
 STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.digest", "teacher.dtype"}
-TEACHERS = "teacher."  # fields that only pretraining reads
+TEACHERS = "teacher."  # prefix of fields that only pretraining uses
 
 
 @dataclass(frozen=True)
 class Difference:
-    """field: dotted name. here, paper: the two values, as text."""
+    """field: dotted name. here, paper: the two values as text."""
 
     field: str
     here: str
@@ -36,10 +36,9 @@ class Difference:
 
 
 def nearest_row(info: RunInfo) -> str:
-    """The preset of the paper's row of the same task and label share that a run differs from in the fewest fields, its own
-    before others.
+    """Name of the paper's preset of the same task and label share with the fewest differences from a run; its own preset wins ties.
 
-    So `--occ-only` or `--lambda 0.1` on top of the default preset is the row of that name, not a difference from another.
+    `--occ-only` or `--lambda 0.1` with the default preset is therefore compared with the row of that name.
     """
     rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == info.config.task]
 
@@ -51,7 +50,7 @@ def nearest_row(info: RunInfo) -> str:
 
 
 def differences(info: RunInfo) -> list[Difference]:
-    """Of a run from `nearest_row`, and of the runs whose weights it started from."""
+    """Differences of a run from `nearest_row`, and of the runs whose weights it started from."""
     found = _config_differences(info.config, PRESETS[nearest_row(info)])
     targets, paper = _flat({"grid": info.grid.to_dict(), **info.targets}), _flat(TARGETS.to_dict())
     reads_teacher = info.config.task == "pretrain" and info.config.loss.feat > 0
@@ -74,18 +73,18 @@ def differences(info: RunInfo) -> list[Difference]:
 
 
 def evaluation_differences(data: Mapping[str, Any]) -> list[Difference]:
-    """Of the data that runs are measured on; see `Cache.provenance`."""
+    """Differences of the evaluation data from the paper's; see `Cache.provenance`."""
     return _compare({f"measured on: {n}": v for n, v in data.items()}, {f"measured on: {n}": v for n, v in EVALUATION_DATA.items()})  # fmt: skip
 
 
 def describe_data(provenance: Mapping[str, Any], keyframes: int) -> dict[str, Any]:
-    """What data a cache was built from, as far as it says so."""
+    """The data that a cache was built from, as far as it is recorded."""
     named = {name: provenance[name] for name in ("version", "split") if name in provenance}
     return {**named, "keyframes": keyframes}
 
 
 def _config_differences(config: Config, row: Config) -> list[Difference]:
-    row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper's are Simple-BEV's
+    row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper uses Simple-BEV's frames
     here, paper = (
         {name: value for name, value in each.flat().items() if name not in COMPUTING} for each in (config, row)
     )
@@ -104,7 +103,7 @@ def _compare(here: Mapping[str, Any], paper: Mapping[str, Any]) -> list[Differen
 
 
 def _flat(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec's fields, the groups' dotted. A teacher in a local folder may hold any weights, whatever the folder's name."""
+    """The fields of a spec with dotted names. A local folder is not compared: it may hold any weights, whatever its name."""
     out: dict[str, Any] = {}
     for name, value in spec.items():
         out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}

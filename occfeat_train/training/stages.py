@@ -1,5 +1,6 @@
-"""The stages a user runs: pretrain, finetune, evaluate. Each opens the caches, checks everything that can be checked
-before the first step, says what it is about to do, and hands over to the loop.
+"""The stages pretrain, finetune and evaluate.
+
+Each opens the caches, checks everything that can be checked before the first step, prints a summary, and calls the loop.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PrintLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a stage works. cache: directory of caches. validate: a split to evaluate at every checkpoint, or None."""
+    """Inputs and outputs of a stage. cache: directory of caches. validate: split to evaluate at every checkpoint, or None."""
 
     cache: Path
     split: str
@@ -56,11 +57,11 @@ def run_training(
     scenes_file: Path | None = None,
     preset: str = "",
 ) -> bool:
-    """Pretrain or finetune, whichever `config.task` is, to the end or to a signal; continue what stands at place.out.
+    """Pretrain or finetune (`config.task`) to the end or until a signal, or continue the run in run_options.out.
 
-    initial: a run or checkpoint whose network to start from, and whose head if it is of the same task. scenes_file: names
-    of the label scenes, one a line, instead of config.labels. preset: the name of the one that config came from, for the
-    report. Returns whether the run is finished.
+    initial: a run or checkpoint with the initial weights of the network, and of the head if its task is the same.
+    scenes_file: names of the label scenes, one per line, instead of config.labels. preset: name of the config's preset, for
+    the report. Returns whether the run is finished.
     """
     ready = prepare_together(lambda: prepare(config, run_options, print_line, initial, scenes_file, preset))
     info, dataset, held_out, scenes = ready.info, ready.dataset, ready.held_out, ready.scenes
@@ -91,9 +92,10 @@ def run_training(
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training needs and every process opens for itself.
+    """Inputs of a training, opened on every rank.
 
-    scenes: whose labels are used, None without labels. usable: all with a valid keyframe. start: whose weights it starts from.
+    scenes: scenes whose labels are used, None without labels. usable: scenes with a valid keyframe. start: checkpoint with the
+    initial weights.
     """
 
     info: RunInfo
@@ -112,7 +114,7 @@ def prepare(
     scenes_file: Path | None,
     preset: str,
 ) -> TrainingSetup:
-    """Open caches and the initial network, and check that they fit each other and the config. Raises ValueError."""
+    """Open caches and initial checkpoint, and check that they match each other and the config. Raises ValueError."""
     reader = open_reader(run_options.cache, run_options.split)
     cache, spec = reader.cache, reader.cache.spec
     for line in cache.warnings:
@@ -160,9 +162,9 @@ def prepare(
 
 
 def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
-    """A line for each field of MEANING in which a network is used otherwise than it was trained; and for another teacher.
+    """A line for each field of MEANING that differs from the checkpoint's training, and for a different teacher.
 
-    Raises CheckpointError where the network's weights fit no other value.
+    Raises CheckpointError if the weights do not fit the changed field.
     """
     here, there = dataset.config.flat(), start.info.config.flat()
     changed = [name for name in MEANING if here[name] != there[name]]
@@ -170,10 +172,10 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
         if name in FIXED:
             raise CheckpointError(
                 f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
-                "nothing else: leave that option or preset out, or train without --from"
+                "no other value: leave that option or preset out, or train without --from"
             )
     lines = [
-        f"{name}={here[name]} overrides {there[name]}, with which the network of {start.path} was trained"
+        f"{name}={here[name]} overrides {there[name]}, which the network of {start.path} was trained with"
         for name in changed
     ]
     ours, theirs = (t.get("teacher") or {} for t in (dataset.reader.cache.spec.to_dict(), start.info.targets))
@@ -206,7 +208,7 @@ def run_evaluation(
     batch: int,
     frame: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint on a whole split; the results go to OUT/evaluation/SPLIT.json and are returned."""
+    """Evaluate a run's newest checkpoint on a whole split. Writes the results to run_options.out/SPLIT.json and returns them."""
     checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, run_options, frame))
     info, config, reader = checkpoint.info, dataset.config, dataset.reader
     for line in changes_of_meaning(dataset, checkpoint):
@@ -254,7 +256,7 @@ def measured(checkpoint: Checkpoint, dataset: KeyframeDataset) -> dict[str, Any]
 def prepare_evaluation(
     path: Path, run_options: RunOptions, frame: str | None
 ) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
-    """A run's newest checkpoint, the split in the run's frame or another, and the task. Raises ValueError."""
+    """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError."""
     checkpoint = find_checkpoint(path)
     info = checkpoint.info
     config = info.config if frame is None else replace(info.config, frame=frame)
@@ -265,7 +267,7 @@ def prepare_evaluation(
 
 
 def open_reader(cache: Path, split: str) -> CacheReader:
-    """Raises CacheError if it is absent, unfinished or damaged."""
+    """Raises CacheError if the cache is absent, unfinished or damaged."""
     return CacheReader(cache / f"{split}.zarr")
 
 
@@ -286,7 +288,7 @@ def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
 
 
 def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
-    """Scene names from a file, one a line, comments after #. Raises ValueError if one of them is not available."""
+    """Scene names from a file, one per line, with comments after #. Raises ValueError if a scene is not available."""
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     names = list(dict.fromkeys(line for line in lines if line))
     known = set(available)
@@ -312,7 +314,7 @@ def backbone_weights(config: Config) -> str:
 
 
 def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str:
-    """Fill the network as the run asks, and say with what."""
+    """Load the initial weights of a run. Returns a sentence that names their source."""
     if start is None:
         return load_backbone_weights(task.network.encoder, backbone_weights(config))
     if start.info.grid != task.grid:
@@ -325,7 +327,7 @@ def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str
 
 
 def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
-    """The task of a checkpoint, with its weights."""
+    """The task of a checkpoint with its weights."""
     info = checkpoint.info
     task = build_task(config or info.config, info.grid, info.feature_dim)
     load_weights(task, checkpoint.weights(), checkpoint.path)
@@ -333,7 +335,7 @@ def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
 
 
 def begin_or_resume(out: Path, info: RunInfo, process: Process) -> Checkpoint | None:
-    """`begin_run` once for all processes."""
+    """`begin_run` on rank 0; returns the same checkpoint on all ranks."""
     found = prepare_together(lambda: begin_run(out, info) if process.is_main else None)
     if process.world == 1:
         return found

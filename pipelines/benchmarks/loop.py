@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--workers", type=int, default=2, help="threads that read ahead")
+    parser.add_argument("--workers", type=int, default=2, help="threads that prefetch samples")
     parser.add_argument("--keyframes", type=int, default=64)
     parser.add_argument("--directory", type=Path, default=None, help="where the temporary 0.6 GB go")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")

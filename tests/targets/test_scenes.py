@@ -83,7 +83,7 @@ def test_chosen_scenes_are_built_alone_and_are_what_the_cache_is_of(partial, sce
     assert "1 scenes left out by --scenes" in run("info", "--cache", cache, "--split", "mini_train").stdout
     other = run(*arguments, "--scenes", ",".join(scenes), "--on-error", "skip", check=False)
     assert other.returncode == 1
-    assert "pass the --scenes it was begun with" in other.stderr
+    assert "pass the same --scenes as at its first build" in other.stderr
     assert len(open_cache(cache / "mini_train.zarr")) == 5
 
 

@@ -108,7 +108,7 @@ def test_a_spec_says_which_networks_its_images_serve_without_being_enlarged(cach
     assert largest_network(cached, LARGEST_RESIZE) == trained
     assert largest_network(cached, 1) == evaluated
     line = next(line for line in TargetSpec(image_size=cached).describe() if line.startswith("images"))
-    assert "train at up to {}x{} (resizing by up to 1.2)".format(*trained) in line
+    assert "train at up to {}x{} (resized by up to 1.2)".format(*trained) in line
     assert line.endswith("evaluated at up to {}x{}".format(*evaluated))
 
 

@@ -122,7 +122,7 @@ def test_a_trainer_state_with_code_in_it_is_refused_and_the_code_does_not_run(ca
     for save in (lambda o, f: f.write_bytes(pickle.dumps(o)), lambda o, f: torch.save(o, f)):
         save({"optimizer": Hostile(marker)}, find_checkpoint(run).path / "trainer.pt")
         for expected in ("trainer.pt is damaged", "no trainer state that can be loaded safely"):
-            with pytest.raises(CheckpointError, match=f"{expected}.*step-00000003 is whole; name that one, or delete"):
+            with pytest.raises(CheckpointError, match=f"{expected}.*step-00000003 is intact; pass that one, or delete"):
                 find_checkpoint(run).trainer_state()
             assert expected in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
             renew(find_checkpoint(run).path)
@@ -179,7 +179,7 @@ def test_a_lost_file_is_named_and_nothing_falls_back_by_itself(cache, run, name)
     newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 3))
     message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     assert f"{newest / name} is missing" in message
-    assert f"{older} is whole; name that one, or delete {newest} to continue from it" in message
+    assert f"{older} is intact; pass that one, or delete {newest} to continue from it" in message
     if name != "trainer.pt":  # which evaluation doesn't read
         assert f"{newest / name} is missing" in refuse(*evaluate(run, cache))
         assert f"{newest / name} is missing" in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)))
@@ -188,7 +188,7 @@ def test_a_lost_file_is_named_and_nothing_falls_back_by_itself(cache, run, name)
 def test_an_older_checkpoint_that_is_damaged_too_is_not_recommended(run):
     for step in (3, 4):
         flipped(run / "checkpoints" / f"step-0000000{step}" / "model.safetensors", -1)
-    with pytest.raises(CheckpointError, match="no older checkpoint of its run is whole"):
+    with pytest.raises(CheckpointError, match="no older checkpoint of its run is intact"):
         find_checkpoint(run).weights()
 
 

@@ -253,10 +253,10 @@ def test_a_finetuning_and_its_evaluation_keep_the_pretrainings_frame(cache, tmp_
         assert frames_of(run, cache) == ["ego"]
         shutil.rmtree(run)
     output = succeed(*finetune(cache, run, "--from", ego, "--set", "frame=cameras", *steps(1)))
-    assert f"frame=cameras overrides ego, with which the network of {ego / 'checkpoints'}" in output
+    assert f"frame=cameras overrides ego, which the network of {ego / 'checkpoints'}" in output
     assert frames_of(run, cache) == ["CAM_FRONT"]
     output = succeed(*evaluate(run, cache, "--frame", "ego"))
-    assert "frame=ego overrides cameras, with which the network of" in output
+    assert "frame=ego overrides cameras, which the network of" in output
 
 
 def test_a_run_keeps_the_frame_that_its_cache_chose_on_any_cache(cache, tmp_path):
@@ -293,8 +293,8 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
         assert (network["compat"], network["image_size"], network["channels"]) == ("simple-bev", [32, 48], 8)
         shutil.rmtree(run)
     output = succeed("finetune", *short, "--set", "network.compat=none", "--set", "network.image_size=16x48")
-    assert "network.image_size=[16, 48] overrides [32, 48], with which" in output
-    assert "network.compat=none overrides simple-bev, with which" in output
+    assert "network.image_size=[16, 48] overrides [32, 48], which the network of" in output
+    assert "network.compat=none overrides simple-bev, which the network of" in output
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,9 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
 )
 def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrained, tmp_path, options):
     message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
-    assert "was trained with" in message and "its weights fit nothing else: leave that option or preset out" in message
+    assert (
+        "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
+    )
 
 
 def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
@@ -503,7 +505,7 @@ def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch)
 def test_a_directory_with_something_else_in_it_is_left_alone(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     message = refuse(*pretrain(cache, tmp_path, *steps(1)), out=tmp_path)
-    assert "holds something that is no run of occfeat-train: choose another --out" in message
+    assert "is not empty and not a run of occfeat-train: choose another --out" in message
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 

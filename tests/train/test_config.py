@@ -156,7 +156,7 @@ def test_a_changed_config_survives_a_round_trip():
 
 def test_fields_of_another_release_are_refused():
     data = {**Config().to_dict(), "novel": 1}
-    with pytest.raises(ValueError, match="unknown fields novel: this config is of another release"):
+    with pytest.raises(ValueError, match="unknown fields novel: this config was written by another release"):
         Config.from_dict(data)
     with pytest.raises(ValueError, match="unknown fields optim.novel"):
         Config.from_dict({"optim": {"novel": 1}})
