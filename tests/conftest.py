@@ -19,6 +19,12 @@ from occfeat_targets.cache.store import Cache, Identity, create_cache
 REPOSITORY = Path(__file__).parents[1]
 
 
+def readme_code(section: str) -> list[str]:
+    """The Python code blocks of a section of the README, in order."""
+    text = (REPOSITORY / "README.md").read_text().split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
+    return [block.split("\n```", 1)[0] for block in text.split("```python\n")[1:]]
+
+
 @pytest.fixture(scope="session")
 def real_sample() -> Path:
     """One real nuScenes keyframe as a dataroot (v1.0-mini, mini_train); its licence keeps it out of this repository."""

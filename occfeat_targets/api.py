@@ -1,0 +1,148 @@
+"""The Python API of occfeat_targets: build a cache, voxelize points.
+
+`import occfeat_targets` loads none of this; the names in `occfeat_targets.__all__` are looked up here at their first use, and
+heavy libraries are imported when a function is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import LABEL_KINDS, STUDENT_SIZE
+
+__all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_cache", "voxelize"]
+
+Frames = Literal["ego", "cameras", "both"]
+TeacherDtype = Literal["auto", "float32", "bfloat16"]
+OnError = Literal["fail", "skip"]
+
+
+def build_cache(
+    dataroot: str | Path,
+    cache: str | Path,
+    split: str,
+    *,
+    version: str | None = None,
+    scenes: Sequence[str] | None = None,
+    grid: VoxelGrid = VoxelGrid(),  # noqa: B008, a frozen value
+    frames: Frames = "ego",
+    sweeps: int = 1,
+    image_size: tuple[int, int] = STUDENT_SIZE,
+    teacher: str | None = "facebook/dinov2-small",
+    teacher_layer: str = "post-norm",
+    teacher_dtype: TeacherDtype = "auto",
+    teacher_batch: int | None = None,
+    feature_size: tuple[int, int] | None = None,
+    feature_dtype: str = "float16",
+    labels: Sequence[str] | None = None,
+    dividers: str = "road",
+    compat: str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    shard: tuple[int, int] | None = None,
+    shard_size: int = 16,
+    on_error: OnError = "fail",
+    retry_skipped: bool = False,
+    device: str = "auto",
+    log: Callable[[str], None] | None = print,
+    progress: bool = True,
+) -> Path:
+    """Build the cache of a split, or continue it, as 'occfeat-targets build' does; returns its path, CACHE/SPLIT.zarr.
+
+    Options and defaults are the command's; environment variables are not read. What differs from the command:
+    grid: its --grid and --range. teacher: None for none. labels: some of "vehicles" and "map", () for none (--no-labels),
+    None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
+    workers: local processes, one a core by default, 0 for this process alone. In a script, call with workers only under
+    `if __name__ == "__main__":`, since new processes import the script.
+    log: gets what the command prints, line by line; None for silence. progress: show a progress bar.
+
+    Raises ValueError or OSError, saying what to do: on options that don't fit, a data set or teacher that is not there, a
+    cache of other options, and shards that failed; finished shards stay, and the same call continues.
+    """
+    _require(frames in get_args(Frames), f"frames={frames!r}: one of {', '.join(get_args(Frames))} expected")
+    _require(on_error in get_args(OnError), f"on_error={on_error!r}: one of {', '.join(get_args(OnError))} expected")
+    dtypes = get_args(TeacherDtype)
+    _require(teacher_dtype in dtypes, f"teacher_dtype={teacher_dtype!r}: one of {', '.join(dtypes)} expected")
+    _require(
+        labels is None or (not isinstance(labels, str) and set(labels) <= set(LABEL_KINDS)),
+        f"labels={labels!r}: a list of some of {', '.join(LABEL_KINDS)} expected",
+    )
+    _require(scenes is None or not isinstance(scenes, str), f"scenes={scenes!r}: a list of names expected")
+    _require(workers is None or workers >= 0, f"workers={workers}: at least 0 expected")
+    _require(teacher_batch is None or teacher_batch >= 1, f"teacher_batch={teacher_batch}: at least 1 expected")
+    _require(shard is None or 0 <= shard[0] < shard[1], f"shard={shard}: (k, n) with 0 <= k < n expected")
+    ways = sum(x is not None for x in (workers, scheduler, shard))
+    _require(ways <= 1, "workers, scheduler and shard are three ways to run a build: choose one")
+
+    from occfeat_targets.build.plan import BuildOptions, make_plan
+    from occfeat_targets.build.run import default_workers, run
+    from occfeat_targets.messages import describe_outcome, describe_plan
+
+    def write(line: str) -> None:
+        if log is not None:
+            log(line)
+
+    started = time.monotonic()
+    options = BuildOptions(
+        dataroot=Path(dataroot), cache=Path(cache), split=split, version=version,
+        scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
+        image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
+        teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
+        labels=None if labels is None else tuple(labels), dividers=dividers, compat=compat,
+        keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped, device=device,
+        keyframes_per_batch=teacher_batch,
+    )  # fmt: skip
+    plan = make_plan(options)
+    processes = 0 if shard is not None else default_workers() if workers is None else workers
+    for line in describe_plan(plan, workers=processes, scheduler=scheduler):
+        write(line)
+    outcome = run(plan, workers=processes, scheduler=scheduler, say=write, progress=progress)
+    for line in describe_outcome(plan, outcome, time.monotonic() - started):
+        write(line)
+    if outcome.failed:
+        first, error = next(iter(outcome.failed.items()))
+        raise ValueError(
+            f"{len(outcome.failed)} shards of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
+            "the cause, or pass on_error='skip', and call again: it continues"
+        )
+    return plan.cache.path
+
+
+def voxelize(
+    points: ArrayLike,
+    grid: VoxelGrid = VoxelGrid(),  # noqa: B008, a frozen value
+    *,
+    grid_from_points: NDArray[Any] | None = None,
+    ego_box: float = 0.0,
+) -> NDArray[np.bool_]:
+    """Voxels that hold at least one point (paper 3.2), as a bool volume (Z, H, W) = (up, forward, right).
+
+    points: (n, 3 or more), taken as float32, with x, y, z [m] first, such as the (n, 5) of a nuScenes sweep; other columns
+    are ignored. A point with a NaN lies in no voxel.
+    grid_from_points: (4, 4) from the points' frame to the grid's (right, forward, up) [m]; points are in the grid's by
+    default. For points in the ego frame it is GRID_FROM_EGO_AXES, with the grid's origin 0.5 m above the ego's.
+    ego_box: points with abs(x) and abs(y) below it [m], in their own frame, are dropped; a build uses 2.2 with a sweep in
+    the sensor's frame, for the vehicle's own returns.
+
+    Index 0 is the lowest, rearmost, leftmost cell, and cells are half-open; float32 decides where a point lies within
+    0.1 mm of a border. Raises ValueError on other shapes.
+    """
+    from occfeat_targets.targets.occupancy import voxelize as voxelize_packed
+
+    transform = np.eye(4) if grid_from_points is None else np.asarray(grid_from_points, np.float64)
+    if transform.shape != (4, 4):
+        raise ValueError(f"grid_from_points of shape {transform.shape}: expected (4, 4)")
+    return grid.unpack_volume(voxelize_packed(np.asarray(points, np.float32), transform, grid, ego_box=ego_box))
+
+
+def _require(is_met: bool, message: str) -> None:
+    if not is_met:
+        raise ValueError(message)

@@ -1,0 +1,261 @@
+"""The Python API of occfeat_train: a trained network for any PyTorch program, and a cache as a torch data set.
+
+`import occfeat_train` loads none of this; the names in `occfeat_train.__all__` are looked up here at their first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
+from occfeat_train.data.augment import resample, transform_intrinsics
+from occfeat_train.data.dataset import reference_frames
+from occfeat_train.networks.network import BEVNetwork
+from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
+from occfeat_train.ops.views import Views
+from occfeat_train.training.checkpoint import About, find_checkpoint
+from occfeat_train.training.stages import restore
+
+# What a sample of a cache holds, besides its calibration: key -> the arrays it is made of, where the cache has them.
+_CONTENTS = {
+    "images": ("images",),
+    "occupancy": ("occupancy",),
+    "features": ("features", "feature_scale"),
+    "vehicles": ("labels/vehicles",),
+    "vehicles_valid": ("labels/vehicles_valid",),
+    "map": ("labels/map",),
+}
+
+
+def load(path: str | Path) -> FeatureNetwork:
+    """The network of a run directory's newest checkpoint, or of a checkpoint directory, on the CPU in evaluation mode.
+
+    It is read as 'occfeat-train evaluate' reads it. Raises CheckpointError, a ValueError, if there is no checkpoint, if a
+    byte of it changed (SHA-256), if it does not fit its own config, or if a weight is not finite.
+    """
+    checkpoint = find_checkpoint(Path(path))
+    return FeatureNetwork(restore(checkpoint).network, checkpoint.about).eval()
+
+
+class FeatureNetwork(nn.Module):
+    """A network whose `features` gives F_B of the paper's section 3.1; made by `load`.
+
+    An ordinary module: move it with `.to(device)`, train it, wrap it in DDP (calling the module is calling `features`).
+    `load` returns it in evaluation mode: BatchNorm uses its running statistics and no layer is dropped at random. Call
+    `.train()` to train it. Its parameters require gradients from the start.
+
+    network: the BEVNetwork itself. grid: the VoxelGrid whose plane F_B covers. channels: N_B. image_size: (height, width)
+    [px] at which the network computes. frame: where its grid lies, "ego" or the name of one of `cameras`, the names of the
+    cameras in the order it was trained with. simulated: what in its training data was not real, one phrase each.
+    """
+
+    def __init__(self, network: BEVNetwork, about: About) -> None:
+        super().__init__()
+        config = about.config
+        frames = tuple(about.targets.get("frames", (EGO_FRAME, *CAMERAS)))  # an imported reference names none
+        self.network = network
+        self.grid, self.channels, self.image_size = about.grid, config.network.channels, config.network.image_size
+        self.cameras = tuple(about.targets.get("cameras", CAMERAS))
+        self.frame = frames[reference_frames(frames, config.frame, training=False)[0]]
+        self.simulated = about.simulated
+        self._allow_upsampling = config.allow_upsampling
+
+    def features(
+        self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None = None
+    ) -> Tensor:
+        """F_B of a batch of B samples seen by V cameras each.
+
+        images: (B, V, 3, H, W) RGB, uint8 in [0, 255] or float in [0, 1], not normalised. Images of another size than
+            `image_size` are resized to it, each axis by its own factor, as evaluation does.
+        intrinsics: (B, V, 3, 3) of exactly these images [px], of any float type; pixel i covers [i, i + 1).
+        cam_from_ego: (B, V, 4, 4) from the ego frame (x forward, y left, z up) to each camera's axes (x right, y down,
+            z forward) [m]; of float64 or float32.
+        grid_from_ego: (B, 4, 4) from the ego frame to the grid's (right, forward, up) [m]. By default it follows from
+            `frame`. ego: the ego frame with its origin 0.5 m up. A camera: that camera's frame in `cam_from_ego`, with its
+            origin 1 m below; the V cameras are then those of `cameras`, in that order. A cache's own `grid_from_ego` of a
+            camera differs from that by the ego's motion between the LiDAR's timestamp and the camera's.
+
+        Returns (B, channels, grid height, grid width): rows forward, columns right, index 0 the rearmost and leftmost. It
+        is float32, or what torch.autocast makes of it; 'evaluate' computes in bfloat16 on a GPU, unless told otherwise.
+        Gradients reach the weights and float images, not the calibration.
+        Raises ValueError on arguments of another shape or range or that are not finite, on images that would be enlarged (unless the run
+        was trained with allow_upsampling), and where grid_from_ego is needed.
+        """
+        features: Tensor = self(images, intrinsics, cam_from_ego, grid_from_ego)
+        return features
+
+    def forward(
+        self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None = None
+    ) -> Tensor:
+        """The same as `features`."""
+        self._check(images, intrinsics, cam_from_ego, grid_from_ego)
+        cams = cam_from_ego.detach().cpu().double().numpy()
+        grid = self._default_grid(cams) if grid_from_ego is None else grid_from_ego.detach().cpu().double().numpy()
+        cam_from_grid = torch.from_numpy(cams @ inverse_rigid(grid)[:, None])
+        batch, views, _, *size = images.shape
+        source_size, device = (size[0], size[1]), images.device
+        resized = torch.tensor(self.image_size, device=device).expand(batch, views, 2)
+        crop = torch.zeros_like(resized)
+        mirror = torch.zeros(batch, views, dtype=torch.bool, device=device)
+        pixels = (images.float() * 255 if images.is_floating_point() else images).permute(0, 1, 3, 4, 2).contiguous()
+        pinhole = intrinsics.detach().to(device, torch.float64)
+        features: Tensor = self.network(
+            Views(
+                images=resample(pixels, resized, crop, mirror, self.image_size),
+                intrinsics=transform_intrinsics(pinhole, source_size, resized, crop, mirror, self.image_size),
+                cam_from_grid=cam_from_grid.to(device),
+            )
+        )
+        return features
+
+    def _default_grid(self, cam_from_ego: NDArray[Any]) -> NDArray[np.float64]:
+        """(B, V, 4, 4) -> (B, 4, 4), as occfeat-targets places the grid."""
+        if self.frame == EGO_FRAME:
+            return np.broadcast_to(GRID_FROM_EGO_AXES, (len(cam_from_ego), 4, 4))
+        if cam_from_ego.shape[1] != len(self.cameras):
+            raise ValueError(
+                f"this network's grid lies in the frame of {self.frame}, and {cam_from_ego.shape[1]} cameras were given: "
+                f"expected the {len(self.cameras)} of {', '.join(self.cameras)}, in this order, or grid_from_ego"
+            )
+        return GRID_FROM_CAMERA_AXES @ cam_from_ego[:, self.cameras.index(self.frame)]
+
+    def _check(self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None) -> None:
+        if images.dim() != 5 or images.shape[2] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, V, 3, H, W)")
+        batch, views, _, height, width = images.shape
+        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+            "intrinsics": (intrinsics, (batch, views, 3, 3)),
+            "cam_from_ego": (cam_from_ego, (batch, views, 4, 4)),
+        }
+        if grid_from_ego is not None:
+            expected["grid_from_ego"] = (grid_from_ego, (batch, 4, 4))
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} beside images of {tuple(images.shape)}: "
+                    f"expected float of {shape}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds a NaN or an infinity: expected finite numbers")
+        if images.is_floating_point():
+            low, high = (float(n) for n in images.detach().aminmax())
+            if not (low >= -1e-3 and high <= 1 + 1e-3):  # a NaN is neither
+                raise ValueError(
+                    f"float images hold values of {low:g} to {high:g}: expected [0, 1], neither 0 to 255 nor normalised"
+                )
+        elif images.dtype != torch.uint8:
+            raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
+        if not self._allow_upsampling and (height < self.image_size[0] or width < self.image_size[1]):
+            raise ValueError(
+                f"images of {height}x{width} would be enlarged to this network's {self.image_size[0]}x{self.image_size[1]}, "
+                "and enlarged images are not as sharp as real ones: give larger images"
+            )
+
+
+def open_cache(path: str | Path, *, keys: Collection[str] | None = None) -> CacheDataset:
+    """A finished cache, CACHE/SPLIT.zarr, as a data set of its valid keyframes.
+
+    keys: of a sample's images, occupancy, features, vehicles, vehicles_valid and map, those to read; by default all that the
+    cache has. Raises CacheError, a ValueError, if there is no cache, or it is not finished, damaged, or lacks a key.
+    """
+    return CacheDataset(path, keys)
+
+
+class CacheDataset(Dataset[dict[str, Any]]):
+    """The valid keyframes of a cache, in its order; made by `open_cache`. It can be pickled, for a DataLoader's workers.
+
+    A sample is a dictionary of V cameras' data and of maps and volumes in F reference frames, which torch's default
+    collate_fn stacks:
+
+        images: (V, 3, H, W) uint8 RGB.
+        intrinsics: (V, 3, 3) float32 of these images [px]. cam_from_ego: (V, 4, 4) float32 [m].
+        grid_from_ego: (F, 4, 4) float32, to the (right, forward, up) of each reference frame's grid [m].
+        occupancy: (F, Z, H_B, W_B) bool. All volumes and maps start at the lowest, rearmost, leftmost cell.
+        features: (V, h, w, N_y) float16 tokens of the teacher, channels last.
+        vehicles, vehicles_valid: (F, H_B, W_B) bool; not valid: hardly visible vehicles.
+        map: (F, 5, H_B, W_B) bool: road, sidewalk, crosswalk, parking area, road divider.
+        token: the sample's, a string.
+
+    Features and labels are there if the cache has them. Reading raises CacheError where a chunk is damaged.
+    grid: the VoxelGrid. frames: names of the F reference frames. cameras: names of the V cameras. tokens, scenes: of each
+    sample. simulated: what in the cache is not real, one phrase each.
+    """
+
+    def __init__(self, path: str | Path, keys: Collection[str] | None = None) -> None:
+        self._reader = CacheReader(Path(path))
+        cache = self._reader.cache
+        there = {array.name for array in cache.spec.arrays()}
+        has = [key for key, arrays in _CONTENTS.items() if arrays[0] in there]
+        self._keys = has if keys is None else list(keys)
+        missing = [key for key in self._keys if key not in has]
+        if missing:
+            raise CacheError(f"{path} has no {', '.join(missing)}: ask for some of {', '.join(has)}, or build it anew")
+        read = ["intrinsics", "cam_from_ego", "grid_from_ego", *(a for key in self._keys for a in _CONTENTS[key])]
+        cache.require_files(read)
+        self._keyframes = np.flatnonzero(self._reader.is_valid)
+        self.grid, self.frames, self.cameras = cache.spec.grid, cache.spec.frames, cache.spec.cameras
+        self.tokens = tuple(cache.identity.tokens[i] for i in self._keyframes)
+        self.scenes = tuple(cache.identity.scenes[i] for i in self._keyframes)
+        self.simulated = tuple(cache.simulated)
+
+    def __len__(self) -> int:
+        return len(self._keyframes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        keyframe = int(self._keyframes[index])
+        calibration = self._reader.read_all(("intrinsics", "cam_from_ego", "grid_from_ego"), keyframe)
+        sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in calibration.items()}
+        sample |= {key: self._read(key, keyframe) for key in self._keys}
+        return {**sample, "token": self.tokens[index]}
+
+    def _read(self, key: str, keyframe: int) -> Tensor:
+        array = self._reader.read(_CONTENTS[key][0], keyframe)
+        if key == "images":
+            return torch.from_numpy(array).permute(0, 3, 1, 2)
+        if key == "occupancy":
+            return torch.from_numpy(self.grid.unpack_volume(array))
+        if key != "features":
+            return torch.from_numpy(self.grid.unpack_map(array))
+        tokens = torch.from_numpy(array)
+        if tokens.dtype == torch.int8:
+            scale = torch.from_numpy(self._reader.read("feature_scale", keyframe))
+            tokens = (tokens * scale[..., None].float()).half()
+        return tokens
+
+
+def voxel_features(
+    features: Tensor,
+    centers: Tensor,
+    *,
+    intrinsics: Tensor,
+    cam_from_ego: Tensor,
+    grid_from_ego: Tensor,
+    image_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Y_v of paper 3.3: the mean, over the views that see a voxel's centre, of bilinearly sampled feature maps.
+
+    Of one sample:
+    features: (V, h, w, C) float16 or float32, channels last; token (i, j) is centred at ((j + 0.5) W / w, (i + 0.5) H / h).
+    centers: (n, 3) points (right, forward, up) of the grid [m], such as those of the occupied voxels.
+    intrinsics: (V, 3, 3) of an image of image_size, (H, W) [px]; cam_from_ego: (V, 4, 4); grid_from_ego: (4, 4),
+        all as in a sample of `open_cache`.
+
+    Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image, whatever may
+    hide the point. A point that no view sees has zeros. Gradients reach the features, if they require any.
+    Raises ValueError on shapes that don't fit.
+    """
+    grid = inverse_rigid(grid_from_ego.detach().cpu().double().numpy())
+    cam_from_grid = cam_from_ego.detach().to(torch.float64) @ torch.from_numpy(grid).to(cam_from_ego.device)
+    sample = sample_voxel_features_torch if features.requires_grad else sample_voxel_features
+    return sample(features, None, cam_from_grid, intrinsics, image_size, centers, dtype="float32")

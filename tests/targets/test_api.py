@@ -1,0 +1,140 @@
+"""occfeat_targets from Python: the command's build, its defaults, and a volume of points."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+
+import occfeat_targets
+from occfeat_targets.build.plan import BuildOptions
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
+from occfeat_targets.cli import build as command
+from occfeat_targets.sources.nuscenes import read_split
+from occfeat_targets.sources.sweeps import read_sweep
+from tests.conftest import readme_code
+from tests.targets.command_line import assert_same_bytes, run
+
+# Every option at another value than its default, as the command takes it and as the function does.
+COMMAND_LINE = [
+    *("--version", "v1.0-mini"), *("--scenes", "a,b"), *("--grid", "4x20x12"), *("--range", "-2", "2", "-10", "10", "-6", "6"),
+    *("--frames", "both"), *("--sweeps", "3"), *("--image-size", "96x160"), *("--teacher", "none"),
+    *("--teacher-layer", "pre-norm"), *("--teacher-dtype", "float32"), *("--teacher-batch", "2"),
+    *("--feature-size", "56x98"), *("--feature-dtype", "int8"), *("--labels", "map"), *("--dividers", "road+lane"),
+    *("--compat", "simple-bev"), *("--shard", "1/3"), *("--shard-size", "2"), *("--on-error", "skip"),
+    "--retry-skipped", *("--device", "cpu"),
+]  # fmt: skip
+KEYWORDS = {
+    "version": "v1.0-mini", "scenes": ["a", "b"], "grid": VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6)),
+    "frames": "both", "sweeps": 3, "image_size": (96, 160), "teacher": None, "teacher_layer": "pre-norm",
+    "teacher_dtype": "float32", "teacher_batch": 2, "feature_size": (56, 98), "feature_dtype": "int8", "labels": ["map"],
+    "dividers": "road+lane", "compat": "simple-bev", "shard": (1, 3), "shard_size": 2, "on_error": "skip",
+    "retry_skipped": True, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "keywords"), [([], {}), (COMMAND_LINE, KEYWORDS)])
+def test_build_cache_plans_what_the_command_plans(tmp_path, monkeypatch, arguments, keywords):
+    planned = []
+
+    def make_plan(options: BuildOptions) -> None:
+        planned.append(options)
+        raise ValueError("planned")
+
+    monkeypatch.setattr("occfeat_targets.build.plan.make_plan", make_plan)
+    run("build", "--dataroot", tmp_path, "--cache", tmp_path, "--split", "train", *arguments, check=False)
+    with pytest.raises(ValueError, match="planned"):
+        occfeat_targets.build_cache(tmp_path, tmp_path, "train", **keywords)
+    assert planned[0] == planned[1]
+
+
+def test_build_cache_has_every_option_of_the_command():
+    theirs = {parameter.name for parameter in command.params} - {"grid_shape", "grid_range", "no_labels"}
+    assert set(inspect.signature(occfeat_targets.build_cache).parameters) == theirs | {"grid", "log", "progress"}
+    used = {"dataroot", "cache", "split", "workers", "scheduler"}  # the ways to run are no part of the plan
+    assert set(KEYWORDS) == (theirs | {"grid"}) - used
+
+
+def test_build_cache_builds_the_commands_bytes(city, tiny_teacher, tmp_path, expected):
+    lines: list[str] = []
+    path = occfeat_targets.build_cache(
+        city, tmp_path, "mini_train", teacher=tiny_teacher, frames="both", image_size=(96, 160), feature_size=(56, 98),
+        teacher_dtype="float32", shard_size=2, workers=0, log=lines.append, progress=False,
+    )  # fmt: skip
+    assert path == tmp_path / "mini_train.zarr"
+    assert_same_bytes(tmp_path, expected)
+    assert "SIMULATED: the data set is a synthetic city" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": "car"}, "frames='car': one of ego, cameras, both expected"),
+        ({"on_error": "ignore"}, "on_error='ignore': one of fail, skip expected"),
+        ({"teacher_dtype": "float16"}, "teacher_dtype='float16': one of auto, float32, bfloat16 expected"),
+        ({"labels": ["cars"]}, "labels=.'cars'.: a list of some of vehicles, map expected"),
+        ({"labels": "map"}, "labels='map': a list of some of vehicles, map expected"),
+        ({"scenes": "scene-0061"}, "scenes='scene-0061': a list of names expected"),
+        ({"workers": -1}, "workers=-1: at least 0 expected"),
+        ({"teacher_batch": 0}, "teacher_batch=0: at least 1 expected"),
+        ({"shard": (3, 3)}, "shard=.3, 3.: .k, n. with 0 <= k < n expected"),
+        ({"shard": (0, 2), "workers": 0}, "three ways to run a build: choose one"),
+    ],
+)
+def test_build_cache_refuses_before_it_writes(city, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        occfeat_targets.build_cache(city, tmp_path / "cache", "mini_train", teacher=None, log=None, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_build_cache_raises_when_a_shard_fails(broken_city, tmp_path):
+    for sweep in (broken_city / "samples" / "LIDAR_TOP").iterdir():
+        sweep.write_bytes(sweep.read_bytes()[:1001])
+    with pytest.raises(ValueError, match="1 shards of .* failed .shard 0: sample .*past a whole return"):
+        occfeat_targets.build_cache(
+            broken_city, tmp_path, "mini_train", teacher=None, image_size=(96, 160), workers=0, log=None, progress=False
+        )
+
+
+def test_a_point_fills_its_voxel_and_no_other():
+    grid = occfeat_targets.VoxelGrid((4, 10, 6), (-2, -10, -6), (2, 10, 6))
+    right_forward_up = np.array([[1.5, -3.0, 0.5, 9, 9]], np.float32)
+    volume = occfeat_targets.voxelize(right_forward_up, grid)
+    assert volume.dtype == np.bool_ and volume.shape == (4, 10, 6)
+    assert np.argwhere(volume).tolist() == [[2, 3, 3]]
+    ego = np.array([[-3.0, -1.5, 1.0]], np.float32)  # forward, left, up
+    moved = occfeat_targets.voxelize(ego, grid, grid_from_points=occfeat_targets.GRID_FROM_EGO_AXES)
+    assert np.array_equal(moved, volume)
+    assert not occfeat_targets.voxelize(right_forward_up, grid, ego_box=3.1).any()
+
+
+def test_voxelize_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"grid_from_points of shape \(2, 4, 4\): expected \(4, 4\)"):
+        occfeat_targets.voxelize(np.zeros((1, 3), np.float32), grid_from_points=np.zeros((2, 4, 4)))
+    with pytest.raises(ValueError, match=r"points of shape \(3,\)"):
+        occfeat_targets.voxelize(np.zeros(3, np.float32))
+
+
+def test_voxelize_gives_a_caches_occupancy(city, serial):
+    reader = CacheReader(serial / "mini_train.zarr")
+    keyframe = read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False).keyframes[
+        3
+    ]
+    sweep, grid = keyframe.sweeps[0], reader.cache.spec.grid
+    transform = occfeat_targets.GRID_FROM_EGO_AXES @ sweep.ego_from_sensor
+    volume = occfeat_targets.voxelize(read_sweep(sweep.path), grid, grid_from_points=transform, ego_box=EGO_BOX)
+    assert np.array_equal(volume, grid.unpack_volume(reader.read("occupancy", 3))[0])
+
+
+def test_the_readmes_example_of_targets_runs(city, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "nuscenes").symlink_to(city)
+    (tmp_path / "dinov2-small").symlink_to(tiny_teacher)
+    names: dict[str, object] = {}
+    exec(readme_code("From Python")[0], names)
+    assert len(CacheReader(names["path"])) == 5
+    assert np.argwhere(names["occupied"]).tolist() == [[4, 124, 102]]

@@ -1,0 +1,322 @@
+"""occfeat_train from Python: F_B as evaluation computes it, and a cache as a torch data set."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+import occfeat_targets
+import occfeat_train
+from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.cache.geometry import inverse_rigid, rigid
+from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.spec import CAMERAS, TargetSpec
+from occfeat_targets.sources.keyframe import CameraView, Keyframe
+from occfeat_train.distributed import Process
+from occfeat_train.ops.views import Views
+from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
+from occfeat_train.training.evaluate import evaluate
+from occfeat_train.training.stages import Place, prepare_evaluation
+from tests.conftest import REPOSITORY, readme_code
+from tests.train.runs import copy_of, pretrain, reader, renew, steps, succeed, write_cache, write_caches
+
+CALIBRATION = ("intrinsics", "cam_from_ego", "grid_from_ego")
+# A machine may have a single core, and a process that has threads is forked.
+WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_caches(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{reference frame: a run of one step}."""
+    folder = tmp_path_factory.mktemp("runs")
+    for frame in ("ego", "cameras"):
+        succeed(*pretrain(cache, folder / frame, *steps(1), "--set", f"frame={frame}"))
+    return {frame: folder / frame for frame in ("ego", "cameras")}
+
+
+def one(sample: dict) -> dict:
+    """A sample as a batch."""
+    return {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in sample.items()}
+
+
+def inputs(sample: dict) -> list[torch.Tensor]:
+    return [sample[name] for name in ("images", "intrinsics", "cam_from_ego")]
+
+
+def views_of(network: occfeat_train.FeatureNetwork) -> list[Views]:
+    """What the network inside is given from now on."""
+    seen: list[Views] = []
+    network.network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    return seen
+
+
+@pytest.mark.parametrize("frame", ["ego", "cameras"])
+def test_features_are_what_evaluation_computes(cache, runs, frame, tmp_path):
+    _, keyframes, task = prepare_evaluation(runs[frame], Place(cache, "val", tmp_path), None)
+    computed: list[torch.Tensor] = []
+    task.network.register_forward_hook(lambda module, given, result: computed.append(result))
+    evaluate(task, keyframes, Process(0, 1, torch.device("cpu")), batch=1, progress=False)
+
+    network, dataset = occfeat_train.load(runs[frame]), occfeat_train.open_cache(cache / "val.zarr")
+    assert network.frame == {"ego": "ego", "cameras": "CAM_FRONT"}[frame]
+    assert len(computed) == len(dataset) == 5
+    for expected, sample in zip(computed, map(one, dataset), strict=True):
+        grid_from_ego = sample["grid_from_ego"][:, dataset.frames.index(network.frame)]
+        with torch.no_grad():
+            assert torch.equal(network.features(*inputs(sample), grid_from_ego), expected)
+
+
+@pytest.mark.parametrize("frame", ["ego", "cameras"])
+def test_the_default_grid_lies_where_a_build_puts_it(cache, runs, frame):
+    """In the ego frame, or in a camera's whose timestamp is the LiDAR's."""
+    network, sample = occfeat_train.load(runs[frame]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    ego_from_front = rigid((0.5, -0.5, 0.5, -0.5), (1.7, 0.1, 1.5))
+    sample["cam_from_ego"] = sample["cam_from_ego"].double()
+    sample["cam_from_ego"][0, network.cameras.index("CAM_FRONT")] = torch.from_numpy(inverse_rigid(ego_from_front))
+    views = tuple(CameraView(Path(), (1, 1), np.eye(3), ego_from_front, np.eye(4)) for _ in CAMERAS)
+    built = grids_from_ego(Keyframe("", "", 0, "", cameras=views), TargetSpec(frames=(network.frame,)))
+
+    seen = views_of(network)
+    with torch.no_grad():
+        network.features(*inputs(sample))
+        network.features(*inputs(sample), torch.from_numpy(built))
+    torch.testing.assert_close(seen[0].cam_from_grid, seen[1].cam_from_grid, rtol=0, atol=1e-12)
+
+
+def test_float_images_are_the_same_as_bytes(cache, runs):
+    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    images, *calibration = inputs(sample)
+    with torch.no_grad():
+        assert torch.equal(network.features(images.float() / 255, *calibration), network.features(images, *calibration))
+
+
+def test_features_pass_gradients_to_weights_and_images(cache, runs):
+    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    assert not network.training
+    images = (sample["images"].float() / 255).requires_grad_()
+    bev = network.features(images, sample["intrinsics"], sample["cam_from_ego"])
+    assert bev.shape == (1, network.channels, *network.grid.map_shape) and bev.dtype == torch.float32
+    (bev * torch.randn(bev.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    for name, parameter in [*network.named_parameters(), ("images", images)]:
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+
+
+def test_larger_images_are_resized_and_their_intrinsics_follow(cache, runs):
+    """A picture at twice the size, with intrinsics twice as large, is the same picture after the resize."""
+    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    _, intrinsics, cam_from_ego = inputs(sample)
+    flat = torch.tensor([40, 90, 200], dtype=torch.uint8)[:, None, None].expand(1, 6, 3, 32, 48)
+    large = flat.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    seen = views_of(network)
+    with torch.no_grad():
+        network.features(flat, intrinsics, cam_from_ego)
+        network.features(large, intrinsics * torch.tensor([[2], [2], [1]]), cam_from_ego)
+    torch.testing.assert_close(seen[1].images, seen[0].images, rtol=0, atol=1e-5)
+    assert torch.equal(seen[1].intrinsics, intrinsics.double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": lambda x: x[0]}, r"images of shape \(6, 3, 40, 60\): expected \(B, V, 3, H, W\)"),
+        ({"images": lambda x: x.movedim(2, 4)}, r"expected \(B, V, 3, H, W\)"),
+        ({"images": lambda x: x.int()}, "images are torch.int32: expected uint8, or float in"),
+        ({"images": lambda x: x.float()}, "float images hold values of 0 to 255: expected .0, 1., neither 0 to 255"),
+        ({"images": lambda x: x.float() * torch.nan}, "float images hold values of nan to nan"),
+        ({"images": lambda x: x[..., :16]}, "images of 40x16 would be enlarged to this network's 32x48"),
+        ({"intrinsics": lambda x: x[:, :5]}, r"intrinsics is torch.float32 of shape \(1, 5, 3, 3\).*expected float of"),
+        ({"cam_from_ego": lambda x: x.long()}, "cam_from_ego is torch.int64"),
+        ({"cam_from_ego": lambda x: x * torch.nan}, "cam_from_ego holds a NaN or an infinity"),
+    ],
+)
+def test_features_refuse_inputs_that_do_not_fit(cache, runs, change, message):
+    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    given = {name: sample[name] for name in ("images", "intrinsics", "cam_from_ego")}
+    given |= {name: f(given[name]) for name, f in change.items()}
+    with pytest.raises(ValueError, match=message):
+        network.features(**given)
+
+
+def test_images_are_enlarged_where_the_run_allowed_it(cache, runs):
+    network, about = occfeat_train.load(runs["ego"]), find_checkpoint(runs["ego"]).about
+    allowed = replace(about, config=replace(about.config, allow_upsampling=True))
+    images, intrinsics, cam_from_ego = inputs(one(occfeat_train.open_cache(cache / "val.zarr")[0]))
+    with torch.no_grad():
+        bev = occfeat_train.FeatureNetwork(network.network, allowed).features(
+            images[..., :16], intrinsics, cam_from_ego
+        )
+    assert bev.isfinite().all()
+
+
+def test_an_imported_reference_has_the_grid_in_its_front_camera(runs):
+    """Its checkpoint knows no cache, and so no names of frames and cameras."""
+    network, about = occfeat_train.load(runs["cameras"]), find_checkpoint(runs["cameras"]).about
+    imported = occfeat_train.FeatureNetwork(network.network, replace(about, targets={}))
+    assert imported.frame == "CAM_FRONT" and imported.cameras == CAMERAS
+
+
+def test_a_camera_network_needs_its_cameras_or_the_grid(cache, runs):
+    network, sample = occfeat_train.load(runs["cameras"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    two = [sample[name][:, :2] for name in ("images", "intrinsics", "cam_from_ego")]
+    with pytest.raises(
+        ValueError, match="lies in the frame of CAM_FRONT, and 2 cameras were given: .* or grid_from_ego"
+    ):
+        network.features(*two)
+    with torch.no_grad():
+        assert network.features(*two, sample["grid_from_ego"][:, 1]).isfinite().all()
+
+
+def test_load_refuses_damaged_and_infinite_weights_as_evaluation_does(runs, tmp_path):
+    damaged = copy_of(runs["ego"], tmp_path / "damaged")
+    file = find_checkpoint(damaged).path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its SHA-256 is not the one in"):
+        occfeat_train.load(damaged)
+
+    infinite = find_checkpoint(copy_of(runs["ego"], tmp_path / "infinite"))
+    weights = infinite.weights()
+    next(t for t in weights.values() if t.is_floating_point()).view(-1)[0] = torch.inf
+    save_file(weights, infinite.path / "model.safetensors")
+    renew(infinite.path)
+    with pytest.raises(CheckpointError, match="are not finite: use another checkpoint"):
+        occfeat_train.load(infinite.path)
+
+
+@WORKERS
+def test_a_dataloader_with_workers_gives_a_caches_keyframes(cache):
+    dataset = pickle.loads(pickle.dumps(occfeat_train.open_cache(cache / "train.zarr")))  # as spawned workers get it
+    loader = DataLoader(dataset, batch_size=2, num_workers=2)
+    batches, opened = list(loader), reader(cache)
+    assert [len(batch["token"]) for batch in batches] == [2, 2, 2, 1]
+    assert tuple(token for batch in batches for token in batch["token"]) == dataset.tokens
+    found = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name != "token"}
+    shapes = {name: (value.dtype, tuple(value.shape[1:])) for name, value in found.items()}
+    assert shapes == {
+        "images": (torch.uint8, (6, 3, 40, 60)),
+        "intrinsics": (torch.float32, (6, 3, 3)),
+        "cam_from_ego": (torch.float32, (6, 4, 4)),
+        "grid_from_ego": (torch.float32, (3, 4, 4)),
+        "occupancy": (torch.bool, (3, 4, 12, 12)),
+        "features": (torch.float16, (6, 2, 3, 6)),
+        "vehicles": (torch.bool, (3, 12, 12)),
+        "vehicles_valid": (torch.bool, (3, 12, 12)),
+        "map": (torch.bool, (3, 5, 12, 12)),
+    }
+    grid = opened.cache.spec.grid
+    for keyframe in range(len(opened)):
+        stored = {name: found[name][keyframe].numpy() for name in found}
+        for name in (*CALIBRATION, "features"):
+            assert np.array_equal(stored[name], opened.read(name, keyframe))
+        assert np.array_equal(stored["images"], opened.read("images", keyframe).transpose(0, 3, 1, 2))
+        assert np.array_equal(grid.pack_volume(stored["occupancy"]), opened.read("occupancy", keyframe))
+        for name in ("vehicles", "vehicles_valid", "map"):
+            expected = grid.unpack_map(opened.read(f"labels/{name}", keyframe))
+            assert np.array_equal(stored[name], expected)
+
+
+def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_path):
+    def skip(arrays: dict[str, np.ndarray]) -> None:
+        arrays["is_valid"][2] = False
+
+    write_cache(tmp_path, change=skip, dim=0, labels=("map",))
+    dataset = occfeat_train.open_cache(tmp_path / "train.zarr", keys=["map"])
+    assert len(dataset) == 6 and "train-token2" not in dataset.tokens
+    assert dataset.scenes == tuple("aabbcc") and dataset.simulated == ("all of it",)
+    assert [sample["token"] for sample in dataset] == list(dataset.tokens)
+    assert dataset[-1]["token"] == "train-token6"
+    assert sorted(dataset[0]) == sorted([*CALIBRATION, "map", "token"])
+    with pytest.raises(ValueError, match="has no features, cars: ask for some of images, occupancy, map, or build it"):
+        occfeat_train.open_cache(tmp_path / "train.zarr", keys=["images", "features", "cars"])
+
+
+def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
+    _, keyframes, task = prepare_evaluation(runs["cameras"], Place(cache, "val", tmp_path), None)
+    batch = keyframes.batch([(0, 3)])
+    voxels, expected = task.targets(batch, batch.occupied())
+
+    dataset = occfeat_train.open_cache(cache / "val.zarr")
+    sample, frame = dataset[3], dataset.frames.index("CAM_FRONT")
+    centers = torch.from_numpy(dataset.grid.voxel_centers())[sample["occupancy"][frame]]
+    given = {"intrinsics": sample["intrinsics"], "cam_from_ego": sample["cam_from_ego"], "image_size": (40, 60)}
+    given["grid_from_ego"] = sample["grid_from_ego"][frame]
+    found, num_views = occfeat_train.voxel_features(sample["features"], centers, **given)
+    assert found.dtype == torch.float32 and len(found) == int(sample["occupancy"][frame].sum())
+    assert (found[num_views == 0] == 0).all()
+    torch.testing.assert_close(found[num_views > 0].half(), expected, rtol=2e-3, atol=2e-3)
+    assert len(voxels) == int((num_views > 0).sum())
+
+    maps = sample["features"].float().requires_grad_()
+    differentiable, _ = occfeat_train.voxel_features(maps, centers, **given)
+    torch.testing.assert_close(differentiable, found, rtol=1e-4, atol=1e-4)
+    differentiable.sum().backward()
+    # Every voxel that is seen spreads a weight of 1 over the tokens.
+    torch.testing.assert_close(
+        maps.grad.sum((0, 1, 2)), torch.full((6,), float((num_views > 0).sum())), rtol=1e-4, atol=0
+    )
+
+
+def test_int8_features_come_multiplied_by_their_scale(tmp_path, monkeypatch):
+    """No made-up cache has int8 features, so their arrays replace what is read."""
+    dataset = occfeat_train.open_cache(write_cache(tmp_path).path, keys=["features"])
+    tokens = np.arange(-8, 8, dtype=np.int8).reshape(1, 2, 2, 4)
+    scale = np.array([[[0.5, 1], [2, 0.25]]], np.float16)
+    arrays = {"features": tokens, "feature_scale": scale}
+    read = CacheReader.read
+    monkeypatch.setattr(
+        CacheReader, "read", lambda self, name, i: arrays[name] if name in arrays else read(self, name, i)
+    )
+    found = dataset[0]["features"]
+    assert found.dtype == torch.float16
+    assert np.array_equal(found.numpy(), tokens * scale[..., None])
+
+
+@WORKERS
+def test_the_readmes_example_of_training_runs(cache, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(cache)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "pretrained").symlink_to(runs["ego"])
+    names: dict[str, object] = {}
+    exec(readme_code("From Python")[1], names)
+    assert names["bev"].shape == (1, 8, 12, 12)
+    assert len(names["targets"]) == len(names["num_views"]) == len(names["centers"]) > 0
+
+
+@pytest.mark.parametrize("package", [occfeat_targets, occfeat_train])
+def test_every_name_of_the_api_is_there_and_documented(package):
+    for name in package.__all__:
+        assert name in dir(package)
+        value = getattr(package, name)
+        assert value.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def test_importing_the_packages_loads_no_heavy_library():
+    code = (
+        "import sys, occfeat_targets, occfeat_train\n"
+        "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers', 'numpy'} & set(sys.modules)))\n"
+        "occfeat_targets.VoxelGrid\n"
+        "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers'} & set(sys.modules)))"
+    )
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
+    assert output.split() == ["[]", "[]"]
