@@ -1,4 +1,5 @@
-# make test   set everything up in .venv and run linters, type checker and tests
+# make test   set everything up in .venv and run linters, type checker and all tests
+# make check  the same without the tests that are marked slow
 # make demo   set everything up and run the main job on a small synthetic city, from data set to cache, networks and demo/report.html
 # make bench  every benchmark of pipelines/benchmarks, one after the other
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test demo bench clean
+.PHONY: setup lint test check demo bench clean
 
 setup: $(VENV)/.ready
 
@@ -18,11 +19,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,train,dev]'
 	touch $@
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+# A worker a core, four at most: each takes up to 3 GB.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 15
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m 'not slow'
 
 # The teacher's weights are random unless TEACHER names a hub id or a local folder; the output says so.
 TEACHER ?= random:facebook/dinov2-small

@@ -11,12 +11,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, Identity, create_cache
 
 REPOSITORY = Path(__file__).parents[1]
+
+# A busy machine is no failure: nothing depends on how long an example takes.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that needs the synthetic city as slow."""
+    for item in items:
+        if "city" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
 
 
 def readme_code(section: str) -> list[str]:
@@ -36,13 +50,22 @@ def real_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic city: two training scenes of 5 keyframes, one of validation, images of 192x320."""
+    """A synthetic city: two training scenes of 5 keyframes, one of validation, images of 192x320. Not to be changed.
+
+    The first pytest-xdist worker that needs it writes it for all.
+    """
     from occfeat_targets.synth import write_city
 
-    out = tmp_path_factory.mktemp("data") / "city"
-    write_city(
-        out, scenes=2, val_scenes=1, keyframes=5, image_size=(192, 320), sweeps_per_keyframe=3, seed=3, progress=False
-    )
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / "city"
+    with FileLock(folder / "city.lock"):
+        if not out.exists():
+            write_city(
+                out, scenes=2, val_scenes=1, keyframes=5, image_size=(192, 320), sweeps_per_keyframe=3, seed=3,
+                progress=False,
+            )  # fmt: skip
     return out
 
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
 
 MakeTask = Callable[[int], ShardTask]
+_CONNECT_TIMEOUT = "20s"
 
 
 def run_serially(shards: tuple[int, ...], make_task: MakeTask, keep_going: Callable[[], bool]) -> Iterator[ShardReport]:
@@ -67,7 +68,7 @@ def run_on_dask(
             client = Client(stack.enter_context(cluster))
         else:
             try:
-                client = Client(scheduler, timeout="20s")
+                client = Client(scheduler, timeout=_CONNECT_TIMEOUT)
             except (OSError, ValueError) as err:
                 raise ValueError(
                     f"no Dask scheduler answers at {scheduler} ({err or type(err).__name__}): start one with "

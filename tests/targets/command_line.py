@@ -15,10 +15,16 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
+from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cli import main
 
 COMMAND = [sys.executable, "-m", "occfeat_targets"]
-SMALL = ["--image-size", "96x160", "--feature-size", "56x98", "--shard-size", "2", "--teacher-dtype", "float32"]
+# The voxels of the default grid, over a quarter of its area: verify's slow twin of the labels visits every cell.
+GRID = VoxelGrid((8, 100, 100), (-5, -25, -25), (5, 25, 25))
+SMALL = [
+    "--grid", "8x100x100", "--range", "-5", "5", "-25", "25", "-25", "25", "--image-size", "96x160", "--feature-size", "56x98",
+    "--shard-size", "2", "--teacher-dtype", "float32",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

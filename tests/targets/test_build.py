@@ -38,11 +38,6 @@ def test_a_finished_build_has_nothing_left_to_do(city, tiny_teacher, serial, exp
     assert_same_bytes(serial, expected)
 
 
-def test_two_local_workers_build_the_same_bytes(city, tiny_teacher, tmp_path, expected):
-    run_apart(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "2", "--frames", "both"))
-    assert_same_bytes(tmp_path, expected)
-
-
 def test_array_tasks_build_the_same_bytes_without_a_scheduler(city, tiny_teacher, tmp_path, expected):
     outputs = [
         run(*build_arguments(city, tmp_path, tiny_teacher, "--shard", f"{k}/3", "--frames", "both")).stdout
@@ -89,7 +84,8 @@ def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny
     assert_same_bytes(tmp_path, expected)
 
 
-def test_a_scheduler_that_is_not_there_is_named(city, tiny_teacher, tmp_path):
+def test_a_scheduler_that_is_not_there_is_named(city, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("occfeat_targets.build.cluster._CONNECT_TIMEOUT", "1s")
     result = run(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", "tcp://127.0.0.1:9"), check=False)
     assert result.returncode == 1
     assert "no Dask scheduler answers at tcp://127.0.0.1:9" in result.stderr

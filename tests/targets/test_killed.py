@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -27,10 +27,15 @@ def processes_below(pid: int) -> list[psutil.Process]:
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """kill -9 of a build and everything it started, as a cluster's walltime does."""
-    for victim in [*processes_below(process.pid), psutil.Process(process.pid)]:
+    for victim in processes_below(process.pid):
         with suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
+
+
+def finished_shards(cache: Path) -> int:
+    return len(list((cache / "mini_train.zarr" / "progress").glob("0000[0-9].json")))
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -39,21 +44,23 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_teacher, tmp_path, expected, workers):
-    """A kill falls anywhere, start-up and writing included."""
+    """A kill falls soon after the cache was created, or after one or two more shards were finished."""
     arguments = build_arguments(city, tmp_path, tiny_teacher, "--workers", workers, "--frames", "both")
-    started = time.monotonic()
-    scratch = tmp_path / "scratch"
-    run_apart(*build_arguments(city, scratch, tiny_teacher, "--workers", workers, "--frames", "both"))
-    duration = time.monotonic() - started
-    shutil.rmtree(scratch)
     random = np.random.default_rng(int(workers))
+    killed = 0
     for kill in range(KILLS):
+        awaited = finished_shards(tmp_path) + kill % 3
         process = start(arguments)
-        time.sleep(random.uniform(0.4, 1.0) * duration)
-        kill_all(process)
+        while process.poll() is None:
+            if (tmp_path / "mini_train.zarr").exists() and finished_shards(tmp_path) >= awaited:
+                time.sleep(random.uniform(0, 0.3))
+                kill_all(process)
+            time.sleep(0.005)
+        killed += process.returncode == -signal.SIGKILL
         if kill % 2:  # what a killed writer leaves, in case no kill fell into a write
             for record in list((tmp_path / "mini_train.zarr" / "progress").glob("0000[0-9].json"))[:1]:
                 record.unlink()
+    assert killed >= 1
     run_apart(*arguments)
     assert_same_bytes(tmp_path, expected)
     assert run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "0").returncode == 0
@@ -71,8 +78,7 @@ def test_killed_workers_do_not_stop_the_build(city, tiny_teacher, tmp_path, expe
         killed_here = 0
         while process.poll() is None and killed_here < 4:
             workers = [p for p in processes_below(process.pid) if _is_dask_worker(p)]
-            finished = len(list((cache / "mini_train.zarr" / "progress").glob("0000[0-9].json")))
-            if workers and finished >= max(1, 2 * killed_here):
+            if workers and finished_shards(cache) >= max(1, 2 * killed_here):
                 time.sleep(random.uniform(0, 0.3))
                 with suppress(psutil.NoSuchProcess):
                     workers[killed_here % len(workers)].send_signal(signal.SIGKILL)
@@ -94,13 +100,14 @@ def _is_dask_worker(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_local_cluster_listens_on_loopback_only(city, tiny_teacher, tmp_path):
-    process = start(build_arguments(city, tmp_path, tiny_teacher, "--workers", "2"))
+def test_two_local_workers_build_the_same_bytes_and_listen_on_loopback_only(city, tiny_teacher, tmp_path, expected):
+    process = start(build_arguments(city, tmp_path, tiny_teacher, "--workers", "2", "--frames", "both"))
     seen = set()
     while process.poll() is None:
         for p in [*processes_below(process.pid), psutil.Process(process.pid)]:
             with suppress(psutil.Error):
                 seen |= {c.laddr.ip for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        time.sleep(0.02)
+        time.sleep(0.1)
     assert process.returncode == 0
     assert seen == {"127.0.0.1"}
+    assert_same_bytes(tmp_path, expected)

@@ -10,7 +10,7 @@ from nuscenes.nuscenes import NuScenes
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.store import open_cache
-from tests.targets.command_line import build_arguments, contents, run
+from tests.targets.command_line import GRID, build_arguments, contents, run
 
 
 def built(city, cache, teacher, *more):
@@ -25,12 +25,12 @@ def cells(packed: np.ndarray) -> int:
 
 
 def test_another_grid_and_range_hold_the_same_world_in_other_cells(city, tmp_path, expected):
-    found = built(city, tmp_path, "none", "--grid", "4x100x60", "--range", "-5", "5", "-50", "50", "-30", "30")
+    found = built(city, tmp_path, "none", "--grid", "4x50x30", "--range", "-5", "5", "-25", "25", "-15", "15")
     grid = open_cache(tmp_path / "mini_train.zarr").spec.grid
-    assert grid == VoxelGrid((4, 100, 60), (-5, -50, -30), (5, 50, 30))
+    assert grid == VoxelGrid((4, 50, 30), (-5, -25, -15), (5, 25, 15))
     coarse = grid.unpack_volume(found["occupancy"][:, 0])
-    fine = VoxelGrid().unpack_volume(expected["occupancy"][:, 0])[..., 40:160]
-    merged = fine.reshape(10, 4, 2, 100, 2, 60, 2).any(axis=(2, 4, 6))
+    fine = GRID.unpack_volume(expected["occupancy"][:, 0])[..., 20:80]
+    merged = fine.reshape(10, 4, 2, 50, 2, 30, 2).any(axis=(2, 4, 6))
     np.testing.assert_array_equal(coarse, merged)
 
 

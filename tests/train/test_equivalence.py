@@ -124,12 +124,14 @@ def pair(cache, tmp_path_factory) -> tuple[Path, str]:
     return out, output
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_stops_both_processes_and_saves(pair):
     out, output = pair
     assert output.count("stopped by a signal and saved") == 1, output
     assert 3 <= find_checkpoint(out).step == len(records(out)) < 200
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(pair, cache, tmp_path, monkeypatch):
     """Up to the step at which the pair was stopped, and from there on one process continues."""
     run, _ = pair
@@ -156,6 +158,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_same_numbers(cache, tmp_path):
     """Of five samples one process has three and the other two: none is dropped, padded or counted twice."""
     run = tmp_path / "run"

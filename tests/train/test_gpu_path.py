@@ -45,6 +45,7 @@ def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[st
     return loss.item(), {n: p.grad for n, p in task.named_parameters()}, dtypes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIFTINGS)
 def test_a_half_precision_step_with_every_kernel_is_the_one_without(name: str) -> None:
     loss, gradients, dtypes = loss_and_gradients(name, with_kernels=True)

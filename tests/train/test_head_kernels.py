@@ -74,6 +74,7 @@ def test_large_hidden_values_neither_overflow_nor_vanish() -> None:
     assert_near_exact(found, given, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 def test_the_kernels_compile_for_a_gpu_and_use_its_matrix_units(
     target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

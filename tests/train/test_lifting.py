@@ -204,6 +204,7 @@ def test_values_and_gradients_equal_the_dense_twins(function: Lift, compat: str 
     assert_equal_to(lift_dense, function, random_features(2), random_views(0, batch=2), GRID, compat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", COMPATS)
 @pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(
@@ -258,6 +259,7 @@ def test_any_rig_on_any_grid_equals_the_dense_twin(
 odd = st.sampled_from([0.0, 1e-12, -1e-12, 1e12, -1e12, 30.0, -30.0, 1e300])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     focal=st.tuples(odd, odd),

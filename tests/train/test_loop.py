@@ -168,6 +168,7 @@ def test_bfloat16_trains_close_to_float32_with_float32_weights(run, cache, tmp_p
     assert {t.dtype for t in weights(tmp_path / "run").values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.slow
 # TorchDynamo's own: it instantiates every autograd function and looks for a gradient at every tensor that it traces; and
 # TorchInductor's, which still imports torch.jit.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

@@ -92,6 +92,7 @@ def test_a_mirrored_image_gives_the_same_map_whatever_the_lifting_and_its_weight
     assert (found - plain).norm() < 1e-9 * plain.norm()
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_sees_mirrored_images_have_the_same_maps_and_gradients():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = subprocess.run(

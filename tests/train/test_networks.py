@@ -54,6 +54,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
     return result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", LIFTINGS)
 def test_it_pretrains_resumes_finetunes_and_is_evaluated(cache, tmp_path, network):
     options = ["--cache", cache, "--network", network, *SMALL, *FIELDS, "--save-every", "1"]
@@ -102,6 +103,7 @@ def reference_checkpoint(path: Path, name: str, **extra: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network", "backbone"),
     [

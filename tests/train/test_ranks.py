@@ -46,6 +46,7 @@ def pair(cache, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_network_that_two_processes_validate_is_the_one_they_save(cache, pair, tmp_path):
     succeed(*evaluate(pair, cache, "--out", tmp_path))
     saved = json.loads((tmp_path / "val.json").read_text())
@@ -54,6 +55,7 @@ def test_the_network_that_two_processes_validate_is_the_one_they_save(cache, pai
     assert validated["cosine"] == pytest.approx(saved["cosine"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_same_bytes_whenever_they_save(cache, pair, tmp_path):
     """BatchNorm's statistics are part of the run: neither a checkpoint nor a validation changes them."""
     copy = Path(shutil.copytree(pair, tmp_path / "resumed"))
@@ -66,6 +68,7 @@ def test_two_processes_resume_to_the_same_bytes_whenever_they_save(cache, pair, 
     assert_same_run(whole, pair)
 
 
+@pytest.mark.slow
 def test_two_processes_finetune_in_the_frame_of_the_pretraining(cache, tmp_path):
     pretrained, run = tmp_path / "pretrained", tmp_path / "run"
     succeed(*pretrain(cache, pretrained, *steps(1), "--set", "frame=ego"))
@@ -74,6 +77,7 @@ def test_two_processes_finetune_in_the_frame_of_the_pretraining(cache, tmp_path)
     assert config_of(run)["frame"] == "ego"
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
     """Neither waits for the other, and nothing is trained."""
     run = tmp_path / "run"

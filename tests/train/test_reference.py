@@ -58,6 +58,7 @@ def outputs(file: Path, compat: str | None) -> tuple[dict[str, torch.Tensor], di
     return {**found, "seg": seg[:, :, ::every, ::every]}, golden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.npz")), ids=lambda file: file.stem)
 def test_outputs_are_the_references_to_a_ten_thousandth(file):
     found, golden = outputs(file, "simple-bev")

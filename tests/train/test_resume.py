@@ -63,6 +63,7 @@ def last_step(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else -1
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
     number = 4 + 6 * KILLS
     whole, out = tmp_path / "whole", tmp_path / "killed"
