@@ -104,7 +104,7 @@ def build_cache(
     processes = 0 if shard is not None else default_workers() if workers is None else workers
     for line in describe_plan(plan, workers=processes, scheduler=scheduler):
         write(line)
-    outcome = run(plan, workers=processes, scheduler=scheduler, say=write, progress=progress)
+    outcome = run(plan, workers=processes, scheduler=scheduler, print_line=write, progress=progress)
     for line in describe_outcome(plan, outcome, time.monotonic() - started):
         write(line)
     if outcome.failed:

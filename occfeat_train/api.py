@@ -24,7 +24,7 @@ from occfeat_train.data.dataset import reference_frames
 from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
 from occfeat_train.ops.views import Views
-from occfeat_train.training.checkpoint import About, find_checkpoint
+from occfeat_train.training.checkpoint import RunInfo, find_checkpoint
 from occfeat_train.training.stages import restore
 
 # What a sample of a cache holds, besides its calibration: key -> the arrays it is made of, where the cache has them.
@@ -45,7 +45,7 @@ def load(path: str | Path) -> FeatureNetwork:
     byte of it changed (SHA-256), if it does not fit its own config, or if a weight is not finite.
     """
     checkpoint = find_checkpoint(Path(path))
-    return FeatureNetwork(restore(checkpoint).network, checkpoint.about).eval()
+    return FeatureNetwork(restore(checkpoint).network, checkpoint.info).eval()
 
 
 class FeatureNetwork(nn.Module):
@@ -60,15 +60,15 @@ class FeatureNetwork(nn.Module):
     cameras in the order it was trained with. simulated: what in its training data was not real, one phrase each.
     """
 
-    def __init__(self, network: BEVNetwork, about: About) -> None:
+    def __init__(self, network: BEVNetwork, info: RunInfo) -> None:
         super().__init__()
-        config = about.config
-        frames = tuple(about.targets.get("frames", (EGO_FRAME, *CAMERAS)))  # an imported reference names none
+        config = info.config
+        frames = tuple(info.targets.get("frames", (EGO_FRAME, *CAMERAS)))  # an imported reference names none
         self.network = network
-        self.grid, self.channels, self.image_size = about.grid, config.network.channels, config.network.image_size
-        self.cameras = tuple(about.targets.get("cameras", CAMERAS))
+        self.grid, self.channels, self.image_size = info.grid, config.network.channels, config.network.image_size
+        self.cameras = tuple(info.targets.get("cameras", CAMERAS))
         self.frame = frames[reference_frames(frames, config.frame, training=False)[0]]
-        self.simulated = about.simulated
+        self.simulated = info.simulated
         self._allow_upsampling = config.allow_upsampling
 
     def features(

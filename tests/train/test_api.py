@@ -153,7 +153,7 @@ def test_features_refuse_inputs_that_do_not_fit(cache, runs, change, message):
 
 
 def test_images_are_enlarged_where_the_run_allowed_it(cache, runs):
-    network, about = occfeat_train.load(runs["ego"]), find_checkpoint(runs["ego"]).about
+    network, about = occfeat_train.load(runs["ego"]), find_checkpoint(runs["ego"]).info
     allowed = replace(about, config=replace(about.config, allow_upsampling=True))
     images, intrinsics, cam_from_ego = inputs(one(occfeat_train.open_cache(cache / "val.zarr")[0]))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_images_are_enlarged_where_the_run_allowed_it(cache, runs):
 
 def test_an_imported_reference_has_the_grid_in_its_front_camera(runs):
     """Its checkpoint knows no cache, and so no names of frames and cameras."""
-    network, about = occfeat_train.load(runs["cameras"]), find_checkpoint(runs["cameras"]).about
+    network, about = occfeat_train.load(runs["cameras"]), find_checkpoint(runs["cameras"]).info
     imported = occfeat_train.FeatureNetwork(network.network, replace(about, targets={}))
     assert imported.frame == "CAM_FRONT" and imported.cameras == CAMERAS
 
