@@ -62,6 +62,7 @@ def test_build_cache_builds_the_commands_bytes(city, tiny_teacher, tmp_path, exp
     lines: list[str] = []
     path = occfeat_targets.build_cache(
         city, tmp_path, "mini_train", teacher=tiny_teacher, frames="both", image_size=(96, 160), feature_size=(56, 98),
+        grid=VoxelGrid((8, 100, 100), (-5, -25, -25), (5, 25, 25)),
         teacher_dtype="float32", shard_size=2, workers=0, log=lines.append, progress=False,
     )  # fmt: skip
     assert path == tmp_path / "mini_train.zarr"

@@ -26,7 +26,7 @@ from occfeat_train.distributed import Process
 from occfeat_train.ops.views import Views
 from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
-from occfeat_train.training.stages import Place, prepare_evaluation
+from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
 from tests.train.runs import copy_of, pretrain, reader, renew, steps, succeed, write_cache, write_caches
 
@@ -67,7 +67,7 @@ def views_of(network: occfeat_train.FeatureNetwork) -> list[Views]:
 
 @pytest.mark.parametrize("frame", ["ego", "cameras"])
 def test_features_are_what_evaluation_computes(cache, runs, frame, tmp_path):
-    _, keyframes, task = prepare_evaluation(runs[frame], Place(cache, "val", tmp_path), None)
+    _, keyframes, task = prepare_evaluation(runs[frame], RunOptions(cache, "val", tmp_path), None)
     computed: list[torch.Tensor] = []
     task.network.register_forward_hook(lambda module, given, result: computed.append(result))
     evaluate(task, keyframes, Process(0, 1, torch.device("cpu")), batch=1, progress=False)
@@ -247,7 +247,7 @@ def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_p
 
 
 def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
-    _, keyframes, task = prepare_evaluation(runs["cameras"], Place(cache, "val", tmp_path), None)
+    _, keyframes, task = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
     batch = keyframes.batch([(0, 3)])
     voxels, expected = task.targets(batch, batch.occupied())
 
