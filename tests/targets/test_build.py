@@ -191,10 +191,10 @@ def test_a_build_goes_on_with_a_teacher_that_moved_and_not_with_another(city, ti
     assert f"'digest': '{begun_with}'" in refused.stderr
     assert f"'digest': '{other}'" in refused.stderr
     moved.rename(first)
-    teacher._load_once.cache_clear()  # this process still has the weights that the cache was begun with
+    teacher._load_once.cache_clear()  # this process still has the weights that the cache was started with
     verified = run("verify", "--cache", cache, "--split", "mini_train", "--samples", "1", check=False)
     assert verified.returncode == 1
-    assert f"have digest {other}, the cache was begun with {begun_with}" in verified.stderr
+    assert f"have digest {other}, the cache was started with {begun_with}" in verified.stderr
 
 
 def test_contradicting_ways_to_run_are_refused(city, tmp_path):

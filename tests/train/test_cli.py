@@ -302,7 +302,9 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
 )
 def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrained, tmp_path, options):
     message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
-    assert "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
+    assert (
+        "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
+    )
 
 
 def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
