@@ -117,7 +117,7 @@ def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
         missing = [name for bit, name in enumerate(SECTORS) if not mask >> bit & 1]
         raise ValueError(
             f"sweep {path} ends early: its {len(points)} returns cover the quadrants [{', '.join(covered)}] around the "
-            f"sensor and not [{', '.join(missing)}]; expected returns in all of them: the file is truncated, restore it"
+            f"sensor and not [{', '.join(missing)}]; expected returns in all of them: the copy is truncated, restore the file"
         )
     return points
 
@@ -155,7 +155,7 @@ def _require_sweep(path: str | os.PathLike[str], points: NDArray[np.float32], da
         )
         raise ValueError(
             f"sweep {path} {seen}; expected a multiple of {4 * COLUMNS} bytes (float32 x, y, z, intensity, ring): "
-            "the file is truncated, restore it"
+            "the copy is truncated, restore the file"
         )
     is_finite = np.isfinite(points[:, :3]).all(axis=1)
     if not is_finite.all():
