@@ -25,7 +25,7 @@ def test_a_build_says_what_it_builds_how_large_it_is_and_how_long_it_takes(city,
     output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0")).stdout
     assert "10 keyframes of 2 scenes" in output
     assert "6 of the split's 8 scenes are not in this data set" in output
-    assert "a keyframe" in output
+    assert "per keyframe" in output
     assert "free); time: about" in output
     assert "SIMULATED: the data set is a synthetic city\n" in output
     assert "is complete: 10 keyframes" in output

@@ -320,7 +320,7 @@ def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tm
     out = tmp_path / "run"
     large = ["--set", "network.image_size=48x64"]
     message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
-    assert "has images of 40x60, network.image_size=48x64 needs up to 57x76 of them" in message
+    assert "has images of 40x60, network.image_size=48x64 needs up to 57x76" in message
     assert "build it with --image-size 57x86, or train with --set allow_upsampling=true" in message
     resized = ["--set", "augment.resize=[1, 1.5]"]  # of 32x48
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
@@ -333,7 +333,7 @@ def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pret
     succeed(*evaluate(pretrained, tmp_path / "plain", "--out", tmp_path / "out"))
     write_caches(tmp_path / "less", image_size=(32, 47))
     message = refuse(*evaluate(pretrained, tmp_path / "less", "--out", tmp_path / "out"))
-    assert "has images of 32x47, network.image_size=32x48 needs up to 32x48 of them" in message
+    assert "has images of 32x47, network.image_size=32x48 needs up to 32x48" in message
 
 
 def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pretrained, tmp_path):
