@@ -1,6 +1,6 @@
-"""One keyframe's targets: calibration, images, occupancy and labels as the cache holds them. All but the teacher.
+"""The targets of one keyframe except teacher features: calibration, images, occupancy and labels, as cached.
 
-This is the walk from the paper's Figure 2 on the target side: a keyframe's files and transforms in, arrays out.
+This is the target side of the paper's Figure 2: from a keyframe's files and transforms to arrays.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Seconds = MutableMapping[str, float]
 
 
 class KeyframeError(ValueError):
-    """A keyframe that cannot be built; the message names sample, scene, file and remedy."""
+    """A keyframe that cannot be built. The message names sample, scene, file and remedy."""
 
 
 @dataclass(frozen=True)
 class KeyframeTargets:
-    """arrays: {name: one keyframe of that array}, features excepted. teacher_images: (cams, H, W, 3) uint8, or None."""
+    """arrays: {name: one keyframe of that array}, without features. teacher_images: (cams, H, W, 3) uint8, or None."""
 
     arrays: Mapping[str, NDArray[Any]]
     teacher_images: NDArray[np.uint8] | None
@@ -54,7 +54,7 @@ def timed(seconds: Seconds, stage: str) -> Iterator[None]:
 
 
 def grids_from_ego(keyframe: Keyframe, spec: TargetSpec) -> Matrix:
-    """(F, 4, 4): (right, forward, up) of each reference frame's grid, from the ego frame at LiDAR time."""
+    """(F, 4, 4): from the ego frame at LiDAR time to (right, forward, up) of each reference frame's grid."""
     calibration = {
         name: GRID_FROM_CAMERA_AXES @ inverse_rigid(view.ego_from_cam)
         for name, view in zip(spec.cameras, keyframe.cameras, strict=True)
@@ -65,10 +65,10 @@ def grids_from_ego(keyframe: Keyframe, spec: TargetSpec) -> Matrix:
 def build_keyframe(
     keyframe: Keyframe, spec: TargetSpec, maps: Mapping[str, MapGeometry], seconds: Seconds
 ) -> KeyframeTargets:
-    """Read a keyframe's files and make its targets.
+    """Read a keyframe's files and compute its targets.
 
-    maps: {location: geometry that covers the keyframe}. seconds: the time spent is added to it, stage by stage.
-    Raises KeyframeError naming the sample and what is wrong with which file.
+    maps: {location: geometry that covers the keyframe}. seconds: the time of each stage is added to it.
+    Raises KeyframeError that names the sample, the file and the problem.
     """
     try:
         if keyframe.problem is not None:
@@ -115,8 +115,8 @@ def _occupancy(keyframe: Keyframe, spec: TargetSpec, frames: Matrix) -> NDArray[
         voxelize(read_sweep(sweep.path), grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
     if not packed.any():
         raise ValueError(
-            f"none of the returns of {keyframe.sweeps[0].path} fall into the grid {spec.grid}: "
-            "the sweep is damaged, or the grid lies elsewhere"
+            f"none of the returns of {keyframe.sweeps[0].path} are inside the grid {spec.grid}: "
+            "restore the sweep if it is damaged, or correct --range"
         )
     return packed
 

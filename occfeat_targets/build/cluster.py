@@ -1,7 +1,7 @@
-"""Where shards are built: in this process, on a local Dask cluster, or on a Dask cluster someone else started.
+"""Executors of shards: this process, a local Dask cluster, or an existing Dask cluster.
 
-The only module that imports Dask. A task is a whole shard, so the scheduler's overhead does not count, and it is
-submitted only when a worker is about to be free, so that the scheduler never holds more than a few.
+This is the only module that imports Dask. A task is a whole shard, so the scheduler's overhead is negligible. Tasks are
+submitted only when workers are nearly free, so that the scheduler never holds more than a few.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CONNECT_TIMEOUT = "20s"
 
 
 def run_serially(shards: tuple[int, ...], make_task: MakeTask, keep_going: Callable[[], bool]) -> Iterator[ShardReport]:
-    """Build shard after shard in this process, as long as `keep_going` says so."""
+    """Build one shard after another in this process while `keep_going` returns true."""
     for shard in shards:
         if not keep_going():
             return
@@ -32,17 +32,17 @@ def run_on_dask(
     workers: int = 0,
     scheduler: str | None = None,
 ) -> Iterator[ShardReport]:
-    """Build shards on `workers` local processes, or on the cluster at `scheduler`; reports come as shards finish.
+    """Build shards on `workers` local processes, or on the cluster at `scheduler`; yields reports in order of completion.
 
-    A worker that dies takes its shard with it, and the shard is tried again elsewhere, three times at most.
-    When `keep_going` says no, nothing more is begun and what is under way is still reported.
-    Raises ValueError if local workers do not start, or the scheduler is not reached or has no workers within a minute.
+    If a worker dies, its shard is retried on another worker, at most three times. When `keep_going` returns false, no more
+    shards are started, and running ones are still reported.
+    Raises ValueError if local workers do not start, or if the scheduler is not reached or has no workers within a minute.
     """
     import dask
     from distributed import Client, LocalCluster, as_completed
 
-    # Dask has glibc give freed memory back at once, with which the teacher takes 45 % longer (BENCHMARKS.md): every
-    # tensor is mapped anew. And a spill to disk would only slow a shard down.
+    # By default Dask makes glibc return freed memory immediately, so that every tensor is mapped anew and the teacher takes
+    # 45 % longer (BENCHMARKS.md). Spilling to disk would only slow a shard down.
     environment = {"OMP_NUM_THREADS": 1, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_MMAP_THRESHOLD_": 2**25}
     settings = {
         "distributed.nanny.pre-spawn-environ": environment,
@@ -109,6 +109,6 @@ def run_on_dask(
 def _why(future: object, shard: int) -> str:
     error = future.exception()  # type: ignore[attr-defined]
     return (
-        f"shard {shard} was lost: {type(error).__name__}: {error}. If its worker was killed for memory, use fewer "
-        "--workers or a smaller --teacher-batch; if modules are missing there, install this package on the workers"
+        f"shard {shard} was lost: {type(error).__name__}: {error}. If its worker ran out of memory, use fewer "
+        "--workers or a smaller --teacher-batch; if modules are missing, install this package on the workers"
     )

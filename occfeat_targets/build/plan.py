@@ -1,7 +1,7 @@
-"""Planning a build: from options to a spec, a cache and a list of independent tasks, before any work is done.
+"""Planning a build: from options to a spec, a cache and a list of independent tasks.
 
-Everything that can go wrong early goes wrong here: a missing version, a teacher that cannot be had, a cache of another
-fingerprint, a disk too small. What a build will cost is worked out here too.
+Errors that can be found before the build are raised here: a missing version, a teacher that is not available, a cache with
+another fingerprint, a full disk. Size and time of the build are estimated here, too.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ RANDOM_TEACHER = "the teacher's weights are random"
 SYNTHETIC_DATA = "the data set is a synthetic city"
 
 _READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
-_START_SECONDS = 8.0  # a process's libraries, weights and compiled kernels
-_TEACHER_EFFICIENCY = 0.55  # of the matmul rate that the machine shows (BENCHMARKS.md)
+_START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
+_TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.md)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the command line of 'occfeat-targets build' says. labels: None for whatever the data set has.
+    """Options of 'occfeat-targets build'. labels: None for all that the data set has.
 
-    scenes: to build these alone. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th shard from the k-th.
+    scenes: build only these scenes. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th
+    shard, starting with the k-th.
     """
 
     dataroot: Path
@@ -72,9 +73,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build, ready to run. teacher: the cache's, perhaps found elsewhere than when it was begun.
+    """A build that is ready to run. teacher: the cache's teacher; its name is where the weights are now.
 
-    rows: {shard: which of its keyframes are still to be built by this process or cluster}.
+    rows: {shard: its keyframes that this process or cluster still has to build}.
     """
 
     options: BuildOptions
@@ -86,21 +87,21 @@ class Plan:
 
     @property
     def shards(self) -> tuple[int, ...]:
-        """Those to be built by this process or cluster."""
+        """Shards that this process or cluster has to build."""
         return tuple(self.rows)
 
     @property
     def num_keyframes(self) -> int:
-        """Keyframes still to be built."""
+        """Number of keyframes still to be built."""
         return sum(len(rows) for rows in self.rows.values())
 
     @property
     def left_to_build(self) -> list[int]:
-        """Indices into the split's keyframes of those still to be built."""
+        """Indices of the split's keyframes that are still to be built."""
         return _indices(self.cache, self.rows)
 
     def task(self, shard: int, *, num_threads: int | None) -> ShardTask:
-        """The shard's task, with only the keyframes and the part of the maps it needs."""
+        """The task of a shard, with only the keyframes and the parts of the maps that it needs."""
         keyframes = tuple(self.split.keyframes[i] for i in self.cache.shard_range(shard))
         return ShardTask(
             cache=self.cache.path.absolute(),
@@ -133,16 +134,16 @@ class Plan:
 
 
 def default_batch(device: str) -> int:
-    """Keyframes the teacher sees at once: one on a CPU, eight (48 images) to fill a GPU."""
+    """Keyframes per teacher batch: one on a CPU, eight (48 images) to fill a GPU."""
     from occfeat_targets.targets.teacher import resolve_device
 
     return 1 if resolve_device(device) == "cpu" else 8
 
 
 def make_plan(options: BuildOptions) -> Plan:
-    """Read the tables, settle the spec, create or open the cache, and list what is left to build.
+    """Read the tables, determine the spec, create or open the cache, and list what is left to build.
 
-    Raises DatasetError, TeacherError, CacheError or ValueError, each saying what to do.
+    Raises DatasetError, TeacherError, CacheError or ValueError with a remedy.
     """
     split = read_split(
         options.dataroot,
@@ -184,7 +185,7 @@ def make_plan(options: BuildOptions) -> Plan:
         keyframes_per_shard=options.keyframes_per_shard,
         provenance=_provenance(options, split, maps, teacher),
     )
-    left: Collection[int] = range(len(identity))  # files of finished shards may be gone by now
+    left: Collection[int] = range(len(identity))  # files of finished shards may have been removed
     if path.exists():
         cache = create()
         cache.require_files()
@@ -192,7 +193,7 @@ def make_plan(options: BuildOptions) -> Plan:
     split = note_missing_files(split, left)
     if options.on_error == "fail":
         require_no_problems(split, left)
-    if not path.exists():  # only now: nothing is left behind that has other keyframes than the corrected command's
+    if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
         _check_disk(options.cache, spec, len(identity))
         cache = create()
     return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
@@ -246,7 +247,7 @@ def _provenance(
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
-    """{shard: which of its keyframes are left to build}: all, or in a finished shard the skipped ones on --retry-skipped."""
+    """{shard: its keyframes left to build}: all, or with --retry-skipped only the skipped ones of a finished shard."""
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
     for shard in mine:
@@ -271,12 +272,12 @@ def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
     if needed > free:
         raise DatasetError(
             f"the cache takes about {format_bytes(needed)}, {directory} has {format_bytes(free)} free: choose another "
-            "--cache, or a smaller --image-size, --feature-dtype int8, fewer --frames"
+            "--cache, a smaller --image-size, --feature-dtype int8, or fewer --frames"
         )
 
 
 def free_bytes(directory: Path) -> int:
-    """Free bytes where `directory` is or will be."""
+    """Free bytes on the disk of `directory`, which need not exist yet."""
     there = next(p for p in [directory.absolute(), *directory.absolute().parents] if p.exists())
     return shutil.disk_usage(there).free
 
@@ -296,7 +297,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def estimate_seconds(plan: Plan, workers: int) -> float:
-    """How long this machine needs for the plan, from its matmul rate; workers: processes, at least 1."""
+    """Estimated seconds for the plan on this machine, from its matmul rate; workers: processes, at least 1."""
     read = _READ_SECONDS / workers
     spec = plan.cache.spec.teacher
     if spec is None:

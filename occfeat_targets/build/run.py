@@ -1,4 +1,4 @@
-"""Running a plan: pick where, show progress, stop in order on the first failure, and say what came of it."""
+"""Running a plan: choose the executor, show progress, stop cleanly after the first failure, and collect the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from occfeat_targets.build.shard import ShardReport, ShardTask, stage_seconds
 
 @dataclass
 class Outcome:
-    """What a build did. failed: {shard: error}. skipped: {sample token: why}."""
+    """Results of a build. failed: {shard: error}. skipped: {sample token: reason}."""
 
     reports: list[ShardReport] = field(default_factory=list)
 
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def default_workers() -> int:
-    """One process a core where there are several, which beats one process with several threads; 0 means serially."""
+    """One process per core if there are several, which is faster than one process with several threads; else 0 (serial)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return cores if cores > 1 else 0
 
@@ -47,7 +47,7 @@ def run(
 ) -> Outcome:
     """Build the plan's shards on `workers` local processes (0: in this one) or on the cluster at `scheduler`.
 
-    After the first failed shard no further one is begun; those under way are finished, recorded and reported.
+    After the first failed shard no further shard is started; running ones are finished, recorded and reported.
     """
     outcome = Outcome()
     if not plan.shards:

@@ -1,7 +1,7 @@
-"""One shard: make the targets of its keyframes, write them. The same function runs serially and on any cluster.
+"""One shard: compute the targets of its keyframes and write them. The same function runs serially and on any cluster.
 
-While the teacher works on some keyframes, a thread reads and labels the next ones. Both let go of the GIL, so a shard
-takes as long as the slower of the two, which is meant to be the teacher: the times a report carries say which it was.
+While the teacher runs on some keyframes, a thread reads and labels the next ones. Both release the GIL, so a shard takes as
+long as the slower of the two, usually the teacher. The times in the report show which one it was.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a worker is sent: one shard, its keyframes, and the part of the maps they can see.
+    """Message to a worker: one shard, its keyframes, and the nearby parts of the maps.
 
-    rows: which of the keyframes to build; the others stay as the finished shard has them.
-    teacher: with the name under which it is found now. keyframes_per_batch: how many the teacher sees at once. num_threads: torch threads, None to leave them alone.
-    on_error: ``fail`` the shard on a bad keyframe, or ``skip`` it: recorded, masked in `is_valid`, all zeros.
+    rows: keyframes to build; the others are kept from the finished shard. teacher: its name is where the weights are now.
+    keyframes_per_batch: keyframes per teacher batch. num_threads: torch threads, None to keep their number.
+    on_error: if a keyframe cannot be built, ``fail`` the shard, or ``skip`` the keyframe (recorded, masked in `is_valid`, zeros).
     """
 
     cache: Path
@@ -49,13 +49,12 @@ class ShardTask:
 
 @dataclass
 class ShardReport:
-    """What became of a task. error: why nothing was written, or None. skipped: {sample token: why}.
+    """Result of a task. error: why nothing was written, or None. skipped: {sample token: reason}.
 
-    num_keyframes: how many were to be built.
-
-    seconds: time by stage. ``wait`` is how long the teacher had to wait for the next keyframes; ``images``,
-    ``occupancy`` and ``labels`` go on meanwhile, so ``total`` is less than the sum.
-    cosine: (mean, minimum) over tokens of int8 features to float16, if they are int8.
+    num_keyframes: number of keyframes to build.
+    seconds: time by stage. ``wait`` is the time the teacher waited for keyframes. ``images``, ``occupancy`` and ``labels``
+    run in parallel, so ``total`` is less than the sum.
+    cosine: (mean, minimum) over tokens of the cosine between int8 and float16 features, if they are int8.
     """
 
     shard: int
@@ -67,7 +66,7 @@ class ShardReport:
 
 
 def build_shard(task: ShardTask) -> ShardReport:
-    """Build, write and record one shard. Never raises for bad input: the report says what was wrong."""
+    """Build, write and record one shard. Problems of the input do not raise; they are in the report."""
     report = ShardReport(task.shard, len(task.rows))
     cache = None
     try:
@@ -79,12 +78,12 @@ def build_shard(task: ShardTask) -> ShardReport:
                 cache.write_shard(task.shard, arrays, notes)
     except (ValueError, OSError) as err:
         report.error = str(err)
-    except Exception:  # a defect of ours, or of a library: the whole trace, and the build ends in order
+    except Exception:  # an unexpected error: report the whole traceback, and let the build stop cleanly
         report.error = traceback.format_exc()
     if report.error is not None and cache is not None:
         try:
             cache.record_failure(task.shard, report.error)
-        except ValueError as err:  # the disk is full or read-only, which the error above already says
+        except ValueError as err:  # the disk is full or read-only, as the error above already says
             logger.debug("%s", err)
     return report
 
@@ -122,7 +121,7 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
 
 
 def _cosine_of_all(task: ShardTask, cache: Cache, report: ShardReport) -> tuple[float, float] | None:
-    """(mean, minimum) over the whole shard, of which this task may have built only some rows."""
+    """(mean, minimum) over the whole shard, also if this task built only some of its rows."""
     kept = len(task.keyframes) - len(task.rows)
     before = cache.finished_shards()[task.shard]["cosine"] if kept else None
     if before is None or report.cosine is None:
@@ -143,7 +142,7 @@ def _teacher(task: ShardTask) -> Any:
 def _batches_ahead(
     task: ShardTask, spec: TargetSpec, report: ShardReport
 ) -> Iterator[list[tuple[int, KeyframeTargets]]]:
-    """Batches of (row in the shard, targets); the next batch is being read while the caller works on this one."""
+    """Batches of (row in the shard, targets); the next batch is read while the caller processes the current one."""
     size = task.keyframes_per_batch
     starts = range(0, len(task.rows), size)
 

@@ -1,4 +1,4 @@
-"""Bird's-eye pictures of a grid: occupancy, labels, and whether the two coincide. Forward is up, right is right."""
+"""Bird's-eye pictures of a grid: occupancy, labels, and their coincidence. Forward is up, right is right."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Mask = NDArray[np.bool_]
 _EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (3.2, -0.87, 0), (3.2, 0.87, 0), (-0.9, 0.87, 0)])
 _EGO_ARROW = np.array([(7.5, 0, 0), (4.2, -1.6, 0), (4.2, 1.6, 0)])
 _RINGS = (1, 2, 5, 10, 25, 50, 100, 200)  # [m]
-BODY_HEIGHT = (0.3, 2.0)  # [m] above the ground: where a vehicle returns the LiDAR's light and the road does not
+BODY_HEIGHT = (0.3, 2.0)  # [m] above the ground: heights where vehicles have LiDAR returns and the road has none
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BirdsEye:
         spans = [high - low for low, high in zip(self.grid.lower[1:], self.grid.upper[1:], strict=True)]
         scale = self.size / max(spans)
         cell = min(self.grid.cell_size[1:])
-        return int(scale * cell) / cell if scale * cell >= 1 else scale  # whole pixels a cell, where they fit
+        return int(scale * cell) / cell if scale * cell >= 1 else scale  # whole pixels per cell if they fit
 
     @property
     def width(self) -> int:
@@ -71,14 +71,14 @@ class BirdsEye:
         return np.stack(offsets, axis=-1) * self.pixels_per_metre
 
     def enlarge(self, cells: NDArray[Any]) -> NDArray[np.uint8]:
-        """(H, W[, 3]) cells, the rearmost row first -> (height, width[, 3]) uint8 pixels, the foremost row on top."""
+        """(H, W[, 3]) cells with the rearmost row first -> (height, width[, 3]) uint8 pixels with the foremost row on top."""
         picture = Image.fromarray(np.ascontiguousarray(cells[::-1]).astype(np.uint8))
         return np.array(picture.resize((self.width, self.height), Image.Resampling.NEAREST))
 
     def draw(self, colors: Colors, grid_from_ego: Matrix, hatched: Mask | None = None) -> Image.Image:
-        """A picture of (H, W, 3) cell colours with rings about the ego vehicle, its outline, and an arrow ahead.
+        """A picture of (H, W, 3) cell colours with rings around the ego vehicle, its outline, and an arrow forward.
 
-        hatched: (H, W) cells to strike through.
+        hatched: (H, W) cells to hatch.
         """
         pixels = self.enlarge(colors)
         if hatched is not None:
@@ -123,7 +123,7 @@ class BirdsEye:
 
 
 def occupancy_colors(volume: Mask, grid: VoxelGrid, scale: ColorScale) -> Colors:
-    """(Z, H, W) -> (H, W, 3): a column has the colour of its highest occupied voxel's centre."""
+    """(Z, H, W) -> (H, W, 3): the colour of a column is the height of its highest occupied voxel's centre."""
     highest = volume.shape[0] - 1 - volume[::-1].argmax(axis=0)
     up = grid.lower[0] + (highest + 0.5) * grid.cell_size[0]
     return np.where(volume.any(axis=0)[..., None], scale.colors(up), np.array(EMPTY, np.uint8))
@@ -141,9 +141,9 @@ def label_colors(map_masks: Mask | None, vehicles: Mask | None, shape: tuple[int
 
 
 def occupied_at_body_height(volume: Mask, grid: VoxelGrid, ego_from_grid: Matrix) -> Mask:
-    """(Z, H, W) -> (H, W): columns with an occupied voxel whose centre lies at BODY_HEIGHT above the ego's ground.
+    """(Z, H, W) -> (H, W): columns with an occupied voxel whose centre is at BODY_HEIGHT above the ego's ground.
 
-    Cells taller than that range count if they hold its middle.
+    Cells taller than that range count if they contain its middle.
     """
     height = transform(ego_from_grid, grid.voxel_centers())[..., 2]
     middle, reach = sum(BODY_HEIGHT) / 2, (BODY_HEIGHT[1] - BODY_HEIGHT[0]) / 2

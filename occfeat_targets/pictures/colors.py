@@ -23,7 +23,7 @@ VEHICLE: RGB = (255, 128, 32)
 HATCH: RGB = (122, 126, 132)
 OCCUPIED_ONLY: RGB = (104, 122, 160)
 COINCIDENT: RGB = (88, 240, 120)
-# In the order of painting: what lies on top comes last.
+# In drawing order: later classes cover earlier ones.
 MAP_COLORS: dict[str, RGB] = {
     "road": (74, 86, 104),
     "parking_area": (64, 116, 196),
@@ -33,7 +33,7 @@ MAP_COLORS: dict[str, RGB] = {
 }
 assert set(MAP_COLORS) == set(MAP_CLASSES)
 
-# Turbo at equal steps, without its ends, which are too dark to be seen on a photograph.
+# Turbo at equal steps, without its ends, which are too dark on a photograph.
 _RAMP = np.array(
     [
         (70, 107, 227), (65, 142, 253), (41, 177, 240), (24, 206, 209), (37, 228, 172), (82, 246, 125), (139, 254, 80),
@@ -45,7 +45,7 @@ _RAMP = np.array(
 
 @dataclass(frozen=True)
 class ColorScale:
-    """Colours for values in low..high [m]; values outside get the colour of the end. name: what is measured."""
+    """Colours for values in low..high [m]; values outside are clamped. name: the measured quantity."""
 
     name: str
     low: float
@@ -74,7 +74,7 @@ class FeatureColors:
 
     @classmethod
     def fit(cls, tokens: NDArray[Any]) -> FeatureColors:
-        """From (n, C) tokens. An axis points to where its largest loading is positive: the same tokens, the same colours."""
+        """Fit to (n, C) tokens. The sign of an axis makes its largest loading positive, so the colours are reproducible."""
         tokens = np.asarray(tokens, np.float64)
         mean = tokens.mean(axis=0)
         centered = tokens - mean

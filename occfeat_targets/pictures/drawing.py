@@ -1,4 +1,4 @@
-"""What a preview is drawn with: text, banners, colour bars, keys of swatches, and dots on an image."""
+"""Drawing of a preview: text, banners, colour bars, legends, and dots on an image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BAR_WIDTH, BAR_HEIGHT = 240, 14  # [px]
 
 @functools.cache
 def font(size: int) -> Font:
-    """Pillow's own font: no font file is needed."""
+    """Pillow's built-in font, which needs no font file."""
     return ImageFont.load_default(size=size)
 
 
 def wrap(text: str, width: int, size: int) -> list[str]:
-    """Lines of `text` that are at most `width` px wide in a font of `size` px; a longer word has its own line."""
+    """Lines of `text` that are at most `width` px wide in a font of `size` px; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
@@ -42,7 +42,7 @@ def draw_lines(sheet: Image.Image, left: int, top: int, lines: list[str], size: 
 
 
 def draw_banner(sheet: Image.Image, top: int, lines: list[str], size: int = 24) -> int:
-    """A red strip over the whole width that nobody overlooks; returns the y below it [px]."""
+    """A red banner over the whole width; returns the y below it [px]."""
     bottom = top + size * 4 // 3 * len(lines) + 16
     ImageDraw.Draw(sheet).rectangle([0, top, sheet.width - 1, bottom - 1], ALARM)
     draw_lines(sheet, 16, top + 8, lines, size, (255, 255, 255))
@@ -50,7 +50,7 @@ def draw_banner(sheet: Image.Image, top: int, lines: list[str], size: int = 24) 
 
 
 def draw_scale(sheet: Image.Image, left: int, top: int, scale: ColorScale) -> int:
-    """A colour bar with its name and end values; returns the x behind it [px]."""
+    """A colour bar with its name and end values; returns the x to its right [px]."""
     draw = ImageDraw.Draw(sheet)
     for text, color in ((scale.name, INK), (f"{scale.low:g}", FAINT)):
         draw.text((left, top), text, color, font(16))
@@ -91,10 +91,10 @@ def draw_dots(
     *,
     rim: float = 0,
 ) -> None:
-    """Dots on a picture, the nearest last.
+    """Draw dots on a picture, the nearest last.
 
     pixels: (n, 2) continuous (u, v) of it, pixel i covering [i, i+1); depth: (n,) [m]; colors: (n, 3); radius: (n,) [px].
-    rim: width [px] of the black rim about every dot.
+    rim: width [px] of the black rim around every dot.
     """
     draw = ImageDraw.Draw(image)
     for i in np.argsort(-depth, kind="stable"):

@@ -1,4 +1,4 @@
-"""`occfeat-targets preview`: pictures of keyframes that make a wrong transform obvious, and a page that shows them."""
+"""`occfeat-targets preview`: pictures of keyframes that make wrong transforms visible, and an HTML page with them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
 
-MAX_FITTED = 8  # keyframes whose features decide the colours
+MAX_FITTED = 8  # keyframes to which the colours are fitted
 
 
 def choose_keyframes(
     cache: Cache, *, numbers: str | None = None, tokens: Sequence[str] = (), samples: int = 4
 ) -> list[int]:
-    """Indices of the keyframes asked for by number ("0,5,9") or sample token; else `samples` finished ones, evenly spread.
+    """Indices of keyframes given by number ("0,5,9") or sample token; else `samples` finished ones, evenly spread.
 
-    Raises ValueError on what is no number, or not in the cache.
+    Raises ValueError on invalid numbers and on keyframes that are not in the cache.
     """
     try:
         chosen = [int(number) for number in numbers.split(",")] if numbers is not None else []
@@ -53,10 +53,10 @@ def _check_keyframes(cache: Cache, keyframes: Sequence[int]) -> None:
 
 
 def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) -> dict[int, NDArray[np.float64]]:
-    """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, the vehicle's own left out}.
+    """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, without returns from the ego vehicle}.
 
-    Straight from the data set's tables, by the code that `verify` trusts. dataroot: where the cache was built from by
-    default. Raises ValueError if the data set is not there or lacks a keyframe.
+    They are read from the data set's tables with the code of `verify`. dataroot: by default the one the cache was built
+    from. Raises ValueError if the data set is missing or lacks a keyframe.
     """
     from occfeat_targets.sources.nuscenes import find_dataroot
     from occfeat_targets.sources.sweeps import read_sweep
@@ -64,7 +64,7 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():
-        raise ValueError(f"the data set is not at {origin}: pass --dataroot, or leave --points out")
+        raise ValueError(f"there is no data set at {origin}: pass --dataroot, or leave --points out")
     root, version = find_dataroot(Path(origin), cache.path.stem, cache.provenance.get("version"))
     tokens = [cache.identity.tokens[k] for k in keyframes]
     try:
@@ -86,7 +86,7 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
 
 
 def fit_features(reader: CacheReader, keyframes: Sequence[int]) -> FeatureColors | None:
-    """Colours that sheets share, fitted to up to MAX_FITTED keyframes spread over these; None without any features."""
+    """Feature colours for all sheets, fitted to up to MAX_FITTED of these keyframes; None without features."""
     valid = [k for k in keyframes if why_absent(reader, k) is None]
     teacher = reader.cache.spec.teacher
     if teacher is None or not valid:
@@ -105,11 +105,11 @@ def write_preview(
     dataroot: Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a PNG a keyframe, and an index.html that shows them in any browser, off line; returns the page's path.
+    """Write one PNG per keyframe and an index.html that shows them offline. Returns the path of the page.
 
-    frame: the reference frame whose grid is shown; the cache's first by default. points: also show the LiDAR returns,
-    from the data set at `dataroot` or where the cache was built from. Raises ValueError on a keyframe or frame that the
-    cache lacks, a data set that is not there, or an `out` that cannot be written.
+    frame: reference frame of the grid; the cache's first by default. points: also draw the LiDAR returns, from the data set
+    at `dataroot` (default: the one the cache was built from). Raises ValueError if the cache lacks a keyframe or the frame,
+    the data set is missing, or `out` is not writable.
     """
     reader = CacheReader(cache, allow_incomplete=True)
     cache = reader.cache
@@ -141,7 +141,7 @@ _STYLE = (
 
 
 def _page(cache: Cache, keyframes: Sequence[int], names: Sequence[str]) -> str:
-    """A page without scripts; its only links are the PNGs beside it."""
+    """The page, without scripts; it links only to the PNGs in its folder."""
     title = html.escape(f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes")
     lines = [
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',

@@ -1,4 +1,4 @@
-"""The sheet of one keyframe: six images with what is projected onto them, features in RGB, the grid from above."""
+"""The sheet of one keyframe: images with projected voxels or returns, features in RGB, and the grid from above."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from occfeat_targets.pictures.drawing import draw_banner, draw_dots, draw_key, d
 
 WIDTH, MARGIN, GAP, COLUMNS = 1920, 16, 8, 3  # [px]
 TILE_WIDTH = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
-RULER = 26  # [px] left of and below a bird's-eye picture, for its metres
+RULER = 26  # [px] left of and below a bird's-eye picture, for its ruler
 DEPTH = ColorScale("LiDAR returns by depth", 0, 50, is_reversed=True)
-VOXEL_RADIUS, VOXEL_PIXELS = 0.1, (1.5, 6.0)  # of a dot: [m], kept within [px]
+VOXEL_RADIUS, VOXEL_PIXELS = 0.1, (1.5, 6.0)  # of a dot: [m], clamped to [px]
 RETURN_RADIUS, RETURN_PIXELS = 0.03, (0.8, 2.5)
 CAPTIONS = {
     "voxels": "centres of occupied voxels",
@@ -50,9 +50,9 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the cameras' pictures lie on a sheet [px]: as the cameras stand on the car, one row per kind of picture.
+    """Positions of the cameras' pictures on a sheet [px]: arranged as on the car, in rows per kind of picture.
 
-    kinds: some of CAPTIONS. top: where the first row begins.
+    kinds: some of CAPTIONS. top: y of the first row.
     """
 
     spec: TargetSpec
@@ -72,12 +72,12 @@ class Layout:
 
     @property
     def bottom(self) -> int:
-        """Where the bird's-eye pictures begin."""
+        """y of the bird's-eye pictures."""
         rows = max(self._slot(camera) for camera in range(len(self.spec.cameras))) // COLUMNS + 1
         return self.top + rows * len(self.kinds) * (self.tile[1] + GAP)
 
     def _slot(self, camera: int) -> int:
-        """Front left, front, front right, then the back: by name if all names are known, else in the spec's order."""
+        """Position of a camera: front left, front, front right, then the back; in the spec's order for unknown names."""
         names = self.spec.cameras
         return CAMERAS.index(names[camera]) if set(names) <= set(CAMERAS) else camera
 
@@ -90,11 +90,11 @@ def draw_keyframe(
     returns: NDArray[Any] | None = None,
     feature_colors: FeatureColors | None = None,
 ) -> Image.Image:
-    """The sheet of one keyframe; if it was skipped or is not built, one that says so in large letters.
+    """The sheet of one keyframe, or a sheet with a large notice if it was skipped or is not built.
 
-    frame: the reference frame whose grid is shown; the cache's first by default. returns: (n, 3) LiDAR returns in the
-    ego frame at LiDAR time [m], shown on a second copy of the images. feature_colors: what several sheets share; fitted
-    to this keyframe by default. Raises ValueError if the cache has no such frame, IndexError if no such keyframe.
+    frame: reference frame of the grid; the cache's first by default. returns: (n, 3) LiDAR returns in the ego frame at
+    LiDAR time [m], drawn on a second copy of the images. feature_colors: shared by several sheets; fitted to this keyframe
+    by default. Raises ValueError if the cache does not have the frame, IndexError if it does not have the keyframe.
     """
     spec, index = reader.cache.spec, frame_index(reader.cache, frame)
     sheet = Image.new("RGB", (WIDTH, 16_000), PAPER)
@@ -118,7 +118,7 @@ def draw_keyframe(
 
 
 def frame_index(cache: Cache, frame: str | None) -> int:
-    """Which of the cache's reference frames it is. Raises ValueError if it has no grid in that frame."""
+    """Index of a reference frame. Raises ValueError if the cache has no grid in that frame."""
     frames = cache.spec.frames
     if frame is not None and frame not in frames:
         raise ValueError(f"{cache.path} has no grid in frame {frame!r}: choose one of {', '.join(frames)} with --frame")
@@ -126,7 +126,7 @@ def frame_index(cache: Cache, frame: str | None) -> int:
 
 
 def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
-    """(headline, reason) if a keyframe holds zeros; None if it holds targets."""
+    """(headline, reason) if a keyframe has no targets, else None."""
     cache = reader.cache
     record = reader.records.get(keyframe // cache.keyframes_per_shard)
     if record is None:

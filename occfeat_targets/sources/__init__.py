@@ -1,1 +1,1 @@
-"""Data sets: keyframes with every path, transform, box and map that the targets need. Imports `cache`."""
+"""Data sets: keyframes with all paths, transforms, boxes and maps that the targets need. Imports `cache`."""

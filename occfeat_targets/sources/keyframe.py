@@ -1,4 +1,4 @@
-"""What a data set gives of a keyframe: paths, transforms, boxes. Plain values, small enough to be sent to workers."""
+"""Keyframes of a data set: paths, transforms, boxes. Plain values, small enough to be sent to workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from occfeat_targets.cache.geometry import Matrix
 
 
 class DatasetError(ValueError):
-    """A dataroot that lacks what was asked for; the message says what was found and what to do."""
+    """A dataroot that lacks the requested data. The message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Sweep:
 class Keyframe:
     """Everything a worker needs of one sample.
 
-    cameras: in the asked order. sweeps: the keyframe's own first, then backwards in time.
+    cameras: in the requested order. sweeps: the keyframe's own first, then backwards in time.
     vehicle_corners: (n, 8, 3) in the ego frame at LiDAR time [m], in the devkit's corner order; visibility: (n,) 1..4.
-    problem: why this keyframe cannot be built, found in the tables; cameras and sweeps are empty then.
+    problem: why this keyframe cannot be built, if the tables show it; then cameras and sweeps are empty.
     """
 
     token: str
@@ -60,10 +60,10 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Split:
-    """The keyframes of a split. missing_scenes: scenes the devkit counts to it that this data set has not.
+    """The keyframes of a split. missing_scenes: scenes of the split that are not in this data set.
 
-    left_out_scenes: those that are there and were not chosen.
-    locations: map names. has_annotations: false for the test set. is_synthetic: made by 'occfeat-targets synth'.
+    left_out_scenes: scenes in this data set that were not chosen. locations: map names. has_annotations: false for the
+    test set. is_synthetic: made by 'occfeat-targets synth'.
     """
 
     name: str

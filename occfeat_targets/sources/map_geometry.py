@@ -1,7 +1,7 @@
-"""The polygons and lines of a map, flat: read from nuScenes' tables once, and all that a worker needs to draw labels.
+"""Polygons and lines of a map as flat arrays, read once from nuScenes' tables; workers draw labels from them.
 
-The devkit reads the map's tables, but its drawing is not used: a hole of one polygon erases another polygon under it,
-invalid polygons are skipped silently in every layer but drivable_area, and split lines fail under Shapely 2.
+The devkit reads the map's tables, but its drawing is not used: a hole of one polygon erases other polygons under it,
+invalid polygons are skipped silently in all layers except drivable_area, and split lines fail with Shapely 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 
 def map_classes(dividers: str = "road") -> dict[str, tuple[str, ...]]:
-    """The classes with their nuScenes layers, in the order of the label's channels.
+    """The map classes with their nuScenes layers, in the order of the label channels.
 
     dividers: "road", or "road+lane" to draw lane dividers into road_divider too; else ValueError.
     """
@@ -31,7 +31,7 @@ def map_classes(dividers: str = "road") -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class MapGeometry:
-    """The polygons and lines of some map classes, flat: what a worker needs to draw labels, and no more.
+    """Polygons and lines of some map classes as flat arrays.
 
     classes: K class names; vertices: (v, 2) float64 global x, y [m];
     ring_offsets: (r + 1,) int64, ring i is ``vertices[ring_offsets[i]:ring_offsets[i + 1]]``;
@@ -62,7 +62,7 @@ class MapGeometry:
         tables: ``node`` {token, x, y}, ``polygon`` {token, exterior_node_tokens, holes: [{node_tokens}]},
         ``line`` {token, node_tokens}; per layer records with polygon_token, polygon_tokens or line_token.
         layers: class name -> layer names. nuScenes has holes and lines without nodes: a ring of fewer than 3
-        nodes or a line of fewer than 2 has nothing to draw and is left out.
+        nodes or a line of fewer than 2 is left out.
 
         Raises ValueError, naming layer and token, if a table or a record is missing; or a node is not finite.
         """
@@ -105,7 +105,7 @@ class MapGeometry:
         return cls(tuple(layers), *polygon_part, *_flatten(paths), line_channels)
 
     def near(self, xy_min: ArrayLike, xy_max: ArrayLike) -> MapGeometry:
-        """The part that can touch a rectangle: polygons, holes and lines whose bounding boxes overlap it.
+        """The part of the map near a rectangle: polygons, holes and lines whose bounding boxes overlap it.
 
         xy_min, xy_max: (2,) global corners [m], as ``map_window`` gives them; lines have no width here.
         """

@@ -1,7 +1,7 @@
-"""nuScenes through its devkit: a split becomes a list of keyframes, with every path and transform worked out.
+"""nuScenes through its devkit: from a split to a list of keyframes with all paths and transforms.
 
-The only module that imports the devkit. Tables are read once, when a build is planned; what it returns is small, needs
-no table, and can be sent to a worker.
+This is the only module that imports the devkit. Tables are read once, when a build is planned. The results are small, need
+no tables, and can be sent to workers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test"
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:
-    """(dataroot the devkit wants, version) for either layout: root/v1.0-trainval or root/trainval/v1.0-trainval.
+    """(dataroot for the devkit, version) for both layouts: root/v1.0-trainval and root/trainval/v1.0-trainval.
 
-    Raises DatasetError naming what was found under `root`.
+    Raises DatasetError that names the versions found under `root`.
     """
     if not root.is_dir():
         raise DatasetError(
@@ -42,7 +42,7 @@ def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, st
         raise DatasetError(
             f"{root} holds no {version} (found: {', '.join(sorted(found)) or 'no nuScenes tables at all'}): "
             f"expected the tables in {root / version} or {root / version.removeprefix('v1.0-') / version}; "
-            "correct --dataroot, or choose what is there with --version and --split"
+            "correct --dataroot, or choose an existing version with --version and --split"
         )
     return found[version], version
 
@@ -50,10 +50,10 @@ def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, st
 def read_split(
     root: Path, split: str, *, version: str | None, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
 ) -> Split:
-    """Load the tables and work out every keyframe of a devkit split, in the split's scene order, then by time.
+    """Load the tables and compute all keyframes of a split, in the split's scene order, then by time.
 
-    Problems of single keyframes (a camera without an image, a NaN in a pose) are noted on the keyframe.
-    Raises DatasetError if the data set has none of the split, or its tables do not load.
+    Problems of single keyframes (a camera without an image, a NaN in a pose) are recorded on the keyframe.
+    Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
     from nuscenes.nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes
@@ -82,7 +82,7 @@ def read_split(
     )
     has_annotations = bool(nusc.sample_annotation)
     del nusc, scenes
-    gc.collect()  # the devkit's tables refer to each other: gigabytes of them would stay for the whole build
+    gc.collect()  # the devkit's tables are reference cycles: without this, gigabytes would stay in memory for the whole build
     return Split(
         name=split,
         version=version,
@@ -96,7 +96,7 @@ def read_split(
 
 
 def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
-    """The map expansion of a location. Raises DatasetError if it is not there or too old."""
+    """The map expansion of a location. Raises DatasetError if it is missing or too old."""
     from nuscenes.map_expansion.map_api import NuScenesMap
 
     try:
@@ -168,7 +168,7 @@ def _path(nusc: Any, record: dict[str, Any]) -> Path:
 
 
 def _pose(nusc: Any, table: str, sample_data: dict[str, Any]) -> Matrix:
-    """ego_pose: global from ego; calibrated_sensor: ego from sensor."""
+    """global_from_ego for the table ego_pose, ego_from_sensor for calibrated_sensor."""
     record = nusc.get(table, sample_data[f"{table}_token"])
     try:
         return rigid(record["rotation"], record["translation"])
@@ -191,7 +191,7 @@ def _view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraV
         or intrinsics[1, 1] <= 0
     ):
         raise ValueError(
-            f"calibrated_sensor.json: intrinsics {intrinsics.tolist()} of {record['filename']} are no pinhole"
+            f"calibrated_sensor.json: intrinsics {intrinsics.tolist()} of {record['filename']} are not those of a pinhole camera"
         )
     return CameraView(
         path=_path(nusc, record),
@@ -203,7 +203,7 @@ def _view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraV
 
 
 def _backwards(nusc: Any, lidar: dict[str, Any], num_sweeps: int) -> Iterator[dict[str, Any]]:
-    """The keyframe's sweep and up to num_sweeps - 1 before it; a scene's first keyframes have fewer."""
+    """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
     record = lidar
     for _ in range(num_sweeps):
         yield record
@@ -215,7 +215,7 @@ def _backwards(nusc: Any, lidar: dict[str, Any], num_sweeps: int) -> Iterator[di
 def _vehicles(
     nusc: Any, sample: dict[str, Any], ego_from_global: Matrix
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Every annotation whose category contains "vehicle" (bicycles and motorcycles too), as Simple-BEV counts them."""
+    """Corners and visibility of all annotations whose category contains "vehicle" (also bicycles), as in Simple-BEV."""
     boxes = [nusc.get("sample_annotation", token) for token in sample["anns"]]
     boxes = [box for box in boxes if "vehicle" in box["category_name"]]
     corners = np.zeros((len(boxes), 8, 3))
@@ -229,6 +229,6 @@ def _vehicles(
         corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
     if not np.isfinite(corners).all():
         raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
-    # A box without a visibility token counts as visible: it is scored like any other.
+    # A box without a visibility token counts as visible.
     visibility = np.array([int(box["visibility_token"] or 4) for box in boxes], np.uint8)
     return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility

@@ -1,4 +1,4 @@
-"""Which part of a split is built: the scenes that were chosen, and the keyframes whose files are there."""
+"""Selection of a split's scenes, and keyframes with missing files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 
 
 def parse_scenes(text: str) -> tuple[str, ...]:
-    """Scene names from "a,b,c", or from a file with one a line, comments after #. Raises DatasetError if there is none."""
+    """Scene names from "a,b,c", or from a file with one name per line and comments after #. Raises DatasetError if empty."""
     listed = Path(text).read_text().splitlines() if Path(text).is_file() else text.split(",")
     stripped = (name.partition("#")[0].strip() for name in listed)
     names = tuple(dict.fromkeys(name for name in stripped if name))
     if not names:
-        raise DatasetError(f"--scenes {text}: scene names joined by commas, or a file with one a line, expected")
+        raise DatasetError(f"--scenes {text}: scene names joined by commas, or a file with one name per line, expected")
     return names
 
 
 def choose_scenes(split: Split, names: Sequence[str]) -> Split:
-    """The split with these scenes alone, in its own order. Raises DatasetError naming those it has not."""
+    """The split with only these scenes, in the split's order. Raises DatasetError that names unknown scenes."""
     there = list(dict.fromkeys(keyframe.scene for keyframe in split.keyframes))
     unknown = [name for name in names if name not in there]
     if unknown:
@@ -41,9 +41,9 @@ def choose_scenes(split: Split, names: Sequence[str]) -> Split:
 
 
 def note_missing_files(split: Split, wanted: Collection[int]) -> Split:
-    """The split with a `problem` on each of the wanted keyframes whose images and sweeps are not all there.
+    """The split with a `problem` set on the wanted keyframes with missing images or sweeps.
 
-    Every folder is listed once, which on a network file system costs far less than a look at every file.
+    Each folder is listed once, which is much faster on a network file system than checking every file.
     """
     there: dict[Path, set[str]] = {}
 
@@ -66,13 +66,13 @@ def note_missing_files(split: Split, wanted: Collection[int]) -> Split:
 def _files_in(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}  # a look at the file only for a link
+            return {entry.name for entry in entries if entry.is_file()}  # accesses the file only if it is a link
     except FileNotFoundError:
         return set()
 
 
 def describe_problems(keyframes: Sequence[Keyframe]) -> str | None:
-    """How many keyframes cannot be built, scene by scene; None if all can."""
+    """Numbers of keyframes that cannot be built, per scene; None if all can be built."""
     bad = Counter(keyframe.scene for keyframe in keyframes if keyframe.problem is not None)
     if not bad:
         return None
@@ -82,14 +82,14 @@ def describe_problems(keyframes: Sequence[Keyframe]) -> str | None:
 
 
 def require_no_problems(split: Split, wanted: Collection[int]) -> None:
-    """Raises DatasetError, with numbers a scene, the first problems and the remedies, if a wanted keyframe has one."""
+    """Raises DatasetError if a wanted keyframe has a problem, with counts per scene, examples and remedies."""
     keyframes = [split.keyframes[index] for index in wanted]
     problems = [f"sample {k.token} of {k.scene}: {k.problem}" for k in keyframes if k.problem is not None]
     if not problems:
         return
     bad = {keyframe.scene for keyframe in keyframes if keyframe.problem is not None}
     whole = list(dict.fromkeys(keyframe.scene for keyframe in keyframes if keyframe.scene not in bad))
-    alone = f"; build whole scenes alone with --scenes ({_few(whole)})" if whole else ""
+    alone = f"; or build only complete scenes with --scenes ({_few(whole)})" if whole else ""
     more = f"\n  ... and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise DatasetError(
         f"{describe_problems(keyframes)} cannot be built. Download what is missing{alone}; or leave these keyframes out with "

@@ -1,7 +1,6 @@
-"""A LiDAR sweep's file -> its returns, or the reason why it is no nuScenes sweep. Stands between `nuscenes`, which names
-the files, and `occupancy`, which voxelizes the returns.
+"""Reading a nuScenes LiDAR sweep, with checks of its values.
 
-The files carry no header: any bytes read as some numbers. So every number is checked against what the sensor can send.
+The files have no header, so any bytes can be read as numbers. Every number is therefore checked against the sensor's range.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import EGO_BOX
 
-COLUMNS = 5  # x, y, z [m], intensity, ring: what a nuScenes .pcd.bin holds for every return
+COLUMNS = 5  # x, y, z [m], intensity, ring of each return in a nuScenes .pcd.bin
 MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131
 MAX_INTENSITY = 255.0
 RINGS = 32
 
-# The firing order turns once around the sensor, so these overlapping quarter turns all hold returns unless the file
-# was cut. Axis-aligned ones alone would pass half a sweep: its ends overlap by a few degrees.
+# Returns are stored in one turn around the sensor, so all of these overlapping quarter turns contain returns unless the
+# file was truncated. Axis-aligned quarters alone would accept half a sweep, because its ends overlap by a few degrees.
 SECTORS = ("x>0 y>0", "x<0 y>0", "x>0 y<0", "x<0 y<0", "x>|y|", "x<-|y|", "y>|x|", "y<-|x|")
 _ALL_SECTORS = (1 << len(SECTORS)) - 1
-_STEP = 61  # prime, so that a quick look at every 61st return meets all rings
+_STEP = 61  # prime, so that every 61st return covers all rings
 
-_RETURNS_PER_BLOCK = 64  # checked at a time, with these limits written out for each
+_RETURNS_PER_BLOCK = 64  # checked at a time, with the limits repeated for each
 _CENTER = np.tile(np.array([0, 0, 0, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
 _REACH = np.tile(np.array([*[MAX_RANGE] * 3, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
 _IS_RING = np.tile(np.array([0, 0, 0, 0, 1], np.int32), _RETURNS_PER_BLOCK)
 
 _FARTHEST = 30.0  # [m] that the farthest return of any street scene surpasses
 _XYZIR = [0, 1, 2, 3, 4]
-# How other data sets and tools write returns: (what it is, type, columns, which of them are x, y, z, intensity and ring,
-# metres a unit). Named in errors, never read.
+# Layouts of other data sets and tools: (name, type, columns, indices of x, y, z, intensity and ring, metres per unit).
+# They are named in errors but never read.
 _OTHER_LAYOUTS = (
     ("float32 x, y, z, intensity, as KITTI's", "<f4", 4, _XYZIR[:4], 1.0),
     ("float32 x, y, z, intensity, ring and a sixth column", "<f4", 6, _XYZIR, 1.0),
@@ -49,7 +48,7 @@ _OTHER_LAYOUTS = (
 
 @numba.njit(nogil=True, cache=True)
 def _all_finite(bits: NDArray[np.int32]) -> bool:
-    """float32 values as their bits: is none of them NaN or infinite? A maximum, because that vectorises."""
+    """Whether all float32 values, given as bits, are finite. Uses a maximum, because that vectorises."""
     top = np.int32(0)
     for i in range(bits.shape[0]):
         top = np.int32(max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF))))
@@ -63,7 +62,7 @@ def _exceeds_limits(
     reach: NDArray[np.float32],
     is_ring: NDArray[np.int32],
 ) -> bool:
-    """Is a finite value outside center +- reach, or a ring no whole number? Without a branch, because that vectorises."""
+    """Whether a finite value is outside center +- reach or a ring is not whole. Without branches, so that it vectorises."""
     bad = np.int32(0)
     for i in range(blocks.shape[0]):
         for j in range(blocks.shape[1]):
@@ -75,9 +74,9 @@ def _exceeds_limits(
 
 @numba.njit(nogil=True, cache=True)
 def _sectors_of(points: NDArray[np.float32], step: int) -> int:
-    """Bits, in SECTORS' order, of the sectors that every step-th return lies in; a border belongs to both sides.
+    """Bits, in the order of SECTORS, of the sectors with one of every step-th return; borders belong to both sides.
 
-    Around the sensor lie the vehicle's own returns and the shots without one, which say nothing of where it looked.
+    Returns near the sensor are ignored: they are from the ego vehicle, or shots without a return.
     """
     mask = 0
     for i in range(0, points.shape[0], step):
@@ -91,39 +90,41 @@ def _sectors_of(points: NDArray[np.float32], step: int) -> int:
 
 
 def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Reads a nuScenes LiDAR sweep: (n, 5) float32 rows of x, y, z [m], intensity, ring, in the sensor's frame.
+    """Read a nuScenes LiDAR sweep: (n, 5) float32 rows of x, y, z [m], intensity, ring, in the sensor's frame.
 
-    Raises ValueError, naming the file and the remedy, if it is missing, empty, of another layout (named, where it is a
-    known one), cut inside a return, holds numbers that the sensor cannot send, or was cut between two returns so far
-    from the end that a quarter turn around the sensor is without any (a later cut shows only in the file's checksum).
+    Raises ValueError that names the file and the remedy if the file is missing, empty, of another layout (named if it is
+    known), truncated inside a return, or has values that the sensor cannot send. A file that is truncated between two
+    returns is refused if a quarter turn around the sensor has no returns; a later truncation shows only in a checksum.
     """
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            values = np.empty(size // 4 + 1, np.float32)  # one to spare for a size that is no multiple of 4
+            values = np.empty(size // 4 + 1, np.float32)  # one more, for sizes that are no multiple of 4
             size = file.readinto(values.view(np.uint8).data[:size])
     except FileNotFoundError as err:
         raise ValueError(f"sweep {path} is missing: check the dataroot, or download its blob again") from err
     except OSError as err:
-        raise ValueError(f"sweep {path} can't be read ({err.strerror}): check the dataroot's files and rights") from err
+        raise ValueError(
+            f"sweep {path} cannot be read ({err.strerror}): check the dataroot's files and permissions"
+        ) from err
     points = values[: size // (4 * COLUMNS) * COLUMNS].reshape(-1, COLUMNS)
     if size == 0 or size % (4 * COLUMNS) or _is_doubtful(points):
         _require_sweep(path, points, values.view(np.uint8)[:size])
     mask = _sectors_of(points, _STEP)
-    if mask != _ALL_SECTORS:  # an exact look, only where the quick one left a doubt
+    if mask != _ALL_SECTORS:  # exact check, only if the quick check failed
         mask = _sectors_of(points, 1)
     if mask != _ALL_SECTORS:
         covered = [name for bit, name in enumerate(SECTORS) if mask >> bit & 1]
         missing = [name for bit, name in enumerate(SECTORS) if not mask >> bit & 1]
         raise ValueError(
             f"sweep {path} ends early: its {len(points)} returns cover the quadrants [{', '.join(covered)}] around the "
-            f"sensor and not [{', '.join(missing)}]; expected returns in all: the copy was cut short, restore the file"
+            f"sensor and not [{', '.join(missing)}]; expected returns in all of them: the copy is truncated, restore the file"
         )
     return points
 
 
 def _is_doubtful(points: NDArray[np.float32]) -> bool:
-    """A quick look at every number of (n, 5) returns: may one of them be no sweep's?"""
+    """Quick check of (n, 5) returns: whether a value may be invalid."""
     values, block = points.reshape(-1), len(_CENTER)
     whole = len(values) // block * block
     parts = values[:whole].reshape(-1, block), values[whole:].reshape(1, -1)
@@ -131,14 +132,14 @@ def _is_doubtful(points: NDArray[np.float32]) -> bool:
 
 
 def _fits(points: NDArray[Any]) -> NDArray[np.bool_]:
-    """(n,) bool: can this return, (n, 5) or without its ring (n, 4), be one of a nuScenes sweep?"""
+    """(n,) bool: whether a return, (n, 5) or without ring (n, 4), can be from a nuScenes sweep."""
     fits: NDArray[np.bool_] = (np.abs(points[:, :3]) <= MAX_RANGE).all(axis=1)
-    fits &= ~((points[:, 3] < 0) | (points[:, 3] > MAX_INTENSITY))  # a NaN is of no consequence
+    fits &= ~((points[:, 3] < 0) | (points[:, 3] > MAX_INTENSITY))  # a NaN intensity is accepted
     return fits & np.isin(points[:, 4], np.arange(RINGS)) if points.shape[1] == COLUMNS else fits
 
 
 def _require_sweep(path: str | os.PathLike[str], points: NDArray[np.float32], data: NDArray[np.uint8]) -> None:
-    """Raise the ValueError that says what is wrong with a file. points: its whole returns; data: all of its bytes."""
+    """Raise a ValueError that describes the problem of a file. points: its complete returns; data: all its bytes."""
     is_whole = len(data) == points.nbytes > 0
     fits = _fits(points)
     if is_whole and fits.all():
@@ -155,7 +156,7 @@ def _require_sweep(path: str | os.PathLike[str], points: NDArray[np.float32], da
         )
         raise ValueError(
             f"sweep {path} {seen}; expected a multiple of {4 * COLUMNS} bytes (float32 x, y, z, intensity, ring): "
-            "the copy was cut short, restore the file"
+            "the copy is truncated, restore the file"
         )
     is_finite = np.isfinite(points[:, :3]).all(axis=1)
     if not is_finite.all():
@@ -168,13 +169,13 @@ def _require_sweep(path: str | os.PathLike[str], points: NDArray[np.float32], da
     raise ValueError(
         f"sweep {path}: {len(bad)} of {len(points)} returns cannot be a nuScenes LiDAR's (first: return {bad[0]}, "
         f"{points[bad[0]].tolist()}); expected x, y, z within {MAX_RANGE:.0f} m, intensity 0 to {MAX_INTENSITY:.0f} and a "
-        f"whole ring 0 to {RINGS - 1}: the file is damaged or of a layout unknown here, restore it"
+        f"whole ring 0 to {RINGS - 1}: the file is damaged or has an unknown layout, restore it"
     )
 
 
 def _other_layout(data: NDArray[np.uint8]) -> str | None:
-    """The other layout in which these bytes are returns all around the sensor, if there is one."""
-    with np.errstate(all="ignore"):  # most readings give nonsense
+    """Name of another layout in which these bytes are returns all around the sensor, or None."""
+    with np.errstate(all="ignore"):  # most layouts give meaningless numbers
         for name, dtype, columns, order, metres in _OTHER_LAYOUTS:
             if len(data) % (columns * np.dtype(dtype).itemsize):
                 continue

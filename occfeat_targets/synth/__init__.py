@@ -1,32 +1,32 @@
-"""A synthetic city, written as a nuScenes dataroot that the unmodified devkit loads: licence-free, any size, seeded.
+"""A licence-free, seeded synthetic city, written as a nuScenes dataroot that the unmodified devkit loads.
 
-The files, in the order the data flows:
+The files, in the order of the data flow:
 
-    tokens     names and random streams that depend on the seed alone
-    kernels    the decorator of everything compiled
+    tokens     names and random generators that depend only on the seed
+    kernels    the numba decorator of all kernels
     layout     a district's streets, blocks and car parks; street coordinates <-> global frame
-    ground     what lies on the ground at a point (kernels)
-    materials  what a surface looks like to a camera and to the LiDAR (kernels)
-    shapes     solids and the vehicles and people made of them
+    ground     region and paint of the ground at a point (kernels)
+    materials  appearance of surfaces for cameras and LiDAR (kernels)
+    shapes     solids, and vehicles and people composed of them
     props      trees, buildings, street furniture
-    scenery    what stands in a district for good
+    scenery    static objects of a district
     traffic    routes, lane paths, speeds
-    cast       who takes part in a scene
-    rig        where the sensors sit and when they fire
-    world      everything at one instant, packed into a grid
-    raycast    where a ray meets the world (kernels)
-    camera     pictures, and who is visible in them
+    cast       actors of a scene
+    rig        poses and firing times of the sensors
+    world      all objects at one instant, packed into a grid
+    raycast    ray casting (kernels)
+    camera     images, and visibility of objects
     lidar      sweeps
     scene      district + cast + light + the ego's drive
     tables     nuScenes' thirteen tables
-    filming    fires all sensors of a scene, writes their files
-    outlines   polygons of what the ground consists of
+    filming    records all sensors of a scene and writes their files
+    outlines   polygons of the ground's regions
     mapfile    the map expansion's file format
     expansion  the map of a district
-    scene_names  what to call scenes, so that the devkit's splits find them
+    scene_names  scene names that are in the devkit's splits
     city       write_city
 
-The first run compiles the kernels (about half a minute); numba keeps them in `__pycache__`.
+The first run compiles the kernels (about half a minute); numba caches them in `__pycache__`.
 """
 
 from occfeat_targets.synth.city import write_city

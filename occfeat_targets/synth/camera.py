@@ -1,4 +1,4 @@
-"""A camera's picture of the world, and how much of each object it shows."""
+"""Rendering of camera images, and the visible fraction of each object."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from occfeat_targets.synth.materials import LEAF, ground_surface, leaf_normal, n
 from occfeat_targets.synth.raycast import FAR, GROUND, SKY, hit_object, normal_at, trace
 from occfeat_targets.synth.world import World
 
-# Samples per object and camera when its visible share is counted.
+# Samples per object and camera for its visible fraction.
 _VISIBILITY_SAMPLES = 400
 _EDGE_CONTRAST = 26.0
 _HAZE_DISTANCE = 750.0
 
 
 class Light(NamedTuple):
-    """sun: (3,) unit vector towards it; sunlight, skylight: (3,) linear RGB; clouds: share of the sky they cover."""
+    """sun: (3,) unit vector towards it; sunlight, skylight: (3,) linear RGB; clouds: fraction of the sky that they cover."""
 
     sun: NDArray[np.float64]
     sunlight: NDArray[np.float64]
@@ -73,7 +73,7 @@ def _shade(ox, oy, oz, dx, dy, dz, t, k, j, foot, w, light):  # type: ignore[no-
         lx, ly, lz = c * rx + sn * ry - s[5], c * ry - sn * rx - s[6], z - o[2] - s[7]
         mx, my, nz = normal_at(lx, ly, lz, s)
         if int(s[1]) == LEAF:
-            # Leaves face every way: a bumpy normal breaks up the smooth lobes.
+            # Leaves face all directions: a perturbed normal makes the smooth lobes look irregular.
             mx, my, nz = leaf_normal(mx, my, nz, lx, ly, lz, foot)
         nx, ny = c * mx - sn * my, sn * mx + c * my
         slant = foot / max(0.1, -(nx * dx + ny * dy + nz * dz))
@@ -93,7 +93,7 @@ def _shade(ox, oy, oz, dx, dy, dz, t, k, j, foot, w, light):  # type: ignore[no-
             w,
         )
         sun = facing if blocker == SKY else 0.0
-    # Skylight comes from above, a little of it back from the ground.
+    # Skylight comes from above, with a small part reflected from the ground.
     open_sky = 0.62 + 0.38 * nz
     r *= sun * light.sunlight[0] + open_sky * light.skylight[0]
     g *= sun * light.sunlight[1] + open_sky * light.skylight[1]
@@ -142,7 +142,7 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
         for col in range(width):
             r, g, b, depth[row, col], objects[row, col] = _sample(col + 0.5, row + 0.5, pose, k, w, light)
             centre[row, col, 0], centre[row, col, 1], centre[row, col, 2] = r, g, b
-    # Edges get three more rays each: where green differs from a neighbour's, a single ray would leave stairs.
+    # Antialiasing: three more rays for pixels whose green value differs from a neighbour's.
     for row in range(height):
         for col in range(width):
             here = centre[row, col, 1]
@@ -166,7 +166,7 @@ def _render(pose, k, w, light, rgb, depth, objects):  # type: ignore[no-untyped-
 def render(
     global_from_camera: Matrix, intrinsics: Matrix, image_size: tuple[int, int], world: World, light: Light
 ) -> Picture:
-    """The picture of a pinhole camera: a ray through each pixel's centre, one on to the sun, more at edges."""
+    """Image of a pinhole camera: a ray through each pixel's centre, a shadow ray to the sun, more rays at edges."""
     rgb = np.empty((*image_size, 3), np.uint8)
     depth = np.empty(image_size, np.float32)
     objects = np.empty(image_size, np.int32)
@@ -212,7 +212,7 @@ def _count_visible(pose, k, w, objects, wanted, counts):  # type: ignore[no-unty
                 dz = pose[2, 0] * cx + pose[2, 1] * cy + pose[2, 2]
                 _, found = hit_object(ox, oy, oz, dx, dy, dz, wanted[n], FAR, w)
                 if found >= 0:
-                    # A stride covers stride * stride pixels: cameras add up in pixels, not in samples.
+                    # A sample represents stride * stride pixels, so that cameras add up in pixels.
                     counts[n, 0] += stride * stride
                     if objects[row, col] == wanted[n]:
                         counts[n, 1] += stride * stride
@@ -221,9 +221,9 @@ def _count_visible(pose, k, w, objects, wanted, counts):  # type: ignore[no-unty
 def count_visible(
     global_from_camera: Matrix, intrinsics: Matrix, world: World, picture: Picture, wanted: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(len(wanted), 2): pixels each object would fill in the picture if nothing hid it, and those it does fill.
+    """(len(wanted), 2): pixels that each object covers without occlusion, and with occlusion.
 
-    Every pixel is counted for small objects, every n-th in both directions for large ones (about 400 samples).
+    All pixels are counted for small objects, every n-th in both directions for large ones (about 400 samples).
     """
     counts = np.zeros((len(wanted), 2), np.int64)
     _count_visible(global_from_camera, intrinsics, world, picture.objects, wanted, counts)

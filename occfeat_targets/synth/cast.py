@@ -1,4 +1,4 @@
-"""Who takes part in a scene: the annotated objects, parked, waiting, driving, riding and walking."""
+"""Actors of a scene: annotated objects that are parked, waiting, driving, riding or walking."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way of taking part in traffic; `shift` moves it left of the lane's middle [m]."""
+    """A kind of road user; `shift` moves it left of the lane's middle [m]."""
 
     category: str
     attribute: str
@@ -121,7 +121,7 @@ def parked(district: District, rng: np.random.Generator) -> list[Actor]:
 
 
 def waiting(district: District, clearance: Clearance, rng: np.random.Generator) -> list[Actor]:
-    """Short queues at stop lines, where they are in nobody's way."""
+    """Short queues at stop lines, where they block no other actor."""
     actors = []
     for stretch in stretches(district):
         if rng.random() > 0.15:
@@ -141,7 +141,7 @@ def waiting(district: District, clearance: Clearance, rng: np.random.Generator) 
 
 
 def driving(district: District, duration: float, clearance: Clearance, rng: np.random.Generator) -> list[Actor]:
-    """Vehicles and cyclists all over the district, driving for `duration` seconds without touching anything."""
+    """Vehicles and cyclists in the whole district, driving for `duration` seconds without collisions."""
     actors = []
     shape = (len(district.avenues), len(district.streets))
     for _ in range(110):
@@ -162,7 +162,7 @@ def driving(district: District, duration: float, clearance: Clearance, rng: np.r
 
 
 def _around(district: District, rng: np.random.Generator, length: float) -> Array:
-    """A walk round a block on its pavement, from a random point: (n, 2) street coordinates."""
+    """A walk around a block on its pavement, from a random point: (n, 2) street coordinates."""
     block = district.blocks[rng.integers(len(district.blocks))]
     loop = block.rect.grown(-float(rng.uniform(1.8, WALKWAY_WIDTH - 0.5)))
     corners = np.array([side[0] for side in sides(loop)])
@@ -187,7 +187,7 @@ def _across(district: District, rng: np.random.Generator) -> Array:
 def walking(
     district: District, around: Array, duration: float, clearance: Clearance, rng: np.random.Generator
 ) -> list[Actor]:
-    """Pedestrians on pavements and crossings near `around` (2,) global [m], and some who stand about."""
+    """Pedestrians on pavements and crossings near `around` (2,) global [m], and some standing still."""
     actors = []
     for attempt in range(260):
         speed, shape = float(rng.uniform(0.9, 1.7)), shapes.pedestrian(rng)

@@ -1,4 +1,4 @@
-"""Writes the whole dataset: which scenes, in which town, and a folder that appears only when it is complete."""
+"""Writes the whole data set: choice of scenes and towns, and a folder that is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAIN_LOCATION, VAL_LOCATION = "singapore-onenorth", "singapore-hollandvillage"
 MAX_SWEEPS = 10
 _EPOCH_US = 946_684_800_000_000
 _SCENE_GAP_US = 1_000_000_000
-# Measured on one core: for the estimate that is printed before the work starts, nothing else.
+# Measured on one core; used only for the estimate that is printed at the start.
 _SECONDS_PER_PIXEL, _SECONDS_PER_SWEEP, _BYTES_PER_PIXEL = 1.35e-6, 0.04, 0.25
 
 _README = """This is a synthetic city in nuScenes format, written by occfeat-targets synth (seed {seed}).
@@ -39,7 +39,7 @@ Load it with nuscenes-devkit: NuScenes("{version}", dataroot) and NuScenesMap(da
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Where and when a scene takes place; `index` counts the scenes of its split."""
+    """Place and time of a scene; `index` counts the scenes of its split."""
 
     name: str
     index: int
@@ -56,7 +56,7 @@ class ScenePlan:
 
 
 def plan_scenes(train: Sequence[str], val: Sequence[str]) -> list[ScenePlan]:
-    """Training and validation scenes in towns of their own, a district a scene as long as there are any."""
+    """Training and validation scenes in separate towns, one district per scene as long as there are enough."""
     placed = [(name, k, TRAIN_LOCATION) for k, name in enumerate(train)]
     placed += [(name, k, VAL_LOCATION) for k, name in enumerate(val)]
     return [ScenePlan(*p, start_us=_EPOCH_US + (n + 1) * _SCENE_GAP_US) for n, p in enumerate(placed)]
@@ -68,7 +68,7 @@ def district_of(seed: int, location: str, site: int) -> District:
 
 
 def scene_of(seed: int, plan: ScenePlan, district: District, keyframes: int) -> Scene:
-    """What happens in a planned scene; two of three have the ego turn at a junction."""
+    """The scene of a plan; in two of three the ego turns at a junction."""
     scenery = build_scenery(district, stream(seed, plan.location, plan.site, "scenery"))
     duration = max(1, keyframes - 1) * KEYFRAME_PERIOD_US * 1e-6
     turns = plan.index % 3 != 1
@@ -77,10 +77,10 @@ def scene_of(seed: int, plan: ScenePlan, district: District, keyframes: int) -> 
 
 def _check(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: tuple[int, int], sweeps: int) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty: give another --out, or remove it first")
+        raise ValueError(f"{out} exists and is not empty: choose another --out, or remove it first")
     if scenes < 0 or val_scenes < 0 or scenes + val_scenes == 0:
         raise ValueError(
-            f"{scenes} training and {val_scenes} validation scenes: there must be at least one scene in all"
+            f"{scenes} training and {val_scenes} validation scenes: there must be at least one scene in total"
         )
     if keyframes < 1:
         raise ValueError(f"keyframes is {keyframes}, it must be at least 1")
@@ -105,14 +105,14 @@ def write_city(
 ) -> Path:
     """Write a synthetic city to `out` as a nuScenes dataroot; returns `out`.
 
-    scenes, val_scenes: number of training and validation scenes; they take place in different towns.
+    scenes, val_scenes: number of training and validation scenes; they are in different towns.
     sweeps_per_keyframe: LiDAR sweeps at 20 Hz up to and including each keyframe but the first, 1..10.
     image_size: (height, width). version: "v1.0-mini" (up to 8 + 2 scenes) or "v1.0-trainval" (700 + 150); None
-    takes the smallest that has enough names. workers: threads, None for one per core; the bytes written do not
-    depend on it. progress: print an estimate and show a bar.
+    uses the smaller one that has enough scene names. workers: threads, None for one per core; the bytes written do not
+    depend on this number. progress: print an estimate and show a bar.
 
-    `out` must not exist, or be empty. It appears, complete, at the end: until then the files lie in a hidden folder
-    next to it. Raises ValueError on arguments out of range or an `out` that is in use.
+    `out` must not exist or be empty. It is created at the end, when it is complete; until then the files are in a hidden
+    folder next to it. Raises ValueError on arguments out of range, and if `out` is not empty.
     """
     out = Path(out)
     _check(out, scenes, val_scenes, keyframes, image_size, sweeps_per_keyframe)
@@ -168,5 +168,5 @@ def _estimate(num_scenes: int, keyframes: int, num_shots: int, image_size: tuple
     seconds = (pixels * _SECONDS_PER_PIXEL + sweeps * _SECONDS_PER_SWEEP) / workers
     return (
         f"synthetic city: {num_scenes} scenes, {images} images, {sweeps} sweeps; about {megabytes:.0f} MB, "
-        f"{seconds:.0f} s on {workers} workers (first run: half a minute more to compile)"
+        f"{seconds:.0f} s with {workers} workers (the first run compiles for another half minute)"
     )

@@ -25,7 +25,7 @@ from occfeat_targets.synth.outlines import band, bend, rectangle
 from occfeat_targets.synth.traffic import turn_left, turn_right
 from occfeat_targets.targets.raster import fill_polygon
 
-# Sizes of the real maps [m], which code about nuScenes may have wired in.
+# Sizes of the real maps [m], which code for nuScenes may assume.
 CANVAS_EDGES = {"singapore-onenorth": [1585.6, 2025.0], "singapore-hollandvillage": [2808.3, 2922.9]}
 MASK_RESOLUTION = 0.1
 
@@ -68,7 +68,7 @@ def _segments(m: MapFile, d: District, drivable_area: str) -> dict[frozenset[Nod
 def _divider(
     m: MapFile, d: District, s: Stretch, left: float, kind: str, span: tuple[float, float]
 ) -> list[dict[str, str]]:
-    """The chain of a lane's border between two distances along a stretch, as the lane layers want it."""
+    """The chain of a lane's border between two distances along a stretch, in the format of the lane layers."""
     line = bend(np.array([s.point(at, left) for at in span]), d, closed=False)
     return [{"node_token": m.node(x, y), "segment_type": kind} for x, y in line]
 
@@ -154,9 +154,9 @@ def _connectors(m: MapFile, d: District, lanes: dict[Stretch, list[str]]) -> Non
 
 
 def _mask(districts: Sequence[District]) -> NDArray[np.uint8]:
-    """The drivable area as MapMask reads it: 255 inside, origin at the lower left, pixel p centred on p * 0.1 m.
+    """The drivable area as MapMask reads it: 255 inside, origin at the lower left, the centre of pixel p at p * 0.1 m.
 
-    It ends where the city does: the real masks span the whole canvas, hundreds of megabytes.
+    It covers only the city; the real masks cover the whole canvas and take hundreds of megabytes.
     """
     areas = [[bend(ring, d, closed=True) for ring in outlines.drivable_area(d)] for d in districts]
     width, height = np.ceil(np.max([rings[0].max(0) for rings in areas], axis=0) + 20) / MASK_RESOLUTION

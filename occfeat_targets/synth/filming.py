@@ -1,4 +1,4 @@
-"""Films one scene: fires every sensor at its own time, writes the files, counts what was seen of whom."""
+"""Records one scene: all sensors at their own times, their files, and the visibility of each object."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from occfeat_targets.synth.tokens import stream
 
 ANNOTATION_RANGE = 80.0
 JPEG_QUALITY = 92
-# Boxes leave this much room around a shape [m], so that range noise does not carry its returns outside; at the bottom
-# they end a little above the ground, whose own returns would otherwise fall in.
+# Margin of boxes around a shape [m], so that returns with range noise stay inside. At the bottom boxes end slightly above
+# the ground, to exclude its returns.
 _BOX_MARGIN, _BOX_FLOOR = 0.04, 0.006
 
 
@@ -50,7 +50,7 @@ class Shot:
 
 
 def plan_shots(keyframes: int, sweeps_per_keyframe: int) -> Iterator[Shot]:
-    """All records of a scene, keyframe by keyframe; a sweep that is none belongs to the keyframe after it."""
+    """All records of a scene, sorted by keyframe; other sweeps belong to the next keyframe."""
     for k in range(keyframes):
         key_us = k * KEYFRAME_PERIOD_US
         for camera in CAMERAS:
@@ -61,7 +61,7 @@ def plan_shots(keyframes: int, sweeps_per_keyframe: int) -> Iterator[Shot]:
 
 @dataclass(frozen=True)
 class Film:
-    """Where a scene's files go and what they are called. start_us: timestamp of its first keyframe."""
+    """Folders and names of a scene's files. start_us: timestamp of its first keyframe."""
 
     scene: Scene
     name: str
@@ -82,9 +82,9 @@ class Film:
         return np.nonzero(np.hypot(*away.T) < ANNOTATION_RANGE)[0]
 
     def shoot(self, shot: Shot) -> NDArray[np.int64]:
-        """Take one record and write its file.
+        """Record one shot and write its file.
 
-        Returns per actor, of a camera (n, 2) pixels it would fill and pixels it fills, of the LiDAR (n,) its returns.
+        Returns per actor: for a camera (n, 2) pixels without and with occlusion, for the LiDAR (n,) its returns.
         """
         t = shot.at_us * 1e-6
         world, ego = self.scene.world(t), self.scene.ego_pose(t)
@@ -104,7 +104,7 @@ class Film:
         return seen
 
     def _annotate(self, tables: Tables, keyframe: int, returns: NDArray[np.int64], seen: NDArray[np.int64]) -> None:
-        """Boxes of one keyframe: of every candidate that the key sweep hit."""
+        """Boxes of one keyframe, for all candidates with returns in its sweep."""
         poses = self.scene.actor_poses(keyframe * KEYFRAME_PERIOD_US * 1e-6)
         for n in self._candidates(keyframe):
             if returns[n] == 0:
@@ -137,7 +137,7 @@ class Film:
         pool: Executor,
         tick: Callable[[], object],
     ) -> None:
-        """Take all records on the pool's threads, then enter them into the tables in the order of time."""
+        """Record all shots on the pool's threads, then add them to the tables in temporal order."""
         shots = list(plan_shots(keyframes, sweeps_per_keyframe))
         count = len(self.scene.actors)
         returns, seen = np.zeros((keyframes, count), np.int64), np.zeros((keyframes, count, 2), np.int64)

@@ -1,4 +1,4 @@
-"""What lies on the ground at a point: the one answer the cameras paint, the LiDAR hits and the map describes.
+"""Region and paint of the ground at a point, used by cameras, LiDAR and map alike.
 
 `classify` is exact geometry in street coordinates, not a raster, so edges of paint are sharp at any distance.
 """
@@ -28,7 +28,7 @@ ROAD, CROSSING, STOP_LINE, CAR_PARK, DRIVEWAY, CURB, WALKWAY, LAWN, PLAZA, YARD,
 NO_PAINT, WHITE, YELLOW = 0, 1, 2
 
 
-# Regions from CURB on lie CURB_HEIGHT above the road.
+# Regions from CURB on are CURB_HEIGHT above the road.
 FIRST_RAISED = CURB
 _CURB_WIDTH = 0.18
 _CROSS_FROM, _CROSS_TO = CROSSING_BAND
@@ -75,7 +75,7 @@ def pack_ground(district: District) -> Ground:
 
 @kernel
 def street_coordinates(x, y, g):  # type: ignore[no-untyped-def]
-    """Global x, y -> u, v; the twin of `District.to_street`."""
+    """Global x, y -> u, v; the same as `District.to_street`."""
     f = g.frame
     dx, dy = x - f[0], y - f[1]
     p, q = f[2] * dx + f[3] * dy, f[2] * dy - f[3] * dx
@@ -107,7 +107,7 @@ def _road_paint(across, along, road, crossings):  # type: ignore[no-untyped-def]
     if gap < _STOP_FROM:
         return ROAD, NO_PAINT
     if gap < _STOP_TO:
-        # The approach to a junction ahead (towards > 0) lies left of the centre line, at across < 0.
+        # The approach to a junction ahead (towards > 0) is left of the centre line, at across < 0.
         if across * towards < 0 and offset < edge:
             return STOP_LINE, WHITE
         return ROAD, NO_PAINT
@@ -209,7 +209,7 @@ def hit_ground(ox, oy, oz, dx, dy, dz, g):  # type: ignore[no-untyped-def]
     lower = -oz / dz
     if not is_raised(ox + lower * dx, oy + lower * dy, g):
         return lower
-    # The ray sank below the upper level over the road and meets the curb's face: bisect for the edge.
+    # The ray passes below the upper level over the road and hits the curb's face: find the edge by bisection.
     low, high = max(upper, 0.0), lower
     for _ in range(14):
         middle = 0.5 * (low + high)

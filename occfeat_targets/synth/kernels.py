@@ -1,4 +1,4 @@
-"""The decorator of everything the city compiles: numba, cached on disk, without the GIL, IEEE division by zero."""
+"""The decorator of the city's kernels: numba, cached on disk, without the GIL, IEEE division by zero."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _STAMP = hashlib.sha256(b"".join(p.read_bytes() for p in _SOURCES)).hexdigest()
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function; a change to any file of this package makes its cache stale.
+    """Compile a function; a change in any file of this package invalidates its cache.
 
-    Numba looks at the function's own file alone: callers of a kernel in another file would keep the old one inlined.
+    Numba checks only the function's own file, so callers of a kernel in another file would keep an old inlined version.
     """
     compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"arcp", "contract", "nsz"})(function)
     if cache := getattr(compiled, "_cache", None):  # none under NUMBA_DISABLE_JIT

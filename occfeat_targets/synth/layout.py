@@ -1,7 +1,7 @@
-"""Where roads, blocks and car parks lie: a district of the city, in street coordinates and in the global frame.
+"""Roads, blocks and car parks of a district, in street coordinates and in the global frame.
 
 Street coordinates (u, v) [m] are straight: avenues run along v at a constant u, streets along u at a constant v.
-The global frame bends and turns them (avenues snake, no district is axis-aligned), and the way back is exact:
+In the global frame they are bent and rotated (avenues are curved, districts are not axis-aligned), with an exact inverse:
 
     p = u + amplitude * sin(wavenumber * v + phase),  q = v,  (x, y) = centre + rotation(angle) @ (p, q)
 
@@ -165,7 +165,7 @@ class Stretch:
         return (s, self.road.centre + du * left) if du else (self.road.centre - dv * left, s)
 
     def lane_middle(self, lane: int) -> float:
-        """How far left of the centre line lane 0 (leftmost), 1, ... runs."""
+        """Offsets of lanes 0 (leftmost), 1, ... to the left of the centre line."""
         return (self.road.lanes - 0.5 - lane) * LANE_WIDTH
 
 
@@ -207,7 +207,7 @@ def _block(rect: Rect, rng: np.random.Generator) -> Block:
 
 
 def plan_district(location: str, site: int, rng: np.random.Generator) -> District:
-    """Draw the streets of one district; `site` (0 .. NUM_SITES - 1) says where in the location it lies."""
+    """Sample the streets of one district; `site` (0 .. NUM_SITES - 1) is its position in the location."""
     if not 0 <= site < NUM_SITES:
         raise ValueError(f"site {site} is outside 0..{NUM_SITES - 1}: a location holds {NUM_SITES} districts")
     avenues, streets = _roads(rng), _roads(rng)

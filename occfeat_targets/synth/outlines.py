@@ -1,7 +1,7 @@
-"""Outlines of what the ground consists of, in street coordinates: rings of straight pieces and arcs.
+"""Outlines of the ground's regions, in street coordinates: rings of straight pieces and arcs.
 
-An outline is a list of rings, the exterior first and then its holes; a ring is an (n, 2) array, not closed. What
-`ground.classify` decides point by point, these say as polygons.
+An outline is a list of rings, the exterior first and then its holes; a ring is an (n, 2) array, not closed. They
+describe the same regions as `ground.classify`, as polygons.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from occfeat_targets.synth.layout import (
 
 Ring = NDArray[np.float64]
 Outline = list[Ring]
-# The longest straight piece of a bent outline: within 2 m no road strays from it by more than a few millimetres.
+# Longest straight piece of a bent outline: over 2 m a road deviates from it by only a few millimetres.
 _PIECE = 2.0
 _ARC_PIECES = 12
 
 
 def bend(points: Ring, district: District, closed: bool) -> Ring:
-    """(n, 2) street coordinates -> (m, 2) global, cut fine enough to follow the bends."""
+    """(n, 2) street coordinates -> (m, 2) global, in pieces short enough to follow the bends."""
     ends = np.roll(points, -1, axis=0) if closed else points[1:]
     pieces = []
     for a, b in zip(points, ends, strict=False):
@@ -106,7 +106,7 @@ def outer_walkway(district: District) -> Outline:
 
 
 def drivable_area(district: District) -> Outline:
-    """Roads, car parks and driveways: everything inside the ring but the raised land."""
+    """Roads, car parks and driveways: everything inside the ring except the raised land."""
     return [rectangle(district.ring), *(raised_land(block) for block in district.blocks)]
 
 
@@ -120,7 +120,7 @@ def turning_curve(begin: Vector2, end: Vector2, direction: Vector2) -> Ring:
 
 
 def lane_strip(middle: Ring) -> Outline:
-    """The strip of a lane's width about its middle line."""
+    """The strip of a lane's width around its middle line."""
     ahead = np.gradient(middle, axis=0)
     ahead /= np.linalg.norm(ahead, axis=1, keepdims=True)
     aside = np.column_stack([-ahead[:, 1], ahead[:, 0]]) * (LANE_WIDTH / 2)

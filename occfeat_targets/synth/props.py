@@ -1,4 +1,4 @@
-"""What stands still and is not annotated: trees, lamps, signals, signs, benches, bins, buildings."""
+"""Static objects without annotations: trees, lamps, signals, signs, benches, bins, buildings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where a ray first meets the world: solids, objects, and the march through the grid's columns.
+"""Ray casting: intersections with solids and objects, and traversal of the grid's columns.
 
-Directions are unit vectors, so distances are metres. Normals and texture coordinates are worked out once, at the hit.
+Directions are unit vectors, so distances are metres. Normals and texture coordinates are computed once, at the hit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EPS = 1e-6
 
 @kernel
 def _hit_slabs(ox, oy, oz, dx, dy, dz, hx, hy, hz):  # type: ignore[no-untyped-def]
-    """(entry, exit) of an axis-aligned box about 0; entry > exit is a miss."""
+    """(entry, exit) of an axis-aligned box around 0; entry > exit is a miss."""
     ax, ay, az = 1.0 / dx, 1.0 / dy, 1.0 / dz
     x0, x1 = (-hx - ox) * ax, (hx - ox) * ax
     y0, y1 = (-hy - oy) * ay, (hy - oy) * ay
@@ -98,7 +98,7 @@ def _hit_solid(ox, oy, oz, dx, dy, dz, s):  # type: ignore[no-untyped-def]
 
 @kernel
 def hit_object(ox, oy, oz, dx, dy, dz, k, best, w):  # type: ignore[no-untyped-def]
-    """Global ray against object k -> (distance, solid), or (best, -1) where it meets nothing nearer than `best`."""
+    """Global ray against object k -> (distance, solid), or (best, -1) if it hits nothing nearer than `best`."""
     o = w.objects[k]
     rx, ry, rz = ox - o[0], oy - o[1], oz - o[2]
     c, s = o[3], o[4]
@@ -123,8 +123,8 @@ def hit_object(ox, oy, oz, dx, dy, dz, k, best, w):  # type: ignore[no-untyped-d
 def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped-def]
     """First hit of a ray within `limit` -> (distance, object, solid).
 
-    object is GROUND or SKY (distance FAR) where no solid is met. With `any_hit`, the first solid found ends the search
-    and the ground is not tested: enough to know whether light gets through.
+    object is GROUND or SKY (distance FAR) if no solid is hit. With `any_hit`, the search ends at the first solid found
+    and the ground is not tested; this is enough for shadows.
     """
     dx = dx if dx != 0.0 else 1e-300
     dy = dy if dy != 0.0 else 1e-300
@@ -135,7 +135,7 @@ def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped
         if ground < best:
             best, hit = ground, GROUND
     size, rows, columns = w.grid[2], w.tops.shape[0], w.tops.shape[1]
-    # Nothing is met above the highest top.
+    # Nothing is above the highest top.
     reach = min(best, (w.grid[3] - oz) / dz) if dz > 0 else best
     px, py = (ox - w.grid[0]) / size, (oy - w.grid[1]) / size
     i, j = int(np.floor(px)), int(np.floor(py))
@@ -144,7 +144,7 @@ def trace(ox, oy, oz, dx, dy, dz, limit, any_hit, w):  # type: ignore[no-untyped
     next_x = ((i + 1 - px) if dx > 0 else (px - i)) * delta_x
     next_y = ((j + 1 - py) if dy > 0 else (py - j)) * delta_y
     entry = 0.0
-    # An object reaches over several columns: the two met last need no second test.
+    # An object can be in several columns: skip the two objects tested last.
     last, before = -1, -1
     while entry < best and entry < reach and 0 <= i < columns and 0 <= j < rows:
         leave = min(next_x, next_y)

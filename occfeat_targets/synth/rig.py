@@ -1,6 +1,6 @@
-"""The sensor rig: where nuScenes' six cameras and its LiDAR sit on the car, where they look and when they fire.
+"""The sensor rig: poses and firing times of nuScenes' six cameras and its LiDAR.
 
-Figures are rounded from the public calibration. Ego frame: x forward, y left, z up, origin on the ground below the
+Numbers are rounded from the public calibration. Ego frame: x forward, y left, z up, origin on the ground below the
 rear axle. The LiDAR turns clockwise at 20 Hz; its own axes are x right, y forward, z up. A sweep begins and ends at the
 car's left side, and each camera fires as the beams pass its optical axis: no two of them share a timestamp.
 """

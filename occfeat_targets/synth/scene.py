@@ -1,4 +1,4 @@
-"""A scene: a district, those who take part, the light, and the ego's drive; the world at any moment of it."""
+"""A scene: district, actors, light, the ego's drive, and the world at any time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scene:
         return body_pose(float(x), float(y), 0.0, float(yaw), float(pitch), float(roll))
 
     def actor_poses(self, t: float) -> NDArray[np.float64]:
-        """(n, 4) x, y, z, yaw of the actors; whoever walks off the pavement steps down."""
+        """(n, 4) x, y, z, yaw of the actors; pedestrians off the pavement are lower."""
         poses = np.array([a.motion.at(t) for a in self.actors]).reshape(-1, 3)
         raised = classify_points(np.ascontiguousarray(poses[:, :2]), self.ground) >= FIRST_RAISED
         return np.column_stack([poses[:, :2], CURB_HEIGHT * raised, poses[:, 2]])
@@ -57,13 +57,13 @@ class Scene:
         return f"{weather}; {counts}"
 
     def world(self, t: float) -> World:
-        """Everything where it is t seconds into the scene."""
+        """The world t seconds after the start of the scene."""
         fixed = np.array([p.pose for p in self.scenery]).reshape(-1, 4)
         return self.stage.at(np.concatenate([fixed, self.actor_poses(t)]))
 
 
 def _ego_motion(district: District, duration: float, turns: bool, rng: np.random.Generator) -> Motion:
-    """A drive through the inner junctions whose first turn falls into the scene, or only after it."""
+    """A drive through the inner junctions whose first turn is in the scene, or after its end."""
     n, m = len(district.avenues), len(district.streets)
     starts = [((0, j), (1, 0)) for j in range(1, m - 1)] + [((n - 1, j), (-1, 0)) for j in range(1, m - 1)]
     starts += [((i, 0), (0, 1)) for i in range(1, n - 1)] + [((i, m - 1), (0, -1)) for i in range(1, n - 1)]
@@ -91,10 +91,10 @@ def _light(rng: np.random.Generator) -> Light:
 def plan_scene(
     district: District, scenery: list[Placed], duration: float, turns: bool, rng: np.random.Generator
 ) -> Scene:
-    """Draw a scene of `duration` seconds in a district; with `turns` the ego turns at a junction during it."""
+    """Sample a scene of `duration` seconds in a district; with `turns` the ego turns at a junction during it."""
     ego = _ego_motion(district, duration, turns, rng)
     clearance = Clearance(np.arange(-0.25, duration + 0.5, 0.2))
-    # Clearance looks at middles; the ego's origin is its rear axle.
+    # Clearance uses the middle of a body; the ego's origin is its rear axle.
     offset = _EGO_MIDDLE * np.column_stack([np.cos(ego.poses[:, 2]), np.sin(ego.poses[:, 2]), 0 * ego.times])
     clearance.try_add(Motion(ego.times, ego.poses + offset), _EGO_LENGTH + 1.0, _EGO_WIDTH)
     around = ego.at(duration / 2)[:2]

@@ -1,7 +1,7 @@
-"""Names for scenes, such that the devkit's own split lists find them.
+"""Scene names that are in the devkit's own split lists.
 
-They are written out here, because the devkit takes seconds to load and only the module that reads data sets imports
-it; a test compares them with its lists.
+They are copied here because the devkit takes seconds to load and only `sources.nuscenes` imports it. A test compares them
+with the devkit's lists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def split_names(version: str) -> tuple[list[str], list[str]]:
 
 
 def choose_names(version: str | None, scenes: int, val_scenes: int) -> tuple[str, list[str], list[str]]:
-    """(version, training names, validation names); without a version, the smallest that has names enough."""
+    """(version, training names, validation names); without a version, the smallest with enough names."""
     if version is None:
         train, val = split_names("v1.0-mini")
         version = "v1.0-mini" if scenes <= len(train) and val_scenes <= len(val) else "v1.0-trainval"
@@ -45,6 +45,6 @@ def choose_names(version: str | None, scenes: int, val_scenes: int) -> tuple[str
     if scenes > len(train) or val_scenes > len(val):
         raise ValueError(
             f"{version} has names for {len(train)} training and {len(val)} validation scenes, "
-            f"{scenes} and {val_scenes} were asked for"
+            f"{scenes} and {val_scenes} were requested"
         )
     return version, train[:scenes], val[:val_scenes]

@@ -1,4 +1,4 @@
-"""What stands in a district for good: buildings, trees, lamps, signals, signs, benches. None of it is annotated."""
+"""Static objects of a district: buildings, trees, lamps, signals, signs, benches. They are not annotated."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _inside(rect: Rect, rng: np.random.Generator) -> Vector2:
 
 
 def _grounds(district: District, block: Block, rng: np.random.Generator) -> list[Placed]:
-    """What stands on a lawn or a plaza: trees, bushes, benches."""
+    """Objects on a lawn or a plaza: trees, bushes, benches."""
     inner = block.rect.grown(-(WALKWAY_WIDTH + 2))
     on_lawn = block.surface == LAWN
     placed = []
@@ -126,7 +126,7 @@ def _street_furniture(district: District, block: Block, rng: np.random.Generator
 
 
 def _signals(district: District) -> list[Placed]:
-    """One signal per approach, left of the stop line, looking at the traffic that waits there."""
+    """One signal per approach, left of the stop line, facing the waiting traffic."""
     placed = []
     gap = sum(STOP_BAND) / 2
     avenues, streets = district.avenues, district.streets
@@ -145,7 +145,7 @@ def _signals(district: District) -> list[Placed]:
 
 
 def build_scenery(district: District, rng: np.random.Generator) -> list[Placed]:
-    """Everything that stands in a district, in a fixed order."""
+    """All static objects of a district, in a fixed order."""
     placed = []
     for block in district.blocks:
         if block.surface != YARD:

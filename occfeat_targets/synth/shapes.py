@@ -1,7 +1,7 @@
-"""Solids and what is composed of them: vehicles, people, cones and barriers, everything that is annotated.
+"""Solids, and the annotated objects composed of them: vehicles, people, cones and barriers.
 
-A shape lives in its own frame: x forward, y left, z up, origin on the ground below its middle. Its bounding box is what
-a nuScenes annotation of it encloses, so no shape has parts that stick out alone.
+A shape has its own frame: x forward, y left, z up, origin on the ground below its middle. Its bounding box is its nuScenes
+annotation, so no shape has thin parts that stick out.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SHIRTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """solids: (n, SOLID_COLUMNS), one row a solid."""
+    """solids: (n, SOLID_COLUMNS), one row per solid."""
 
     solids: NDArray[np.float64]
 
     @cached_property
     def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(3,) lowest and (3,) highest corner of the tight box about all solids [m]."""
+        """(3,) lowest and (3,) highest corner of the tight box around all solids [m]."""
         centre, half = self.solids[:, 5:8], self.solids[:, 8:11]
         return (centre - half).min(0), (centre + half).max(0)
 

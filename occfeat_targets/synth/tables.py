@@ -1,4 +1,4 @@
-"""nuScenes' thirteen tables: what each record of the city says, and how records name each other."""
+"""nuScenes' thirteen tables: the records of the city and the links between them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTES = (
     "vehicle.moving", "vehicle.stopped", "vehicle.parked", "cycle.with_rider", "cycle.without_rider",
     "pedestrian.sitting_lying_down", "pedestrian.standing", "pedestrian.moving",
 )  # fmt: skip
-# Lower bounds of the visible shares that visibility tokens "1" to "4" stand for.
+# Lower bounds of the visible fractions of visibility tokens "1" to "4".
 VISIBILITY_FROM = (0.0, 0.4, 0.6, 0.8)
 _VISIBILITY_LEVELS = ("v0-40", "v40-60", "v60-80", "v80-100")
 _TABLES = (
@@ -36,7 +36,7 @@ _TABLES = (
 
 
 class Tables:
-    """Collects the records of a dataset. Tokens follow from the seed and from what they name, never from the order."""
+    """Collects the records of a dataset. Tokens depend on the seed and the named object, not on the order."""
 
     def __init__(self, seed: int, image_size: tuple[int, int]) -> None:
         self._seed, self._image_size = seed, image_size
@@ -90,7 +90,7 @@ class Tables:
         )
 
     def add_map(self, location: str, filename: str) -> None:
-        """The map record of a location, once all its logs are there."""
+        """The map record of a location; call it after adding all its logs."""
         logs = [r["token"] for r in self.records["log"] if r["location"] == location]
         name = self.name("map", location)
         self._add("map", name, category="semantic_prior", filename=filename, log_tokens=logs)
@@ -127,7 +127,7 @@ class Tables:
         filename: str,
         global_from_ego: Matrix,
     ) -> None:
-        """A sensor's file and the ego pose of its moment; call in the order of time. It is a keyframe in samples/."""
+        """A sensor's file and the ego pose at its time; call in temporal order. Keyframes are in samples/."""
         name = self.name("sample_data", scene, channel, timestamp)
         is_camera = channel != LIDAR_CHANNEL
         self._add(
@@ -175,7 +175,7 @@ class Tables:
         visible_share: float,
         num_lidar_pts: int,
     ) -> None:
-        """One object in one keyframe; call in the order of time. size: width, length, height [m]."""
+        """One object in one keyframe; call in temporal order. size: width, length, height [m]."""
         instance = self.name("instance", scene, actor)
         name = self.name("sample_annotation", scene, actor, sample_timestamp)
         record = self._add(

@@ -1,4 +1,4 @@
-"""Names that depend on nothing but the seed and what they name."""
+"""Tokens and random generators that depend only on the seed and a name."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def token(*parts: str | int) -> str:
 
 
 def stream(*parts: str | int) -> np.random.Generator:
-    """A random generator of its own for every name: drawing from one never shifts another."""
+    """A separate random generator for every name, so that their random numbers are independent."""
     return np.random.default_rng(int(token(*parts), 16))

@@ -1,4 +1,4 @@
-"""How things move: routes over the street grid, lane paths with rounded turns, and the speed driven along them."""
+"""Motion: routes over the street grid, lane paths with rounded turns, and speeds along them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _lane_line(district: District, run: tuple[Node, Step, Node], lane: int, shif
 
 
 def lane_path(district: District, nodes: list[Node], rng: np.random.Generator, shift: float = 0.0) -> Array:
-    """(n, 2) street coordinates, about every 0.5 m, of the way a vehicle takes along `nodes`.
+    """(n, 2) street coordinates, about every 0.5 m, of a vehicle's path along `nodes`.
 
     It keeps to one lane between turns: the leftmost before a left turn, the rightmost before a right turn. `shift`
     moves it further left within the lane [m].
@@ -147,13 +147,13 @@ def _straight(a: Array, b: Array) -> Array:
 
 
 def drive(district: District, path_uv: Array, top_speed: float) -> Motion:
-    """Drive a path [street coordinates], braking for bends: the motion starts at time 0."""
+    """Drive a path [street coordinates], braking for bends; the motion starts at time 0."""
     xy = district.to_global(path_uv)
     steps = np.linalg.norm(np.diff(xy, axis=0), axis=1)
     xy, steps = xy[np.concatenate([[True], steps > 1e-6])], steps[steps > 1e-6]
     heading = np.unwrap(np.arctan2(*np.diff(xy, axis=0).T[::-1]))
     heading = np.concatenate([heading[:1], (heading[1:] + heading[:-1]) / 2, heading[-1:]])
-    # A steering wheel takes time to turn: average the heading over about 3 m.
+    # Steering takes time: average the heading over about 3 m.
     padded = np.pad(heading, 3, mode="edge")
     heading = np.convolve(padded, np.full(7, 1 / 7), mode="valid")
     curvature = np.abs(np.diff(heading)) / steps
@@ -177,14 +177,14 @@ def walk(district: District, path_uv: Array, speed: float) -> Motion:
 
 
 class Clearance:
-    """Keeps bodies apart: each is a row of discs along its length, at the times looked at."""
+    """Collision checks: a body is a row of discs along its length at given times."""
 
     def __init__(self, times: Array) -> None:
         self._times = times
         self._bodies: list[tuple[Array, float]] = []
 
     def try_add(self, motion: Motion, length: float, width: float) -> bool:
-        """Add a body unless it would come too near one added before."""
+        """Add a body unless it is too near to one added before."""
         count = max(1, int(np.ceil(length / width)))
         poses = np.broadcast_to(motion.at(self._times), (len(self._times), 3))
         along = np.linspace(-0.5, 0.5, count) * max(length - width, 0.0)

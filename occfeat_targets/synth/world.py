@@ -1,7 +1,7 @@
-"""The city at one instant as flat arrays, with the grid that lets a ray find what it hits.
+"""The city at one instant as flat arrays, with a grid for ray casting.
 
 A `Stage` packs every shape of a scene once; `Stage.at` places them at given poses and sorts them into the columns of a
-2-D grid. Both sensors see such a `World`, built for their own timestamps.
+2-D grid. Cameras and LiDAR use such a `World`, built for their own timestamps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from occfeat_targets.synth.kernels import kernel
 from occfeat_targets.synth.shapes import SOLID_COLUMNS, Shape
 
 _CELL = 2.5
-# District corners lie this far from its centre, whatever its angle and bend [m].
+# Distance of a district's corners from its centre, for any angle and bend [m].
 _REACH = 250.0
 _NUM_CELLS = int(2 * _REACH / _CELL)
 

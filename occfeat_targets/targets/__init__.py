@@ -1,1 +1,1 @@
-"""What is computed of one keyframe: occupancy, images, labels, teacher features. Imports `cache` and `sources`."""
+"""The targets of one keyframe: occupancy, images, labels, teacher features. Imports `cache` and `sources`."""

@@ -1,8 +1,7 @@
-"""Camera JPEGs -> the sizes that the student and the teacher take. Stands between `nuscenes`, which names the files,
-and `teacher` and `build`.
+"""Camera JPEGs -> images for student and teacher.
 
-A JPEG is decoded once, by libjpeg's scaled inverse DCT, to half (quarter, eighth) of its size where that leaves enough
-pixels, and resized to every size asked for with an antialiased bilinear (triangle) filter. Training never decodes.
+A JPEG is decoded once, with libjpeg's scaled inverse DCT, to half (quarter, eighth) of its size if that leaves enough
+pixels, and resized to all requested sizes with an antialiased bilinear (triangle) filter. Training never decodes a JPEG.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# The scaled DCT has cut off frequencies that the triangle would only have attenuated. Narrowed a little, the triangle
-# meets the full decode's result to 53-55 dB at 5/3 and 2 decoded pixels per output pixel; with fewer it can't.
+# The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
+# result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.
 _MIN_OVERSAMPLING = 1.6
 _SCALED_SUPPORT = 0.92
 
@@ -25,15 +24,15 @@ _SCALED_SUPPORT = 0.92
 def load_image(
     path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]], *, expected_size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], ...]:
-    """Decodes a JPEG once and resizes it to each of `sizes`.
+    """Decode a JPEG once and resize it to each of `sizes`.
 
-    sizes: (height, width) in pixels, each within the source's. The largest decides how far the decode is scaled, so a
-        size's last bits depend on its company. Axes are scaled independently: scale intrinsics by
+    sizes: (height, width) in pixels, not larger than the source. The largest determines the scale of the decode, so the
+        last bits of an image depend on the other sizes. Axes are scaled independently: scale intrinsics by
         width / source width and height / source height.
-    expected_size: (height, width) the data set says the file has; any other is an error.
+    expected_size: (height, width) of the file in the data set's tables; another size is an error.
     Returns one (height, width, 3) uint8 RGB array per size; the same bytes on every machine with the same libjpeg.
-    Raises ValueError, naming the file and the remedy, if it is missing, no JPEG, cut short, damaged where libjpeg
-        notices it (damage it decodes to grey shows only in the file's checksum), or of another size.
+    Raises ValueError that names the file and the remedy if the file is missing, no JPEG, truncated, of another size, or
+        damaged in a way that libjpeg detects (other damage shows only in a checksum).
     """
     with _open(path) as image:
         source = (image.height, image.width)
@@ -53,7 +52,7 @@ def load_image(
 def load_image_reference(
     path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.uint8], ...]:
-    """`load_image`'s slow twin: full decode, then Pillow's antialiased bilinear resize to each size."""
+    """Slow reference of `load_image`: full decode, then Pillow's antialiased bilinear resize to each size."""
     with _open(path) as image:
         source = (image.height, image.width)
         _check_sizes(path, source, sizes, None)
@@ -73,12 +72,12 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _decode(path: str | os.PathLike[str], image: Image.Image, source: tuple[int, int]) -> Image.Image:
-    """The image, read to its end, as RGB."""
+    """The completely decoded image as RGB."""
     try:
         image.load()
     except (OSError, SyntaxError) as err:
         raise ValueError(
-            f"image {path} ({os.path.getsize(path)} bytes) is cut short or damaged ({err}); expected a whole JPEG of "
+            f"image {path} ({os.path.getsize(path)} bytes) is truncated or damaged ({err}); expected a complete JPEG of "
             f"{source[1]}x{source[0]}: restore the file"
         ) from err
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -98,13 +97,13 @@ def _check_sizes(
     for height, width in sizes:
         if not (0 < height <= source[0] and 0 < width <= source[1]):
             raise ValueError(
-                f"image {path} is {source[1]}x{source[0]}; {width}x{height} was asked for, and images are only made "
-                "smaller: ask for a size within it"
+                f"image {path} is {source[1]}x{source[0]}; {width}x{height} was requested, and images are never "
+                "enlarged: request a smaller size"
             )
 
 
 def _decoding_scale(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:
-    """The largest of libjpeg's 1/8, 1/4, 1/2 that leaves enough pixels on both axes for every size, else 1."""
+    """8, 4 or 2 for the smallest of libjpeg's decodes 1/8, 1/4, 1/2 with enough pixels on both axes for all sizes, else 1."""
     for scale in (8, 4, 2):
         if all(n / scale >= _MIN_OVERSAMPLING * m for size in sizes for n, m in zip(source, size, strict=True)):
             return scale
@@ -113,10 +112,10 @@ def _decoding_scale(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -
 
 @lru_cache(maxsize=64)
 def _taps(source: int, target: int, scale: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """One axis of the filter, source -> target pixels, on an image decoded at 1/scale.
+    """One axis of the filter from source to target pixels, for an image decoded at 1/scale.
 
     Returns the first decoded pixel (target,) and the weights (target, taps) of each output pixel: Pillow's triangle
-    on the source's pixels, summed over the `scale` of them that a decoded pixel covers.
+    filter on source pixels, summed over the `scale` source pixels that a decoded pixel covers.
     """
     ratio = source / target
     support = ratio * (1.0 if scale == 1 else _SCALED_SUPPORT)
@@ -139,10 +138,10 @@ def _resize(
     column_weights: NDArray[np.float32],  # (w, taps)
     out: NDArray[np.uint8],  # (h, w, 3)
 ) -> None:
-    """Rows, then columns, in float32, rounded once.
+    """Filter rows, then columns, in float32, rounding once.
 
-    Two output rows at a time share the column weights. A pixel is summed and stored as four lanes, of which the fourth
-    is the next pixel's first and gets overwritten: four is what vectorises.
+    Two output rows are computed at a time with the same column weights. A pixel is summed and stored as four lanes, because
+    four vectorise; the fourth lane belongs to the next pixel and is overwritten.
     """
     height, width = out.shape[0], out.shape[1]
     pixels = source.reshape(source.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Bird's-eye labels on one grid: map classes from flat geometry, vehicles and their validity from boxes.
+"""Bird's-eye labels on one grid: map classes from polygons and lines, vehicles and their validity from boxes.
 
 A cell belongs to a shape if its centre does (``raster``).
 """
@@ -24,14 +24,14 @@ _QUAD = np.array([0, 4])
 def map_window(
     grid: VoxelGrid, grid_from_global: Matrix, ground_z: float, line_width: float = DIVIDER_WIDTH
 ) -> tuple[Floats, Floats]:
-    """(2,) and (2,) corners of the global rectangle [m] whose shapes ``draw_map`` can show, for ``near``.
+    """(2,) and (2,) corners of the global rectangle [m] that ``draw_map`` needs, for ``near``.
 
     Raises ValueError if the grid's plane is perpendicular to the ground.
     """
     cells_from_map = _cells_from_map(grid, grid_from_global, ground_z)
     height, width = grid.map_shape
     _, size_h, size_w = grid.cell_size
-    # The determinant counts cells per square metre of ground; a pose with the horizon in view has nearly all.
+    # The determinant is the number of cells per square metre of ground; it is small if the grid is tilted strongly.
     if abs(np.linalg.det(cells_from_map[:, :2])) * size_h * size_w < 1e-6:
         raise ValueError("the grid's plane is perpendicular to the ground: check the pose of its frame")
     margin_w, margin_h = line_width / 2 / size_w, line_width / 2 / size_h
@@ -51,8 +51,8 @@ def draw_map(
 ) -> Mask:
     """(K, H, W) bool: the map classes on the grid's horizontal plane.
 
-    grid_from_global: (4, 4). ground_z: the height [m] the map's 2-D vertices are placed at, the ego's global
-    z, before they are taken into the grid's frame, with its pitch and roll, and dropped onto its plane.
+    grid_from_global: (4, 4). ground_z: height [m] at which the map's 2-D vertices are placed (the ego's global z) before
+    they are transformed to the grid's frame with its pitch and roll and projected onto its plane.
     line_width [m]. Raises ValueError if the grid's plane is perpendicular to the ground.
     """
     masks = np.zeros((len(geometry.classes), *grid.map_shape), np.bool_)
@@ -60,8 +60,8 @@ def draw_map(
     cells_from_map = _cells_from_map(grid, grid_from_global, ground_z)
 
     def cells(xy: Floats) -> Floats:
-        # Not a matrix product: BLAS may round a vertex by its place in the batch, and one that two polygons
-        # share has to come out the same for them to tile.
+        # Not a matrix product: with BLAS, rounding may depend on a vertex's position in the batch, but vertices shared by
+        # two polygons must be identical so that the polygons tile.
         w, h = (row[0] * xy[:, 0] + row[1] * xy[:, 1] + row[2] for row in cells_from_map)
         return np.stack([w, h], axis=1)
 
@@ -80,21 +80,21 @@ def draw_vehicles(
     *,
     compat: bool = False,
 ) -> tuple[Mask, Mask]:
-    """Two (H, W) bool maps: vehicles, and is_valid, which is false where a vehicle is barely visible.
+    """Two (H, W) bool maps: vehicles, and is_valid, which is false for hardly visible vehicles.
 
     corners: (n, 8, 3) in the order of the devkit's Box.corners() [m], in the frame that grid_from_boxes, a
-    (4, 4), maps to the grid; visibility: (n,) nuScenes visibility tokens, 1 (0-40 % visible) to 4. Boxes of
-    visibility 1 stay in the vehicle map; their cells are excluded from loss and IoU, a visible vehicle's
-    overlap included (Simple-BEV).
+    (4, 4), maps to the grid; visibility: (n,) nuScenes visibility tokens, 1 (0-40 % visible) to 4. Boxes with
+    visibility 1 stay in the vehicle map, but their cells are excluded from loss and IoU, also where a visible
+    vehicle overlaps them (Simple-BEV).
 
-    A box marks the cells whose centre lies in its footprint: its projection on the grid's plane, so that what
-    is in the box is in the footprint on a pitched grid too, where the bottom face would miss 5 cm a degree of
-    a 3 m truck. A box too thin to hold the centre of any cell on the map marks the cell that holds its own.
+    A box marks the cells whose centre is in its footprint, the projection of the box onto the grid's plane. On a
+    pitched grid the bottom face alone would miss 5 cm per degree for a truck of 3 m height. A box that contains no
+    cell centre marks the cell that contains the box's centre.
 
-    compat: draw as aharley/simple_bev does (get_seg_bev): the top face, its corners truncated to integers
-    that stand for cell centres, and OpenCV's fill, boundary included; float64 where theirs is float32.
+    compat: draw as aharley/simple_bev does (get_seg_bev): the top face with corners truncated to integers that
+    denote cell centres, filled by OpenCV including the boundary; in float64 instead of float32.
 
-    Raises ValueError on a corner that is not finite or a visibility outside 1..4, naming the box.
+    Raises ValueError on a corner that is not finite or a visibility outside 1..4, and names the box.
     """
     boxes = np.asarray(corners, np.float64).reshape(-1, 8, 3)
     tokens = np.asarray(visibility).reshape(-1)
@@ -115,7 +115,7 @@ def draw_vehicles(
 
 
 def _draw_footprint(mask: Mask, corners: Floats) -> None:
-    """Draw a box of (8, 3) corners (w, h, z) [cells]: the projection of a box is the union of its faces'."""
+    """Draw a box of (8, 3) corners (w, h, z) [cells] as the union of the projections of its faces."""
     quads = np.ascontiguousarray(corners[_FACES, :2])
     if sum([fill_polygon(mask, quad, _QUAD) for quad in quads]) == 0:
         w, h = np.floor(corners[:, :2].mean(axis=0))
@@ -125,10 +125,10 @@ def _draw_footprint(mask: Mask, corners: Floats) -> None:
 
 def _draw_top_face(mask: Mask, corners: Floats) -> None:
     """Draw the top face of a box of (8, 3) corners (w, h, z) [cells] as the reference does."""
-    import cv2  # only compat needs it; its polygon fills, unlike its lines, agree between 4.11 and 5.0
+    import cv2  # only for compat; polygon fills, unlike lines, agree between OpenCV 4.11 and 5.0
 
-    # Sorted by height, the first and last of a parallelogram are opposite: swapping the last two walks around
-    # it. Heights that differ by rounding alone must not decide the order, they would make a bow tie of it.
+    # Sorted by height, the first and last corners of a parallelogram are opposite; swapping the last two gives the order
+    # around it. Height differences from rounding must not change the order, or the outline would cross itself.
     first, second, third, last = np.argsort(-corners[:, 2].round(6), kind="stable")[:4]
     top = corners[[first, second, last, third], :2] - 0.5
     pixels = np.clip(top, -(2.0**20), 2.0**20).astype(np.int32)

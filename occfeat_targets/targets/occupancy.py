@@ -1,8 +1,7 @@
-"""LiDAR returns -> bit-packed occupancy (paper 3.2). Stands between `sweeps`, which reads the returns, and `keyframe`,
-which puts them into the grids of all reference frames.
+"""LiDAR returns -> bit-packed occupancy (paper 3.2).
 
-A voxel is occupied if at least one return falls inside it. What is hot is numba, single-threaded, without the
-GIL: a build runs one keyframe per core.
+A voxel is occupied if it contains at least one return. The kernels are single-threaded numba and release the GIL, because a
+build runs one keyframe per core.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_BOX
 
-MAX_VOXELS = 2**27  # what the kernel's 24-bit byte index reaches: 16 MiB of bits a volume
-_BLOCK = 4096  # returns unpacked at a time: their coordinates and bits stay in the nearest caches
+MAX_VOXELS = 2**27  # limit of the kernel's 24-bit byte index: 16 MiB of bits per volume
+_BLOCK = 4096  # returns per block: their coordinates and bits stay in the nearest cache
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -28,12 +27,12 @@ def _voxelize(
     shape: tuple[np.int32, np.int32, np.int32],
     lower: NDArray[np.float32],  # (up, forward, right)
     upper: NDArray[np.float32],
-    per_metre: NDArray[np.float32],  # cells a metre
+    per_metre: NDArray[np.float32],  # cells per metre
     ego_box: np.float32,
     out: NDArray[np.uint8],  # (frames, packed_bytes)
 ) -> None:
     xs, ys, zs = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    hits = np.empty(_BLOCK, np.uint32)  # 24 bits: which byte of the volume, 8 bits: the return's bit, or none
+    hits = np.empty(_BLOCK, np.uint32)  # 24 bits: index of the volume's byte; 8 bits: the return's bit, or 0
     zero, one = np.float32(0), np.float32(1)
     rows, columns = shape[1], shape[2]
     last_u, last_f, last_r = np.float32(shape[0]) - one, np.float32(rows) - one, np.float32(columns) - one
@@ -42,7 +41,7 @@ def _voxelize(
     scale_u, scale_f, scale_r = per_metre
     for start in range(0, points.shape[0], _BLOCK):
         kept = 0
-        for i in range(start, min(start + _BLOCK, points.shape[0])):  # the vehicle's own returns are overwritten
+        for i in range(start, min(start + _BLOCK, points.shape[0])):  # returns from the ego vehicle are overwritten
             x, y = points[i, 0], points[i, 1]
             xs[kept], ys[kept], zs[kept] = x, y, points[i, 2]
             kept += (abs(x) >= ego_box) | (abs(y) >= ego_box)
@@ -51,12 +50,12 @@ def _voxelize(
             a, b, c, d = t[0, 0], t[0, 1], t[0, 2], t[0, 3]
             e, f, g, h = t[1, 0], t[1, 1], t[1, 2], t[1, 3]
             k, m, n, o = t[2, 0], t[2, 1], t[2, 2], t[2, 3]
-            for i in range(kept):  # vectorised: no branch, no call, contiguous loads and stores
+            for i in range(kept):  # vectorises: no branches, no calls, contiguous loads and stores
                 x, y, z = xs[i], ys[i], zs[i]
                 right, forward, up = a * x + b * y + c * z + d, e * x + f * y + g * z + h, k * x + m * y + n * z + o
                 inside = (right >= low_r) & (right < high_r) & (forward >= low_f) & (forward < high_f)
                 inside &= (up >= low_u) & (up < high_u)
-                # Clamped before the conversion (NaN goes to 0): every index is legal, outside ones get an empty bit.
+                # Clamped before the conversion (NaN becomes 0), so that every index is valid; outside returns set no bit.
                 r, w, u = (right - low_r) * scale_r, (forward - low_f) * scale_f, (up - low_u) * scale_u
                 r, w, u = min(last_r, max(zero, r)), min(last_f, max(zero, w)), min(last_u, max(zero, u))
                 index = np.uint32((np.int32(u) * rows + np.int32(w)) * columns + np.int32(r))
@@ -68,7 +67,7 @@ def _voxelize(
 
 @lru_cache(maxsize=16)
 def _constants(grid: VoxelGrid) -> tuple[int, tuple[Any, ...]]:
-    """packed_bytes, and the grid as the kernel takes it: (shape, lower, upper, cells a metre) along (up, forward, right)."""
+    """packed_bytes, and the grid for the kernel: (shape, lower, upper, cells per metre) along (up, forward, right)."""
     if grid.num_voxels > MAX_VOXELS:
         raise ValueError(f"grid {grid} has {grid.num_voxels} voxels, more than {MAX_VOXELS}: use larger cells")
     axes = np.array([grid.lower, grid.upper, [1 / size for size in grid.cell_size]], np.float32)
@@ -85,15 +84,15 @@ def voxelize(
 ) -> NDArray[np.uint8]:
     """Occupied voxels of a sweep, bit-packed as `VoxelGrid.unpack_volume` reads them (paper 3.2, fig. 3).
 
-    points: (n, >=3) float32 returns in the sensor's frame [m]; one with a NaN lies in no voxel.
+    points: (n, >=3) float32 returns in the sensor's frame [m]; returns with a NaN are ignored.
     grid_from_sensor: (4, 4), or (frames, 4, 4) for one sweep in several reference frames, which is faster than
         a call per frame: the returns are read and unpacked once.
-    ego_box: returns with |x| and |y| below it [m], in the sensor's frame, are dropped as the vehicle's own.
-    out: (packed_bytes,) or (frames, packed_bytes) uint8 to add further sweeps to (OR); zeros if not given.
+    ego_box: returns with |x| and |y| below it [m], in the sensor's frame, are dropped as returns from the ego vehicle.
+    out: (packed_bytes,) or (frames, packed_bytes) uint8 to add a further sweep to (OR); zeros by default.
     Returns (packed_bytes,) or (frames, packed_bytes) uint8: `out`.
 
-    Cells are half-open. Arithmetic is float32 in a fixed order: a return within 0.1 mm of a cell's border may fall
-    on either side, on every machine alike. Raises ValueError on arguments of another shape.
+    Cells are half-open. Arithmetic is float32 in a fixed order: a return within 0.1 mm of a cell's border may be on either
+    side of it, but equally on every machine. Raises ValueError on arguments of another shape.
     """
     transforms = np.asarray(grid_from_sensor, np.float64)
     if transforms.shape[-2:] != (4, 4) or transforms.ndim > 3:

@@ -2,11 +2,10 @@
 
 Vertices are continuous (w, h) cells: cell ``i`` covers ``[i, i + 1)`` and its centre lies at ``i + 0.5``
 (``VoxelGrid.cells_from_grid``). Drawing sets cells of a bool map in place and never clears one, so shapes are
-OR-ed. Whatever lies outside the map costs a bounding-box test.
+OR-ed. Shapes outside the map cost only a bounding-box test.
 
-Our own rasteriser because OpenCV's paints every boundary pixel (an 8 x 4 box becomes 9 x 5), its thick lines
-are 3 to 5 pixels for a nominal 2, and its lines changed between 4.11 and 5.0: labels would depend on a
-library's version.
+OpenCV is not used: it paints every boundary pixel (an 8 x 4 box becomes 9 x 5), its thick lines are 3 to 5 pixels
+wide for a nominal 2, and its lines changed between 4.11 and 5.0, so that labels would depend on its version.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Ints = NDArray[np.int64]
 
 @njit(nogil=True, cache=True)
 def _first_cell(x: float, num_cells: int) -> int:
-    """The first of num_cells cells whose centre is at or beyond x; num_cells if none is, and for a NaN."""
+    """The first of num_cells cells whose centre is at or beyond x; num_cells if there is none or x is NaN."""
     if x <= 0.5:
         return 0
     if x <= num_cells - 0.5:
@@ -34,7 +33,7 @@ def _first_cell(x: float, num_cells: int) -> int:
 
 @njit(nogil=True, cache=True)
 def _fill_ring(window: Mask, top: int, left: int, ring: Floats, value: bool) -> None:
-    """Set the cells whose centre lies in a ring to `value`; `window` is the map from cell (top, left) on."""
+    """Set the cells whose centre is in a ring to `value`; `window` is the part of the map from cell (top, left) on."""
     rows, columns = window.shape
     first_row = max(_first_cell(ring[:, 1].min(), top + rows), top)
     last_row = _first_cell(ring[:, 1].max(), top + rows)
@@ -42,13 +41,13 @@ def _fill_ring(window: Mask, top: int, left: int, ring: Floats, value: bool) -> 
     last_column = _first_cell(ring[:, 0].max(), left + columns)
     if first_row >= last_row or first_column >= last_column:
         return
-    # Every edge toggles, in each row whose centre line it crosses, the first cell beyond the crossing; inside
-    # is where the running parity is odd.
+    # In each row whose centre line it crosses, an edge toggles the first cell beyond the crossing. Cells with odd running
+    # parity are inside.
     toggles = np.zeros((last_row - first_row, last_column - first_column + 1), np.bool_)
     for i in range(len(ring)):
         w0, h0 = ring[i - 1]
         w1, h1 = ring[i]
-        # Lower end first: polygons that walk a shared edge in opposite ways must find the same crossings.
+        # Lower end first: polygons that share an edge in opposite directions must find the same crossings.
         if h0 > h1:
             w0, h0, w1, h1 = w1, h1, w0, h0
         start = max(_first_cell(h0, last_row), first_row)
@@ -69,14 +68,14 @@ def _fill_ring(window: Mask, top: int, left: int, ring: Floats, value: bool) -> 
 
 @njit(nogil=True, cache=True)
 def fill_polygon(mask: Mask, vertices: Floats, ring_offsets: Ints) -> int:
-    """Draw one polygon: the cells whose centre lies in its exterior ring and in none of its holes.
+    """Draw one polygon: the cells whose centre is in its exterior ring and in none of its holes.
 
     mask: (H, W) bool, drawn on; vertices: (v, 2) float64 (w, h) [cells]; ring_offsets: (r + 1,), ring i is
     ``vertices[ring_offsets[i]:ring_offsets[i + 1]]``, the exterior first; open or closed, either direction.
-    Returns how many cells of the map lie inside, drawn before or not.
+    Returns the number of cells inside, including those drawn before.
 
-    Inside a ring is even-odd, half-open on its upper and right sides, so polygons that share vertices tile
-    the plane: no cell twice, no gap. Holes are cut from this polygon alone, never from what was drawn before.
+    Rings use the even-odd rule and are half-open on their upper and right sides, so polygons that share vertices tile
+    the plane without overlaps and gaps. Holes are cut only from this polygon, not from earlier ones.
     """
     exterior = vertices[ring_offsets[0] : ring_offsets[1]]
     if len(exterior) == 0:
@@ -114,7 +113,7 @@ def fill_polygons(masks: Mask, channels: Ints, vertices: Floats, ring_offsets: I
 
 @njit(nogil=True, cache=True)
 def _draw_segment(mask: Mask, start: Floats, stop: Floats, size_w: float, size_h: float, radius: float) -> None:
-    """Set the cells whose centre lies within `radius` metres of a segment of two (w, h) cell positions."""
+    """Set the cells whose centre is within `radius` metres of a segment between two (w, h) cell positions."""
     height, width = mask.shape
     x0, y0 = start[0] * size_w, start[1] * size_h
     dx, dy = stop[0] * size_w - x0, stop[1] * size_h - y0
@@ -152,7 +151,7 @@ def draw_polylines(
     size_h: float,
     line_width: float,
 ) -> None:
-    """Draw n polylines, each into its channel: the cells whose centre lies within line_width / 2 of the line.
+    """Draw n polylines, each into its channel: the cells whose centre is within line_width / 2 of the line.
 
     masks: (K, H, W) bool, drawn on; channels: (n,) in 0..K-1; vertices: (v, 2) float64 (w, h) [cells];
     line_offsets: (n + 1,), line i is ``vertices[line_offsets[i]:line_offsets[i + 1]]``; size_w, size_h: edges

@@ -1,7 +1,7 @@
-"""The frozen image model whose features the network learns to predict (paper 3.3), through transformers.
+"""The teacher: a frozen image model whose features the network learns to predict (paper 3.3), through transformers.
 
-The only module of the pipeline that imports torch and transformers. DINOv2, DINOv2 with registers and DINOv3 of any
-size: a hub id, a local folder, or ``random:<hub id>`` for the true architecture with seeded random weights.
+This is the only module of the pipeline that imports torch and transformers. It loads DINOv2, DINOv2 with registers and
+DINOv3 of any size, from a hub id or a local folder. ``random:<hub id>`` is the same architecture with seeded random weights.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.spec import TeacherSpec
 
 _RANDOM_SEED = 0
-_BUDGET = (224, 400)  # student resolution of the paper; the teacher sees the largest patch multiple within it
+_BUDGET = (224, 400)  # student resolution of the paper; the teacher input is the largest patch multiple within it
 
-# (width, layers, heads, intermediate) of the published models, so that random: needs no hub.
+# (width, layers, heads) of the published models, so that random: needs no hub.
 _DINOV2 = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24)}
 _DINOV3 = {"vits16": (384, 12, 6), "vitb16": (768, 12, 12), "vitl16": (1024, 24, 16)}
 
-_UNUSED = "mask_token"  # the one tensor of these models that no feature depends on
-_HEADS = re.compile(rf"(embeddings\.)?{_UNUSED}|(pooler|classifier|neck|heads?|\w+_head)\..*")  # may be left over
-# What decides features and shows in no tensor's name or shape.
+_UNUSED = "mask_token"  # the only tensor that does not affect the features
+_HEADS = re.compile(rf"(embeddings\.)?{_UNUSED}|(pooler|classifier|neck|heads?|\w+_head)\..*")  # allowed
+# Settings that change features but no tensor's name or shape.
 _ARCHITECTURE = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "rope_theta")
 
 
 class TeacherError(ValueError):
-    """A teacher that cannot be had; the message says what to do."""
+    """A teacher that is not available. The message says what to do."""
 
 
 def teacher_spec(
     name: str, *, input_size: tuple[int, int] | None = None, layer: str = "post-norm", dtype: str = "auto"
 ) -> TeacherSpec:
-    """Work out what `name` stands for; its weights are loaded once and dropped again, to take their digest.
+    """The spec of a teacher. Loads the weights once to compute their digest.
 
-    input_size: (height, width), exact patch multiples; by default the largest within 224x400 (224x392 for patch 14).
-    dtype: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively.
-    Raises TeacherError if the model cannot be found or its weights do not fill it, ValueError if the size does not fit
-    the patches.
+    input_size: (height, width), multiples of the patch size; by default the largest within 224x400 (224x392 for patch 14).
+    dtype: float32, bfloat16, or auto: bfloat16 where the hardware supports it natively.
+    Raises TeacherError if the model cannot be loaded or its weights are incomplete, ValueError if the size is no multiple of
+    the patch size.
     """
     if Path(name).is_dir():
         name = str(Path(name).absolute())  # so that workers and `verify` find it from anywhere
@@ -67,22 +67,22 @@ class Teacher:
     """A loaded, frozen teacher. Call it with images of the spec's input size."""
 
     def __init__(self, spec: TeacherSpec, device: str = "auto") -> None:
-        """Raises TeacherError if the weights cannot be had, or are not those the spec names."""
+        """Raises TeacherError if the weights cannot be loaded or their digest is not that of the spec."""
         config, _ = _config(spec.name)
         model = _model(spec.name, config)
         digest = _random_digest(config) if spec.is_random else _digest(model)
         if digest != spec.digest:
             raise TeacherError(
-                f"the weights of teacher {spec.name} have digest {digest}, the cache was begun with {spec.digest}: "
+                f"the weights of teacher {spec.name} have digest {digest}, the cache was started with {spec.digest}: "
                 "restore those weights, or build another cache"
             )
         self.spec = spec
         self.device = torch.device(resolve_device(device))
         self._model = model.to(self.device).eval().requires_grad_(False)
-        self._prefix = 1 + int(getattr(config, "num_register_tokens", 0) or 0)  # CLS and registers are no places
+        self._prefix = 1 + int(getattr(config, "num_register_tokens", 0) or 0)  # CLS and register tokens
         self._pre_norm: torch.Tensor | None = None
         if spec.layer == "pre-norm":
-            # A hook, since hidden_states[-1] has changed its meaning between releases of transformers.
+            # A hook, because the meaning of hidden_states[-1] differs between releases of transformers.
             norm = self._model.layernorm if hasattr(self._model, "layernorm") else self._model.norm
             norm.register_forward_pre_hook(lambda _, inputs: setattr(self, "_pre_norm", inputs[0]))
         self._mean = torch.tensor(spec.mean, device=self.device).view(1, 3, 1, 1) * 255
@@ -90,7 +90,7 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(n, H, W, 3) uint8 RGB -> (n, h, w, C) float32 patch tokens, row-major, centred in their patches.
+        """(n, H, W, 3) uint8 RGB -> (n, h, w, C) float32 patch tokens, row-major.
 
         Raises ValueError if the model returns a NaN or an infinity.
         """
@@ -109,7 +109,7 @@ class Teacher:
 
 
 def load_teacher(spec: TeacherSpec, device: str = "auto", num_threads: int | None = None) -> Teacher:
-    """The process's teacher, loaded once. num_threads: torch's, None to leave them alone."""
+    """The teacher, loaded once per process. num_threads: threads of torch, None to keep their number."""
     if num_threads is not None and torch.get_num_threads() != num_threads:
         torch.set_num_threads(num_threads)
     return _load_once(spec, device)
@@ -134,12 +134,12 @@ def flops_per_image(spec: TeacherSpec) -> float:
 
 
 def matmul_flops(device: str, dtype: str, size: int = 2048, rounds: int = 6) -> float:
-    """Floating-point operations per second of a square matrix product on this machine, the best of a few."""
+    """Floating-point operations per second of a square matrix product on this machine, the best of several."""
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        float((a @ a)[0, 0])  # reading an element waits for a GPU
+        float((a @ a)[0, 0])  # reading an element synchronises with a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -147,7 +147,7 @@ def matmul_flops(device: str, dtype: str, size: int = 2048, rounds: int = 6) -> 
 def quantize(features: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """(..., C) float32 -> int8 of the same shape and one float16 scale per token (...,); value = int8 * scale."""
     scale = (np.abs(features).max(axis=-1) / 127).astype(np.float16)
-    # float16 may have rounded the scale down, and a token of zeros has none.
+    # float16 may round the scale down, and the scale of a zero token is 0.
     scale = np.maximum(np.nextafter(scale, np.float16(np.inf)), np.finfo(np.float16).smallest_subnormal)
     return np.rint(features / scale[..., None].astype(np.float32)).astype(np.int8), scale
 
@@ -184,7 +184,7 @@ def _config(name: str) -> tuple[Any, dict[str, Any]]:
     try:
         processor = ImageProcessingMixin.get_image_processor_dict(name)[0]
     except OSError:
-        processor = {}  # a folder of bare weights: ImageNet statistics, as every DINOv2 was trained with
+        processor = {}  # a folder with only weights: ImageNet statistics, which all DINOv2 models use
     return config, processor
 
 
@@ -193,7 +193,7 @@ def _unavailable(name: str, err: Exception) -> str:
     if Path(name).exists():
         return (
             f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "
-            "and whole .safetensors or .bin weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            "and complete .safetensors or .bin weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
         )
     return (
         f"teacher {name} cannot be loaded ({first_line}). It is neither a local folder nor in the Hugging Face cache, and "
@@ -221,11 +221,11 @@ def _random_config(name: str) -> Any:
         )  # fmt: skip
     known = [f"facebook/dinov2-{s}" for s in _DINOV2] + [f"facebook/dinov2-with-registers-{s}" for s in _DINOV2]
     known += [f"facebook/dinov3-{s}-pretrain-lvd1689m" for s in _DINOV3]
-    raise TeacherError(f"random:{name}: no such architecture known here; one of {', '.join(known)} expected")
+    raise TeacherError(f"random:{name}: unknown architecture; one of {', '.join(known)} expected")
 
 
 def _model(name: str, config: Any) -> Any:
-    """The model with all of its weights. Raises TeacherError if the file's tensors do not fill it exactly."""
+    """The model with its weights. Raises TeacherError if the file's tensors do not match the model exactly."""
     from safetensors import SafetensorError
     from transformers import AutoModel
 
@@ -233,13 +233,13 @@ def _model(name: str, config: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)
             return AutoModel.from_config(config)
-    try:  # mismatched sizes are let through to be named below
+    try:  # mismatched sizes are accepted here and reported below
         model, info = AutoModel.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
         raise TeacherError(_unavailable(name, err)) from err
-    # transformers makes up what is missing, at random and anew in every process.
+    # transformers initialises missing tensors at random, differently in every process.
     shapes = [f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     faults = {
         "missing": [key for key in info["missing_keys"] if not key.endswith(_UNUSED)],
@@ -249,7 +249,7 @@ def _model(name: str, config: Any) -> Any:
     if any(faults.values()):
         text = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in faults.items() if keys)
         raise TeacherError(
-            f"the weights of teacher {name} are not those of a {config.model_type} as its config.json has it ({text}): "
+            f"the weights of teacher {name} do not match the {config.model_type} of its config.json ({text}): "
             "pass a folder in transformers' layout (from 'hf download' or save_pretrained), with its own config.json"
         )
     return model
@@ -260,9 +260,9 @@ def _few(names: list[str]) -> str:
 
 
 def _digest(model: Any) -> str:
-    """Sixteen hex digits over what features depend on: every tensor's name, type, shape and bytes, and the architecture.
+    """Sixteen hex digits over everything that determines features: names, types, shapes and bytes of tensors, architecture.
 
-    Of the loaded tensors, so that neither the file's format, nor heads beside the model, nor where it lies count.
+    It is computed from the loaded tensors, so that file format, additional heads and location do not matter.
     """
     digest = hashlib.sha256(repr([getattr(model.config, key, None) for key in _ARCHITECTURE]).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -273,6 +273,6 @@ def _digest(model: Any) -> str:
 
 
 def _random_digest(config: Any) -> str:
-    """The same for seeded random weights: of the recipe, since their last bits differ between processors."""
+    """The same for seeded random weights, from their recipe, because their last bits differ between processors."""
     recipe = {key: value for key, value in config.to_dict().items() if key != "transformers_version"}
     return hashlib.sha256(f"seed {_RANDOM_SEED} {sorted(recipe.items())}".encode()).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""Checks of a cache against its records, and of random keyframes against slow, obvious code. Does not use `build`."""
+"""Verification of a cache: checksums, and random keyframes against slow, independent code. Does not use `build`."""

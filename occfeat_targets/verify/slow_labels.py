@@ -1,7 +1,7 @@
-"""Slow, plain twins of ``labels`` for `verify` and the tests: Shapely and loops, every step in metres.
+"""Slow references of ``labels`` for `verify` and the tests: Shapely and loops, all in metres.
 
-A cell centre within TIE of a boundary may fall on either side of it in floating point. Each function
-therefore also returns ``is_decided``; compare where it is true: ``((fast == slow) | ~is_decided).all()``.
+Due to rounding, a cell centre within TIE of a boundary may be on either side of it. Each function therefore also returns
+``is_decided``; compare only where it is true: ``((fast == slow) | ~is_decided).all()``.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ TIE = 1e-6  # [m]
 
 
 def _cell_centers(grid: VoxelGrid) -> NDArray[np.float64]:
-    """(H, W, 2) (right, forward) [m]; float64, where ``voxel_centers`` is float32."""
+    """(H, W, 2) (right, forward) [m]; float64; ``voxel_centers`` is float32."""
     (_, rows, columns), (_, bottom, left), (_, size_h, size_w) = grid.shape, grid.lower, grid.cell_size
     right, forward = left + (np.arange(columns) + 0.5) * size_w, bottom + (np.arange(rows) + 0.5) * size_h
     return np.stack(np.meshgrid(right, forward), axis=-1)
 
 
 def _within(bounds: tuple[float, ...], points: NDArray[np.float64], margin: float) -> Mask:
-    """Which of (H, W, 2) points lie in a bounding box widened by a margin: a shape is compared with these alone."""
+    """Mask of (H, W, 2) points inside a bounding box with a margin; a shape is compared only with these points."""
     within: Mask = ((points >= np.array(bounds[:2]) - margin) & (points <= np.array(bounds[2:]) + margin)).all(axis=-1)
     return within
 
 
 def _inside(area: Any, points: NDArray[np.float64]) -> tuple[Mask, Mask]:
-    """Which of (H, W, 2) points lie in a polygon, and which within TIE of its boundary."""
+    """Masks of (H, W, 2) points inside a polygon, and within TIE of its boundary."""
     inside, on_edge = np.zeros((2, *points.shape[:2]), np.bool_)
     close = _within(area.bounds, points, TIE)
     if close.any():
@@ -55,7 +55,7 @@ def reference_map(
     *,
     line_width: float = DIVIDER_WIDTH,
 ) -> tuple[Mask, Mask]:
-    """``draw_map``, slowly. Returns masks (K, H, W) bool and is_decided (K, H, W) bool."""
+    """Reference of ``draw_map``. Returns masks (K, H, W) bool and is_decided (K, H, W) bool."""
     centers = _cell_centers(grid)
     masks, is_tie = np.zeros((2, len(geometry.classes), *grid.map_shape), np.bool_)
 
@@ -92,11 +92,11 @@ def reference_vehicles(
     *,
     compat: bool = False,
 ) -> tuple[Mask, Mask, Mask]:
-    """``draw_vehicles``, slowly. Returns vehicles, is_valid and is_decided, (H, W) bool each.
+    """Reference of ``draw_vehicles``. Returns vehicles, is_valid and is_decided, (H, W) bool each.
 
-    Under compat only the cells in the truncated top face (drawn) and those further than 2 cells from it (not
-    drawn) are decided: which boundary cells OpenCV paints is its own affair. Along the map's border, where it
-    clips a face's edges one by one, it may paint even further away.
+    With compat, only cells in the truncated top face (drawn) and cells further than 2 cells from it (not drawn) are
+    decided, because the boundary cells depend on OpenCV. Along the map's border OpenCV clips a face's edges one by one
+    and may paint even further away.
     """
     centers = _cell_centers(grid)
     vehicles, is_hidden, is_tie = np.zeros((3, *grid.map_shape), np.bool_)

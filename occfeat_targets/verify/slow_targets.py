@@ -1,8 +1,8 @@
-"""The slow, obvious way from the tables to a keyframe's targets, for `verify` and the tests.
+"""Slow, independent computation of a keyframe's targets from the tables, for `verify` and the tests.
 
-It shares no step with the fast path that could be wrong in both: plain JSON tables instead of the devkit, pyquaternion
-instead of our rotations, float64 and one return at a time in NumPy instead of the voxelizer, whole JPEGs instead of
-scaled ones, Shapely instead of the rasteriser. What it shares is the definition: the grid, and the axes of its frames.
+It shares no step with the fast path: plain JSON tables instead of the devkit, pyquaternion instead of our rotations,
+float64 NumPy instead of the voxelizer, full JPEG decodes instead of scaled ones, Shapely instead of the rasteriser. It
+shares only definitions: the grid, and the axes of its frames.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_FRAME
 
-BORDER = 1e-4  # [m]; a return this close to a cell's border may fall on either side
+BORDER = 1e-4  # [m]; a return this close to a cell's border may be on either side
 
 Matrix = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class SourceKeyframe:
-    """A keyframe as the tables have it, in float64. Matrices (4, 4), named a_from_b; images, sweeps: file paths."""
+    """A keyframe from the tables, in float64. Matrices (4, 4), named a_from_b; images, sweeps: file paths."""
 
     token: str
     location: str
@@ -46,7 +46,7 @@ class SourceKeyframe:
 def read_source(
     dataroot: Path, version: str, tokens: Collection[str], cameras: Sequence[str], num_sweeps: int
 ) -> dict[str, SourceKeyframe]:
-    """{sample token: keyframe} straight from the JSON tables. Raises KeyError or OSError if they lack something."""
+    """{sample token: keyframe} from the JSON tables. Raises KeyError or OSError if they are incomplete."""
 
     def table(name: str) -> dict[str, dict[str, Any]]:
         records = json.loads((dataroot / version / f"{name}.json").read_text())

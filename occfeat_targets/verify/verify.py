@@ -1,7 +1,7 @@
-"""Can a cache be trusted? Every byte against its checksum, and random keyframes against their source.
+"""Verification of a cache: checksums of all files, and random keyframes against their data set.
 
-Two independent questions: is what lies on the disk what was written (a flipped bit, a lost file), and was what was
-written right (a wrong transform, a wrong resize)? The second is answered with the slow code of `reference`.
+Checksums find changes after writing (a flipped bit, a lost file). Recomputing keyframes with the slow code of
+`slow_targets` and `slow_labels` finds errors made before writing (a wrong transform, a wrong resize).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from occfeat_targets.targets.labels import map_window
 from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
 from occfeat_targets.verify.slow_targets import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 
-MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; DCT-scaled decoding gives 50 and more
-MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together leave 0.999
-MAX_CALIBRATION_ERROR = 1e-3  # [m, px]; float32 storage leaves 1e-4
+MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
+MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
+MAX_CALIBRATION_ERROR = 1e-3  # [m, px]; float32 storage gives 1e-4
 
 
 @dataclass
 class Findings:
-    """What verify found. problems: one line each, empty if the cache is sound. notes: what was measured."""
+    """Results of verify. problems: one line each, empty if the cache is sound. notes: measurements."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
-    """Read every byte of the cache and compare it with what was recorded when it was written.
+    """Read all files of the cache and compare their checksums with those recorded when they were written.
 
-    While a record is refused, no file is said not to belong to the cache: what belongs to it is not known.
+    If a record is invalid, files are not reported as foreign, because the list of the cache's files is incomplete.
     """
     findings = Findings()
     expected: dict[str, str] = dict(read_record(cache.path / PROGRESS / f"{CREATED}.json")["files"])
@@ -60,7 +60,7 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
         expected.update(record["files"])
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
     there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
-    there = {name: size for name, size in there.items() if not is_draft(name)}  # the next build removes them
+    there = {name: size for name, size in there.items() if not is_draft(name)}  # removed by the next build
     remedy = f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
     unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}
     for name in sorted(set(expected) - set(there)):
@@ -83,7 +83,7 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
             masked = {cache.identity.tokens[i] for i in cache.shard_range(shard) if not is_valid[i]}
             if masked != record["skipped"].keys():
                 findings.problems.append(
-                    f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, the masked samples "
+                    f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, but the masked samples "
                     f"are {sorted(masked)}: delete this record and run the build again"
                 )
     return findings
@@ -98,9 +98,9 @@ def _shard_of(name: str) -> str:
 def verify_source(
     cache: Cache, dataroot: Path, num_keyframes: int, seed: int, progress: Callable[[str], None] = print
 ) -> Findings:
-    """Recompute random keyframes from the data set by slow, independent code.
+    """Recompute random keyframes from the data set with slow, independent code.
 
-    Raises ValueError if the data set is not at `dataroot`.
+    Raises ValueError if there is no data set at `dataroot`.
     """
     findings = Findings()
     reader = CacheReader(cache, allow_incomplete=True)
@@ -130,7 +130,7 @@ def verify_source(
     return findings
 
 
-Checked = Iterator[tuple[bool, str]]  # (is it good, what was measured)
+Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
 Maps = dict[str, MapGeometry]
 
 
@@ -160,7 +160,7 @@ def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps:
             yield False, str(err)
             return
         wrong += int((must & ~volume).sum() + (volume & ~may).sum())
-    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} of all wrong"
+    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} voxels wrong"
 
 
 def _images(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:

@@ -79,7 +79,7 @@ BAD_INPUT = {
     "truncated sweep": (cut_inside_a_return, "past a whole return"),
     "half a sweep": (cut_file(0.5, "LIDAR_TOP"), "ends early"),
     "empty sweep": (cut_file(0.0, "LIDAR_TOP"), "is empty"),
-    "half a JPEG": (cut_file(0.5, "CAM_FRONT"), "cut short or damaged"),
+    "half a JPEG": (cut_file(0.5, "CAM_FRONT"), "truncated or damaged"),
     "missing image": (remove_image, "is missing"),
     "missing camera": (remove_camera_record, "no keyframe record"),
     "NaN pose": (nan_pose, "not three finite numbers"),

@@ -25,7 +25,7 @@ def test_a_build_says_what_it_builds_how_large_it_is_and_how_long_it_takes(city,
     output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0")).stdout
     assert "10 keyframes of 2 scenes" in output
     assert "6 of the split's 8 scenes are not in this data set" in output
-    assert "a keyframe" in output
+    assert "per keyframe" in output
     assert "free); time: about" in output
     assert "SIMULATED: the data set is a synthetic city\n" in output
     assert "is complete: 10 keyframes" in output
@@ -187,10 +187,10 @@ def test_a_build_goes_on_with_a_teacher_that_moved_and_not_with_another(city, ti
     assert f"'digest': '{begun_with}'" in refused.stderr
     assert f"'digest': '{other}'" in refused.stderr
     moved.rename(first)
-    teacher._load_once.cache_clear()  # this process still has the weights that the cache was begun with
+    teacher._load_once.cache_clear()  # this process still has the weights that the cache was started with
     verified = run("verify", "--cache", cache, "--split", "mini_train", "--samples", "1", check=False)
     assert verified.returncode == 1
-    assert f"have digest {other}, the cache was begun with {begun_with}" in verified.stderr
+    assert f"have digest {other}, the cache was started with {begun_with}" in verified.stderr
 
 
 def test_contradicting_ways_to_run_are_refused(city, tmp_path):

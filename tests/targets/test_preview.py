@@ -224,7 +224,7 @@ def test_what_a_cache_lacks_is_refused_with_what_it_has(finished_cache, tmp_path
         draw_keyframe(reader, 7)
     with pytest.raises(ValueError, match="no keyframe 9"):
         write_preview(finished_cache, tmp_path / "out", [9])
-    with pytest.raises(ValueError, match="data set is not at None: pass --dataroot, or leave --points out"):
+    with pytest.raises(ValueError, match="no data set at None: pass --dataroot, or leave --points out"):
         write_preview(finished_cache, tmp_path / "out", [0], points=True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="could not write"):

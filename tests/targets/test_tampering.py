@@ -93,7 +93,7 @@ def test_a_record_that_hides_a_skipped_keyframe_is_found(small_cache):
     file = record_file(small_cache, 1)
     write_record(file, {**read_record(file), "skipped": {}})
     (problem,) = problems(small_cache)
-    assert r"the record of shard 1 says that [] were skipped, the masked samples are ['token3']" in problem
+    assert r"the record of shard 1 says that [] were skipped, but the masked samples are ['token3']" in problem
 
 
 def test_a_digest_edited_in_a_record_is_found(finished_cache):

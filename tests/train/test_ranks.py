@@ -83,5 +83,5 @@ def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
     run = tmp_path / "run"
     output = run_pair(pretrain(cache, run, *steps(1), "--set", "network.image_size=48x80"), expected=1)
     assert output.count("error: ") == 1, output
-    assert "images of 40x60, network.image_size=48x80 needs up to 57x96 of them" in output
+    assert "images of 40x60, network.image_size=48x80 needs up to 57x96" in output
     assert not (run / "log.jsonl").exists()
