@@ -1,8 +1,7 @@
-"""A LiDAR sweep: which pulses come back, from how far, how strong.
+"""Simulation of LiDAR sweeps: range and intensity of the returns.
 
-The sweep is taken as instantaneous at its timestamp, which is what motion compensation makes of a real one. As in
-nuScenes' files every pulse has its row, in firing order (ring by ring, column by column); a pulse that did not come
-back is a point at the sensor's origin with intensity 0.
+A sweep is instantaneous at its timestamp, like a motion-compensated real sweep. As in nuScenes' files every pulse has a row,
+in firing order (ring by ring, column by column). A pulse without a return is a point at the sensor's origin with intensity 0.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MAX_RANGE = 105.0
 RANGE_NOISE = 0.012
 DROP_OUT = 0.006
 NO_RETURN, EGO = -3, -4
-# The ego's roof and the rack the LiDAR stands on, as boxes in the ego frame: low x, y, z, high x, y, z [m].
+# The ego's roof and the rack of the LiDAR, as boxes in the ego frame: low x, y, z, high x, y, z [m].
 _EGO_BODY = np.array([[-0.15, -0.46, 1.35, 1.75, 0.46, 1.52], [0.80, -0.30, 1.52, 1.08, 0.30, 1.60]])
 # A pulse is lost when reflectivity * cos(incidence) / range^2 falls below this.
 _SENSITIVITY = 1.5e-6
@@ -31,7 +30,7 @@ _SENSITIVITY = 1.5e-6
 
 class Sweep(NamedTuple):
     """points: (NUM_COLUMNS * NUM_RINGS, 5) float32 x, y, z in the LiDAR's axes, intensity 0..255, ring;
-    objects: index of the object each pulse met, or GROUND, EGO, NO_RETURN.
+    objects: index of the object that each pulse hit, or GROUND, EGO, NO_RETURN.
     """
 
     points: NDArray[np.float32]
@@ -84,7 +83,7 @@ def _cast(g, e, beams, noise, chance, boxes, w, points, objects):  # type: ignor
                 int(s[1]), s[2], s[3], s[4], lx, ly, lz, s[8], s[9], s[10], nx, ny, nz, j, 0.003 * t
             )
         points[n, 4] = n % NUM_RINGS
-        # Glass mostly passes or mirrors the pulse: only near normal incidence does some of it come back.
+        # Glass mostly transmits or reflects the pulse; only near normal incidence there is a return.
         lost = chance[n] < DROP_OUT or (reflect < 0.05 and k >= 0 and chance[n] < 0.95 - 0.5 * facing**4)
         if k == SKY or lost or (k != EGO and reflect * facing < _SENSITIVITY * t * t):
             objects[n] = NO_RETURN
@@ -106,7 +105,7 @@ def beam_directions() -> NDArray[np.float64]:
 
 
 def cast_sweep(global_from_ego: Matrix, world: World, rng: np.random.Generator) -> Sweep:
-    """One turn of the LiDAR; range noise and drop-out are drawn from `rng`."""
+    """One turn of the LiDAR; range noise and drop-out are sampled from `rng`."""
     beams = beam_directions()
     noise, chance = rng.standard_normal(len(beams)), rng.random(len(beams))
     points = np.empty((len(beams), 5), np.float32)

@@ -1,8 +1,8 @@
-"""What a surface looks like to a camera and to the LiDAR: procedural textures, one function for both sensors.
+"""Appearance of surfaces for cameras and LiDAR: procedural textures, one function for both sensors.
 
-Colours are linear RGB in 0..1. `reflectivity` is the share of infrared light a LiDAR pulse gets back at normal
-incidence, above 1 for retro-reflectors; glass gives back almost nothing. `foot` is the size of a pixel on the surface
-[m]: texture finer than that is faded to its mean, which keeps distant surfaces from flickering.
+Colours are linear RGB in 0..1. `reflectivity` is the reflected fraction of a LiDAR pulse at normal incidence; it is above 1
+for retro-reflectors and almost 0 for glass. `foot` is the size of a pixel on the surface [m]; finer texture is faded to its
+mean, so that distant surfaces do not flicker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from occfeat_targets.synth.kernels import kernel
 
 @kernel
 def hash3(i, j, k):  # type: ignore[no-untyped-def]
-    """Three integers -> a number in 0..1 that looks random."""
+    """Three integers -> a pseudo-random number in 0..1."""
     h = (np.int64(i) * 374761393 + np.int64(j) * 668265263 + np.int64(k) * 2147483629) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 1274126177) & 0xFFFFFFFF
     return ((h ^ (h >> 16)) & 0xFFFF) / 65535.0
@@ -53,7 +53,7 @@ def noise2(x, y, seed):  # type: ignore[no-untyped-def]
 
 @kernel
 def _detail(x, y, scale, seed, foot):  # type: ignore[no-untyped-def]
-    """Noise of wavelength `scale` [m] about 0, faded where a pixel is coarser than it."""
+    """Noise of wavelength `scale` [m] around 0, faded where a pixel is coarser."""
     weight = 1.0 - foot / scale
     return (noise2(x / scale, y / scale, seed) - 0.5) * weight if weight > 0 else 0.0
 
@@ -99,7 +99,7 @@ def ground_surface(x, y, g, foot):  # type: ignore[no-untyped-def]
 
 @kernel
 def leaf_normal(nx, ny, nz, lx, ly, lz, foot):  # type: ignore[no-untyped-def]
-    """The normal of a crown, ruffled by its leaves."""
+    """The normal of a crown, perturbed by its leaves."""
     ruffle = 1.9 * max(0.0, 1.0 - foot / 0.4)
     p, q = lx + 0.8 * lz, ly - 0.6 * lz
     nx += ruffle * (noise2(4.1 * p, 4.1 * q, 21) - 0.5) + 0.7 * ruffle * (noise2(9.7 * p, 9.7 * q, 24) - 0.5)
@@ -170,7 +170,7 @@ def surface(material, r, g, b, lx, ly, lz, hx, hy, hz, nx, ny, nz, seed, foot): 
     """Surface of a solid -> r, g, b, reflectivity, gloss.
 
     r, g, b: its base colour; lx, ly, lz: the point from its centre, in its own axes; hx, hy, hz: its half extents;
-    nx, ny, nz: its normal there, in its own axes; seed: tells it from its likes.
+    nx, ny, nz: its normal there, in its own axes; seed: distinguishes similar objects.
     """
     s = ly + hy if abs(nx) > abs(ny) else lx + hx
     z = lz + hz

@@ -167,7 +167,7 @@ def test_no_flipped_bit_in_any_file_is_read(run, name):
     read_all(run)
     for position in [0, len(good) - 1, *np.random.default_rng(0).integers(0, len(good), 10)]:
         flipped(file, int(position))
-        with pytest.raises(CheckpointError, match=f"{name} is (missing or )?damaged.*step-00000003 is whole"):
+        with pytest.raises(CheckpointError, match=f"{name} is (missing or )?damaged.*step-00000003 is intact"):
             read_all(run)
         file.write_bytes(good)
     read_all(run)
@@ -221,7 +221,7 @@ def test_truncated_weights_are_refused_and_deleting_their_checkpoint_continues_f
     file = find_checkpoint(run).path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert "is damaged" in refuse(*evaluate(run, cache))
-    assert "step-00000003 is whole" in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
+    assert "step-00000003 is intact" in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     shutil.rmtree(file.parent)
     assert "continuing at step 3 of 4" in succeed(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     assert_same(find_checkpoint(run).weights(), find_checkpoint(trained).weights())
