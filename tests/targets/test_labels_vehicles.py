@@ -102,7 +102,7 @@ def test_bad_box_is_named(corner: float, token: int) -> None:
 
 
 @pytest.mark.parametrize("compat", [False, True])
-@pytest.mark.parametrize("grid", [GRID, ODD_GRID])
+@pytest.mark.parametrize("grid", [pytest.param(GRID, marks=pytest.mark.slow), ODD_GRID])
 @pytest.mark.parametrize("seed", range(4))
 def test_vehicles_equal_their_slow_twin(seed: int, grid: VoxelGrid, compat: bool) -> None:
     rng = np.random.default_rng(seed)

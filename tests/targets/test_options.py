@@ -77,6 +77,7 @@ def test_options_of_another_form_are_refused(city, tmp_path, option):
     assert option[1] in result.stderr
 
 
+@pytest.mark.slow
 def test_synth_writes_the_city_that_was_asked_for(tmp_path):
     out = tmp_path / "city"
     asked = ["--scenes", "1", "--val-scenes", "1", "--keyframes", "2", "--image-size", "90x160", "--sweeps", "2"]

@@ -101,6 +101,7 @@ def stop_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [Killed, OSError])
 def test_a_rewritten_shard_is_wholly_the_old_or_the_new_one_wherever_the_writing_stops(tmp_path, monkeypatch, error):
     spec = small_spec(teacher=None, labels=("vehicles",))
@@ -190,6 +191,7 @@ def _create_in_process(path: Path, barrier) -> None:
     create(path)
 
 
+@pytest.mark.slow
 def test_processes_that_create_one_cache_at_once_all_get_it(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(4)

@@ -76,6 +76,7 @@ def test_the_data_says_that_it_is_synthetic(devkit, city):
     assert (city / "README.txt").read_text().startswith("This is a synthetic city")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(tmp_path):
     for name, seed, workers in (("a", 5, 1), ("b", 5, 3), ("c", 6, 2)):
         write_city(tmp_path / name, scenes=1, keyframes=2, seed=seed, workers=workers, **SMALL)

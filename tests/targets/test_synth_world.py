@@ -122,6 +122,7 @@ def test_cameras_look_where_their_names_say():
     np.testing.assert_allclose(EGO_FROM_LIDAR[:3, :2], [[0, 1], [-1, 0], [0, 0]], atol=0.03)
 
 
+@pytest.mark.slow
 def test_the_map_agrees_with_the_painted_ground(district, tmp_path):
     from nuscenes.map_expansion.map_api import NuScenesMap
     from nuscenes.utils.map_mask import MapMask

@@ -123,6 +123,7 @@ def test_sums_and_gradients_are_the_looped_twins(function: Deformable, seed: int
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_sums() -> None:
     reads, _ = random_reads(3)
     inputs = tuple(t.requires_grad_() for t in random_inputs(3))
@@ -361,6 +362,7 @@ def without_kinks(model: BEVFormer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bevformer, "camera_reads", lambda *given: (centred(cameras(*given)[0]), cameras(*given)[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.25)])
 def test_at_real_sizes_values_and_gradients_are_float64s_up_to_rounding(
     dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch

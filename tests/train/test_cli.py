@@ -515,6 +515,7 @@ def test_a_traceback_is_there_for_the_asking(tmp_path, monkeypatch):
         invoke(*pretrain(tmp_path, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["images", "features", "occupancy"])
 def test_a_damaged_chunk_met_on_the_way_stops_naming_it_and_the_run_continues_once_it_is_repaired(
     cache, tmp_path, name

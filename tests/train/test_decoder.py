@@ -145,6 +145,7 @@ def test_a_gradient_reaches_every_parameter():
     assert all(float(p.grad.abs().sum()) > 0 for p in decoder.parameters())
 
 
+@pytest.mark.slow
 def test_a_decoder_of_few_channels_trains_at_200x200():
     """In a process of its own: a fault here ends the process."""
     code = """

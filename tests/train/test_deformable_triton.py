@@ -53,6 +53,7 @@ def values_and_gradients(function: object, values: Tensor, places: Tensor, reads
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 2),

@@ -232,6 +232,7 @@ def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 9))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

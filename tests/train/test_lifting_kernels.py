@@ -61,6 +61,7 @@ def test_weights_are_those_of_the_cpus_to_the_last_bit(seed: int, cams: int, com
     assert torch.equal(lift_interpreted(features, views, GRID, compat), lift(features, views, GRID, compat))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),

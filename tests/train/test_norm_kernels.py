@@ -36,6 +36,7 @@ def assert_near_exact(found: list[Tensor], x: Tensor, grad: Tensor, epsilon: flo
     assert ((found[1].double() - exact[1]).abs() <= bound).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (3, 20, 9, 11))),

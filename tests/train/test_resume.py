@@ -144,6 +144,7 @@ def test_a_half_written_line_of_the_log_is_dropped(cache, whole, tmp_path, monke
     assert_same_run(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["save_file", "sync_and_digest", "torch.save", "write_record", "rename", "rmtree"])
 def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cache, whole, tmp_path, monkeypatch, where):
     """Of the checkpoint of step 6, whatever had been written of it."""
