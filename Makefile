@@ -24,8 +24,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A worker a core, four at most: each takes up to 3 GB.
-PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal --durations 15
+# A worker a core, four at most: each takes up to 3 GB. A module stays in one worker, which builds its fixtures once.
+PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
+	--no-loadscope-reorder --durations 15
 test: lint
 	$(PYTEST)
 

@@ -173,6 +173,7 @@ def shared_golden() -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "map_size"), [((64, 112), 40), ((224, 400), 200)])
 def test_the_lifted_volume_is_the_references(shared_golden, image_size, map_size):
     spec = importlib.util.spec_from_file_location("seeded", shared_golden / "seeded.py")

@@ -107,6 +107,7 @@ def differences(name: str, network: BEVNetwork) -> dict[str, float]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bound"), [("segnet", 1e-5), ("bevformernet", 1e-2), ("liftnet2", 1e-5)])
 def test_a_training_step_with_flips_is_the_references(name: str, bound: float) -> None:
     """Grids are float32. So are the places BEVFormer reads about; one that rounding takes over a token's border has
@@ -117,6 +118,7 @@ def test_a_training_step_with_flips_is_the_references(name: str, bound: float) -
         assert value < (bound if "gradient" in key else 1e-5), found
 
 
+@pytest.mark.slow
 def test_without_compat_a_training_step_is_not_the_references() -> None:
     found = differences("segnet", training_network("segnet", compat=None))
     assert found["features"] < 1e-5 and found["raw_feat"] > 0.1
