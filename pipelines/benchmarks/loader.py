@@ -36,9 +36,11 @@ READ = ("images", "features", "occupancy")  # what pretraining reads of a keyfra
 PRESET = "small/occfeat"
 
 
-def write(directory: Path, n: int) -> tuple[Cache, np.memmap]:
+SPEC = TargetSpec(teacher=TeacherSpec("random bytes", "none", (224, 392), 14, 384), labels=())
+
+
+def write(directory: Path, n: int, spec: TargetSpec = SPEC) -> tuple[Cache, np.memmap]:
     """A cache, and one flat file with the bytes of READ, keyframe after keyframe."""
-    spec = TargetSpec(teacher=TeacherSpec("random bytes", "none", (224, 392), 14, 384), labels=())
     identity = Identity(tuple(map(str, range(n))), ("scene",) * n, tuple(range(n)))
     cache = create_cache(
         directory / "train.zarr", spec, identity, keyframes_per_shard=16, provenance={"simulated": ["all of it"]}

@@ -1,0 +1,105 @@
+"""Correctness of the device: whole networks against the host, and the GPU tests of the project."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from occfeat_train.config import Config
+from occfeat_train.tasks.heads import voxel_rows
+from pipelines.gpu_check.inputs import DoubleBatch, config_of, random_batch, task_on
+from pipelines.gpu_check.measure import Check, distance
+
+ROOT = Path(__file__).parents[2]
+NETWORKS = {
+    "simplebev": {},
+    "simplebev/resnet-50": {"backbone": "resnet-50"},
+    "bevformer": {"lifting": "bevformer"},
+    "lss": {"lifting": "lss"},
+}
+# A float32 result of the device may be this many times as far from float64 as the host's float32 result is. The floor is
+# for results that the host happens to hit.
+_FACTOR, _FLOOR = 10, 1e-4
+
+
+def correct(check: Check) -> None:
+    """Loss and gradient of small networks on the device and on the host in float32, both compared with float64.
+
+    Also bfloat16 on the device, for information, and the augmented input and the targets of a batch.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    host = torch.device("cpu")
+    try:
+        for name, network in NETWORKS.items():
+            with check.guarded(name):
+                size = (32, 64) if check.small else (64, 112)
+                config = config_of(True, drop_connect=0.0, image_size=size, **network)
+                exact = loss_and_gradient(config, host, torch.float64)
+                on_host = loss_and_gradient(config, host, torch.float32)
+                on_device = loss_and_gradient(config, check.device, torch.float32)
+                rounded = loss_and_gradient(config, check.device, torch.bfloat16)
+                for part, *found in zip(("loss", "gradient"), on_device, on_host, rounded, exact, strict=True):
+                    device32, host32, device16 = (distance(value, found[-1]) for value in found[:-1])
+                    check.record(
+                        f"{name}: {part}",
+                        device_float32=device32,
+                        host_float32=host32,
+                        device_against_host=distance(found[0], found[1]),
+                        device_bfloat16=device16,
+                        ok=device32 <= max(_FACTOR * host32, _FLOOR),
+                    )
+        with check.guarded("batch"):
+            batch_on_device(check)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def loss_and_gradient(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss of two samples and the gradient of all parameters, flat. bfloat16 means autocast of float32 weights."""
+    task, batch = task_on(config, True, device), random_batch(config, 2, True)
+    for module in task.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # host and device have different random numbers
+    if dtype == torch.float64:
+        task.double()
+        batch = DoubleBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = task(batch.to(device))["loss"]
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+
+
+def batch_on_device(check: Check) -> None:
+    """The augmented input and the target features of a batch."""
+    config = config_of(True)
+    here = random_batch(config, 2, True)
+    there = here.to(check.device)
+    size = config.network.image_size
+    for name in ("images", "intrinsics", "cam_from_grid"):
+        off = distance(getattr(there.views(size), name), getattr(here.views(size), name))
+        check.record(f"batch: {name}", distance=off, ok=off <= 1e-5)
+    voxels = voxel_rows(here.occupied())
+    (expected, views), (found, found_views) = here.voxel_targets(voxels), there.voxel_targets(voxels.to(check.device))
+    off = distance(found, expected)
+    differing = int((found_views.cpu() != views).sum())
+    check.record("batch: targets", distance=off, voxels_with_other_views=differing, ok=off <= 1e-3 and differing == 0)
+
+
+def run_pytest(check: Check) -> None:
+    """The tests that need a GPU. Warnings are not errors here: this machine may have newer libraries than the project pins."""
+    tests = ["tests/train/test_losses.py"] if check.small else ["tests/train"]
+    chosen = [] if check.small else ["-k", "gpu or cuda or deterministic or waits_for_nothing"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with (check.out / "pytest.txt").open("w") as file:
+        done = subprocess.run([*command, *tests, *chosen], cwd=ROOT, env=environment, stdout=file, stderr=file)
+    lines = (check.out / "pytest.txt").read_text().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    check.record("pytest", ok=done.returncode == 0, last=lines[-1:], failed=failed[:20])
