@@ -42,7 +42,7 @@ def env(check: Check) -> None:
         card = torch.cuda.get_device_properties(check.device)
         capability = f"{card.major}.{card.minor}"
         check.record("card", name=card.name, memory_gb=round(card.total_memory / 1e9, 1), capability=capability)
-    host = torch.empty(1 << (20 if check.small else 28), dtype=torch.uint8, pin_memory=check.is_cuda)
+    host = torch.empty(1 << (20 if check.small else 30), dtype=torch.uint8, pin_memory=check.is_cuda)
     source, target = torch.empty_like(host, device=check.device), torch.empty_like(host, device=check.device)
     check.record("copy on the device", gb_per_s=round(2 * len(host) / check.ms(lambda: target.copy_(source)) / 1e6))
     to_device = check.ms(lambda: target.copy_(host, non_blocking=True))
@@ -199,7 +199,7 @@ def kernel_table(check: Check, whole: Step) -> None:
     table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
     (check.out / "kernels.txt").write_text(table)
     launches = sum(e.count for e in events if "LaunchKernel" in e.key)
-    busy = sum(e.self_device_time_total for e in events) / 1e3
+    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e3
     check.record("kernels", launches=launches, busy_ms=round(busy, 1))
 
 
