@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY
 
@@ -46,6 +47,14 @@ def test_a_part_that_raises_hangs_or_aborts_affects_no_other_part(tmp_path):
     assert "ZeroDivisionError" in states["env"]["error"]
     assert states["correct"]["error"] == "ended after 1 s"
     assert states["lss"]["error"] == "its process ended with -6"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_refuses_to_start(tmp_path):
+    command = [sys.executable, "-m", "pipelines.gpu_check", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and "sees no GPU; --device cpu --small is a dry run" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_parts_after_the_deadline_are_reported_as_not_begun(tmp_path):

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.gpu_check.measure import Check, append, describe
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +77,6 @@ FAULTS = {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(10_000), "abort": o
 
 def work(options: argparse.Namespace) -> None:
     """Do the parts in this process."""
-    import torch
-
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -194,6 +194,8 @@ def main() -> None:
     options.out = options.out.resolve()
     if options.worker:
         return work(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU; --device cpu --small is a dry run")
     deadline = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.jsonl").write_text("")
