@@ -68,7 +68,7 @@ PARTS = {
     "ddp": Part("programs", "ddp", 40),
     "memory": Part("speed", "memory", 120),
     "loader": Part("programs", "loader", 60),
-    "teacher": Part("speed", "teacher", 50),
+    "teacher": Part("programs", "teacher", 50),
 }
 _START_S = 120.0  # for a worker to reach its first part
 _LAST_S = 20.0  # no worker starts with less time left
@@ -151,7 +151,7 @@ def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -
             worker.wait()
     known = states(options.out)
     reason = reason or f"its process ended with {worker.returncode}"
-    first = min((record["at"] for record in read(options.out) if record["at"] > began), default=time.time())
+    first = min((record["at"] for record in read(options.out) if record["part"] in group), default=time.time())
     append(options.out, {"part": "worker", "what": "start", "seconds": round(first - began, 1), "parts": group})
     ended = [name for name in group if known.get(name, {}).get("state") == "begun"]
     if not any(name in known for name in group):

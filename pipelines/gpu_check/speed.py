@@ -1,4 +1,4 @@
-"""Speed and memory on the device: ceilings, the training step and its parts, other networks, variants, teacher."""
+"""Speed and memory on the device: ceilings, the training step and its parts, other networks, and variants."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
 from occfeat_train.config import Config
 from occfeat_train.networks.network import _flip, unmirror
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
@@ -282,21 +280,3 @@ def memory(check: Check) -> None:
         finally:
             run = None
             torch.cuda.set_per_process_memory_fraction(1.0, check.device)
-
-
-def teacher(check: Check) -> None:
-    """Images/s of the teacher as the build calls it, with its copies, and of the model alone."""
-    spec = teacher_spec("random:facebook/dinov2-small", input_size=(56, 56) if check.small else None)
-    model = Teacher(spec, check.device.type)
-    for count in (6,) if check.small else (6, 48, 192):
-        images = np.random.default_rng(0).integers(0, 256, (count, *spec.input_size, 3), np.uint8)
-        pixels = torch.randn(count, 3, *spec.input_size, device=check.device)
-
-        def alone(pixels: Tensor = pixels) -> None:
-            with torch.inference_mode(), check.autocast(spec.dtype == "bfloat16"):
-                model._model(pixel_values=pixels)
-
-        whole, bare = check.ms(lambda i=images: model(i), rounds=3), check.ms(alone, rounds=3)
-        rate = flops_per_image(spec) * count / bare / 1e9
-        check.record(f"{count} images", images_per_s=round(1e3 * count / whole), dtype=spec.dtype,
-                     model_images_per_s=round(1e3 * count / bare), tflop_per_s=round(rate, 2))  # fmt: skip
