@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.gpu_check.measure import Check, append, describe
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +68,7 @@ PARTS = {
     "ddp": Part("programs", "ddp", 40),
     "memory": Part("speed", "memory", 120),
     "loader": Part("programs", "loader", 60),
-    "teacher": Part("speed", "teacher", 50),
+    "teacher": Part("programs", "teacher", 50),
 }
 _START_S = 120.0  # for a worker to reach its first part
 _LAST_S = 20.0  # no worker starts with less time left
@@ -75,8 +77,6 @@ FAULTS = {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(10_000), "abort": o
 
 def work(options: argparse.Namespace) -> None:
     """Do the parts in this process."""
-    import torch
-
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,6 +120,12 @@ def first_group(pending: list[str]) -> list[str]:
     return pending[: ends[0]] if ends else pending
 
 
+def limit_of(part: str, options: argparse.Namespace) -> float:
+    """Seconds: --limit, else the part's own, and ten times as much in a dry run."""
+    given = dict(limit.split("=") for limit in options.limit)
+    return float(given.get(part, PARTS[part].seconds * (10 if options.small else 1)))
+
+
 def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -> None:
     """Run a worker to its end. A part over its limit, or the deadline, ends the worker and all its processes."""
     command = [sys.executable, "-m", "pipelines.gpu_check", "--worker", "--device", options.device]
@@ -133,7 +139,7 @@ def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -
             time.sleep(0.2)
             known = states(options.out)
             running = [name for name in group if known.get(name, {}).get("state") == "begun"]
-            limit = min(PARTS[running[0]].seconds, options.limit) if running else _START_S
+            limit = limit_of(running[0], options) if running else _START_S
             since = max([began, *(known[name]["at"] for name in group if name in known)])
             if time.time() > deadline:
                 reason = "no time left"
@@ -145,6 +151,8 @@ def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -
             worker.wait()
     known = states(options.out)
     reason = reason or f"its process ended with {worker.returncode}"
+    first = min((record["at"] for record in read(options.out) if record["part"] in group), default=time.time())
+    append(options.out, {"part": "worker", "what": "start", "seconds": round(first - began, 1), "parts": group})
     ended = [name for name in group if known.get(name, {}).get("state") == "begun"]
     if not any(name in known for name in group):
         ended = group[:1]  # the worker did not start
@@ -178,9 +186,7 @@ def main() -> None:
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS)
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check_out"))
-    parser.add_argument(
-        "--limit", type=float, default=float("inf"), help="seconds of a part, if less than its own limit"
-    )
+    parser.add_argument("--limit", nargs="+", default=[], metavar="PART=SECONDS", help="after which a part is ended")
     parser.add_argument("--fault", nargs="+", default=[], metavar="PART=KIND", help=f"for tests; {', '.join(FAULTS)}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -188,6 +194,8 @@ def main() -> None:
     options.out = options.out.resolve()
     if options.worker:
         return work(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU; --device cpu --small is a dry run")
     deadline = time.time() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.jsonl").write_text("")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,7 +24,7 @@ NETWORKS = {
 }
 # A float32 result of the device may be this many times as far from float64 as the host's float32 result is. The floor is
 # for results that the host happens to hit.
-_FACTOR, _FLOOR = 10, 1e-4
+_FACTOR, _FLOOR = 10, 1e-3
 
 
 def correct(check: Check) -> None:
@@ -96,10 +95,8 @@ def run_pytest(check: Check) -> None:
     tests = ["tests/train/test_losses.py"] if check.small else ["tests/train"]
     chosen = [] if check.small else ["-k", "gpu or cuda or deterministic or waits_for_nothing"]
     command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-o", "filterwarnings=", "-p", "no:cacheprovider"]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with (check.out / "pytest.txt").open("w") as file:
-        done = subprocess.run([*command, *tests, *chosen], cwd=ROOT, env=environment, stdout=file, stderr=file)
+        done = subprocess.run([*command, *tests, *chosen], cwd=ROOT, stdout=file, stderr=file)
     lines = (check.out / "pytest.txt").read_text().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     check.record("pytest", ok=done.returncode == 0, last=lines[-1:], failed=failed[:20])

@@ -52,7 +52,7 @@ def kernels(check: Check) -> None:
             lambda *x: deformable_torch(*x, reads),
             lambda: [
                 normal(batch, side, side, HEADS, channels // HEADS),
-                normal(batch * side * side, HEADS, 8, 3, scale=3),
+                3 * torch.randn(batch * side * side, HEADS, 8, 3, device=check.device),
             ],
         ),
     }
@@ -64,8 +64,10 @@ def kernels(check: Check) -> None:
 def compare_kernel(
     check: Check, name: str, triton: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
 ) -> None:
-    def leaves(dtype: torch.dtype) -> list[Tensor]:
-        return [t.detach().to(dtype).requires_grad_() for t in inputs]
+    """Both functions on the same inputs, against the plain function of these inputs in float32."""
+
+    def leaves(dtype: torch.dtype | None) -> list[Tensor]:
+        return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in inputs]
 
     given = leaves(torch.float32)
     exact = plain(*given)
@@ -76,7 +78,7 @@ def compare_kernel(
         if which == "Triton" and not runs_triton(check.device):
             check.record(f"{name}, {which}", skipped="needs a GPU")
             continue
-        given = leaves(torch.bfloat16)
+        given = leaves(None)
         out = function(*given)
         grad = weight.to(out.dtype)
         found = [out, *torch.autograd.grad(out, given, grad, retain_graph=True)]

@@ -1,4 +1,4 @@
-"""Speed and memory on the device: ceilings, the training step and its parts, other networks, variants, teacher."""
+"""Speed and memory on the device: ceilings, the training step and its parts, other networks, and variants."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
 from occfeat_train.config import Config
 from occfeat_train.networks.network import _flip, unmirror
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
@@ -42,7 +40,7 @@ def env(check: Check) -> None:
         card = torch.cuda.get_device_properties(check.device)
         capability = f"{card.major}.{card.minor}"
         check.record("card", name=card.name, memory_gb=round(card.total_memory / 1e9, 1), capability=capability)
-    host = torch.empty(1 << (20 if check.small else 28), dtype=torch.uint8, pin_memory=check.is_cuda)
+    host = torch.empty(1 << (20 if check.small else 30), dtype=torch.uint8, pin_memory=check.is_cuda)
     source, target = torch.empty_like(host, device=check.device), torch.empty_like(host, device=check.device)
     check.record("copy on the device", gb_per_s=round(2 * len(host) / check.ms(lambda: target.copy_(source)) / 1e6))
     to_device = check.ms(lambda: target.copy_(host, non_blocking=True))
@@ -199,7 +197,7 @@ def kernel_table(check: Check, whole: Step) -> None:
     table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
     (check.out / "kernels.txt").write_text(table)
     launches = sum(e.count for e in events if "LaunchKernel" in e.key)
-    busy = sum(e.self_device_time_total for e in events) / 1e3
+    busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e3
     check.record("kernels", launches=launches, busy_ms=round(busy, 1))
 
 
@@ -282,21 +280,3 @@ def memory(check: Check) -> None:
         finally:
             run = None
             torch.cuda.set_per_process_memory_fraction(1.0, check.device)
-
-
-def teacher(check: Check) -> None:
-    """Images/s of the teacher as the build calls it, with its copies, and of the model alone."""
-    spec = teacher_spec("random:facebook/dinov2-small", input_size=(56, 56) if check.small else None)
-    model = Teacher(spec, check.device.type)
-    for count in (6,) if check.small else (6, 48, 192):
-        images = np.random.default_rng(0).integers(0, 256, (count, *spec.input_size, 3), np.uint8)
-        pixels = torch.randn(count, 3, *spec.input_size, device=check.device)
-
-        def alone(pixels: Tensor = pixels) -> None:
-            with torch.inference_mode(), check.autocast(spec.dtype == "bfloat16"):
-                model._model(pixel_values=pixels)
-
-        whole, bare = check.ms(lambda i=images: model(i), rounds=3), check.ms(alone, rounds=3)
-        rate = flops_per_image(spec) * count / bare / 1e9
-        check.record(f"{count} images", images_per_s=round(1e3 * count / whole), dtype=spec.dtype,
-                     model_images_per_s=round(1e3 * count / bare), tflop_per_s=round(rate, 2))  # fmt: skip
