@@ -78,7 +78,7 @@ def write_cache(
 
     image_size: what 32x48 and a resize by up to 1.2 need. change: alters what is written, given {array: (N, ...)} of all keyframes.
     """
-    features = TeacherSpec(teacher, f"digest of {teacher}", (28, 42), 14, dim) if dim else None
+    features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
     spec = TargetSpec(grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels)
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))

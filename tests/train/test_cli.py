@@ -316,6 +316,25 @@ def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretr
     assert "another teacher" not in succeed(*evaluate(pretrained, cache, "--out", tmp_path / "out"))
 
 
+def test_a_teacher_that_was_moved_is_no_other_teacher(pretrained, tmp_path):
+    write_caches(tmp_path, teacher="/moved/made up")
+    assert "another teacher" not in succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_features_of_other_channels_are_refused_in_evaluation_and_report(pretrained, tmp_path, command):
+    write_caches(tmp_path, dim=8)
+    out = ["--out", tmp_path / "report.html" if command == "report" else tmp_path]
+    message = refuse(command, pretrained, "--cache", tmp_path, "--split", "val", "--device", "cpu", *out)
+    assert "has features of 8 channels" in message
+
+
+def test_a_report_says_that_the_cache_has_another_teachers_features(pretrained, tmp_path):
+    write_caches(tmp_path, teacher="another one")
+    where = ["--cache", tmp_path, "--split", "val", "--device", "cpu", "--samples", "1"]
+    assert "another teacher: the cache's" in succeed("report", pretrained, *where, "--out", tmp_path / "report.html")
+
+
 def test_a_run_does_not_continue_on_other_keyframes_of_the_same_spec(pretrained, tmp_path):
     write_caches(tmp_path / "others", first=100)
     run = Path(shutil.copytree(pretrained, tmp_path / "run"))
@@ -343,6 +362,10 @@ def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tm
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
     output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
     assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
+    succeed(*pretrain(cache, tmp_path / "large", *large, *steps(1), "--set", "allow_upsampling=true"))
+    output = succeed(*evaluate(tmp_path / "large", cache, "--out", tmp_path / "results"))
+    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
+    assert json.loads((tmp_path / "results" / "val.json").read_text())["enlarged"]
 
 
 def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pretrained, tmp_path):
