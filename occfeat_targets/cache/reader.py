@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import ArraySpec
-from occfeat_targets.cache.store import Cache, open_cache, shard_file, shard_name
+from occfeat_targets.cache.store import ABSENT, Cache, open_cache, shard_file, shard_name
 
 Check = Literal["first", "always", "never"]
-_ABSENT = np.uint64(2**64 - 1)
 
 
 class CacheReader:
@@ -128,7 +127,7 @@ class CacheReader:
             index = self._indices.get((array.name, shard))
             if index is None:
                 index = self._indices[array.name, shard] = self._read_index(descriptor, file, keyframe)
-            if index[row, 0] == _ABSENT:
+            if index[row, 0] == ABSENT:
                 raise self._damaged(file, keyframe, "this keyframe was never written")
             offset, size = (int(n) for n in index[row])
             crc = np.empty(4, np.uint8)

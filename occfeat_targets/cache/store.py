@@ -31,7 +31,7 @@ from occfeat_targets.cache.spec import ArraySpec, TargetSpec
 KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
-_ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
+ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
 _WHOLE = "record.json"  # present in a draft that is complete and only has to be moved
 
 
@@ -239,7 +239,7 @@ def chunk_checksums(file: Path, keyframes_per_shard: int) -> list[int]:
     """CRC-32C of each keyframe's chunk in a shard, in order: the last four bytes of a chunk, found by the shard's index."""
     data = np.memmap(file, np.uint8, "r")
     index = data[-16 * keyframes_per_shard - 4 : -4].view("<u8").reshape(-1, 2)
-    ends = (int(offset + size) if size != _ABSENT else 0 for offset, size in index)
+    ends = (int(offset + size) if size != ABSENT else 0 for offset, size in index)
     return [int.from_bytes(data[end - 4 : end].tobytes(), "little") if end else 0 for end in ends]
 
 

@@ -134,7 +134,7 @@ def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
 def test_it_compiles_for_a_gpu_and_fuses_no_float64(
     name: str, compat: bool, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A fused product would put a voxel at an image's edge on another side than `gather.find_taps` does."""
+    """A fused product would put a voxel at an image's edge on another side than `lifting._taps` does."""
     volume = torch.empty(1, 4, 4, 2, 80, dtype=dtype)
     tokens = torch.empty(1, 6 * 24, 80, dtype=dtype if name == "gather_tokens" else torch.float32)
     axes = tuple(torch.empty(n, dtype=torch.float64) for n in (2, 4, 4))
