@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import CAMERAS, LARGEST_RESIZE, MAP_CLASSES, TargetSpec, TeacherSpec, largest_network
+from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.spec import CAMERAS, LARGEST_RESIZE, TargetSpec, TeacherSpec, largest_network
 
 TEACHER = TeacherSpec("facebook/dinov2-small", "abc", (224, 392), 14, 384)
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import digest, read_record, write_record
-from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, Identity, create_cache
 from occfeat_train.cli import main
 from occfeat_train.training.checkpoint import find_checkpoint
@@ -72,7 +73,7 @@ def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, 
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = LABEL_KINDS, frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
