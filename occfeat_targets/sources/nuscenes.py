@@ -29,7 +29,7 @@ class NuScenes:
     """nuScenes, or a data set in its format such as the synthetic city; see `sources.source.Source`."""
 
     cameras = CAMERAS
-    slow_reader = "occfeat_targets.verify.slow_nuscenes:read_reference"
+    slow_reader = "occfeat_targets.verify.slow_nuscenes:read_slow_source"
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         return read_split(

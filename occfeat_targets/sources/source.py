@@ -23,7 +23,7 @@ class Source(Protocol):
     """A data set. It is constructed without arguments and holds no state: everything it reads is in values of `Split`.
 
     cameras: names of V cameras, in the order of the camera axis of every array.
-    slow_reader: "package.module:function" with the signature of `verify.slow_nuscenes.read_reference`: an independent
+    slow_reader: "package.module:function" with the signature of `verify.slow_nuscenes.read_slow_source`: an independent
     reader for `verify`, which shares no code with this class. None: `verify` uses this class's own keyframes.
     """
 

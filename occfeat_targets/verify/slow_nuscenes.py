@@ -18,10 +18,10 @@ from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
-from occfeat_targets.verify.slow_targets import Reference
+from occfeat_targets.verify.slow_targets import SlowSource
 
 
-def read_reference(root: Path, version: str, tokens: Collection[str], spec: TargetSpec) -> Reference:
+def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: TargetSpec) -> SlowSource:
     """What `verify` needs of these samples. Raises ValueError if `root` has no tables of this version or not all samples."""
     found = [p.parent for p in (root / version, *root.glob(f"*/{version}")) if (p / "sample.json").is_file()]
     if not found:
@@ -33,7 +33,7 @@ def read_reference(root: Path, version: str, tokens: Collection[str], spec: Targ
         file = found[0] / "maps" / "expansion" / f"{location}.json"
         return MapGeometry.from_tables(SimpleNamespace(**json.loads(file.read_text())), map_classes(spec.dividers))
 
-    return Reference(keyframes, read_returns, read_map)
+    return SlowSource(keyframes, read_returns, read_map)
 
 
 def read_keyframes(

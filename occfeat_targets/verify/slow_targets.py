@@ -26,7 +26,7 @@ BORDER = 1e-4  # [m]; a return this close to a cell's border may be on either si
 
 
 @dataclass(frozen=True)
-class Reference:
+class SlowSource:
     """A data set as `verify` sees it.
 
     keyframes: {sample token: keyframe}. read_returns: path of a sweep -> (n, 4 or more) x, y, z [m], intensity; raises
@@ -38,10 +38,10 @@ class Reference:
     read_map: Callable[[str], MapGeometry]
 
 
-def own_reference(source: Source, root: Path, split: str, version: str, spec: TargetSpec) -> Reference:
+def as_slow_source(source: Source, root: Path, split: str, version: str, spec: TargetSpec) -> SlowSource:
     """The data set through its own class, for a source without a slow reader: an error of that class is not found."""
     read = source.read_split(root, split, version=version, num_sweeps=spec.num_sweeps, with_boxes=True)
-    return Reference(
+    return SlowSource(
         {keyframe.token: keyframe for keyframe in read.keyframes},
         source.read_sweep,
         cache(lambda location: source.read_map(read, location, spec.dividers)),
@@ -57,7 +57,7 @@ def grid_from_ego(keyframe: Keyframe, frame: str, cameras: Sequence[str]) -> Mat
 
 
 def occupancy_bounds(
-    reference: Reference, keyframe: Keyframe, frame_from_ego: Matrix, grid: VoxelGrid, ego_box: float
+    reference: SlowSource, keyframe: Keyframe, frame_from_ego: Matrix, grid: VoxelGrid, ego_box: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Two (Z, H, W) bool volumes in float64: voxels that must be occupied, and voxels that may be.
 

@@ -26,7 +26,7 @@ from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_targets.targets.labels import map_window
 from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
-from occfeat_targets.verify.slow_targets import Reference, grid_from_ego, occupancy_bounds, own_reference
+from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source, grid_from_ego, occupancy_bounds
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
@@ -109,7 +109,7 @@ def verify_source(
     finished = [i for shard in cache.finished_shards() for i in cache.shard_range(shard) if reader.is_valid[i]]
     chosen = sorted(np.random.default_rng(seed).permutation(finished)[:num_keyframes].tolist())
     tokens = [cache.identity.tokens[i] for i in chosen]
-    reference = _read_reference(cache, dataroot, tokens, progress)
+    reference = _read_slow_source(cache, dataroot, tokens, progress)
     for keyframe, token in zip(chosen, tokens, strict=True):
         found = [
             finding
@@ -123,13 +123,15 @@ def verify_source(
     return findings
 
 
-def _read_reference(cache: Cache, dataroot: Path, tokens: Sequence[str], progress: Callable[[str], None]) -> Reference:
+def _read_slow_source(
+    cache: Cache, dataroot: Path, tokens: Sequence[str], progress: Callable[[str], None]
+) -> SlowSource:
     source, spec, origin = open_source(cache.spec.source), cache.spec, cache.provenance
     if source.slow_reader is not None:
-        reference: Reference = resolve_name(source.slow_reader)(dataroot, origin["version"], tokens, spec)
+        reference: SlowSource = resolve_name(source.slow_reader)(dataroot, origin["version"], tokens, spec)
     else:
         progress(f"{spec.source} has no independent reader: paths, transforms and boxes are checked against themselves")
-        reference = own_reference(source, dataroot, origin["split"], origin["version"], spec)
+        reference = as_slow_source(source, dataroot, origin["split"], origin["version"], spec)
     missing = [token for token in tokens if token not in reference.keyframes]
     if missing:
         raise ValueError(f"{dataroot} has no sample {missing[0]}: pass the --dataroot that {cache.path} was built from")
@@ -143,7 +145,7 @@ def _frames(spec: TargetSpec, source: Keyframe) -> list[NDArray[np.float64]]:
     return [grid_from_ego(source, frame, spec.cameras) for frame in spec.frames]
 
 
-def _calibration(reader: CacheReader, keyframe: int, reference: Reference, source: Keyframe) -> Checked:
+def _calibration(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     scaled = [
         np.diag([spec.image_size[1] / view.source_size[1], spec.image_size[0] / view.source_size[0], 1])
@@ -156,7 +158,7 @@ def _calibration(reader: CacheReader, keyframe: int, reference: Reference, sourc
     yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
 
 
-def _occupancy(reader: CacheReader, keyframe: int, reference: Reference, source: Keyframe) -> Checked:
+def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
@@ -170,7 +172,7 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: Reference, source:
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} voxels wrong"
 
 
-def _images(reader: CacheReader, keyframe: int, reference: Reference, source: Keyframe) -> Checked:
+def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     cached = reader.read("images", keyframe)
     worst = np.inf
     for image, view in zip(cached, source.cameras, strict=True):
@@ -180,7 +182,7 @@ def _images(reader: CacheReader, keyframe: int, reference: Reference, source: Ke
     yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
 
 
-def _features(reader: CacheReader, keyframe: int, reference: Reference, source: Keyframe) -> Checked:
+def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if spec.teacher is None:
         return
@@ -201,7 +203,7 @@ def _features(reader: CacheReader, keyframe: int, reference: Reference, source: 
     yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
 
 
-def _labels(reader: CacheReader, keyframe: int, reference: Reference, source: Keyframe) -> Checked:
+def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     geometry = reference.read_map(source.location) if "map" in spec.labels else None
     wrong = 0
