@@ -24,10 +24,10 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import digest
 from occfeat_targets.cache.spec import EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity
+from occfeat_targets.cache.store import Cache, Identity, is_whole
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
+from occfeat_targets.sources.scenes import choose_scenes, note_problems, require_no_problems
 from occfeat_targets.sources.source import Source, open_source
 from occfeat_targets.targets.labels import map_window
 
@@ -124,7 +124,8 @@ class Plan:
         for keyframe in keyframes:
             if keyframe.location in self.maps and keyframe.problem is None:
                 ego_from_global = inverse_rigid(keyframe.global_from_ego)
-                for frame in grids_from_ego(keyframe, spec):
+                frames = grids_from_ego(keyframe, spec)
+                for frame in frames[frames.any(axis=(1, 2))]:
                     window = map_window(
                         spec.grid, frame @ ego_from_global, keyframe.global_from_ego[2, 3], spec.divider_width
                     )
@@ -195,7 +196,7 @@ def make_plan(options: BuildOptions) -> Plan:
         cache = create()
         cache.require_files()
         left = _indices(cache, _rows_to_build(cache, options))
-    split = note_missing_files(split, left)
+    split = note_problems(split, left, mask_cameras=options.on_error == "mask-camera")
     if options.on_error == "fail":
         require_no_problems(split, left)
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
@@ -248,7 +249,10 @@ def _provenance(
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
-    """{shard: its keyframes left to build}: all, or with --retry-skipped only the skipped ones of a finished shard."""
+    """{shard: its keyframes left to build}.
+
+    All, or with --retry-skipped those keyframes of a finished shard that were skipped or have masked cameras.
+    """
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
     for shard in mine:
@@ -259,8 +263,9 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
         tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
         if shard not in finished:
             rows[shard] = tuple(range(len(tokens)))
-        elif options.retry_skipped and finished[shard]["skipped"]:
-            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in finished[shard]["skipped"])
+        elif options.retry_skipped and not is_whole(finished[shard]):
+            again = {*finished[shard]["skipped"], *finished[shard]["masked"]}
+            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in again)
     return rows
 
 

@@ -176,12 +176,13 @@ def _draw_views(
         clouds["returns"] = np.asarray(returns, np.float64)
     images, intrinsics = reader.read("images", keyframe), reader.read("intrinsics", keyframe).astype(np.float64)
     cam_from_ego = reader.read("cam_from_ego", keyframe).astype(np.float64)
+    areas, is_seen = reader.read("image_area", keyframe), reader.read("camera_valid", keyframe)
     enlargement = np.array(layout.tile) / spec.image_size[::-1]
     for camera, name in enumerate(spec.cameras):
         for kind, points in clouds.items():
             tile = Image.fromarray(images[camera]).resize(layout.tile, Image.Resampling.BICUBIC)
             points_cam = transform(cam_from_ego[camera], points)
-            pixels, depth, is_valid = project(intrinsics[camera], points_cam, spec.image_size)
+            pixels, depth, is_valid = project(intrinsics[camera], points_cam, spec.image_size, areas[camera])
             pixels, depth = pixels[is_valid] * enlargement, depth[is_valid]
             focal = intrinsics[camera, 0, 0] * enlargement[0] / depth
             if kind == "voxels":
@@ -189,7 +190,7 @@ def _draw_views(
                 draw_dots(tile, pixels, depth, colors, np.clip(VOXEL_RADIUS * focal, *VOXEL_PIXELS), rim=0.8)
             else:
                 draw_dots(tile, pixels, depth, DEPTH.colors(depth), np.clip(RETURN_RADIUS * focal, *RETURN_PIXELS))
-            draw_tag(tile, f"{name}: {CAPTIONS[kind]}")
+            draw_tag(tile, f"{name}: {CAPTIONS[kind] if is_seen[camera] else 'masked'}")
             sheet.paste(tile, layout.corner(camera, kind))
 
 
@@ -218,8 +219,10 @@ def _draw_maps(
     }
     view = BirdsEye(grid, TILE_WIDTH - RULER + 2)
     picture = view.draw(occupancy_colors(volume, grid, height_scale), grid_from_ego)
-    grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
-    view.draw_cameras(picture, grid_from_cams, spec.cameras)
+    is_seen = reader.read("camera_valid", keyframe)
+    cam_from_ego = reader.read("cam_from_ego", keyframe)[is_seen].astype(np.float64)
+    names = tuple(name for name, seen in zip(spec.cameras, is_seen, strict=True) if seen)
+    view.draw_cameras(picture, grid_from_ego @ inverse_rigid(cam_from_ego), names)
     title = f"{int(volume.sum())} occupied voxels, the highest of each column"
     panels: list[tuple[str, Image.Image, dict[str, RGB]]] = [(title, picture, {})]
     vehicles = masks.get("vehicles")

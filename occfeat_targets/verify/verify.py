@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -21,12 +21,18 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
-from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_targets.targets.labels import map_window
 from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
-from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source, grid_from_ego, occupancy_bounds
+from occfeat_targets.verify.slow_targets import (
+    SlowSource,
+    as_slow_source,
+    filled_part,
+    grid_from_ego,
+    occupancy_bounds,
+)
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
@@ -79,7 +85,8 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
             bar.update(there[name])
     findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
     if not findings.problems:
-        is_valid = CacheReader(cache, allow_incomplete=True).is_valid
+        reader = CacheReader(cache, allow_incomplete=True)
+        is_valid = reader.is_valid
         for shard, record in sound.items():
             masked = {cache.identity.tokens[i] for i in cache.shard_range(shard) if not is_valid[i]}
             if masked != record["skipped"].keys():
@@ -87,7 +94,27 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
                     f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, but the masked samples "
                     f"are {sorted(masked)}: delete this record and run the build again"
                 )
+            cameras = _masked_cameras(reader, shard)
+            if cameras != {token: sorted(why) for token, why in record["masked"].items()}:
+                findings.problems.append(
+                    f"the record of shard {shard} says that the cameras {record['masked']} were masked, but {cameras} are: "
+                    "delete this record and run the build again"
+                )
+    masked_cameras = [camera for record in sound.values() for why in record["masked"].values() for camera in why]
+    if masked_cameras:
+        findings.notes.append(f"{len(masked_cameras)} cameras are masked: 'occfeat-targets status' lists them")
     return findings
+
+
+def _masked_cameras(reader: CacheReader, shard: int) -> dict[str, list[str]]:
+    """{sample token: names of its masked cameras} of a shard's valid keyframes."""
+    cache, found = reader.cache, {}
+    for keyframe in cache.shard_range(shard):
+        is_seen = reader.read("camera_valid", keyframe)
+        if reader.is_valid[keyframe] and not is_seen.all():
+            names = [name for name, seen in zip(cache.spec.cameras, is_seen, strict=True) if not seen]
+            found[cache.identity.tokens[keyframe]] = sorted(names)
+    return found
 
 
 def _shard_of(name: str) -> str:
@@ -111,10 +138,11 @@ def verify_source(
     tokens = [cache.identity.tokens[i] for i in chosen]
     reference = _read_slow_source(cache, dataroot, tokens, progress)
     for keyframe, token in zip(chosen, tokens, strict=True):
+        source = _without_masked(reference.keyframes[token], reader.read("camera_valid", keyframe))
         found = [
             finding
-            for check in (_calibration, _occupancy, _images, _features, _labels)
-            for finding in check(reader, keyframe, reference, reference.keyframes[token])
+            for check in (_masked, _calibration, _occupancy, _images, _features, _labels)
+            for finding in check(reader, keyframe, reference, source)
         ]
         findings.problems += [f"sample {token}: {text}" for is_good, text in found if not is_good]
         line = f"sample {token}: " + "; ".join(text for _, text in found)
@@ -141,20 +169,53 @@ def _read_slow_source(
 Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
 
 
+def _without_masked(source: Keyframe, is_seen: NDArray[np.bool_]) -> Keyframe:
+    """The keyframe with a problem in each view that the cache masks."""
+    views = zip(source.cameras, is_seen, strict=True)
+    return replace(source, cameras=tuple(view if seen else broken_view("masked") for view, seen in views))
+
+
 def _frames(spec: TargetSpec, source: Keyframe) -> list[NDArray[np.float64]]:
-    return [grid_from_ego(source, frame, spec.cameras) for frame in spec.frames]
+    """(4, 4) of each reference frame, zeros for those of masked cameras."""
+    masked = {name for name, view in zip(spec.cameras, source.cameras, strict=True) if view.problem is not None}
+    return [
+        np.zeros((4, 4)) if frame in masked else grid_from_ego(source, frame, spec.cameras) for frame in spec.frames
+    ]
+
+
+def _views(source: Keyframe) -> list[tuple[int, CameraView]]:
+    """(index, view) of each camera that is not masked."""
+    return [(i, view) for i, view in enumerate(source.cameras) if view.problem is None]
+
+
+def _masked(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
+    """Everything of masked cameras is zero."""
+    spec = reader.cache.spec
+    cameras = [i for i, view in enumerate(source.cameras) if view.problem is not None]
+    if not cameras:
+        return
+    frames = [i for i, frame in enumerate(spec.frames) if frame in [spec.cameras[c] for c in cameras]]
+    filled = [
+        array.name
+        for array in spec.arrays()
+        for masked in [{"camera": cameras, "frame": frames}.get(array.dims[0] if array.dims else "", [])]
+        if reader.read(array.name, keyframe)[masked].any()
+    ]
+    text = f"{len(cameras)} masked cameras" + (f", but their {', '.join(filled)} are not zero" if filled else "")
+    yield not filled, text
 
 
 def _calibration(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
-    scaled = [
-        np.diag([spec.image_size[1] / view.source_size[1], spec.image_size[0] / view.source_size[0], 1])
-        @ view.intrinsics
-        for view in source.cameras
-    ]
-    cam_from_ego = [view.cam_from_ego for view in source.cameras]
-    expected = {"intrinsics": scaled, "cam_from_ego": cam_from_ego, "grid_from_ego": _frames(spec, source)}
-    worst = max(float(np.abs(reader.read(name, keyframe) - np.array(e)).max()) for name, e in expected.items())
+    expected: dict[str, Any] = {"grid_from_ego": _frames(spec, source)}
+    found = {"grid_from_ego": reader.read("grid_from_ego", keyframe)}
+    for i, view in _views(source):
+        top, left, bottom, right = area = filled_part(view.source_size, spec.image_size, spec.image_size)
+        scale_y, scale_x = (bottom - top) / view.source_size[0], (right - left) / view.source_size[1]
+        intrinsics = np.array([[scale_x, 0, left], [0, scale_y, top], [0, 0, 1]]) @ view.intrinsics
+        for name, value in (("image_area", area), ("intrinsics", intrinsics), ("cam_from_ego", view.cam_from_ego)):
+            expected[f"{name} {i}"], found[f"{name} {i}"] = value, reader.read(name, keyframe)[i]
+    worst = max(float(np.abs(found[name] - np.array(value)).max()) for name, value in expected.items())
     yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
 
 
@@ -163,6 +224,8 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
     for volume, frame in zip(volumes, _frames(spec, source), strict=True):
+        if not frame.any():
+            continue
         try:
             must, may = occupancy_bounds(reference, source, frame, spec.grid, spec.ego_box)
         except ValueError as err:
@@ -173,32 +236,47 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source
 
 
 def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    cached = reader.read("images", keyframe)
+    cached, size = reader.read("images", keyframe), reader.cache.spec.image_size
     worst = np.inf
-    for image, view in zip(cached, source.cameras, strict=True):
-        (full,) = load_image_reference(view.path, [reader.cache.spec.image_size])
-        error = float(np.mean((image.astype(np.float64) - full) ** 2))
+    for i, view in _views(source):
+        area = filled_part(view.source_size, size, size)
+        full, image = (_part(values, area) for values in (_fitted(view, size, size), cached[i].astype(np.float64)))
+        error = float(np.mean((image - full) ** 2))
         worst = min(worst, 10 * np.log10(255**2 / error) if error else np.inf)
+        if cached[i].sum(dtype=np.int64) != image.sum():
+            yield False, f"the image of {reader.cache.spec.cameras[i]} is not black outside of its area"
     yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
+
+
+def _fitted(view: CameraView, size: tuple[int, int], student_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(size, 3) fully decoded image of a view with black borders."""
+    top, left, bottom, right = area = filled_part(view.source_size, size, student_size)
+    out = np.zeros((*size, 3), np.uint8)
+    _part(out, area)[:] = load_image_reference(view.path, [(bottom - top, right - left)])[0]
+    return out
+
+
+def _part(image: NDArray[Any], area: list[int]) -> NDArray[Any]:
+    top, left, bottom, right = area
+    return image[top:bottom, left:right]
 
 
 def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if spec.teacher is None:
         return
-    from dataclasses import replace
-
     from occfeat_targets.targets.teacher import load_teacher
 
     teacher = load_teacher(replace(spec.teacher, dtype="float32"))
-    images = np.stack([load_image_reference(view.path, [spec.teacher.input_size])[0] for view in source.cameras])
+    images = [_fitted(view, spec.teacher.input_size, spec.image_size) for _, view in _views(source)]
     expected = np.concatenate([teacher(image[None]) for image in images])
-    cached = reader.read("features", keyframe).astype(np.float32)
+    is_seen = reader.read("camera_valid", keyframe)
+    cached = reader.read("features", keyframe)[is_seen].astype(np.float32)
     cosine = (expected * cached).sum(-1) / (np.linalg.norm(expected, axis=-1) * np.linalg.norm(cached, axis=-1) + 1e-12)
     mean = float(cosine.mean())
     yield mean >= MIN_COSINE, f"features at cosine {mean:.5f} of float32 (worst token {float(cosine.min()):.5f})"
     if spec.feature_dtype == "int8":
-        cached *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
+        cached *= reader.read("feature_scale", keyframe)[is_seen][..., None].astype(np.float32)
     ratio = float(np.linalg.norm(cached) / np.linalg.norm(expected))
     yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
 
@@ -208,6 +286,8 @@ def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
     geometry = reference.read_map(source.location) if "map" in spec.labels else None
     wrong = 0
     for i, frame in enumerate(_frames(spec, source)):
+        if not frame.any():
+            continue
         if "vehicles" in spec.labels:
             *expected, is_decided = reference_vehicles(
                 source.vehicle_corners, source.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
