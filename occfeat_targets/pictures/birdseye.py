@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.pictures.colors import (
     CAMERA,
     COINCIDENT,
@@ -19,7 +20,6 @@ from occfeat_targets.pictures.colors import (
     FAINT,
     HATCH,
     INK,
-    MAP_COLORS,
     OCCUPIED_ONLY,
     RGB,
     VEHICLE,
@@ -129,14 +129,12 @@ def occupancy_colors(volume: Mask, grid: VoxelGrid, scale: ColorScale) -> Colors
     return np.where(volume.any(axis=0)[..., None], scale.colors(up), np.array(EMPTY, np.uint8))
 
 
-def label_colors(map_masks: Mask | None, vehicles: Mask | None, shape: tuple[int, int]) -> Colors:
-    """(K, H, W) map classes, (H, W) vehicles -> (H, W, 3), vehicles on top."""
+def label_colors(masks: Mapping[str, Mask], shape: tuple[int, int]) -> Colors:
+    """{kind of labels: (K, H, W) masks of its classes} -> (H, W, 3), solid kinds on top."""
     colors = np.full((*shape, 3), EMPTY, np.uint8)
-    if map_masks is not None:
-        for name, color in MAP_COLORS.items():
-            colors[map_masks[MAP_CLASSES.index(name)]] = color
-    if vehicles is not None:
-        colors[vehicles] = VEHICLE
+    for kind in sorted((LABEL_KINDS[name] for name in masks), key=lambda kind: kind.is_solid):
+        for name, color in kind.dark.items():
+            colors[masks[kind.name][kind.classes.index(name)]] = color
     return colors
 
 

@@ -23,7 +23,6 @@ VEHICLE = LABEL_KINDS["vehicles"].dark["vehicles"]
 HATCH: RGB = (122, 126, 132)
 OCCUPIED_ONLY: RGB = (104, 122, 160)
 COINCIDENT: RGB = (88, 240, 120)
-MAP_COLORS = LABEL_KINDS["map"].dark
 
 # Turbo at equal steps, without its ends, which are too dark on a photograph.
 _RAMP = np.array(

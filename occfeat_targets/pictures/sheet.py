@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, project, transform
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS, TargetSpec
 from occfeat_targets.cache.store import Cache
@@ -25,7 +26,6 @@ from occfeat_targets.pictures.colors import (
     COINCIDENT,
     FAINT,
     HATCH,
-    MAP_COLORS,
     OCCUPIED_ONLY,
     PAPER,
     RGB,
@@ -210,36 +210,37 @@ def _draw_maps(
     spec, grid = reader.cache.spec, reader.cache.spec.grid
     grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
     volume = grid.unpack_volume(reader.read("occupancy", keyframe)[index])
-    masks = {
-        name: grid.unpack_map(reader.read(f"labels/{name}", keyframe)[index])
-        for kind, names in {"vehicles": ("vehicles", "vehicles_valid"), "map": ("map",)}.items()
-        for name in names
-        if kind in spec.labels
-    }
+    kinds = [LABEL_KINDS[name] for name in spec.labels]
+    masks, invalid = {}, {}
+    for kind in kinds:
+        all_masks, is_valid = reader.read_labels(kind, keyframe)
+        masks[kind.name] = all_masks[index]
+        if is_valid is not None:
+            invalid[f"{kind.invalid}, not scored"] = ~is_valid[index]
     view = BirdsEye(grid, TILE_WIDTH - RULER + 2)
     picture = view.draw(occupancy_colors(volume, grid, height_scale), grid_from_ego)
     grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
     view.draw_cameras(picture, grid_from_cams, spec.cameras)
     title = f"{int(volume.sum())} occupied voxels, the highest of each column"
     panels: list[tuple[str, Image.Image, dict[str, RGB]]] = [(title, picture, {})]
-    vehicles = masks.get("vehicles")
-    if masks:
-        colors = label_colors(masks.get("map"), vehicles, grid.map_shape)
-        key = dict(MAP_COLORS) if "map" in masks else {}
-        if vehicles is not None:
-            key |= {"vehicle": VEHICLE, "vehicle hardly visible, not scored": HATCH}
-        hatched = None if vehicles is None else ~masks["vehicles_valid"]
-        panels.append((f"labels: {', '.join(spec.labels)}", view.draw(colors, grid_from_ego, hatched), key))
-    if vehicles is not None:
+    if kinds:
+        key: dict[str, RGB] = {name: color for kind in kinds for name, color in kind.dark.items()}
+        hatched = np.any(list(invalid.values()), axis=0) if invalid else None
+        picture = view.draw(label_colors(masks, grid.map_shape), grid_from_ego, hatched)
+        panels.append((f"labels: {', '.join(spec.labels)}", picture, key | dict.fromkeys(invalid, HATCH)))
+    solid = [kind.name for kind in kinds if kind.is_solid]
+    if solid:
+        names = ", ".join(solid)
+        cells = np.any([masks[name].any(axis=0) for name in solid], axis=0)
         occupied = occupied_at_body_height(volume, grid, inverse_rigid(grid_from_ego))
-        shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (vehicles, ~vehicles)]
-        title = f"vehicles and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
+        shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (cells, ~cells)]
+        title = f"{names} and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
         key = {
-            f"both ({shares[0]:.1f} % of vehicle cells)": COINCIDENT,
-            "vehicle alone": VEHICLE,
+            f"both ({shares[0]:.1f} % of the cells of {names})": COINCIDENT,
+            f"{names} alone": VEHICLE,
             f"voxel alone ({shares[1]:.1f} % of the other cells)": OCCUPIED_ONLY,
         }
-        panels.append((title, view.draw(coincidence_colors(vehicles, occupied), grid_from_ego), key))
+        panels.append((title, view.draw(coincidence_colors(cells, occupied), grid_from_ego), key))
     bottom = top
     for column, (title, picture, key) in enumerate(panels):
         left = MARGIN + column * (TILE_WIDTH + GAP)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.spec import TargetSpec
@@ -23,8 +25,7 @@ from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes import find_dataroot
 from occfeat_targets.targets.images import load_image_reference
-from occfeat_targets.targets.labels import map_window
-from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
+from occfeat_targets.verify.slow_labels import Reference
 from occfeat_targets.verify.slow_targets import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
@@ -111,7 +112,7 @@ def verify_source(
     tokens = [cache.identity.tokens[i] for i in chosen]
     sources = read_source(root, version, tokens, spec.cameras, spec.num_sweeps)
     maps = {}
-    if "map" in spec.labels:
+    if any("maps" in LABEL_KINDS[name].needs for name in spec.labels):
         locations = {source.location for source in sources.values()}
         maps = {
             location: MapGeometry.from_tables(map_tables(root, location), map_classes(spec.dividers))
@@ -197,26 +198,13 @@ def _features(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: 
 def _labels(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
     spec = reader.cache.spec
     wrong = 0
-    for i, frame in enumerate(_frames(spec, source)):
-        if "vehicles" in spec.labels:
-            *expected, is_decided = reference_vehicles(
-                source.vehicle_corners, source.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
-            )
-            for name, mask in zip(("vehicles", "vehicles_valid"), expected, strict=True):
-                cached = spec.grid.unpack_map(reader.read(f"labels/{name}", keyframe)[i])
-                wrong += int(((cached != mask) & is_decided).sum())
-        if "map" in spec.labels:
-            grid_from_global = frame @ np.linalg.inv(source.global_from_ego)
-            ground_z = source.global_from_ego[2, 3]
-            window = map_window(spec.grid, grid_from_global, ground_z, spec.divider_width)
-            masks, is_decided = reference_map(
-                maps[source.location].near(*window),
-                spec.grid,
-                grid_from_global,
-                ground_z,
-                line_width=spec.divider_width,
-            )
-            cached = spec.grid.unpack_map(reader.read("labels/map", keyframe)[i])
-            wrong += int(((cached != masks) & is_decided).sum())
+    for kind in (LABEL_KINDS[name] for name in spec.labels):
+        reference: Reference = resolve_name(kind.reference)
+        cached_masks, cached_valid = reader.read_labels(kind, keyframe)
+        for i, frame in enumerate(_frames(spec, source)):
+            masks, is_valid, is_decided = reference(source, spec, frame, maps.get(source.location))
+            wrong += int(((cached_masks[i] != masks) & is_decided).sum())
+            if cached_valid is not None:
+                wrong += int(((cached_valid[i] != is_valid) & is_decided).sum())
     if spec.labels:
         yield wrong == 0, f"{wrong} label cells wrong"

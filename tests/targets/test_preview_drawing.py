@@ -69,7 +69,7 @@ def test_vehicles_lie_on_top_of_the_map_and_unscored_cells_are_hatched(tmp_path)
     vehicles, is_hidden = np.zeros((2, 20, 12), np.bool_)
     vehicles[3:9, 2:8] = is_hidden[3:6, 2:8] = True
     masks = np.ones((len(MAP_CLASSES), 20, 12), np.bool_)
-    colors = label_colors(masks, vehicles, (20, 12))
+    colors = label_colors({"vehicles": vehicles[None], "map": masks}, (20, 12))
     assert (colors[vehicles] == VEHICLE).all()
     assert not (colors[~vehicles] == VEHICLE).all(axis=-1).any()
     picture = np.asarray(BirdsEye(SMALL_GRID).draw(colors, GRID_FROM_EGO_AXES, is_hidden))[::-1]
@@ -79,7 +79,8 @@ def test_vehicles_lie_on_top_of_the_map_and_unscored_cells_are_hatched(tmp_path)
 
 def test_every_map_class_has_a_colour_of_its_own():
     colors = {
-        tuple(label_colors(np.arange(5)[:, None, None] == np.full((1, 1, 1), k), None, (1, 1))[0, 0]) for k in range(5)
+        tuple(label_colors({"map": np.arange(5)[:, None, None] == np.full((1, 1, 1), k)}, (1, 1))[0, 0])
+        for k in range(5)
     }
     assert len(colors | {EMPTY, VEHICLE}) == len(MAP_CLASSES) + 2
 
