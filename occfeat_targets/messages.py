@@ -120,8 +120,8 @@ def describe_info(cache: Cache) -> list[str]:
     lines = [
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
         *cache.warnings,
-        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}"
-        + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
+        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {spec.source} {origin['version']} "
+        f"at {origin['dataroot']}" + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
         *spec.describe(),
         f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
     ]

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import DIVIDER_WIDTH, TargetSpec
+from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.targets.labels import map_window
-from occfeat_targets.verify.slow_targets import SourceKeyframe
 
 Mask = NDArray[np.bool_]
 TIE = 1e-6  # [m]
@@ -28,7 +28,7 @@ class Reference(Protocol):
     """Slow reference of one kind of labels, the counterpart of `targets.labels.Draw`."""
 
     def __call__(
-        self, source: SourceKeyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+        self, keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
     ) -> tuple[Mask, Mask | None, Mask]:
         """Masks (K, H, W), validity (H, W) or None, and is_decided, (K, H, W) or (H, W); all bool.
 
@@ -37,23 +37,23 @@ class Reference(Protocol):
 
 
 def vehicle_reference(
-    source: SourceKeyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
 ) -> tuple[Mask, Mask, Mask]:
     """`Reference` of the kind ``vehicles``."""
     compat = spec.compat == "simple-bev"
     vehicles, is_valid, is_decided = reference_vehicles(
-        source.vehicle_corners, source.visibility, spec.grid, grid_from_ego, compat=compat
+        keyframe.vehicle_corners, keyframe.visibility, spec.grid, grid_from_ego, compat=compat
     )
     return vehicles[None], is_valid, is_decided
 
 
 def map_reference(
-    source: SourceKeyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
 ) -> tuple[Mask, None, Mask]:
     """`Reference` of the kind ``map``."""
     assert geometry is not None, "the kind needs maps"
-    grid_from_global = grid_from_ego @ np.linalg.inv(source.global_from_ego)
-    ground_z = source.global_from_ego[2, 3]
+    grid_from_global = grid_from_ego @ np.linalg.inv(keyframe.global_from_ego)
+    ground_z = keyframe.global_from_ego[2, 3]
     near = geometry.near(*map_window(spec.grid, grid_from_global, ground_z, spec.divider_width))
     masks, is_decided = reference_map(near, spec.grid, grid_from_global, ground_z, line_width=spec.divider_width)
     return masks, None, is_decided
