@@ -90,7 +90,7 @@ def test_the_two_newest_checkpoints_are_kept_and_say_what_they_are_of(trained, c
 
 def test_an_older_checkpoint_can_be_named(trained, cache):
     output = succeed(*evaluate(trained / "checkpoints" / "step-00000003", cache, "--out", trained.parent / "older"))
-    assert "step-00000003: pretrain" in output
+    assert "step-00000003: occfeat" in output
 
 
 @pytest.mark.parametrize("channels", [4, 16])
