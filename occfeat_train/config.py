@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from occfeat_targets.cache.spec import LABEL_KINDS, LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
 PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}

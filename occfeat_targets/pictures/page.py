@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.colors import FeatureColors
+from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
@@ -55,33 +55,31 @@ def _check_keyframes(cache: Cache, keyframes: Sequence[int]) -> None:
 def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) -> dict[int, NDArray[np.float64]]:
     """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, without returns from the ego vehicle}.
 
-    They are read from the data set's tables with the code of `verify`. dataroot: by default the one the cache was built
-    from. Raises ValueError if the data set is missing or lacks a keyframe.
+    They are read by the cache's source. dataroot: by default the one the cache was built from. Raises ValueError if the data
+    set is missing or lacks a keyframe.
     """
-    from occfeat_targets.sources.nuscenes import find_dataroot
-    from occfeat_targets.sources.sweeps import read_sweep
-    from occfeat_targets.verify.slow_targets import read_source
+    from occfeat_targets.sources.source import open_source
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():
         raise ValueError(f"there is no data set at {origin}: pass --dataroot, or leave --points out")
-    root, version = find_dataroot(Path(origin), cache.path.stem, cache.provenance.get("version"))
-    tokens = [cache.identity.tokens[k] for k in keyframes]
-    try:
-        sources = read_source(root, version, tokens, cache.spec.cameras, cache.spec.num_sweeps)
-        chosen = [sources[token] for token in tokens]
-    except KeyError as err:
-        raise ValueError(
-            f"the tables in {root / version} lack {err}: pass the --dataroot that {cache.path} was built from"
-        ) from err
+    source, spec = open_source(cache.spec.source), cache.spec
+    version = cache.provenance.get("version")
+    split = source.read_split(
+        Path(origin), cache.path.stem, version=version, num_sweeps=spec.num_sweeps, with_boxes=False
+    )
+    there = {keyframe.token: keyframe for keyframe in split.keyframes}
     returns = {}
-    for keyframe, source in zip(keyframes, chosen, strict=True):
+    for number in keyframes:
+        token = cache.identity.tokens[number]
+        if token not in there:
+            raise ValueError(f"{origin} lacks sample {token}: pass the --dataroot that {cache.path} was built from")
         clouds = []
-        for path, ego_from_sensor in zip(source.sweeps, source.ego_from_sensor, strict=True):
-            points = read_sweep(path)[:, :3].astype(np.float64)
-            is_own = (np.abs(points[:, :2]) < cache.spec.ego_box).all(axis=1)
-            clouds.append(transform(ego_from_sensor, points[~is_own]))
-        returns[keyframe] = np.concatenate(clouds)
+        for sweep in there[token].sweeps:
+            points = source.read_sweep(sweep.path)[:, :3].astype(np.float64)
+            is_own = (np.abs(points[:, :2]) < spec.ego_box).all(axis=1)
+            clouds.append(transform(sweep.ego_from_sensor, points[~is_own]))
+        returns[number] = np.concatenate(clouds)
     return returns
 
 
@@ -128,31 +126,13 @@ def write_preview(
         )
         with writing(str(out / name)):
             sheet.save(out / name)
+    page = render(
+        Path(__file__).with_name("preview.html"),
+        title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",
+        warnings=cache.warnings,
+        cache=cache,
+        pictures=list(zip(keyframes, names, strict=True)),
+    )
     with writing(str(out / "index.html")):
-        (out / "index.html").write_text(_page(cache, keyframes, names), encoding="utf-8")
+        (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
-
-
-_STYLE = (
-    "body{background:#121418;color:#eceef0;font:16px/1.45 system-ui,sans-serif;margin:1.5rem}"
-    "img{max-width:100%;height:auto;border:1px solid #444}code{color:#9ecbff}"
-    ".simulated{background:#de401c;color:#fff;font-size:1.3rem;font-weight:bold;padding:.5rem 1rem}"
-)
-
-
-def _page(cache: Cache, keyframes: Sequence[int], names: Sequence[str]) -> str:
-    """The page, without scripts; it links only to the PNGs in its folder."""
-    title = html.escape(f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes")
-    lines = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
-        f"<h1>{title}</h1>",
-        *(f'<p class="simulated">{html.escape(text)}</p>' for text in cache.warnings),
-        f"<p>cache <code>{html.escape(cache.path.name)}</code>, fingerprint <code>{cache.spec.fingerprint}</code></p>",
-        "<ul>",
-        *(f"<li>{html.escape(line)}</li>" for line in cache.spec.describe()),
-        "</ul>",
-    ]
-    for keyframe, name in zip(keyframes, names, strict=True):
-        text = html.escape(f"{keyframe}: {cache.identity.tokens[keyframe]}, {cache.identity.scenes[keyframe]}")
-        lines += [f"<h2>{text}</h2>", f'<a href="{name}"><img src="{name}" alt="keyframe {text}" loading="lazy"></a>']
-    return "\n".join(lines) + "\n</html>\n"

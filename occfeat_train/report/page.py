@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import PRETEXTS
 from occfeat_train.distributed import Process
 from occfeat_train.report import figures
 from occfeat_train.report.markup import STYLE, height_key, key, number, percent, picture, row_of, swatch, table
 from occfeat_train.report.runs import Prediction, Run, load_runs
-from occfeat_train.tasks.segmentation import CLASSES
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
@@ -62,12 +62,12 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         f"{len(runs[0].dataset)} keyframes of the split, with predictions for {len(chosen)} of them.</p>"
     )
     yield from paper_section(runs, describe_data(cache.provenance, int(reader.is_valid.sum())))
-    for task in (*PRETEXTS, *CLASSES):
+    for task in (*PRETEXTS, *LABEL_KINDS):
         group = [run for run in runs if run.task == task]
         if group:
             yield from results_section(task, group)
     yield "<h2>Training</h2>"
-    for task in (*PRETEXTS, *CLASSES):
+    for task in (*PRETEXTS, *LABEL_KINDS):
         group = [run for run in runs if run.task == task]
         if group:
             yield from curves_section(task, group)
@@ -79,7 +79,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         for run, fitted in zip(runs, colors, strict=True):
             if run.config.is_pretext:
                 yield from pretraining_section(run, run.predictions[row], fitted)
-        for task in CLASSES:
+        for task in LABEL_KINDS:
             group = [run for run in runs if run.task == task]
             if group:
                 yield from segmentation_section(task, group, row)
@@ -242,7 +242,7 @@ def segmentation_pictures(run: Run, prediction: Prediction) -> Iterable[tuple[by
         blue = figures.probability_colors(probability[0])
         caption = f"{run.name}: probability in blue, ground truth outlined"
         yield figures.draw_map(blue, grid, pose, outlined=true[0]), caption
-    for k, name in enumerate(CLASSES[run.task]):
+    for k, name in enumerate(LABEL_KINDS[run.task].classes):
         colors = figures.outcome_colors(predicted[k], true[k], valid)
         caption = f"{run.name}: {name.replace('_', ' ')}, right or wrong"
         yield figures.draw_map(colors, grid, pose, hatched=~valid), caption

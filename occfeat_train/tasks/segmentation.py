@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_CLASSES, TargetSpec
+from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
@@ -18,15 +19,13 @@ from occfeat_train.tasks.heads import SegmentationHead
 from occfeat_train.tasks.losses import segmentation_loss
 from occfeat_train.tasks.metrics import SegmentationMetric
 
-CLASSES = {"vehicles": ("vehicles",), "map": MAP_CLASSES}
-
 
 class Segmentation(Task):
     """Binary segmentation of the BEV plane for each class of a kind of label (`config.task`)."""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__(network, config, grid, feature_dim)
-        self.classes = CLASSES[config.task]
+        self.classes = LABEL_KINDS[config.task].classes
         self.head = SegmentationHead(config.network.channels, len(self.classes))
 
     @staticmethod
@@ -37,14 +36,14 @@ class Segmentation(Task):
                 f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --labels {kind}, from a data "
                 "set that has them"
             )
-        return [a.name for a in spec.arrays() if a.name in (f"labels/{kind}", f"labels/{kind}_valid")]
+        return list(LABEL_KINDS[kind].arrays)
 
     @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
         """labels: (K, H, packed) uint8; valid: (1, H, packed), absent if every cell is valid."""
         shape = (-1, sample.grid.map_shape[0], sample.grid.map_row_bytes)
-        names = {f"labels/{config.task}": "labels", f"labels/{config.task}_valid": "valid"}
-        return {names[name]: array.reshape(shape) for name, array in sample.arrays.items()}
+        names = zip(LABEL_KINDS[config.task].arrays, ("labels", "valid"), strict=False)
+        return {name: sample.arrays[array].reshape(shape) for array, name in names}
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes, H, W)."""

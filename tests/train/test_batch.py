@@ -18,7 +18,6 @@ from occfeat_train.data.augment import resample, transform_intrinsics
 from occfeat_train.data.batch import Batch, Sample, collate, unpack_bits
 from occfeat_train.ops.sampling import sample_voxel_features_numpy
 from occfeat_train.tasks.pretraining import Pretraining
-from occfeat_train.tasks.segmentation import Segmentation
 
 GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # off centre; neither volume nor rows fill whole bytes of 8
 CAMERAS = 3
@@ -46,15 +45,15 @@ def make_samples(
     classes: int = 1,
     dtype: str = "float16",
 ) -> list[Sample]:
-    """Samples of random content with the arrays of every task; the labels are of the kind "map"."""
+    """Samples of random content with occupancy, features, labels and their validity."""
     rng = np.random.default_rng(seed)
     cam_from_grid, intrinsics = calibration(rng, samples)
     features = rng.standard_normal((samples, CAMERAS, 3, 5, feature_dim))
     arrays = {
         "occupancy": grid.pack_volume(rng.random((samples, *grid.shape)) < share),
         "features": (features * 30).astype(np.int8) if dtype == "int8" else features.astype(dtype),
-        "labels/map": grid.pack_map(rng.random((samples, classes, *grid.map_shape)) < 0.4),
-        "labels/map_valid": grid.pack_map(rng.random((samples, *grid.map_shape)) < 0.8),
+        "labels": grid.pack_map(rng.random((samples, classes, *grid.map_shape)) < 0.4),
+        "valid": grid.pack_map(rng.random((samples, *grid.map_shape)) < 0.8),
     }
     if dtype == "int8":
         arrays["feature_scale"] = rng.uniform(0.01, 0.1, features.shape[:-1]).astype(np.float16)
@@ -68,11 +67,14 @@ def make_samples(
 def make_batch(samples: int = 2, *, size: tuple[int, int] = (32, 48), augmented: bool = True, **options: Any) -> Batch:
     """The batch of `make_samples` for every task, with a random augmentation for images of `size` unless `augmented` is false."""
     read = make_samples(samples, **options)
-    targets = []
-    for sample in read:
-        labels = {name: array for name, array in sample.arrays.items() if name.startswith("labels/")}
-        of_labels = Segmentation.targets(dataclasses.replace(sample, arrays=labels), Config("map"))
-        targets.append({**Pretraining.targets(sample, Config()), **of_labels})
+    targets = [
+        {
+            **Pretraining.targets(sample, Config()),
+            "labels": sample.arrays["labels"],
+            "valid": sample.arrays["valid"][None],
+        }
+        for sample in read
+    ]
     per_camera = (samples, CAMERAS, 2)
     values: dict[str, np.ndarray] = {
         "images": np.stack([sample.images for sample in read]),

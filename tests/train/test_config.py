@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_CLASSES, STUDENT_SIZE
+from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig, OptimConfig
 from occfeat_train.presets import PRESETS, finetuning, preset
-from occfeat_train.tasks.segmentation import CLASSES
 from occfeat_train.training.optim import build_optimizer
 
 # -- the paper's numbers ----------------------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ def test_the_volume_is_the_grids_default():
 
 
 def test_tasks_have_the_papers_classes():
-    assert CLASSES == {"vehicles": ("vehicles",), "map": MAP_CLASSES}
-    assert MAP_CLASSES == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
+    assert LABEL_KINDS["vehicles"].classes == ("vehicles",)
+    assert LABEL_KINDS["map"].classes == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
 
 
 def test_what_the_paper_leaves_to_simple_bev_is_simple_bevs():

@@ -236,7 +236,7 @@ def test_curves_read_steps_and_validations_apart():
 
 
 def test_initial_weights_are_named_without_directories():
-    assert initial_weights("/a/b/runs/pre/checkpoints/step-00000042 (pretrain)") == "pretrained: pre, step 42"
+    assert initial_weights("/a/b/runs/pre/checkpoints/step-00000042 (occfeat)") == "pretrained: pre, step 42"
     assert initial_weights("backbone weights: none") == "none (random)"
     assert initial_weights("backbone weights: google/efficientnet-b0") == "backbone weights: google/efficientnet-b0"
 

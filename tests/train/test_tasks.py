@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_train.config import Config, LossConfig, NetworkConfig
 from occfeat_train.networks.network import build_network
 from occfeat_train.ops.sampling import sample_voxel_features_numpy
