@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from _timing import compare, machine, table
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher

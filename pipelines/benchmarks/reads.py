@@ -16,9 +16,10 @@ import numpy as np
 import zarr
 from _timing import compare, machine, table
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Identity, create_cache
+from occfeat_targets.cache.store import Identity
 
 
 def main() -> None:

@@ -18,13 +18,14 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import digest, read_record, write_record
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_train.cli import main
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import RunLog, read_log
