@@ -21,7 +21,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
 from occfeat_train.data.augment import resample, transform_intrinsics
-from occfeat_train.data.dataset import reference_frames
+from occfeat_train.data.frames import reference_frames
 from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
 from occfeat_train.ops.views import Views
