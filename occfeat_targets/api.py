@@ -31,6 +31,7 @@ def build_cache(
     cache: str | Path,
     split: str,
     *,
+    source: str = "nuscenes",
     version: str | None = None,
     scenes: Sequence[str] | None = None,
     grid: VoxelGrid = VoxelGrid(),  # noqa: B008, a frozen value
@@ -93,7 +94,7 @@ def build_cache(
 
     started = time.monotonic()
     options = BuildOptions(
-        dataroot=Path(dataroot), cache=Path(cache), split=split, version=version,
+        dataroot=Path(dataroot), cache=Path(cache), split=split, source=source, version=version,
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,

@@ -14,9 +14,10 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 
 REPOSITORY = Path(__file__).parents[1]
 

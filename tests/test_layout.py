@@ -83,7 +83,7 @@ def test_every_package_says_what_it_owns():
         ("distributed", {"cluster.py"}),
         ("torch", {"teacher.py"}),
         ("transformers", {"teacher.py"}),
-        ("pyquaternion", {"slow_targets.py"}),
+        ("pyquaternion", {"slow_nuscenes.py"}),
         ("shapely", {"slow_labels.py"}),
         ("cv2", {"labels.py"}),
         ("jinja2", {"html.py"}),

@@ -24,7 +24,7 @@ from occfeat_targets.cache.geometry import (
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image
 from occfeat_targets.targets.labels import draw_map, draw_vehicles
 from occfeat_targets.targets.occupancy import voxelize
@@ -110,9 +110,10 @@ def _images(
 
 def _occupancy(keyframe: Keyframe, spec: TargetSpec, frames: Matrix) -> NDArray[np.uint8]:
     packed = np.zeros((len(frames), spec.grid.packed_bytes), np.uint8)
+    source = open_source(spec.source)
     for sweep in keyframe.sweeps:
         grids_from_sensor = frames @ sweep.ego_from_sensor
-        voxelize(read_sweep(sweep.path), grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
+        voxelize(source.read_sweep(sweep.path), grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
     if not packed.any():
         raise ValueError(
             f"none of the returns of {keyframe.sweeps[0].path} are inside the grid {spec.grid}: "

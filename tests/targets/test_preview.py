@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import create_cache
 from occfeat_targets.pictures.birdseye import (
     occupied_at_body_height,
 )

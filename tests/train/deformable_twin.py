@@ -1,4 +1,4 @@
-"""BEVFormer as one writes it down first: a loop over samples, cameras, queries, heads and points. For tiny sizes."""
+"""Slow reference of BEVFormer for tiny sizes: a loop over samples, cameras, queries, heads and points."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from occfeat_train.ops.views import Views
 
 
 def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(h, w, d) bilinearly at a place in tokens, zeros outside."""
+    """Bilinear sample (d,) of values (h, w, d) at x, y in tokens, with zeros outside."""
     h, w, d = values.shape
     total = values.new_zeros(d)
     for row in (int(y.floor()), int(y.floor()) + 1):
@@ -21,7 +21,7 @@ def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def attend(places: SamplingPoints, query: Tensor, values: Tensor, anchors: Tensor) -> Tensor:
-    """query (C,) reads values (h, w, C) about anchors (A, 2) in tokens -> (C,)."""
+    """query (C,), values (h, w, C), anchors (A, 2) in tokens -> (C,)."""
     offsets = places.offsets(query).view(HEADS, places.points, 2)
     weights = places.weights(query).view(HEADS, places.points).softmax(-1)
     heads = []
@@ -73,7 +73,7 @@ def cross_attention(
 
 
 def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat: str | None) -> tuple[Tensor, Tensor]:
-    """centers (H, W, Z, 3) -> (B, V, H, W, Z, 2) places in tokens, nowhere near where there is none, and (B, V, H, W) seen."""
+    """centers (H, W, Z, 3) -> positions in tokens (B, V, H, W, Z, 2), far away if behind the camera; is_seen (B, V, H, W)."""
     (height, width), (h, w) = views.images.shape[-2:], feature_size
     points = torch.einsum("bsij,hwzj->bshwzi", views.cam_from_grid[..., :3, :3], centers)
     points = points + views.cam_from_grid[:, :, None, None, None, :3, 3]
@@ -90,7 +90,7 @@ def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat
 
 
 def run(model: BEVFormer, features: Tensor, views: Views) -> Tensor:
-    """`BEVFormer.forward` in evaluation."""
+    """`BEVFormer.forward` in evaluation mode."""
     centers = torch.from_numpy(model.grid.voxel_centers()).to(features.dtype).permute(1, 2, 0, 3)
     anchors, is_seen = project(views, centers, (features.shape[3], features.shape[4]), model.compat)
     maps = features.permute(0, 1, 3, 4, 2)

@@ -1,4 +1,4 @@
-"""Lifting as one writes it first: every camera sampled for every voxel, then averaged. The benchmark times it, too."""
+"""Slow reference of the lifting: samples every camera at every voxel, then averages. Also used by a benchmark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
     points = torch.einsum("bsij,nj->bsni", views.cam_from_grid[..., :3, :3], centers)
     points = points + views.cam_from_grid[..., None, :3, 3]
     intrinsics = views.intrinsics
-    if compat is not None:  # of the feature map
+    if compat is not None:  # intrinsics of the feature map
         intrinsics = intrinsics * intrinsics.new_tensor([[w / width], [h / height], [1]])
     homogeneous = torch.einsum("bsij,bsnj->bsni", intrinsics, points)
     depth = homogeneous[..., 2]
@@ -38,7 +38,7 @@ def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
     volumes, mask = sample(features.flatten(0, 1)), is_valid[:, :, None].to(features.dtype)
     if compat is None:
         mean = volumes.sum(1) / mask.sum(1).clamp(min=1)
-    else:  # a view counts if any of its bilinear weight lies in the map
+    else:  # a view counts if any of its bilinear weight is inside the map
         with torch.no_grad():
             mask = (sample(features.new_ones(batch * cams, 1, h, w)) > 0).to(features.dtype)
         mean = (volumes * mask).sum(1) / (1e-6 + mask.sum(1))

@@ -1,4 +1,4 @@
-"""Run by torchrun, in two processes: rank 1 is given the same samples as rank 0, mirrored. Fails where that shows."""
+"""Run by torchrun in two processes: rank 1 gets the samples of rank 0 mirrored, and must give the same result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main() -> None:
             check(lifting, process.rank)
             if process.is_main:
                 print(f"{lifting}: the same on both ranks", flush=True)
-        dist.barrier()  # torch 2.13 hangs where a group is destroyed while gloo still drops a tensor
+        dist.barrier()  # without it, torch 2.13 can hang when it destroys the group
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache, shard_file
+from occfeat_targets.cache.store import Cache, Identity, shard_file
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig
 from occfeat_train.data.augment import draw
 from occfeat_train.data.dataset import KeyframeDataset, Prefetcher, label_scenes, reference_frames

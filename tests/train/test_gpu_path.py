@@ -1,6 +1,6 @@
-"""What a training step runs on a GPU, here by Triton's interpreter: a whole step with every kernel against one without.
+"""The GPU path of a training step, run by Triton's interpreter: a step with all kernels against a step without.
 
-In float16: the interpreter multiplies no bfloat16.
+The precision is float16, because the interpreter cannot multiply bfloat16.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIFTINGS)
-def test_a_half_precision_step_with_every_kernel_is_the_one_without(name: str) -> None:
+def test_a_half_precision_step_with_all_kernels_equals_one_without(name: str) -> None:
     loss, gradients, dtypes = loss_and_gradients(name, with_kernels=True)
     plain_loss, plain, _ = loss_and_gradients(name, with_kernels=False)
     assert dtypes == {torch.float16}
     assert loss == pytest.approx(plain_loss, rel=2e-2)
     ours, theirs = (torch.cat([g[n].flatten() for n in sorted(plain)]) for g in (gradients, plain))
     assert ours.isfinite().all()
-    # two roundings of one step: the directions agree
+    # the two steps round differently, so only the directions agree
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98

@@ -14,9 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import create_cache
 from occfeat_train.cli import main
 from occfeat_train.networks.network import LIFTINGS
 from occfeat_train.training.checkpoint import find_checkpoint
