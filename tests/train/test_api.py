@@ -28,7 +28,7 @@ from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
-from tests.train.runs import copy_of, pretrain, reader, renew, steps, succeed, write_cache, write_caches
+from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
 
 CALIBRATION = ("intrinsics", "cam_from_ego", "grid_from_ego")
 # A machine may have a single core, and a process that has threads is forked.
@@ -194,7 +194,7 @@ def test_load_refuses_damaged_and_infinite_weights_as_evaluation_does(runs, tmp_
     weights = infinite.weights()
     next(t for t in weights.values() if t.is_floating_point()).view(-1)[0] = torch.inf
     save_file(weights, infinite.path / "model.safetensors")
-    renew(infinite.path)
+    update_digests(infinite.path)
     with pytest.raises(CheckpointError, match="are not finite: use another checkpoint"):
         occfeat_train.load(infinite.path)
 

@@ -24,7 +24,7 @@ from tests.train.runs import (
     pretrain,
     reader,
     records,
-    start_apart,
+    start_process,
     steps,
     succeed,
     weights,
@@ -114,7 +114,7 @@ def pair(cache, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("pair") / "run"
     arguments = pretrain(cache, out, *SEPARATE, "--set", "optim.accumulation=2", *steps(200, batch=4))
     deadline = time.monotonic() + 300
-    with start_apart(arguments, processes=2) as process:
+    with start_process(arguments, processes=2) as process:
         while process.poll() is None and time.monotonic() < deadline:
             if (out / "log.jsonl").is_file() and len((out / "log.jsonl").read_text().splitlines()) >= 3:
                 process.send_signal(signal.SIGTERM)
@@ -164,7 +164,7 @@ def test_two_processes_evaluate_to_the_same_numbers(cache, tmp_path):
     run = tmp_path / "run"
     succeed(*pretrain(cache, run, *steps(2)))
     command = evaluate(run, cache, "--batch", "1", "--out")
-    with start_apart([*command, str(tmp_path / "two")], processes=2) as process:
+    with start_process([*command, str(tmp_path / "two")], processes=2) as process:
         output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     succeed(*command, tmp_path / "one")

@@ -128,7 +128,7 @@ def test_the_head_equals_the_papers_equations_at_any_size(sizes, seed, share):
     assert_equals_the_twin(*sizes, seed=seed, share=share)
 
 
-def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+def results_at_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     """Logits, features and gradients of eq. 1 of our head, the dense head, and the dense head in float64 ("exact").
 
     The size takes several blocks of cells. dtype: float32, or bfloat16 for autocast.
@@ -164,7 +164,7 @@ def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_at_the_papers_sizes_the_head_is_as_accurate_as_the_dense_head(dtype):
-    found = of_the_papers_sizes(dtype)
+    found = results_at_the_papers_sizes(dtype)
     epsilon = torch.finfo(dtype).eps
     for name, exact in found["exact"].items():
         if name == "conv.bias":  # InstanceNorm removes it, so its gradient is rounding error only
