@@ -19,8 +19,8 @@ class LabelKind:
     name: as in ``--labels`` and ``--task``, and of the array ``labels/<name>``.
     classes: names of the K classes, in the order of the masks. An array of one class has no class axis.
     dark, light: colour of each class on a dark and on a light background, in drawing order (later ones cover earlier ones).
-    draw: function that draws the masks of a keyframe (`occfeat_targets.targets.labels.Draw`).
-    reference: its slow, independent reference for `verify` (`occfeat_targets.verify.slow_labels.Reference`).
+    draw: function that draws the masks of a keyframe, a `Draw` of `targets/labels.py`.
+    reference: its slow, independent reference for `verify`, a `Reference` of `verify/slow_labels.py`.
     needs: what the data set must have, some of ``annotations`` and ``maps``.
     invalid: which cells are not valid, if the kind has a validity mask, the array ``labels/<name>_valid``. Cells that are
     not valid count neither in the loss nor in the IoU.

@@ -247,9 +247,9 @@ def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_p
 
 
 def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
-    _, keyframes, task = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
+    _, keyframes, _ = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
     batch = keyframes.batch([(0, 3)])
-    voxels, expected = task.targets(batch, batch.occupied())
+    voxels, expected = batch.arrays["voxels"], batch.arrays["features"]
 
     dataset = occfeat_train.open_cache(cache / "val.zarr")
     sample, frame = dataset[3], dataset.frames.index("CAM_FRONT")

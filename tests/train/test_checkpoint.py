@@ -90,7 +90,7 @@ def test_the_two_newest_checkpoints_are_kept_with_their_config(trained, cache):
 
 def test_an_older_checkpoint_can_be_evaluated_by_its_path(trained, cache):
     output = succeed(*evaluate(trained / "checkpoints" / "step-00000003", cache, "--out", trained.parent / "older"))
-    assert "step-00000003: pretrain" in output
+    assert "step-00000003: occfeat" in output
 
 
 @pytest.mark.parametrize("channels", [4, 16])

@@ -14,7 +14,8 @@ import torch
 from occfeat_train.config import AugmentConfig, Config, NetworkConfig, OptimConfig
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, build_task
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.loop import TrainingError, forward_backward, set_training, stream_of_batches, train
 from tests.train.runs import (
@@ -46,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_caches(tmp_path_factory.mktemp("equivalence"))
 
 
-def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dict[str, torch.Tensor]]:
+def gradients(cache: Path, config: Config, world: int = 1) -> tuple[Task, dict[str, torch.Tensor]]:
     """Gradients and losses of one step, averaged over the ranks as DDP does. Float64 makes the order of sums irrelevant."""
     dataset = KeyframeDataset(reader(cache), config, training=True)
     task = build_task(config, dataset.grid, 6).double()
@@ -69,7 +70,7 @@ def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dic
 class _NoSync:
     """Has DDP's interface, and accumulates gradients without synchronising them."""
 
-    def __init__(self, task: AnyTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
 
     def __call__(self, batch):
@@ -79,7 +80,7 @@ class _NoSync:
         return torch.autograd.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("task", ["pretrain", "vehicles", "map"])
+@pytest.mark.parametrize("task", ["occfeat", "vehicles", "map"])
 @pytest.mark.parametrize(("batch", "accumulation", "world"), [(4, 2, 1), (8, 1, 2), (4, 2, 4)])
 def test_a_step_does_not_depend_on_its_split_over_micro_batches_and_ranks(cache, task, batch, accumulation, world):
     config = dataclasses.replace(CONFIG, task=task)

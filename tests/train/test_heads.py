@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from occfeat_train.tasks import heads, losses
-from occfeat_train.tasks.heads import OccFeatHead, SegmentationHead, voxel_rows
+from occfeat_train.tasks.heads import OccFeatHead, SegmentationHead
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
 from tests.train.test_decoder import parameters
@@ -67,13 +67,6 @@ def test_with_weights_of_zero_the_output_is_the_bias():
     assert (features == 0.25).all()
 
 
-def test_voxel_rows_are_flat_indices_in_ascending_order():
-    occupied = torch.zeros(2, 2, 3, 4, dtype=torch.bool)
-    occupied[1, 1, 2, 3] = occupied[0, 0, 0, 1] = occupied[1, 0, 1, 0] = True
-    assert voxel_rows(occupied).tolist() == [1, 24 + 4, 47]
-    assert voxel_rows(torch.zeros_like(occupied)).tolist() == []
-
-
 def test_requesting_features_from_a_head_without_them_fails():
     with pytest.raises(AssertionError, match="without a feature projection"):
         OccFeatHead(2, 1, 0)(torch.randn(1, 2, 3, 3), torch.tensor([0]))
@@ -93,7 +86,7 @@ def assert_equals_the_twin(
     occupied, is_seen = torch.rand(volume) < share, torch.rand(volume) < 0.8
     target = torch.randn(batch, n_y, height, depth, width, dtype=torch.float64)
 
-    voxels = voxel_rows(occupied & is_seen)
+    voxels = (occupied & is_seen).flatten().nonzero()[:, 0]
     rows = target.movedim(1, -1).reshape(-1, n_y)[voxels]
     logits, features = head(bev, voxels)
     twin_logits, twin_features = twin(bev)
@@ -138,7 +131,7 @@ def results_at_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tenso
     bev, shape = torch.randn(1, 128, 40, 60), (1, 8, 40, 60)
     assert bev[0, 0].numel() * 8 * 256 > 4 * heads._CPU_BLOCK
     occupied = torch.rand(shape) < 0.02
-    voxels = voxel_rows(occupied)
+    voxels = occupied.flatten().nonzero()[:, 0]
     target = torch.randn(len(voxels), 384)
 
     def computed(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
