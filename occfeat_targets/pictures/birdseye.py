@@ -37,7 +37,7 @@ def label_colors(masks: Mapping[str, Mask], shape: tuple[int, int]) -> Colors:
     """{kind of labels: (K, H, W) masks of its classes} -> (H, W, 3), solid kinds on top."""
     colors = np.full((*shape, 3), EMPTY, np.uint8)
     for kind in sorted((LABEL_KINDS[name] for name in masks), key=lambda kind: kind.is_solid):
-        for name, color in kind.light.items():
+        for name, color in kind.colors.items():
             colors[masks[kind.name][kind.classes.index(name)]] = color
     return colors
 

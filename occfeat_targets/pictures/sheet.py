@@ -230,7 +230,7 @@ def _panels(reader: CacheReader, keyframe: int, index: int, volume: Mask, grid_f
         if is_valid is not None:
             invalid[f"{kind.invalid}, not scored"] = ~is_valid[index]
     if kinds:
-        key = [swatch(color, name.replace("_", " ")) for kind in kinds for name, color in kind.light.items()]
+        key = [swatch(color, name.replace("_", " ")) for kind in kinds for name, color in kind.colors.items()]
         key += [Patch(facecolor="white", hatch="//////", label=name) for name in invalid]
         hatched = np.any(list(invalid.values()), axis=0) if invalid else None
         panels.append(Panel(f"labels: {', '.join(spec.labels)}", label_colors(masks, grid.map_shape), key, hatched))

@@ -97,7 +97,7 @@ def test_vehicles_lie_on_top_of_the_map():
     vehicles = np.zeros((1, 20, 12), np.bool_)
     vehicles[0, 3:9, 2:8] = True
     colors = label_colors({"vehicles": vehicles, "map": np.ones((len(MAP_CLASSES), 20, 12), np.bool_)}, (20, 12))
-    color = LABEL_KINDS["vehicles"].light["vehicles"]
+    color = LABEL_KINDS["vehicles"].colors["vehicles"]
     np.testing.assert_array_equal((colors == color).all(axis=-1), vehicles[0])
 
 
@@ -116,7 +116,7 @@ def test_marks_end_at_the_borders_of_their_cells_also_at_the_border_of_the_grid(
 def test_every_map_class_has_a_colour_of_its_own():
     masks = np.eye(len(MAP_CLASSES), dtype=np.bool_)[:, None]
     colors = {tuple(color) for color in label_colors({"map": masks}, (1, len(MAP_CLASSES)))[0].tolist()}
-    assert len(colors | {EMPTY, *LABEL_KINDS["vehicles"].light.values()}) == len(MAP_CLASSES) + 2
+    assert len(colors | {EMPTY, *LABEL_KINDS["vehicles"].colors.values()}) == len(MAP_CLASSES) + 2
 
 
 @pytest.mark.parametrize(("up", "counts"), [(0, False), (1, False), (2, True), (3, False)])
