@@ -8,12 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.estimate import estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
-from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
-from occfeat_targets.sources.source import open_source
 
 
 def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
@@ -36,10 +35,7 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     masked = describe_masked([split.keyframes[i] for i in plan.left_to_build])
     if masked is not None:
         lines.append(f"  {masked} are built with masked cameras")
-    if plan.options.labels is None:
-        why_no_maps = open_source(spec.source).why_no_maps(split)
-        reasons = {"vehicles": f"{split.version} has no annotations", "map": why_no_maps}
-        lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
+    lines += [f"  no {name} labels: {why}" for name, why in plan.missing_labels.items()]
     lines += [f"  {line}" for line in spec.describe()]
     lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())
@@ -50,10 +46,11 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     if plan.shards:
         size = spec.bytes_per_keyframe * plan.num_keyframes
         where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
+        seconds = estimate_seconds(spec, plan.num_keyframes, device=plan.options.device, workers=max(workers, 1))
         lines.append(
             f"size: {format_bytes(spec.bytes_per_keyframe)} per keyframe, {format_bytes(size)} in total "
             f"({format_bytes(free_bytes(cache.path))} free); "
-            f"time: about {format_seconds(estimate_seconds(plan, max(workers, 1)))} {where}"
+            f"time: about {format_seconds(seconds)} {where}"
             + (" (estimated with the speed of this machine)" if scheduler else "")
         )
     return lines

@@ -1,14 +1,13 @@
 """Planning a build: from options to a spec, a cache and a list of independent tasks.
 
 Errors that can be found before the build are raised here: a missing version, a teacher that is not available, a cache with
-another fingerprint, a full disk. Size and time of the build are estimated here, too.
+another fingerprint, a full disk.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.build.estimate import check_disk
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
@@ -33,10 +33,6 @@ from occfeat_targets.targets.labels import map_window
 
 RANDOM_TEACHER = "the teacher's weights are random"
 SYNTHETIC_DATA = "the data set is a synthetic city"
-
-_READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
-_START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
-_TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.md)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,7 @@ class BuildOptions:
 class Plan:
     """A build that is ready to run. teacher: the cache's teacher; its name is where the weights are now.
 
+    missing_labels: {kind of labels: why the data set has none}, of those that were not asked for by name.
     rows: {shard: its keyframes that this process or cluster still has to build}.
     """
 
@@ -85,6 +82,7 @@ class Plan:
     cache: Cache
     teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
+    missing_labels: dict[str, str]
     rows: dict[int, tuple[int, ...]]
 
     @property
@@ -154,11 +152,11 @@ def make_plan(options: BuildOptions) -> Plan:
         options.split,
         version=options.version,
         num_sweeps=options.num_sweeps,
-        with_boxes=options.labels is None or "vehicles" in options.labels,
+        with_boxes=_need("annotations", LABEL_KINDS if options.labels is None else options.labels),
     )
     if options.scenes is not None:
         split = choose_scenes(split, options.scenes)
-    labels = _labels(options.labels, source, split)
+    labels, missing_labels = _labels(options.labels, source, split)
     teacher = _teacher(options)
     frames = {"ego": (EGO_FRAME,), "cameras": source.cameras, "both": (EGO_FRAME, *source.cameras)}
     spec = TargetSpec(
@@ -175,7 +173,7 @@ def make_plan(options: BuildOptions) -> Plan:
         compat=options.compat,
     )
     maps = {}
-    if "map" in labels:
+    if _need("maps", labels):
         maps = {location: source.read_map(split, location, options.dividers) for location in split.locations}
     identity = Identity(
         tuple(k.token for k in split.keyframes),
@@ -200,23 +198,31 @@ def make_plan(options: BuildOptions) -> Plan:
     if options.on_error == "fail":
         require_no_problems(split, left)
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
-        _check_disk(options.cache, spec, len(identity))
+        check_disk(options.cache, spec, len(identity))
         cache = create()
-    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
+    return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
 
 
-def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[str, ...]:
-    why_no_maps = source.why_no_maps(split)
+def _need(what: str, labels: Iterable[str]) -> bool:
+    return any(what in LABEL_KINDS[name].needs for name in labels)
+
+
+def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The kinds of labels to build, and {other kind: why it is missing} if none was asked for by name."""
+    lacks = {}
+    if not split.has_annotations:
+        lacks["annotations"] = f"{split.version} has no annotations"
+    if (why_no_maps := source.why_no_maps(split)) is not None:
+        lacks["maps"] = why_no_maps
+    missing = {name: lacks[need] for name, kind in LABEL_KINDS.items() for need in kind.needs if need in lacks}
+    there = [name for name in LABEL_KINDS if name not in missing]
     if asked is None:
-        there = {"vehicles": split.has_annotations, "map": why_no_maps is None}
-        return tuple(kind for kind in LABEL_KINDS if there[kind])
-    if "map" in asked and why_no_maps is not None:
-        raise DatasetError(f"{why_no_maps}, or build with --labels vehicles or --no-labels")
-    if "vehicles" in asked and not split.has_annotations:
-        raise DatasetError(
-            f"{split.version} has no annotations, so no vehicle labels: build with --labels map or --no-labels"
-        )
-    return tuple(kind for kind in LABEL_KINDS if kind in asked)
+        return tuple(there), missing
+    for name in asked:
+        if name in missing:
+            options = f"--labels {','.join(there)} or --no-labels" if there else "--no-labels"
+            raise DatasetError(f"no {name} labels: {missing[name]}; or build with {options}")
+    return tuple(name for name in LABEL_KINDS if name in asked), {}
 
 
 def _teacher(options: BuildOptions) -> TeacherSpec | None:
@@ -271,47 +277,3 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
 
 def _indices(cache: Cache, rows: dict[int, tuple[int, ...]]) -> list[int]:
     return [cache.shard_range(shard)[row] for shard, chosen in rows.items() for row in chosen]
-
-
-def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
-    needed, free = spec.bytes_per_keyframe * num_keyframes, free_bytes(directory)
-    if needed > free:
-        raise DatasetError(
-            f"the cache takes about {format_bytes(needed)}, {directory} has {format_bytes(free)} free: choose another "
-            "--cache, a smaller --image-size, --feature-dtype int8, or fewer --frames"
-        )
-
-
-def free_bytes(directory: Path) -> int:
-    """Free bytes on the disk of `directory`, which need not exist yet."""
-    there = next(p for p in [directory.absolute(), *directory.absolute().parents] if p.exists())
-    return shutil.disk_usage(there).free
-
-
-def format_bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def estimate_seconds(plan: Plan, workers: int) -> float:
-    """Estimated seconds for the plan on this machine, from its matmul rate; workers: processes, at least 1."""
-    read = _READ_SECONDS / workers
-    spec = plan.cache.spec.teacher
-    if spec is None:
-        return _START_SECONDS + plan.num_keyframes * read
-    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, resolve_device
-
-    device = resolve_device(plan.options.device)
-    flops = flops_per_image(spec) * len(plan.cache.spec.cameras)
-    teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.dtype))
-    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
-    return _START_SECONDS + plan.num_keyframes * per_keyframe

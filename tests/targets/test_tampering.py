@@ -164,7 +164,7 @@ def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_upd
     edit(finished_cache.path)
     with pytest.raises(CacheError, match="was changed since the cache was created"):
         open_cache(finished_cache.path)
-    renew(finished_cache.path)
+    update_digests(finished_cache.path)
     opened = open_cache(finished_cache.path)
     with pytest.raises(CacheError, match="is not the record of this shard.*metadata were edited: restore them"):
         CacheReader(opened)
@@ -174,7 +174,7 @@ def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_upd
 
 def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a.update(fingerprint="0123456789abcdef"))
-    renew(small_cache.path)
+    update_digests(small_cache.path)
     with pytest.raises(
         CacheError, match=f"says fingerprint 0123456789abcdef, its spec has {small_cache.spec.fingerprint}"
     ):
@@ -183,12 +183,12 @@ def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
 
 def test_a_spec_of_another_release_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a["spec"].update(wings=2))
-    renew(small_cache.path)
+    update_digests(small_cache.path)
     with pytest.raises(CacheError, match="was not written by this release of occfeat .*wings"):
         open_cache(small_cache.path)
 
 
-def renew(path: Path) -> None:
+def update_digests(path: Path) -> None:
     """Write the current digests of its files to created.json."""
     created = path / "progress" / "created.json"
     write_record(created, {"files": {name: digest(path / name) for name in read_record(created)["files"]}})

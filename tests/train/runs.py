@@ -44,7 +44,7 @@ QUIET = ["--no-progress", "--device", "cpu"]
 TIMES = ("samples_per_s", "data_wait")  # fields of a record that differ between runs
 
 
-def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
+def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
     """Random arrays of keyframes with a rig of level cameras. They depend on the keyframe and the seed, not on the shard."""
     keyframes = list(keyframes)
     out = {a.name: np.zeros((len(keyframes), *a.shape), a.dtype) for a in spec.arrays()}
@@ -90,7 +90,7 @@ def write_cache(
     cache = create_cache(
         folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"]}
     )
-    arrays = made_up(spec, range(n), seed)
+    arrays = random_keyframes(spec, range(n), seed)
     if change is not None:
         change(arrays)
     for shard in range(cache.num_shards if shards is None else shards):
@@ -151,7 +151,7 @@ def steps(number: int, *, batch: int = 2, samples: int = len(TRAIN_SCENES)) -> l
     return ["--epochs", repr((number * batch + 0.5) / samples)]
 
 
-def start_apart(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+def start_process(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """Start occfeat-train in a separate process, or in several under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = COMMAND if processes == 1 else [*torchrun, *COMMAND[1:]]
@@ -209,7 +209,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert records(found) == records(expected)
 
 
-def renew(folder: Path) -> None:
+def update_digests(folder: Path) -> None:
     """Write the current digests of a checkpoint's files to its record."""
     record = read_record(folder / "checkpoint.json")
     write_record(
