@@ -22,7 +22,7 @@ from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
 from occfeat_train.data.augment import resample, transform_intrinsics
 from occfeat_train.data.dataset import reference_frames
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_torch
 from occfeat_train.ops.views import Views
 from occfeat_train.training.checkpoint import RunInfo, find_checkpoint
 from occfeat_train.training.stages import restore

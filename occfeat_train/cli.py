@@ -17,12 +17,12 @@ from typing import Any, get_args
 import click
 
 from occfeat_targets.cache.spec import STUDENT_SIZE
-from occfeat_train.config import Backbone, Config, Lifting, NetworkConfig
+from occfeat_train.config import LIFTINGS, Backbone, Config, NetworkConfig
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 PRETRAINING = "table1/simplebev-enb0/occfeat"
-NETWORK = click.Choice(get_args(Lifting))
+NETWORK = click.Choice(list(LIFTINGS))
 BACKBONE = click.Choice(get_args(Backbone))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.data.augment import resample, transform_intrinsics
-from occfeat_train.ops.sampling import sample_voxel_features
+from occfeat_train.ops.mean_over_views import sample_voxel_features, voxel_centers
 from occfeat_train.ops.views import Views
 
 
@@ -127,13 +127,3 @@ def unpack_bits(packed: Tensor) -> Tensor:
     """(..., n) uint8 -> (..., 8 n) bool, the lowest bit of a byte first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & 1).flatten(-2).bool()
-
-
-def voxel_centers(grid: VoxelGrid, flat_index: Tensor) -> Tensor:
-    """(n,) flat C-order indices into (Z, H, W) -> (n, 3) float32 centres (right, forward, up) [m]; `grid.centers_of` on any device."""
-    _, height, width = grid.shape
-    index = torch.stack([flat_index % width, flat_index // width % height, flat_index // (height * width)], 1)
-    lower, size = (
-        torch.tensor(v[::-1], dtype=torch.float64, device=flat_index.device) for v in (grid.lower, grid.cell_size)
-    )
-    return (lower + (index + 0.5) * size).float()

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from occfeat_train.config import Backbone
 from occfeat_train.ops.checkpointing import recomputed
-from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.instance_norm import InstanceNorm
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 DEFAULT_WEIGHTS = {

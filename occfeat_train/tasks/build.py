@@ -25,7 +25,7 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
             config.network.channels,
             config.network.lifting,
             config.network.drop_connect,
-            None if config.network.compat == "none" else config.network.compat,
+            config.network.compat,
             config.network.recompute,
         )
         if config.task == "pretrain":

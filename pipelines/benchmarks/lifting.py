@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
 
 from occfeat_targets.cache.geometry import project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.lifting import lift, lift_torch, lift_triton
+from occfeat_train.ops.mean_over_views import lift, lift_torch, lift_triton
 from occfeat_train.ops.views import Views
 from tests.train.lifting_twin import lift_dense
 

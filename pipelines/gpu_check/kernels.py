@@ -11,8 +11,8 @@ from torch import Tensor
 from occfeat_train.networks.bevformer import HEADS, neighbour_reads
 from occfeat_train.ops.deformable import deformable_torch, deformable_triton
 from occfeat_train.ops.devices import runs_triton
-from occfeat_train.ops.lifting import lift_torch, lift_triton
-from occfeat_train.ops.norms import _InstanceNorm, _TritonInstanceNorm
+from occfeat_train.ops.mean_over_views import lift_torch, lift_triton
+from occfeat_train.ops.instance_norm import _InstanceNorm, _TritonInstanceNorm
 from occfeat_train.tasks.heads import _SoftplusLogits, _TritonSoftplusLogits
 from pipelines.gpu_check.inputs import grid_of, random_views
 from pipelines.gpu_check.measure import Check, distance

@@ -20,7 +20,7 @@ from tests.train.test_batch import make_batch
 from tests.train.test_tasks import CONFIG, task_of
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = [LIFTING, *(f"occfeat_train.ops.{name}" for name in ("norm_kernels", "head_kernels", "deformable_triton"))]
+KERNELS = [LIFTING, *(f"occfeat_train.ops.{name}" for name in ("instance_norm_triton", "head_triton", "deformable_triton"))]
 
 
 def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[str, Tensor], set[torch.dtype]]:

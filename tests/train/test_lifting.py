@@ -15,7 +15,7 @@ from torch import Tensor
 from occfeat_targets.cache.geometry import rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks.simplebev import SimpleBEV
-from occfeat_train.ops.lifting import lift, lift_torch
+from occfeat_train.ops.mean_over_views import lift, lift_torch
 from occfeat_train.ops.views import Views
 from tests.train.interpreted import HAS_TRITON, lift_interpreted
 from tests.train.lifting_twin import lift_dense

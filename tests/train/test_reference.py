@@ -13,7 +13,7 @@ from torch import nn
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks.network import build_network
-from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.instance_norm import InstanceNorm
 from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD, Views
 from occfeat_train.simple_bev.weights import convert, load_reference
 from occfeat_train.tasks.heads import SegmentationHead

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occfeat_targets.cache.geometry import project, rigid, transform
-from occfeat_train.ops.sampling import (
+from occfeat_train.ops.mean_over_views import (
     sample_voxel_features,
     sample_voxel_features_numpy,
     sample_voxel_features_torch,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops import lifting
-from occfeat_train.ops.lifting import lift, lift_torch, lift_triton
+from occfeat_train.ops.mean_over_views import lift, lift_torch, lift_triton
 from occfeat_train.ops.views import Views
 from tests.train.interpreted import LIFTING, compiled, lift_interpreted
 from tests.train.test_lifting import (
