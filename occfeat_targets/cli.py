@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import LABEL_KINDS
+from occfeat_targets.cache.labels import LABEL_KINDS
 
 EXIT_INCOMPLETE = 3
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
 from occfeat_targets.build.run import Outcome
-from occfeat_targets.cache.spec import LABEL_KINDS
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.sources.scenes import describe_problems
 

@@ -86,6 +86,7 @@ def test_every_package_says_what_it_owns():
         ("pyquaternion", {"slow_targets.py"}),
         ("shapely", {"slow_labels.py"}),
         ("cv2", {"labels.py"}),
+        ("jinja2", {"html.py"}),
     ],
 )
 def test_a_heavy_library_is_imported_by_one_module(library, where):
@@ -97,17 +98,24 @@ def test_a_heavy_library_is_imported_by_one_module(library, where):
     assert found == where
 
 
-def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract():
-    for file in modules("occfeat_train").values():
-        used = {name.split(".")[1] for name in imports(file) if name.startswith("occfeat_targets.")}
-        assert used <= {"cache"}, file.name
+def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for_reports_its_pictures():
+    pictures: set[str] = set()
+    for name, file in modules("occfeat_train").items():
+        used = {i for i in imports(file) if i.startswith("occfeat_targets.")}
+        pictures |= {i for i in used if i.startswith("occfeat_targets.pictures.")}
+        assert {i.split(".")[1] for i in used} <= {"cache"} | ({"pictures"} if name.startswith("report.") else set()), (
+            name
+        )
         assert not {n.split(".")[0] for n in imports(file)} & {"nuscenes", "dask", "distributed", "cv2", "shapely"}
+    for name in pictures:
+        used = {i for i in imports(REPOSITORY / f"{name.replace('.', '/')}.py") if i.startswith("occfeat_targets.")}
+        assert {i.split(".")[1] for i in used} <= {"cache", "pictures"}, name
 
 
 def test_help_is_quick_because_it_loads_no_heavy_library():
     code = (
         "import sys; from occfeat_targets.cli import main; import occfeat_train.cli\n"
-        "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers'} & set(sys.modules)))"
+        "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 

@@ -20,8 +20,9 @@ from occfeat_targets.build.assemble import grids_from_ego
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import digest
-from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, STUDENT_SIZE, TargetSpec, TeacherSpec
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, Identity, create_cache
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry

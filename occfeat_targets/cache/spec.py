@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
 
 FORMAT_VERSION = 2
 
 # In Simple-BEV's order, which is the order of the camera axis of every array.
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 EGO_FRAME = "ego"
-LABEL_KINDS = ("vehicles", "map")
-# The paper names five classes but no nuScenes layers. These are BEVFusion's six without stop_line. BEVFusion's "divider"
-# contains both kinds of line, hence the second option.
+# nuScenes' layers of each map class, which the paper does not name; BEVFusion's. BEVFusion's "divider" contains both kinds
+# of line, hence the second option.
 MAP_LAYERS: dict[str, tuple[str, ...]] = {
     "road": ("drivable_area",),
     "sidewalk": ("walkway",),
@@ -35,7 +35,6 @@ DIVIDERS = {"road": ("road_divider",), "road+lane": ("road_divider", "lane_divid
 # BEVFusion draws lines of 2 pixels of 0.5 m with OpenCV, which paints 3 to 5 pixels per row, depending on the slope. We
 # draw the nominal metre.
 DIVIDER_WIDTH = 1.0
-MAP_CLASSES = tuple(MAP_LAYERS)
 # 1600x900 times exactly 0.3. Simple-BEV's augmentation resizes to at most 1.2 x 224x400 = 268x480: nothing is upsampled.
 STUDENT_SIZE = (270, 480)
 LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multiplies a network's image size
@@ -126,6 +125,18 @@ class ArraySpec:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
+def _label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[ArraySpec]:
+    dims, shape = ("grid_forward", "packed_right"), (grid.map_shape[0], grid.map_row_bytes)
+    class_dims = (f"{kind.name}_class",) if kind.class_shape else ()
+    arrays = [(kind.array, kind.class_shape, class_dims, kind.description)]
+    if kind.valid_array is not None:
+        arrays.append((kind.valid_array, (), (), f"0: {kind.invalid}, not scored"))
+    return [
+        ArraySpec(name, (num_frames, *classes, *shape), ("frame", *named, *dims), "uint8", text, compress=True)
+        for name, classes, named, text in arrays
+    ]
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """Everything that determines a cache's bytes, given the data set.
@@ -144,7 +155,7 @@ class TargetSpec:
     feature_dtype: str = "float16"
     num_sweeps: int = 1
     ego_box: float = EGO_BOX
-    labels: tuple[str, ...] = LABEL_KINDS
+    labels: tuple[str, ...] = tuple(LABEL_KINDS)
     dividers: str = "road"
     divider_width: float = DIVIDER_WIDTH
     compat: str | None = None
@@ -167,7 +178,7 @@ class TargetSpec:
         if self.num_sweeps < 1:
             raise ValueError(f"{self.num_sweeps} sweeps: at least 1 (the keyframe's own) expected")
         if any(kind not in LABEL_KINDS for kind in self.labels):
-            raise ValueError(f"labels {self.labels}: some of {LABEL_KINDS} expected")
+            raise ValueError(f"labels {self.labels}: some of {tuple(LABEL_KINDS)} expected")
         if self.dividers not in DIVIDERS:
             raise ValueError(f"dividers {self.dividers!r}: road or road+lane expected")
         if self.compat not in (None, "simple-bev"):
@@ -229,7 +240,6 @@ class TargetSpec:
         """The arrays of a cache, in the order in which a shard writes them."""
         cams, frames, grid = len(self.cameras), len(self.frames), self.grid
         height, width = self.image_size
-        h_b, row = grid.map_shape[0], grid.map_row_bytes
         small = {"per_keyframe": False}
         specs = [
             ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
@@ -271,20 +281,9 @@ class TargetSpec:
                 "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
             )
         )  # fmt: skip
-        map_dims = ("grid_forward", "packed_right")
-        if "vehicles" in self.labels:
-            for name, text in (
-                ("vehicles", "vehicle cells"),
-                ("vehicles_valid", "0: hardly visible vehicle, not scored"),
-            ):
-                shape = (frames, h_b, row)
-                specs.append(ArraySpec(f"labels/{name}", shape, ("frame", *map_dims), "uint8", text, compress=True))
-        if "map" in self.labels:
-            shape_map = (frames, len(MAP_CLASSES), h_b, row)
-            text = "map cells; classes: " + ", ".join(MAP_CLASSES)
-            specs.append(
-                ArraySpec("labels/map", shape_map, ("frame", "map_class", *map_dims), "uint8", text, compress=True)
-            )
+        for name, kind in LABEL_KINDS.items():
+            if name in self.labels:
+                specs += _label_arrays(kind, frames, grid)
         return tuple(specs)
 
     @property

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.pictures.colors import (
     CAMERA,
     COINCIDENT,

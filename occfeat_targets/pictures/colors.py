@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import LABEL_KINDS
 
 Colors = NDArray[np.uint8]  # (..., 3) RGB
 RGB = tuple[int, int, int]
@@ -19,19 +19,11 @@ INK: RGB = (236, 238, 240)
 FAINT: RGB = (150, 156, 164)
 ALARM: RGB = (222, 64, 28)
 CAMERA: RGB = (255, 150, 220)
-VEHICLE: RGB = (255, 128, 32)
+VEHICLE = LABEL_KINDS["vehicles"].dark["vehicles"]
 HATCH: RGB = (122, 126, 132)
 OCCUPIED_ONLY: RGB = (104, 122, 160)
 COINCIDENT: RGB = (88, 240, 120)
-# In drawing order: later classes cover earlier ones.
-MAP_COLORS: dict[str, RGB] = {
-    "road": (74, 86, 104),
-    "parking_area": (64, 116, 196),
-    "sidewalk": (158, 88, 150),
-    "crosswalk": (236, 214, 92),
-    "road_divider": (246, 246, 246),
-}
-assert set(MAP_COLORS) == set(MAP_CLASSES)
+MAP_COLORS = LABEL_KINDS["map"].dark
 
 # Turbo at equal steps, without its ends, which are too dark on a photograph.
 _RAMP = np.array(

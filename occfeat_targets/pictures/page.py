@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.colors import FeatureColors
+from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
@@ -128,31 +128,13 @@ def write_preview(
         )
         with writing(str(out / name)):
             sheet.save(out / name)
+    page = render(
+        Path(__file__).with_name("preview.html"),
+        title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",
+        warnings=cache.warnings,
+        cache=cache,
+        pictures=list(zip(keyframes, names, strict=True)),
+    )
     with writing(str(out / "index.html")):
-        (out / "index.html").write_text(_page(cache, keyframes, names), encoding="utf-8")
+        (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
-
-
-_STYLE = (
-    "body{background:#121418;color:#eceef0;font:16px/1.45 system-ui,sans-serif;margin:1.5rem}"
-    "img{max-width:100%;height:auto;border:1px solid #444}code{color:#9ecbff}"
-    ".simulated{background:#de401c;color:#fff;font-size:1.3rem;font-weight:bold;padding:.5rem 1rem}"
-)
-
-
-def _page(cache: Cache, keyframes: Sequence[int], names: Sequence[str]) -> str:
-    """The page, without scripts; it links only to the PNGs in its folder."""
-    title = html.escape(f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes")
-    lines = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{_STYLE}</style>',
-        f"<h1>{title}</h1>",
-        *(f'<p class="simulated">{html.escape(text)}</p>' for text in cache.warnings),
-        f"<p>cache <code>{html.escape(cache.path.name)}</code>, fingerprint <code>{cache.spec.fingerprint}</code></p>",
-        "<ul>",
-        *(f"<li>{html.escape(line)}</li>" for line in cache.spec.describe()),
-        "</ul>",
-    ]
-    for keyframe, name in zip(keyframes, names, strict=True):
-        text = html.escape(f"{keyframe}: {cache.identity.tokens[keyframe]}, {cache.identity.scenes[keyframe]}")
-        lines += [f"<h2>{text}</h2>", f'<a href="{name}"><img src="{name}" alt="keyframe {text}" loading="lazy"></a>']
-    return "\n".join(lines) + "\n</html>\n"

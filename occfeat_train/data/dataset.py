@@ -21,9 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.spec import EGO_FRAME, MAP_CLASSES
+from occfeat_targets.cache.spec import EGO_FRAME
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Batch

@@ -145,9 +145,7 @@ class Taps:
     weights: Tensor
 
 
-def bilinear_taps(
-    column: Tensor, row: Tensor, feature_size: tuple[int, int], weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def bilinear_taps(column: Tensor, row: Tensor, feature_size: tuple[int, int], weight: Tensor) -> tuple[Tensor, Tensor]:
     """The four tokens around positions (...) [tokens] of an h x w map, as indices (..., 4), and their weights (..., 4).
 
     weight: (...) factor of a position's four weights, which have its dtype. Tokens outside the map have weight 0. Gradients

@@ -119,7 +119,9 @@ def _sample(
     maps: NDArray[Any],  # (V, h * w, C) float32 or int8
     scale: NDArray[np.float32] | None,  # (V, h * w)
     size: tuple[int, int],  # h, w
-    cameras: NDArray[np.float64],  # (V, 20): pixels_from_grid (3, 4), area (4,) [px], token_area (4,); see `views.Cameras`
+    cameras: NDArray[
+        np.float64
+    ],  # (V, 20): pixels_from_grid (3, 4), area (4,) [px], token_area (4,); see `views.Cameras`
     width: float,
     height: float,
     centers: NDArray[np.float32],  # (n, 3)
@@ -136,7 +138,9 @@ def _sample(
         count = min(_BLOCK, centers.shape[0] - start)
         for i in range(count):
             points[0, i], points[1, i], points[2, i] = centers[start + i]
-        for view in range(views):  # vectorised over voxels: pixels of points behind the camera are computed but not used
+        for view in range(
+            views
+        ):  # vectorised over voxels: pixels of points behind the camera are computed but not used
             p, q, r = cameras[view, 0:4], cameras[view, 4:8], cameras[view, 8:12]
             top, left, bottom, right = cameras[view, 12:16]
             first_row, first_column, last_row, last_column = cameras[view, 16:20]

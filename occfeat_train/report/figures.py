@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import LABEL_KINDS, MAP_CLASSES
 
 Mask = NDArray[np.bool_]
 Colors = NDArray[np.uint8]  # (..., 3) RGB
@@ -27,18 +27,10 @@ HIT: RGB = (44, 146, 76)
 FALSE_ALARM: RGB = (228, 120, 24)
 MISSED: RGB = (56, 92, 190)
 UNSCORED: RGB = (204, 204, 204)
-VEHICLE: RGB = (228, 96, 24)
+VEHICLE = LABEL_KINDS["vehicles"].light["vehicles"]
 HEIGHTS = "viridis"  # Matplotlib's name
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
-# In drawing order: later classes cover earlier ones.
-MAP_COLORS: dict[str, RGB] = {
-    "road": (196, 204, 216),
-    "parking_area": (120, 160, 224),
-    "sidewalk": (206, 150, 200),
-    "crosswalk": (232, 190, 40),
-    "road_divider": (70, 74, 84),
-}
-assert set(MAP_COLORS) == set(MAP_CLASSES)
+MAP_COLORS = LABEL_KINDS["map"].light
 RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 # The ego vehicle on the ground of the ego frame (x forward from the rear axle, y left) [m], its nose pointed.
 _EGO = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])

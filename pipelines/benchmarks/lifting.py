@@ -73,9 +73,8 @@ def lift_csr(features: torch.Tensor, views: Views, grid: VoxelGrid) -> torch.Ten
 DENSE = "dense: every camera sampled for every voxel, then averaged"
 WAYS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {  # by device, ours first
     "cpu": {
-        "ours: numba": lift,
-        "ours: numba, bfloat16": lift,
-        "ours: plain torch": lift_torch,
+        "ours": lift,
+        "ours, bfloat16": lift,
         "one sparse CSR product, its construction included": lift_csr,
         DENSE: lift_dense,
     },

@@ -3,8 +3,8 @@
     python pipelines/benchmarks/step.py --reference ../simple_bev [--networks simplebev/efficientnet-b0 ...] [--no-parts]
     python pipelines/benchmarks/step.py --device cuda --batch 16 --precision bfloat16 [--reference ../simple_bev]
 
-`_reference.py` says where to get the reference. First both sides are given the same weights and must agree in F_B and
-the loss. Without --reference ours runs alone. Ours is also measured in bfloat16 if that is not what is asked for, and on a
+`_reference.py` says where to get the reference. First both sides are given the same weights, ours has the reference's defects,
+and they must agree in F_B and the loss. Without --reference ours runs alone. Ours is also measured in bfloat16 if that is not what is asked for, and on a
 GPU compiled.
 """
 
@@ -129,7 +129,7 @@ def print_steps(setting: Setting, checkout: Path | None, seconds: float) -> None
     if checkout is not None:
         theirs = ReferenceStep(setting, checkout)
         try:
-            difference, of_loss = share_weights(ours, theirs)
+            difference, of_loss = share_weights(OurStep(setting, "simple-bev"), theirs)
             theirs()
         except torch.OutOfMemoryError:
             print(f"The reference does not fit this GPU at batch {setting.batch}: give a smaller --batch to compare.\n")

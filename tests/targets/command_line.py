@@ -1,4 +1,4 @@
-"""Running the command line as a user does, for the tests of the build."""
+"""Runs the command line for the tests of the build."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cli import main
 
 COMMAND = [sys.executable, "-m", "occfeat_targets"]
-# The voxels of the default grid, over a quarter of its area: verify's slow twin of the labels visits every cell.
+# The default grid's voxel size over a quarter of its area, because verify's slow reference of the labels visits every cell.
 GRID = VoxelGrid((8, 100, 100), (-5, -25, -25), (5, 25, 25))
 SMALL = [
     "--grid", "8x100x100", "--range", "-5", "5", "-25", "25", "-25", "25", "--image-size", "96x160", "--feature-size", "56x98",
@@ -35,7 +35,7 @@ class Result:
 
 
 def run(*arguments: str | Path, check: bool = True) -> Result:
-    """Run occfeat-targets in this process, which spares every test the imports."""
+    """Run occfeat-targets in this process, so that a test need not import everything again."""
     invoked = CliRunner().invoke(main, [str(a) for a in arguments])
     if invoked.exception is not None and not isinstance(invoked.exception, SystemExit):
         raise invoked.exception
@@ -46,7 +46,7 @@ def run(*arguments: str | Path, check: bool = True) -> Result:
 
 
 def run_apart(*arguments: str | Path) -> None:
-    """Run occfeat-targets in a process of its own, which must succeed."""
+    """Run occfeat-targets in a separate process; it must succeed."""
     result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
 
@@ -72,7 +72,7 @@ def assert_same_bytes(cache: Path, expected: dict[str, np.ndarray]) -> None:
 
 @contextmanager
 def tmpfs(directory: Path, options: str) -> Iterator[Path]:
-    """A small or read-only file system of its own; skips the test where none can be mounted."""
+    """Mount a small or read-only file system; skips the test where that is not possible."""
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:

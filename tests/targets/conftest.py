@@ -1,4 +1,4 @@
-"""The build that others are compared with, and a city that a test may damage."""
+"""The reference build, and a city that a test may damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.targets.command_line import build_arguments, contents, run
 
 @pytest.fixture(scope="session")
 def serial(city: Path, tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The uninterrupted serial build that all others are compared with."""
+    """An uninterrupted serial build, which all other builds are compared with."""
     cache = tmp_path_factory.mktemp("serial")
     run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--frames", "both"))
     return cache

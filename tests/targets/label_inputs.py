@@ -27,7 +27,7 @@ REAL_SAMPLE = Path(
 
 
 def box_corners(center: Any, length: float, width: float, height: float, rotation: Any = LEVEL) -> Array:
-    """(8, 3) in the devkit's order: the front face from the upper left on, then the back; x is forward."""
+    """(8, 3) in the devkit's order: the front face starting at the upper left, then the back face; x is forward."""
     x = length / 2 * np.array([1, 1, 1, 1, -1, -1, -1, -1])
     y = width / 2 * np.array([1, -1, -1, 1, 1, -1, -1, 1])
     z = height / 2 * np.array([1, 1, -1, -1, 1, 1, -1, -1])
@@ -36,7 +36,7 @@ def box_corners(center: Any, length: float, width: float, height: float, rotatio
 
 
 def random_pose(rng: np.random.Generator, tilt: float = 0.05) -> Array:
-    """A pose with any yaw, and pitch and roll of about `tilt` radians."""
+    """A pose with random yaw, and pitch and roll of about `tilt` [rad]."""
     yaw = rng.uniform(-np.pi, np.pi)
     level = rotation_matrix([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
     pose = rigid([1, *rng.normal(0, tilt / 2, 2), 0], rng.uniform(-5, 5, 3))
@@ -56,7 +56,7 @@ def random_boxes(rng: np.random.Generator, n: int) -> Array:
 
 
 class Tables(SimpleNamespace):
-    """A map's tables, filled shape by shape, as NuScenesMap holds them."""
+    """A map's tables in the form of NuScenesMap."""
 
     def __init__(self) -> None:
         layers: dict[str, list[Any]] = {layer: [] for names in map_classes("road+lane").values() for layer in names}
@@ -85,7 +85,7 @@ def square(left: float, bottom: float, side: float) -> list[tuple[float, float]]
 
 
 def random_map(rng: np.random.Generator, reach: float = 90.0) -> MapGeometry:
-    """Shapes anywhere within `reach`, and one of each kind where every test's grid sees it."""
+    """Shapes anywhere within `reach` [m], and one of each kind within every test's grid."""
     tables = Tables()
     for layer in ("drivable_area", "walkway", "ped_crossing", "carpark_area"):
         tables.add_polygon(layer, square(rng.uniform(-8, 8), rng.uniform(-8, 8), 5.3), square(0.1, 0.1, 2.7))

@@ -1,4 +1,4 @@
-"""occfeat_targets from Python: the command's build, its defaults, and a volume of points."""
+"""The Python API of occfeat_targets gives the results and defaults of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from occfeat_targets.sources.sweeps import read_sweep
 from tests.conftest import readme_code
 from tests.targets.command_line import assert_same_bytes, run
 
-# Every option at another value than its default, as the command takes it and as the function does.
+# Every option with a value other than its default, as command line and as keywords.
 COMMAND_LINE = [
     *("--version", "v1.0-mini"), *("--scenes", "a,b"), *("--grid", "4x20x12"), *("--range", "-2", "2", "-10", "10", "-6", "6"),
     *("--frames", "both"), *("--sweeps", "3"), *("--image-size", "96x160"), *("--teacher", "none"),
@@ -37,7 +37,7 @@ KEYWORDS = {
 
 
 @pytest.mark.parametrize(("arguments", "keywords"), [([], {}), (COMMAND_LINE, KEYWORDS)])
-def test_build_cache_plans_what_the_command_plans(tmp_path, monkeypatch, arguments, keywords):
+def test_build_cache_makes_the_plan_of_the_command(tmp_path, monkeypatch, arguments, keywords):
     planned = []
 
     def make_plan(options: BuildOptions) -> None:
@@ -54,11 +54,11 @@ def test_build_cache_plans_what_the_command_plans(tmp_path, monkeypatch, argumen
 def test_build_cache_has_every_option_of_the_command():
     theirs = {parameter.name for parameter in command.params} - {"grid_shape", "grid_range", "no_labels"}
     assert set(inspect.signature(occfeat_targets.build_cache).parameters) == theirs | {"grid", "log", "progress"}
-    used = {"dataroot", "cache", "split", "workers", "scheduler"}  # the ways to run are no part of the plan
+    used = {"dataroot", "cache", "split", "workers", "scheduler"}  # not part of the plan: they choose where it runs
     assert set(KEYWORDS) == (theirs | {"grid"}) - used
 
 
-def test_build_cache_builds_the_commands_bytes(city, tiny_teacher, tmp_path, expected):
+def test_build_cache_writes_the_bytes_of_the_command(city, tiny_teacher, tmp_path, expected):
     lines: list[str] = []
     path = occfeat_targets.build_cache(
         city, tmp_path, "mini_train", teacher=tiny_teacher, frames="both", image_size=(96, 160), feature_size=(56, 98),
@@ -119,7 +119,7 @@ def test_voxelize_refuses_other_shapes():
         occfeat_targets.voxelize(np.zeros(3, np.float32))
 
 
-def test_voxelize_gives_a_caches_occupancy(city, serial):
+def test_voxelize_equals_a_caches_occupancy(city, serial):
     reader = CacheReader(serial / "mini_train.zarr")
     keyframe = read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False).keyframes[
         3

@@ -1,4 +1,4 @@
-"""What goes wrong with real data and real disks ends in an error that names sample, file and remedy."""
+"""Damaged input and full or read-only disks cause errors that name the sample, the file and the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.targets.command_line import assert_same_bytes, build_arguments, conte
 
 
 def victim(city: Path, channel: str) -> dict:
-    """The keyframe record of a channel of the third keyframe of the build."""
+    """The third keyframe's sample_data record of a channel."""
     token = contents_of_split(city)[2]
     calibration = {c["token"]: c["sensor_token"] for c in table(city, "calibrated_sensor")}
     sensors = {s["token"]: s["channel"] for s in table(city, "sensor")}
@@ -30,7 +30,7 @@ def victim(city: Path, channel: str) -> dict:
 
 
 def contents_of_split(city: Path) -> list[str]:
-    """Sample tokens of mini_train, in the order of a cache."""
+    """Sample tokens of mini_train in the cache's order."""
     split = read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False)
     return [keyframe.token for keyframe in split.keyframes]
 
@@ -87,7 +87,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_fails_by_name_and_can_be_skipped_on_the_record(name, broken_city, tiny_teacher, tmp_path):
+def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(name, broken_city, tiny_teacher, tmp_path):
     damage, reason = BAD_INPUT[name]
     token = contents_of_split(broken_city)[2]
     file = damage(broken_city)
@@ -126,8 +126,8 @@ def test_a_repaired_file_is_built_with_retry_skipped(broken_city, city, tiny_tea
     run("status", "--cache", cache, "--split", "mini_train")
 
 
-def test_retrying_skipped_keyframes_loses_none_that_were_valid(broken_city, city, tiny_teacher, tmp_path):
-    """What was valid stays as it is, also where its files are gone by now, whether the retry fails or not."""
+def test_retrying_skipped_keyframes_keeps_all_valid_ones(broken_city, city, tiny_teacher, tmp_path):
+    """Valid keyframes stay unchanged even if their files are missing by then, whether the retry fails or not."""
     repaired = remove_image(broken_city)
     cache = tmp_path / "cache"
     arguments = build_arguments(broken_city, cache, tiny_teacher, "--workers", "0", "--shard-size", "5")
@@ -136,7 +136,7 @@ def test_retrying_skipped_keyframes_loses_none_that_were_valid(broken_city, city
     before = contents(cache)
     record = open_cache(cache / "mini_train.zarr").finished_shards()[0]
     for file in (broken_city / "samples" / "LIDAR_TOP").iterdir():
-        file.unlink()  # every keyframe's
+        file.unlink()  # of every keyframe
     for mode in ("fail", "skip"):
         run(*arguments, "--retry-skipped", "--on-error", mode, check=False)
         assert_same_bytes(cache, before)
@@ -169,7 +169,7 @@ def test_a_dataroot_without_the_version_says_what_it_has(city, tiny_teacher, tmp
     assert "NUSCENES_ROOT" in result.stderr
 
 
-def test_a_build_with_other_options_into_a_cache_is_refused_and_harms_nothing(city, tiny_teacher, serial, expected):
+def test_a_build_with_other_options_into_a_cache_is_refused_and_changes_nothing(city, tiny_teacher, serial, expected):
     result = run(*build_arguments(city, serial, tiny_teacher, "--sweeps", "3", "--frames", "both"), check=False)
     assert result.returncode == 1
     assert "num_sweeps: 1 != 3" in result.stderr
@@ -177,7 +177,7 @@ def test_a_build_with_other_options_into_a_cache_is_refused_and_harms_nothing(ci
 
 
 def test_a_read_only_output_is_an_error_that_says_so(city, tiny_teacher, tmp_path):
-    with tmpfs(tmp_path / "read-only", "ro,size=1g") as output:  # root would ignore permissions
+    with tmpfs(tmp_path / "read-only", "ro,size=1g") as output:  # root ignores permissions
         result = run(*build_arguments(city, output / "cache", tiny_teacher, "--workers", "0"), check=False)
         assert result.returncode == 1
         assert "could not write" in result.stderr
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_shards(city, tiny_teacher, tmp_
     with tmpfs(tmp_path / "disk", "size=12m") as disk:
         arguments = build_arguments(city, disk, tiny_teacher, "--workers", "0", "--frames", "both")
         run(*arguments)
-        for shard in (1, 3):  # as if they had not been built yet, and something else had taken their room
+        for shard in (1, 3):  # as if not built yet, while something else fills the disk
             unbuild(disk / "mini_train.zarr", shard)
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))

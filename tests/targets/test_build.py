@@ -1,4 +1,4 @@
-"""The build from end to end: the same bytes however it is run, and what its options change."""
+"""The build from end to end: every way to run it gives the same bytes, and each option changes what it should."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from occfeat_targets.targets.teacher import teacher_spec
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_apart, write_table
 
 
-def test_a_build_says_what_it_builds_how_large_it_is_and_how_long_it_takes(city, tiny_teacher, tmp_path):
+def test_a_build_prints_its_contents_size_and_estimated_time(city, tiny_teacher, tmp_path):
     output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0")).stdout
     assert "10 keyframes of 2 scenes" in output
     assert "6 of the split's 8 scenes are not in this data set" in output
@@ -32,7 +32,7 @@ def test_a_build_says_what_it_builds_how_large_it_is_and_how_long_it_takes(city,
     assert "wait" in output
 
 
-def test_a_finished_build_has_nothing_left_to_do(city, tiny_teacher, serial, expected):
+def test_a_finished_build_is_not_built_again(city, tiny_teacher, serial, expected):
     output = run(*build_arguments(city, serial, tiny_teacher, "--workers", "0", "--frames", "both")).stdout
     assert "to build here: 0 shards" in output
     assert_same_bytes(serial, expected)
@@ -50,7 +50,7 @@ def test_array_tasks_build_the_same_bytes_without_a_scheduler(city, tiny_teacher
 
 @contextmanager
 def dask_cluster(directory: Path) -> Iterator[str]:
-    """A scheduler and two workers as somebody else would start them."""
+    """A scheduler and two workers, started separately."""
     address_file = directory / "scheduler.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": directory}
@@ -84,7 +84,7 @@ def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny
     assert_same_bytes(tmp_path, expected)
 
 
-def test_a_scheduler_that_is_not_there_is_named(city, tiny_teacher, tmp_path, monkeypatch):
+def test_an_unreachable_scheduler_is_named(city, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("occfeat_targets.build.cluster._CONNECT_TIMEOUT", "1s")
     result = run(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", "tcp://127.0.0.1:9"), check=False)
     assert result.returncode == 1
@@ -109,8 +109,8 @@ def test_labels_can_be_left_out_and_chosen(city, tiny_teacher, tmp_path):
         assert "features" not in contents(cache)
 
 
-def test_annotations_are_not_needed_and_not_invented(broken_city, tmp_path):
-    """As in the test split: no boxes; map labels are still there."""
+def test_without_annotations_only_map_labels_are_built(broken_city, tmp_path):
+    """The test split has no boxes but has maps."""
     write_table(broken_city, "sample_annotation", [])
     write_table(broken_city, "instance", [])
     output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
@@ -121,7 +121,7 @@ def test_annotations_are_not_needed_and_not_invented(broken_city, tmp_path):
     assert "no annotations" in asked.stderr
 
 
-def test_a_missing_map_expansion_is_announced_or_refused(broken_city, tmp_path):
+def test_a_missing_map_expansion_is_printed_or_refused(broken_city, tmp_path):
     shutil.rmtree(broken_city / "maps" / "expansion")
     output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
     assert "no map labels: no map expansion" in output
@@ -170,7 +170,7 @@ def test_teacher_batches_change_no_more_than_rounding(city, tiny_teacher, tmp_pa
     np.testing.assert_array_equal(found["occupancy"], expected["occupancy"])
 
 
-def test_a_build_goes_on_with_a_teacher_that_moved_and_not_with_another(city, tiny_teacher, tmp_path, expected):
+def test_a_build_continues_with_a_moved_teacher_and_refuses_another(city, tiny_teacher, tmp_path, expected):
     first, moved, cache = tmp_path / "tiny", tmp_path / "elsewhere", tmp_path / "cache"
     shutil.copytree(tiny_teacher, first)
     run(*build_arguments(city, cache, str(first), "--shard", "0/2", "--frames", "both"))
@@ -187,13 +187,13 @@ def test_a_build_goes_on_with_a_teacher_that_moved_and_not_with_another(city, ti
     assert f"'digest': '{begun_with}'" in refused.stderr
     assert f"'digest': '{other}'" in refused.stderr
     moved.rename(first)
-    teacher._load_once.cache_clear()  # this process still has the weights that the cache was started with
+    teacher._load_once.cache_clear()  # this process still holds the weights that the cache was started with
     verified = run("verify", "--cache", cache, "--split", "mini_train", "--samples", "1", check=False)
     assert verified.returncode == 1
     assert f"have digest {other}, the cache was started with {begun_with}" in verified.stderr
 
 
-def test_contradicting_ways_to_run_are_refused(city, tmp_path):
+def test_contradictory_ways_to_run_are_refused(city, tmp_path):
     result = run(*build_arguments(city, tmp_path, "none", "--workers", "2", "--shard", "0/2"), check=False)
     assert result.returncode == 2
     assert "choose one" in result.stderr

@@ -26,7 +26,7 @@ def test_ego_axes_become_right_forward_up():
 
 
 def test_camera_axes_become_right_forward_up():
-    # 3 m right of the camera, 2 m below it, 10 m ahead: the grid's origin lies 1 m below the camera
+    # 3 m right of the camera, 2 m below it, 10 m ahead; the grid's origin is 1 m below the camera
     np.testing.assert_allclose(transform(GRID_FROM_CAMERA_AXES, np.array([3.0, 2, 10])), [3, 10, -1])
 
 
@@ -44,7 +44,7 @@ def test_inverse_rigid_undoes_a_transform(q, t):
 
 
 @pytest.mark.parametrize("q", [(0, 0, 0, 0), (float("nan"), 0, 0, 1), (1, 0, 0)])
-def test_what_is_no_quaternion_is_refused(q):
+def test_an_invalid_quaternion_is_refused(q):
     with pytest.raises(ValueError, match="no quaternion"):
         rotation_matrix(q)
 

@@ -16,12 +16,12 @@ def test_default_grid_is_simple_bevs():
     np.testing.assert_allclose(centers[7, 199, 0], [-49.75, 49.75, 4.375])
 
 
-def test_first_axis_is_up_then_forward_then_right():
+def test_axes_are_up_forward_right():
     centers = VoxelGrid((2, 3, 4), (0, 0, 0), (2, 3, 4)).voxel_centers()
     np.testing.assert_allclose(centers[1, 2, 3], [3.5, 2.5, 1.5])  # (right, forward, up)
 
 
-def test_cells_from_grid_sends_cell_centres_to_index_plus_half():
+def test_cells_from_grid_maps_cell_centres_to_index_plus_half():
     grid = VoxelGrid((2, 5, 9), (-1, 0, 3), (4, 7, 5))
     centers = grid.voxel_centers().reshape(-1, 3).astype(np.float64)
     cells = centers @ grid.cells_from_grid[:3, :3].T + grid.cells_from_grid[:3, 3]
@@ -73,7 +73,7 @@ def test_a_grid_without_volume_is_refused(bad):
         VoxelGrid(**bad)
 
 
-def test_fingerprint_tells_grids_apart_and_survives_a_round_trip():
+def test_fingerprint_differs_between_grids_and_survives_a_round_trip():
     grid = VoxelGrid()
     assert VoxelGrid.from_dict(grid.to_dict()) == grid
     assert VoxelGrid.from_dict(grid.to_dict()).fingerprint == grid.fingerprint

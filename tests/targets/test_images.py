@@ -1,4 +1,4 @@
-"""Decoding and resizing: closed forms on the filter, Pillow's full decode as the twin, and every way a JPEG can be bad."""
+"""Decoding and resizing: closed forms of the filter, Pillow's full decode as the reference, and damaged JPEGs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def street(height: int = 900, width: int = 1600, seed: int = 0) -> np.ndarray:
         top, left = rng.integers(0, height), rng.integers(0, width)
         picture[top : top + rng.integers(8, 200), left : left + rng.integers(8, 300)] = rng.uniform(20, 235, 3)
     picture += rng.normal(0, 10, (height, width, 1))
-    for axis in (0, 1):  # no lens resolves a pixel
+    for axis in (0, 1):  # blur, as a lens does
         picture = (np.roll(picture, 1, axis) + 2 * picture + np.roll(picture, -1, axis)) / 4
     return np.clip(picture, 0, 255).astype(np.uint8)
 
@@ -48,7 +48,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], scale: int = 1) -> np.ndarray:
-    """What `load_image` does to pixels that were decoded at 1/scale."""
+    """The resize of `load_image`, for pixels decoded at 1/scale."""
     out, pixels = np.empty((*size, 3), np.uint8), np.ascontiguousarray(pixels)
     height, width = (n * scale for n in pixels.shape[:2])
     images._resize(pixels, *images._taps(height, size[0], scale), *images._taps(width, size[1], scale), out)
@@ -62,9 +62,9 @@ def test_a_constant_stays_constant_up_to_the_border(scale: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-def test_a_ramp_stays_where_it_was(scale: int) -> None:
-    """A symmetric filter keeps a linear function; so pixel centres map to centres, with no half-pixel shift."""
-    x = (np.arange(240) + 0.5) * scale  # where a decoded pixel lies in the source
+def test_a_ramp_is_not_shifted(scale: int) -> None:
+    """A symmetric filter preserves a linear function, so a half-pixel shift would show."""
+    x = (np.arange(240) + 0.5) * scale  # position of a decoded pixel in the source
     pixels = np.broadcast_to((x * 0.2 / scale)[None, :, None], (240, 240, 3)).round().astype(np.uint8)
     for size in ((100, 90), (72, 71)):
         for picture in (
@@ -73,13 +73,13 @@ def test_a_ramp_stays_where_it_was(scale: int) -> None:
         ):
             expected = (np.arange(size[1]) + 0.5) * (240 / size[1]) * 0.2
             error = picture[:, 5:-5].astype(float) - expected[None, 5:-5, None]
-            assert abs(error).max() < 1.05  # the ramp's rounding and ours
+            assert abs(error).max() < 1.05  # rounding of the ramp and of the result
             assert abs(error.mean()) < 0.02
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1, 2, 4, 8]))
-def test_weights_of_every_output_pixel_are_a_mean_of_decoded_pixels(source: int, target: int, scale: int) -> None:
+def test_weights_of_every_output_pixel_are_a_weighted_mean(source: int, target: int, scale: int) -> None:
     target = min(source, target)
     first, weights = images._taps(source, target, scale)
     assert first.shape == (target,)
@@ -91,22 +91,22 @@ def test_weights_of_every_output_pixel_are_a_mean_of_decoded_pixels(source: int,
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 70), st.floats(0.1, 1), st.floats(0.1, 1))
-def test_on_a_full_decode_the_filter_is_pillows(seed: int, height: int, width: int, by_y: float, by_x: float) -> None:
+def test_the_filter_of_a_full_decode_is_pillows(seed: int, height: int, width: int, by_y: float, by_x: float) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     size = (max(1, int(height * by_y)), max(1, int(width * by_x)))
     twin = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
-    assert abs(resize(pixels, size).astype(int) - twin).max() <= 1  # Pillow rounds between its passes, too
+    assert abs(resize(pixels, size).astype(int) - twin).max() <= 1  # Pillow also rounds between its two passes
 
 
 @pytest.mark.parametrize("sizes", [((224, 400),), SIZES, ((180, 320), (112, 196))], ids=str)
-def test_a_scaled_decode_meets_the_full_one_at_50_db(jpeg: Path, sizes: tuple[tuple[int, int], ...]) -> None:
+def test_a_scaled_decode_has_a_psnr_above_50_db(jpeg: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     assert images._decoding_scale((900, 1600), sizes) == 2
     for ours, twin in zip(load_image(jpeg, sizes), load_image_reference(jpeg, sizes), strict=True):
         assert ours.shape == twin.shape
         assert psnr(ours, twin) > 50
 
 
-def test_sizes_too_near_to_the_half_are_made_from_the_full_decode(jpeg: Path) -> None:
+def test_sizes_that_half_does_not_oversample_enough_use_the_full_decode(jpeg: Path) -> None:
     size = (300, 533)
     assert images._decoding_scale((900, 1600), (size, TEACHER_SIZE)) == 1
     assert abs(load_image(jpeg, [size])[0].astype(int) - load_image_reference(jpeg, [size])[0]).max() <= 1
@@ -129,7 +129,7 @@ def test_an_image_of_odd_sides_is_decoded_at_a_quarter(tmp_path: Path) -> None:
     assert psnr(ours, twin) > 44
 
 
-def test_the_source_size_itself_is_the_plain_decode(jpeg: Path) -> None:
+def test_the_source_size_is_the_plain_decode(jpeg: Path) -> None:
     np.testing.assert_array_equal(load_image(jpeg, [(900, 1600)])[0], np.asarray(Image.open(jpeg)))
 
 
@@ -143,21 +143,21 @@ def test_channels_are_red_green_blue(tmp_path: Path) -> None:
     np.testing.assert_allclose(load_image(path, [(40, 80)])[0].reshape(-1, 3), [[200, 40, 10]] * 3200, atol=2)
 
 
-def test_a_grey_jpeg_comes_in_three_equal_channels(tmp_path: Path) -> None:
+def test_a_grey_jpeg_gives_three_equal_channels(tmp_path: Path) -> None:
     path = write_jpeg(tmp_path / "grey.jpg", street(90, 160)[..., 0])
     (picture,) = load_image(path, [(27, 48)])
     assert picture.shape == (27, 48, 3)
     assert (picture == picture[..., :1]).all()
 
 
-def test_another_size_than_the_tables_say_is_an_error(jpeg: Path) -> None:
+def test_a_size_other_than_the_tables_is_an_error(jpeg: Path) -> None:
     load_image(jpeg, SIZES, expected_size=(900, 1600))
     with pytest.raises(ValueError, match=r"street\.jpg is 1600x900; the tables say 1600x1200.*restore the original"):
         load_image(jpeg, SIZES, expected_size=(1200, 1600))
 
 
 @pytest.mark.parametrize("size", [(901, 1600), (900, 1601), (0, 5)])
-def test_an_image_is_never_made_larger(jpeg: Path, size: tuple[int, int]) -> None:
+def test_an_image_is_never_enlarged(jpeg: Path, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"is 1600x900; .* was requested.*request a smaller size"):
         load_image(jpeg, [STUDENT_SIZE, size])
 
@@ -179,7 +179,7 @@ def png() -> bytes:
 @pytest.mark.parametrize(
     "content", [b"", b"not an image", png(), b"\xff\xd8\xff"], ids=["empty", "text", "png", "stub"]
 )
-def test_what_is_no_jpeg_is_an_error_with_its_size(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_jpeg_is_an_error_with_its_size(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.jpg \({len(content)} bytes\) has no JPEG header.*restore the file"):
         load_image(tmp_path / "bad.jpg", SIZES)
@@ -203,7 +203,7 @@ def test_a_jpeg_whose_second_half_was_never_written_is_an_error(jpeg: Path, tmp_
         load_image(tmp_path / "zeros.jpg", SIZES)
 
 
-def test_a_jpeg_cut_anywhere_is_an_error_or_whole(tmp_path: Path) -> None:
+def test_a_truncated_jpeg_is_an_error_or_decodes_completely(tmp_path: Path) -> None:
     path = write_jpeg(tmp_path / "small.jpg", street(48, 64))
     content, whole = path.read_bytes(), load_image(path, [(16, 20)])[0]
     for length in range(len(content) - 1, 0, -3):
@@ -215,7 +215,7 @@ def test_a_jpeg_cut_anywhere_is_an_error_or_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(picture, whole)
 
 
-def test_the_real_images_meet_the_full_decode_at_50_db(real_sample: Path) -> None:
+def test_real_images_have_a_psnr_above_50_db(real_sample: Path) -> None:
     paths = sorted(real_sample.glob("samples/CAM_*/*.jpg"))
     assert len(paths) == 6
     for path in paths:

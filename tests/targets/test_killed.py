@@ -1,4 +1,4 @@
-"""kill -9 at any moment costs time and nothing else. OCCFEAT_KILLS=10 kills more often than the default of every run."""
+"""A build killed with SIGKILL at any moment resumes to the same bytes. OCCFEAT_KILLS sets the number of kills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def processes_below(pid: int) -> list[psutil.Process]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 of a build and everything it started, as a cluster's walltime does."""
+    """SIGKILL a build and all of its child processes, as a cluster does at the walltime limit."""
     for victim in processes_below(process.pid):
         with suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
@@ -44,7 +44,7 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_teacher, tmp_path, expected, workers):
-    """A kill falls soon after the cache was created, or after one or two more shards were finished."""
+    """Each kill comes shortly after the cache was created, or after up to two more shards were finished."""
     arguments = build_arguments(city, tmp_path, tiny_teacher, "--workers", workers, "--frames", "both")
     random = np.random.default_rng(int(workers))
     killed = 0
@@ -57,7 +57,7 @@ def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_t
                 kill_all(process)
             time.sleep(0.005)
         killed += process.returncode == -signal.SIGKILL
-        if kill % 2:  # what a killed writer leaves, in case no kill fell into a write
+        if kill % 2:  # the state after a kill during a write, in case no kill came during one
             for record in list((tmp_path / "mini_train.zarr" / "progress").glob("0000[0-9].json"))[:1]:
                 record.unlink()
     assert killed >= 1
@@ -67,7 +67,7 @@ def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_t
 
 
 def test_killed_workers_do_not_stop_the_build(city, tiny_teacher, tmp_path, expected):
-    """One worker at a time, each some random while after a shard was finished; their shards are built again."""
+    """Workers are killed one at a time, a random time after a shard was finished. Their shards are built again."""
     random = np.random.default_rng(5)
     killed = 0
     for attempt in range(KILLS):

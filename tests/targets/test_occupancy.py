@@ -1,4 +1,4 @@
-"""Voxelizing a sweep: closed forms, a float64 twin, and the real sweep straight from its JSON tables."""
+"""Voxelizing a sweep: closed forms, a float64 twin, and a real sweep read without the devkit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from occfeat_targets.sources.sweeps import read_sweep
 from occfeat_targets.targets.occupancy import MAX_VOXELS, voxelize
 
 GRID = VoxelGrid()
-ODD = VoxelGrid((3, 5, 7), (-0.9, -1.0, -2.1), (0.6, 1.5, 2.1))  # 105 voxels: not a whole number of bytes
+ODD = VoxelGrid((3, 5, 7), (-0.9, -1.0, -2.1), (0.6, 1.5, 2.1))  # 105 bits, not a whole number of bytes
 BORDER = 1e-4  # [m]; float32 may put a return this close to a cell's border on either side
 
 
@@ -35,7 +35,7 @@ def occupied(points: np.ndarray, grid: VoxelGrid = GRID, grid_from_sensor: np.nd
 def float64_bounds(
     points: np.ndarray, grid_from_sensor: np.ndarray, grid: VoxelGrid, ego_box: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(must, may): voxels with a return at least BORDER inside them; voxels with one inside or at most BORDER outside."""
+    """(must, may): voxels with a return at least BORDER inside; voxels with a return inside or at most BORDER outside."""
     xyz = points[:, :3].astype(np.float64)
     xyz = xyz[~((np.abs(xyz[:, 0]) < ego_box) & (np.abs(xyz[:, 1]) < ego_box))]
     right_forward_up = (grid_from_sensor @ np.c_[xyz, np.ones(len(xyz))].T).T[:, :3]
@@ -66,7 +66,7 @@ def test_a_return_sets_the_bit_of_its_cell_and_no_other() -> None:
 @pytest.mark.parametrize("grid", [GRID, ODD], ids=str)
 def test_cells_are_half_open_on_every_axis(grid: VoxelGrid) -> None:
     center = (np.array(grid.lower) + grid.upper) / 2
-    for axis in range(3):  # (up, forward, right); points are the other way round
+    for axis in range(3):  # axes are (up, forward, right), points (right, forward, up)
         for value, expected in ((grid.lower[axis], [0]), (grid.upper[axis], [])):
             point = center.copy()
             point[axis] = value
@@ -79,13 +79,13 @@ def test_returns_outside_the_grid_leave_every_bit_unset() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_return_with_a_coordinate_that_is_no_number_lies_in_no_voxel(bad: float) -> None:
+def test_a_return_with_a_coordinate_that_is_not_finite_sets_no_voxel(bad: float) -> None:
     assert occupied(cloud((bad, 5, 0), (5, bad, 0), (5, 5, bad))) == []
 
 
 def test_the_vehicles_own_returns_are_dropped_in_the_sensors_frame() -> None:
     grid_from_sensor = np.eye(4)
-    grid_from_sensor[0, 3] = 10  # so that the box does not lie about the grid's origin
+    grid_from_sensor[0, 3] = 10  # the ego box is not centred on the grid's origin
     edge = float(np.float32(2.2))
     points = cloud((2.1, -2.1, 0), (edge, 0, 0), (0, -edge, 1.5), (-10, 0, 0))
     volume = GRID.unpack_volume(voxelize(points, grid_from_sensor, GRID))
@@ -105,7 +105,7 @@ def test_further_sweeps_are_added_to_out() -> None:
 
 def test_several_frames_at_once_equal_a_call_per_frame() -> None:
     rng = np.random.default_rng(0)
-    points = rng.uniform(-60, 60, (9001, 4)).astype(np.float32)  # no multiple of the kernel's block, four columns
+    points = rng.uniform(-60, 60, (9001, 4)).astype(np.float32)  # not a multiple of the kernel's block; four columns
     points[:, 2] /= 10
     frames = np.stack([rigid(rng.normal(size=4), rng.normal(size=3)) for _ in range(7)])
     together = voxelize(points, frames, GRID)
@@ -133,7 +133,7 @@ def test_voxels_equal_a_float64_twin_for_any_grid_and_pose(
     assert (volume <= may).all()
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_wrong_shapes_are_refused() -> None:
     points, pose = cloud((5, 5, 0)), np.eye(4)
     for arguments, message in (
         ((points, pose[:3], GRID), r"\(3, 4\).*expected \(4, 4\)"),

@@ -1,4 +1,4 @@
-"""Options that change what a cache holds: each does what it says, and verify, which recomputes by other code, agrees."""
+"""Options that change a cache's contents: each has its documented effect, and `verify` agrees."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cells(packed: np.ndarray) -> int:
     return int(np.unpackbits(packed).sum())
 
 
-def test_another_grid_and_range_hold_the_same_world_in_other_cells(city, tmp_path, expected):
+def test_another_grid_and_range_hold_the_same_occupancy_in_other_cells(city, tmp_path, expected):
     found = built(city, tmp_path, "none", "--grid", "4x50x30", "--range", "-5", "5", "-25", "25", "-15", "15")
     grid = open_cache(tmp_path / "mini_train.zarr").spec.grid
     assert grid == VoxelGrid((4, 50, 30), (-5, -25, -15), (5, 25, 15))
@@ -47,7 +47,7 @@ def test_lane_dividers_join_the_divider_class(city, tmp_path, expected):
     np.testing.assert_array_equal(found["labels/map"][:, :, :4], expected["labels/map"][:, :1, :4])
 
 
-def test_pre_norm_features_are_others_and_verified(city, tiny_teacher, tmp_path, expected):
+def test_pre_norm_features_differ_and_are_verified(city, tiny_teacher, tmp_path, expected):
     found = built(city, tmp_path, tiny_teacher, "--teacher-layer", "pre-norm", "--device", "cpu")
     assert not np.allclose(found["features"], expected["features"], atol=0.1)
     information = run("info", "--cache", tmp_path, "--split", "mini_train", "--json").stdout
@@ -55,13 +55,13 @@ def test_pre_norm_features_are_others_and_verified(city, tiny_teacher, tmp_path,
     assert json.loads(information)["finished_shards"] == [0, 1, 2, 3, 4]
 
 
-def test_camera_frames_are_the_grids_of_both_without_the_egos(city, tmp_path, expected):
+def test_frames_cameras_equals_frames_both_without_the_ego_frame(city, tmp_path, expected):
     found = built(city, tmp_path, "none", "--frames", "cameras")
     np.testing.assert_array_equal(found["occupancy"], expected["occupancy"][:, 1:])
     np.testing.assert_array_equal(found["grid_from_ego"], expected["grid_from_ego"][:, 1:])
 
 
-def test_environment_variables_stand_in_for_dataroot_and_cache(city, tmp_path, monkeypatch):
+def test_environment_variables_replace_dataroot_and_cache(city, tmp_path, monkeypatch):
     monkeypatch.setenv("NUSCENES_ROOT", str(city))
     monkeypatch.setenv("OCCFEAT_CACHE", str(tmp_path / "there"))
     run("build", "--split", "mini_val", "--teacher", "none", "--image-size", "96x160", "--workers", "0")
@@ -71,14 +71,14 @@ def test_environment_variables_stand_in_for_dataroot_and_cache(city, tmp_path, m
 @pytest.mark.parametrize(
     "option", [["--grid", "8x200"], ["--image-size", "axb"], ["--labels", "boxes"], ["--shard", "1"]]
 )
-def test_options_of_another_form_are_refused(city, tmp_path, option):
+def test_malformed_options_are_refused(city, tmp_path, option):
     result = run(*build_arguments(city, tmp_path, "none", *option), check=False)
     assert result.returncode == 2
     assert option[1] in result.stderr
 
 
 @pytest.mark.slow
-def test_synth_writes_the_city_that_was_asked_for(tmp_path):
+def test_synth_writes_the_requested_city(tmp_path):
     out = tmp_path / "city"
     asked = ["--scenes", "1", "--val-scenes", "1", "--keyframes", "2", "--image-size", "90x160", "--sweeps", "2"]
     run("synth", "--out", out, *asked, "--seed", "5", "--version", "v1.0-trainval", "--workers", "1")

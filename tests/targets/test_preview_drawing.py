@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.pictures.birdseye import (
     BirdsEye,
     coincidence_colors,

@@ -42,7 +42,7 @@ def centers() -> Array:
 
 
 def random_star(rng: np.random.Generator, center: tuple[float, float], radius: float, n: int) -> Array:
-    """A simple polygon: vertices by increasing angle about a centre it can see whole."""
+    """A star-shaped simple polygon: vertices by increasing angle about the centre."""
     angles = (np.arange(n) + rng.uniform(0, 0.9, n)) * 2 * np.pi / n
     reach = radius * rng.uniform(0.3, 1.0, n)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -66,13 +66,13 @@ def test_edge_through_cell_centers_belongs_to_the_upper_right_cell() -> None:
 
 
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_ring_may_run_either_way_and_may_be_closed(order: slice) -> None:
+def test_ring_may_have_either_orientation_and_may_be_closed(order: slice) -> None:
     ring = rectangle(10, 3, 18, 7)[order]
     np.testing.assert_array_equal(fill(ring), fill(rectangle(10, 3, 18, 7)))
     np.testing.assert_array_equal(fill(np.concatenate([ring, ring[:1]])), fill(ring))
 
 
-def test_hole_is_cut_out() -> None:
+def test_hole_is_not_filled() -> None:
     mask = fill(rectangle(0, 0, 10, 10), rectangle(2, 2, 5, 5))
     assert mask.sum() == 100 - 9
     assert not mask[2:5, 2:5].any()
@@ -101,7 +101,7 @@ def test_each_polygon_goes_into_its_channel() -> None:
     assert masks.sum(axis=(1, 2)).tolist() == [3, 0, 2]
 
 
-def test_bow_tie_is_even_odd() -> None:
+def test_bow_tie_follows_the_even_odd_rule() -> None:
     mask = fill(np.array([[0, 0], [20, 20], [20, 0], [0, 20]], float))
     assert mask[10, 2]
     assert mask[10, 17]
@@ -112,7 +112,7 @@ def test_bow_tie_is_even_odd() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_triangles_that_share_edges_tile_without_overlap_or_gap(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    # Every edge is walked in both directions; the hub and half the rim lie on cell centres, where ties are.
+    # Shared edges occur in both directions. The hub and half of the rim lie on cell centres, where ties occur.
     hub = np.floor(rng.uniform(12, 28, 2)) + 0.5
     rim = random_star(rng, (hub[0], hub[1]), 18, 9)
     rim[::2] = np.floor(rim[::2]) + 0.5
@@ -147,7 +147,7 @@ def test_line_width_is_in_metres_on_cells_that_are_not_square() -> None:
     level = line((-50, 10), (SIDE + 50, 10), width=1.0, size_w=0.25, size_h=1.0)
     assert upright.sum() == 4 * SIDE
     assert upright[:, 8:12].all()
-    # The centres lie exactly half a metre from the line: included.
+    # The centres lie exactly half a metre from the line, so they are included.
     assert level.sum() == 2 * SIDE
     assert level[9:11].all()
 
@@ -170,7 +170,7 @@ def test_polyline_equals_distance_to_linestring_at_every_center(seed: int) -> No
 
 
 @pytest.mark.parametrize("far", [1e6, 1e15, 1e300])
-def test_shapes_far_outside_draw_nothing_and_shapes_around_everything_draw_all(far: float) -> None:
+def test_shapes_far_outside_draw_nothing_and_a_shape_around_the_grid_fills_it(far: float) -> None:
     assert not fill(rectangle(far, far, 2 * far, 2 * far)).any()
     assert not fill(rectangle(-2 * far, 3, -far, 7)).any()
     assert not line((far, far), (2 * far, far), width=1.0).any()
@@ -191,7 +191,7 @@ def test_vertex_that_is_not_finite_does_not_write_out_of_bounds(value: float) ->
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(-12, 12), st.integers(-12, 12))
 def test_translation_by_whole_cells_shifts_the_mask(seed: int, right: int, up: int) -> None:
-    # Vertices on a lattice of 1/64 of a cell, so that the shift itself does not round.
+    # Vertices are multiples of 1/64 of a cell, so the shift is exact.
     ring = np.round(random_star(np.random.default_rng(seed), (20, 20), 7, 9) * 64) / 64
     here, there = fill(ring), fill(ring + np.array([right, up]))
     np.testing.assert_array_equal(np.roll(here, (up, right), axis=(0, 1)), there)
@@ -215,5 +215,5 @@ def test_cell_count_of_a_convex_polygon_is_its_area_to_within_its_perimeter(seed
     points = np.random.default_rng(seed).uniform(1, SIDE - 1, (12, 2))
     hull = shapely.MultiPoint(points).convex_hull
     count = fill(np.array(hull.exterior.coords)).sum()
-    # A cell that is counted wrong is cut by the boundary, and one of length s cuts at most sqrt(2) s + 4 cells.
+    # Only cells cut by the boundary can be counted wrongly. A boundary of length s cuts at most sqrt(2) s + 4 cells.
     assert abs(count - hull.area) <= np.sqrt(2) * hull.length + 4

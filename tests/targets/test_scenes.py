@@ -1,4 +1,4 @@
-"""A partial download: full tables, and the blobs of some scenes."""
+"""A partial download: complete tables, and the files of some scenes only."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def files_of(city: Path, scene: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def scenes(serial: Path) -> tuple[str, str]:
-    """The two of mini_train."""
+    """The two scenes of mini_train."""
     first, second = dict.fromkeys(open_cache(serial / "mini_train.zarr").identity.scenes)
     return first, second
 
 
 @pytest.fixture
 def partial(broken_city: Path, scenes: tuple[str, str]) -> Path:
-    """The city without the blobs of its first scene."""
+    """The city without the files of its first scene."""
     for file in files_of(broken_city, scenes[0]):
         file.unlink()
     return broken_city
 
 
-def test_missing_files_are_found_when_planning_and_no_cache_is_begun(partial, scenes, tmp_path):
+def test_missing_files_are_found_when_planning_and_no_cache_is_created(partial, scenes, tmp_path):
     failed = run(*build_arguments(partial, tmp_path / "cache", "none", "--workers", "0"), check=False)
     assert failed.returncode == 1
     assert f"5 of 10 keyframes, in 1 of 2 scenes ({scenes[0]}: 5 of 5) cannot be built" in failed.stderr
@@ -47,7 +47,7 @@ def test_missing_files_are_found_when_planning_and_no_cache_is_begun(partial, sc
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_link_that_leads_nowhere_is_a_missing_file(broken_city, scenes, tmp_path):
+def test_a_broken_link_is_a_missing_file(broken_city, scenes, tmp_path):
     file = files_of(broken_city, scenes[1])[3]
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
@@ -60,7 +60,7 @@ def test_a_link_that_leads_nowhere_is_a_missing_file(broken_city, scenes, tmp_pa
     assert f"{file} is missing\n" in failed.stderr
 
 
-def test_skipped_for_missing_files_they_are_announced_recorded_and_masked(partial, scenes, tmp_path):
+def test_keyframes_skipped_for_missing_files_are_printed_recorded_and_masked(partial, scenes, tmp_path):
     built = run(*build_arguments(partial, tmp_path, "none", "--workers", "0", "--on-error", "skip"), check=False)
     assert built.returncode == 3
     assert f"5 of 10 keyframes, in 1 of 2 scenes ({scenes[0]}: 5 of 5) cannot be built and are skipped" in built.stdout
@@ -70,7 +70,7 @@ def test_skipped_for_missing_files_they_are_announced_recorded_and_masked(partia
     assert status.count("is missing") == 5
 
 
-def test_chosen_scenes_are_built_alone_and_are_what_the_cache_is_of(partial, scenes, tmp_path, expected):
+def test_a_cache_contains_only_the_chosen_scenes_and_keeps_that_choice(partial, scenes, tmp_path, expected):
     cache, listed = tmp_path / "cache", tmp_path / "scenes.txt"
     arguments = build_arguments(partial, cache, "none", "--workers", "0", "--frames", "both")
     output = run(*arguments, "--scenes", scenes[1]).stdout
@@ -87,13 +87,13 @@ def test_chosen_scenes_are_built_alone_and_are_what_the_cache_is_of(partial, sce
     assert len(open_cache(cache / "mini_train.zarr")) == 5
 
 
-def test_scenes_come_in_the_splits_order_however_they_are_named(city, scenes, tmp_path, expected):
+def test_scenes_have_the_splits_order_whatever_order_they_are_named_in(city, scenes, tmp_path, expected):
     run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--scenes", f"{scenes[1]}, {scenes[0]}"))
     np.testing.assert_array_equal(contents(tmp_path)["sample_token"], expected["sample_token"])
 
 
 @pytest.mark.parametrize("names", ["scene-0061,scene-9999", ","])
-def test_scenes_that_are_not_there_are_refused(city, tmp_path, names):
+def test_unknown_scenes_are_refused(city, tmp_path, names):
     refused = run(*build_arguments(city, tmp_path / "cache", "none", "--scenes", names), check=False)
     assert refused.returncode == 1
     assert "--scenes" in refused.stderr
@@ -101,7 +101,7 @@ def test_scenes_that_are_not_there_are_refused(city, tmp_path, names):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_finished_cache_does_not_need_its_data_set_any_more(broken_city, scenes, tmp_path):
+def test_a_finished_cache_does_not_need_its_data_set(broken_city, scenes, tmp_path):
     arguments = build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")
     run(*arguments)
     shutil.rmtree(broken_city / "samples")

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import CAMERAS, LARGEST_RESIZE, MAP_CLASSES, TargetSpec, TeacherSpec, largest_network
+from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.spec import CAMERAS, LARGEST_RESIZE, TargetSpec, TeacherSpec, largest_network
 
 TEACHER = TeacherSpec("facebook/dinov2-small", "abc", (224, 392), 14, 384)
 
@@ -40,7 +41,7 @@ def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
     assert difference.startswith(next(iter(change)))
 
 
-def test_the_teachers_name_is_no_part_of_the_fingerprint_and_its_digest_is():
+def test_the_fingerprint_depends_on_the_teachers_digest_and_not_on_its_name():
     spec = TargetSpec(teacher=TEACHER)
     moved = dataclasses.replace(spec, teacher=dataclasses.replace(TEACHER, name="/models/d2"))
     other = dataclasses.replace(spec, teacher=dataclasses.replace(TEACHER, name="/models/d2", digest="abd"))
@@ -60,13 +61,13 @@ def test_a_cache_of_the_first_format_is_refused_with_the_remedy():
         TargetSpec.from_dict({**data, "format_version": 1})
 
 
-def test_bytes_of_the_papers_feature_maps_are_as_designed():
+def test_feature_maps_of_the_paper_take_2064384_bytes():
     features = next(a for a in TargetSpec(teacher=TEACHER).arrays() if a.name == "features")
     assert features.shape == (6, 16, 28, 384)
     assert features.nbytes == 2_064_384
 
 
-def test_teacher_input_that_is_no_patch_multiple_is_refused_with_the_nearest():
+def test_teacher_input_that_is_not_a_patch_multiple_is_refused_with_the_nearest_size():
     with pytest.raises(ValueError, match="--feature-size 224x392"):
         TeacherSpec("x", "r", (224, 400), 14, 384)
 
@@ -104,7 +105,7 @@ def test_map_label_channels_are_the_papers_five():
         ((18, 480), (0, 400), (16, 480)),
     ],
 )
-def test_a_spec_says_which_networks_its_images_serve_without_being_enlarged(cached, trained, evaluated):
+def test_a_spec_states_the_largest_network_that_needs_no_enlarged_images(cached, trained, evaluated):
     assert largest_network(cached, LARGEST_RESIZE) == trained
     assert largest_network(cached, 1) == evaluated
     line = next(line for line in TargetSpec(image_size=cached).describe() if line.startswith("images"))

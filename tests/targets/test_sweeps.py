@@ -1,4 +1,4 @@
-"""Reading a sweep: what is no nuScenes sweep is refused, and said what it is."""
+"""Reading a sweep: a file that is not a nuScenes sweep is refused, and the error says what it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.targets.test_occupancy import cloud
 
 
 def turn(n: int = 4000) -> np.ndarray:
-    """A sweep in firing order: once around the sensor, at 10 m, 32 rings."""
+    """A sweep in firing order: one rotation of 32 rings at 10 m."""
     angle = np.linspace(0, -2 * np.pi, n, endpoint=False)
     return np.stack([10 * np.cos(angle), 10 * np.sin(angle), -np.ones(n), np.ones(n), np.arange(n) % 32], 1).astype(
         np.float32
@@ -46,7 +46,7 @@ def test_a_cut_sweep_is_an_error_with_its_size(tmp_path: Path, content: bytes, m
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_coordinate_that_is_no_number_is_an_error_with_its_place(tmp_path: Path, bad: float) -> None:
+def test_a_coordinate_that_is_not_finite_is_an_error_with_its_index(tmp_path: Path, bad: float) -> None:
     points = turn()
     points[1234, 2] = bad
     points.tofile(tmp_path / "bad.pcd.bin")
@@ -56,14 +56,14 @@ def test_a_coordinate_that_is_no_number_is_an_error_with_its_place(tmp_path: Pat
         read_sweep(tmp_path / "bad.pcd.bin")
 
 
-def test_shots_without_a_return_around_the_sensor_do_not_hide_a_cut(tmp_path: Path) -> None:
+def test_empty_returns_at_the_sensor_do_not_hide_a_cut(tmp_path: Path) -> None:
     nothing = turn() * np.array([0.02, 0.02, 0, 1, 1], np.float32)
     np.concatenate([turn()[:1000], nothing]).tofile(tmp_path / "cut.pcd.bin")
     with pytest.raises(ValueError, match="ends early"):
         read_sweep(tmp_path / "cut.pcd.bin")
 
 
-def test_an_intensity_that_is_no_number_is_of_no_consequence(tmp_path: Path) -> None:
+def test_a_nan_intensity_is_accepted(tmp_path: Path) -> None:
     points = turn()
     points[7, 3] = np.nan
     points.tofile(tmp_path / "sweep.pcd.bin")
@@ -79,7 +79,7 @@ def test_a_sweep_cut_between_returns_is_an_error_with_the_quadrants_it_covers(tm
         read_sweep(tmp_path / "cut.pcd.bin")
 
 
-def test_a_return_in_every_quadrant_is_enough(tmp_path: Path) -> None:
+def test_one_return_in_every_quadrant_is_enough(tmp_path: Path) -> None:
     points = cloud((5, 5, 0), (-5, 5, 0), (-5, -5, 0), (5, -5, 0))
     points.tofile(tmp_path / "sparse.pcd.bin")
     np.testing.assert_array_equal(read_sweep(tmp_path / "sparse.pcd.bin"), points)
@@ -93,7 +93,7 @@ def test_a_missing_or_unreadable_sweep_is_an_error_with_a_remedy(tmp_path: Path)
 
 
 def returns(n: int = 4000) -> np.ndarray:
-    """The same with intensities up to 255, as a real sweep has them: only the ring's column can be a ring's."""
+    """As `turn`, with intensities up to 255 as in a real sweep, so that only the ring column holds valid rings."""
     points = turn(n)
     points[:, :3] *= 4  # tens of metres
     points[:, 3] = np.arange(n) * 37 % 256
@@ -127,7 +127,7 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("count", [4000, 4001])  # a multiple of 5 has a size that fits in every layout
+@pytest.mark.parametrize("count", [4000, 4001])  # for a multiple of 5, the file size fits every layout
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_another_layout_is_refused_by_name(tmp_path: Path, layout: str, count: int) -> None:
     LAYOUTS[layout](returns(count)).tofile(tmp_path / "other.pcd.bin")
@@ -135,7 +135,7 @@ def test_another_layout_is_refused_by_name(tmp_path: Path, layout: str, count: i
         read_sweep(tmp_path / "other.pcd.bin")
 
 
-def test_centimetres_are_refused_and_not_called_millimetres(tmp_path: Path) -> None:
+def test_centimetres_are_refused_and_not_reported_as_millimetres(tmp_path: Path) -> None:
     (returns(4000) * np.float32([100, 100, 100, 1, 1])).tofile(tmp_path / "other.pcd.bin")
     with pytest.raises(ValueError) as refused:
         read_sweep(tmp_path / "other.pcd.bin")
@@ -156,8 +156,10 @@ def test_the_real_sweep_in_another_layout_is_refused_by_name(real_sample: Path, 
     ("column", "value"),
     [(0, 150.1), (1, -150.1), (2, 1e30), (3, -1), (3, 256), (4, 32), (4, -1), (4, 7.5), (4, np.nan)],
 )
-@pytest.mark.parametrize("place", [0, 63, 64, 4000])  # borders of the blocks that are checked at a time, and the rest
-def test_a_single_number_that_the_sensor_cannot_send_is_an_error_with_its_place(
+@pytest.mark.parametrize(
+    "place", [0, 63, 64, 4000]
+)  # first and last of a block of the check, and the incomplete last block
+def test_a_single_impossible_value_is_an_error_with_its_index(
     tmp_path: Path, column: int, value: float, place: int
 ) -> None:
     points = returns(4001)

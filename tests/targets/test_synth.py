@@ -1,4 +1,4 @@
-"""The synthetic city as a dataset: what the unmodified devkit finds in it."""
+"""The synthetic city as a data set, read with the unmodified devkit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def digest(root):
     return [(str(p.relative_to(root)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
 
 
-def test_scene_names_are_those_of_the_devkits_splits():
+def test_scene_names_equal_the_devkits_splits():
     from nuscenes.utils.splits import create_splits_scenes
 
     splits = create_splits_scenes()
@@ -53,7 +53,7 @@ def test_scene_names_are_those_of_the_devkits_splits():
     assert split_names("v1.0-trainval") == (splits["train"], splits["val"])
 
 
-def test_more_scenes_than_mini_has_make_a_trainval():
+def test_the_version_is_trainval_if_mini_has_too_few_scenes():
     assert choose_names(None, 8, 2)[0] == "v1.0-mini"
     assert choose_names(None, 9, 0)[0] == "v1.0-trainval"
     assert choose_names(None, 1, 3)[0] == "v1.0-trainval"
@@ -63,7 +63,7 @@ def test_more_scenes_than_mini_has_make_a_trainval():
         choose_names("v1.0", 1, 0)
 
 
-def test_training_and_validation_scenes_take_place_in_different_towns(devkit):
+def test_training_and_validation_scenes_have_different_locations(devkit):
     where = {s["name"]: devkit.get("log", s["log_token"])["location"] for s in devkit.scene}
     train, val = split_names("v1.0-mini")
     assert {where[n] for n in where if n in train} == {"singapore-onenorth"}
@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(tmp_path)
     assert not {d for p, d in a if p.endswith(("jpg", "bin"))} & {d for p, d in c if p.endswith(("jpg", "bin"))}
 
 
-def test_a_folder_in_use_is_refused_and_an_empty_one_taken(tmp_path):
+def test_a_folder_with_files_is_refused_and_an_empty_one_accepted(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="not empty"):
         write_city(tmp_path, scenes=1, keyframes=1, **SMALL)
@@ -117,7 +117,7 @@ def test_arguments_out_of_range_are_named(tmp_path, arguments, message):
         write_city(tmp_path / "city", **{**SMALL, **arguments})
 
 
-def test_every_sensor_fires_at_its_own_time_as_the_beams_pass(devkit):
+def test_camera_timestamps_follow_the_lidars_rotation(devkit):
     order = [
         "CAM_FRONT_LEFT",
         "CAM_FRONT",
@@ -135,7 +135,7 @@ def test_every_sensor_fires_at_its_own_time_as_the_beams_pass(devkit):
         assert stamps[-1] - stamps[0] < 50_000
 
 
-def test_every_record_has_the_ego_pose_of_its_moment(devkit):
+def test_every_record_has_the_ego_pose_of_its_timestamp(devkit):
     for record in devkit.sample_data:
         assert devkit.get("ego_pose", record["ego_pose_token"])["timestamp"] == record["timestamp"]
     poses = np.array([devkit.get("ego_pose", r["ego_pose_token"])["translation"] for r in records(devkit, "CAM_FRONT")])
@@ -159,7 +159,7 @@ def test_lidar_records_chain_through_key_and_other_sweeps_at_20_hz(devkit):
             assert devkit.get("sample", record["sample_token"])["timestamp"] >= record["timestamp"]
 
 
-def test_the_ego_drives_and_in_some_scene_turns(devkit):
+def test_the_ego_turns_in_one_scene_and_not_in_another(devkit):
     turned = []
     for scene in devkit.scene:
         samples = [s for s in devkit.sample if s["scene_token"] == scene["token"]]
@@ -172,7 +172,7 @@ def test_the_ego_drives_and_in_some_scene_turns(devkit):
     assert min(turned) < 20
 
 
-def test_a_sweep_is_laid_out_as_nuscenes_lays_it_out(devkit):
+def test_a_sweep_has_nuscenes_layout(devkit):
     for record in records(devkit, "LIDAR_TOP"):
         points, is_return = read_sweep(devkit, record)
         assert points.shape == (NUM_COLUMNS * NUM_RINGS, 5)
@@ -215,7 +215,7 @@ def test_lidar_point_counts_are_those_inside_the_boxes(devkit):
     assert np.mean(off) < 0.01
 
 
-def test_moving_boxes_move_the_way_they_point_and_parked_ones_stay(devkit):
+def test_moving_boxes_move_along_their_heading_and_parked_ones_stay(devkit):
     speeds = {"vehicle.moving": [], "vehicle.parked": []}
     for annotation in devkit.sample_annotation:
         attributes = [devkit.get("attribute", t)["name"] for t in annotation["attribute_tokens"]]
@@ -233,7 +233,7 @@ def test_moving_boxes_move_the_way_they_point_and_parked_ones_stay(devkit):
     assert np.max(speeds["vehicle.moving"]) < 12.1
 
 
-def test_annotations_have_kinds_sizes_and_levels_of_visibility_as_in_a_city(devkit):
+def test_annotations_have_realistic_categories_sizes_and_visibilities(devkit):
     names = {a["category_name"] for a in devkit.sample_annotation}
     assert {"vehicle.car", "vehicle.truck", "vehicle.bus.rigid", "vehicle.bicycle", "human.pedestrian.adult"} <= names
     assert {a["visibility_token"] for a in devkit.sample_annotation} == {"1", "2", "3", "4"}
@@ -255,7 +255,7 @@ def test_instances_chain_their_annotations(devkit):
         assert count == instance["nbr_annotations"]
 
 
-def test_images_have_the_size_asked_for_and_show_something(devkit, city):
+def test_images_have_the_requested_size_and_are_not_uniform(devkit, city):
     from PIL import Image
 
     for sample in devkit.sample[:2]:

@@ -1,4 +1,4 @@
-"""The synthetic city's geometry: rays against closed forms, the ground against the map, the LiDAR against the cameras."""
+"""The synthetic city's geometry: rays against closed forms, ground against the map, LiDAR against the cameras."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def scene(district):
 
 @pytest.fixture(scope="module")
 def yard(district):
-    """The middle of some raised block, where a test may put things: x, y."""
+    """Centre (x, y) of a raised block, where tests place objects."""
     rect = district.blocks[4].rect
     return district.to_global(np.array([(rect.u0 + rect.u1) / 2, (rect.v0 + rect.v1) / 2]))
 
 
 def alone(district, *solids, pose):
-    """A world that holds one shape."""
+    """A world that contains one shape."""
     return Stage([compose(*solids)], ground.pack_ground(district)).at(np.array([pose], np.float64))
 
 
@@ -62,7 +62,7 @@ def hit(world, origin, direction):
         (AXLE, (3, 2, 3), (0, 0, 0), 7.0),
     ],
 )
-def test_a_ray_through_a_solids_middle_enters_where_geometry_says(district, yard, kind, half, taper, expected):
+def test_a_ray_through_a_solids_centre_hits_its_surface(district, yard, kind, half, taper, expected):
     x, y = yard
     world = alone(district, solid(kind, 0, GREY, (0, 0, 5), half, taper), pose=(x, y, 1.0, 0.7))
     ahead = np.array([np.cos(0.7), np.sin(0.7), 0])
@@ -91,7 +91,7 @@ def test_a_low_ray_from_the_road_meets_the_face_of_the_curb(district):
     assert distance == pytest.approx(np.hypot(1.0, 0.02), abs=2e-3)
 
 
-def test_street_coordinates_are_undone_exactly(district):
+def test_street_coordinates_round_trip_exactly(district):
     uv = np.random.default_rng(0).uniform(-150, 150, (500, 2))
     np.testing.assert_allclose(district.to_street(district.to_global(uv)), uv, atol=1e-9)
     frame = ground.pack_ground(district)
@@ -103,7 +103,7 @@ def test_street_coordinates_are_undone_exactly(district):
     np.testing.assert_allclose(np.cos(heading - np.arctan2(ahead[1], ahead[0])), 1, atol=1e-9)
 
 
-def test_quaternions_turn_back_into_their_matrices():
+def test_quaternions_round_trip_to_their_matrices():
     rng = np.random.default_rng(1)
     for _ in range(50):
         pose = body_pose(0, 0, 0, *rng.uniform(-np.pi, np.pi, 3))[:3, :3]
@@ -118,7 +118,7 @@ def test_cameras_look_where_their_names_say():
     assert ahead["CAM_BACK"][0] < -0.99
     assert ahead["CAM_FRONT_LEFT"][1] > 0.8 > 0.5 < ahead["CAM_FRONT_LEFT"][0]
     assert ahead["CAM_BACK_RIGHT"][1] < -0.9
-    # The LiDAR's y axis looks ahead, its x axis to the right.
+    # The LiDAR's y axis points forward, its x axis to the right.
     np.testing.assert_allclose(EGO_FROM_LIDAR[:3, :2], [[0, 1], [-1, 0], [0, 0]], atol=0.03)
 
 
@@ -151,7 +151,7 @@ def test_the_map_agrees_with_the_painted_ground(district, tmp_path):
     assert wrong <= 1, "only points within a centimetre of an edge may differ"
 
 
-def test_lanes_lead_over_junctions_into_lanes(district, tmp_path):
+def test_every_connector_joins_two_lanes_without_a_gap(district, tmp_path):
     from nuscenes.map_expansion.map_api import NuScenesMap
 
     write_map(tmp_path, 4, LOCATION, [district])
@@ -176,7 +176,7 @@ def discretised_middle(city_map, token):
     return poses[len(poses) // 2][:2]
 
 
-def test_the_visible_share_is_that_of_what_stands_in_front(district, yard):
+def test_the_visible_share_follows_from_occlusion(district, yard):
     camera = CAMERAS[0]
     near, far = (
         compose(solid(BOX, 0, GREY, (0, 0, 2), (0.05, 3, 2))),
@@ -186,7 +186,7 @@ def test_the_visible_share_is_that_of_what_stands_in_front(district, yard):
     ego = body_pose(*yard, CURB_HEIGHT, 0.0, 0.0, 0.0)
     x, y = yard
     z = CURB_HEIGHT
-    # A wide wall at 11.7 m; behind it one box all hidden, one peeping out by half at its shadow's edge, one free.
+    # A wide wall at 11.7 m. Behind it, one box is hidden, one is half visible at the shadow's edge, and one is visible.
     shadow = 3 * (22 - 1.7) / (11.7 - 1.7 - 0.05)
     poses = [[x + 11.7, y, z, 0], [x + 22, y, z, 0], [x + 22, y + shadow, z, 0], [x + 22, y + shadow + 4, z, 0]]
     world = stage.at(np.array(poses, np.float64))
@@ -205,10 +205,10 @@ def scene_light():
 
 
 @pytest.mark.parametrize("camera", CAMERAS, ids=lambda c: c.channel)
-def test_lidar_points_lie_on_the_surfaces_the_cameras_see(scene, camera):
+def test_lidar_points_lie_on_the_surfaces_that_the_cameras_see(scene, camera):
     size, at, fixed = (225, 400), 2.0, len(scene.scenery)
     sweep = cast_sweep(scene.ego_pose(at), scene.world(at), np.random.default_rng(0))
-    # Each camera at its own time: where the ego, and whoever moves, was some other place.
+    # Each camera has its own timestamp, at which the ego and the moving actors were elsewhere.
     t = at + camera.delay_us * 1e-6
     pose = scene.ego_pose(t) @ camera.ego_from_sensor
     picture = render(pose, camera.intrinsics(size), size, scene.world(t), scene.light)
@@ -222,14 +222,14 @@ def test_lidar_points_lie_on_the_surfaces_the_cameras_see(scene, camera):
     u, v, depth = u[inside].astype(int), v[inside].astype(int), in_camera[inside, 2]
     around = np.stack([picture.depth[v + dv, u + du] for dv in (-1, 0, 1) for du in (-1, 0, 1)])
     assert len(depth) > 800
-    # The surface lies between the depths of the pixel and its neighbours, unless something hides it from the camera;
-    # what no camera may do is look through it.
+    # The surface's depth lies between the depths of the pixel and its neighbours, unless it is hidden from the camera.
+    # In no case may the camera see through the surface.
     slack = 0.08 + 0.01 * depth
     assert np.mean(around.min(0) <= depth + slack) > 0.998
     assert np.mean((around.min(0) <= depth + slack) & (around.max(0) >= depth - slack)) > 0.9
 
 
-def test_what_moves_is_elsewhere_at_another_sensors_time(scene):
+def test_moving_actors_have_another_position_at_another_sensors_time(scene):
     a, b = scene.actor_poses(1.0), scene.actor_poses(1.0 - 0.043)
     moved = np.linalg.norm(a[:, :2] - b[:, :2], axis=1)
     attributes = np.array([actor.attribute for actor in scene.actors])
@@ -254,10 +254,10 @@ def test_the_ego_turns_a_corner_and_brakes_for_it(scene):
     assert speed.max() < 10.6
     assert speed.min() < 6
     tilt = np.array([scene.ego_pose(s)[2, :2] for s in t])
-    assert (np.ptp(tilt, axis=0) > np.radians(0.3)).all(), "the body pitches and rolls"
+    assert (np.ptp(tilt, axis=0) > np.radians(0.3)).all(), "the body must pitch and roll"
 
 
-def test_a_shapes_bounds_enclose_what_rays_hit(district, yard):
+def test_a_shapes_bounds_enclose_all_ray_hits(district, yard):
     rng = np.random.default_rng(3)
     makers = (shapes.car, shapes.truck, shapes.bus, shapes.pedestrian, shapes.bicycle, shapes.motorcycle, shapes.cone)
     for make in makers:
@@ -289,7 +289,7 @@ def test_scenes_past_the_last_site_share_districts(tmp_path: Path):
     assert plans[12].site == plans[0].site
 
 
-def test_sweeps_between_keyframes_precede_theirs():
+def test_intermediate_sweeps_precede_their_keyframe():
     sweeps = [s for s in plan_shots(3, 4) if s.camera is None]
     assert [s.at_us for s in sweeps] == [0, 350_000, 400_000, 450_000, 500_000, 850_000, 900_000, 950_000, 1_000_000]
     assert [s.is_key for s in sweeps] == [True, *[False, False, False, True] * 2]

@@ -1,4 +1,4 @@
-"""Records and metadata that were exchanged or edited, each with its own checksum made right again."""
+"""Exchanged or edited records and metadata are found even if their own checksums were updated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(name: str, cache: Cache, *more: str) -> Result:
     return run(name, "--cache", cache.path.parent, "--split", "train", *more, check=False)
 
 
-def test_a_record_copied_over_another_is_refused_and_no_good_file_is_given_up(finished_cache):
+def test_a_record_copied_over_another_is_refused_without_advice_to_remove_good_files(finished_cache):
     shutil.copy(record_file(finished_cache, 0), record_file(finished_cache, 1))
     expected = r"00001.json is not the record of this shard: its shard is 0, 1 expected.*delete this record"
     with pytest.raises(CacheError, match=expected):
@@ -44,7 +44,7 @@ def test_a_record_copied_over_another_is_refused_and_no_good_file_is_given_up(fi
     assert found.returncode == 1
     assert "1 problems found" in found.stderr
     assert "remove it" not in found.stdout
-    record_file(finished_cache, 1).unlink()  # the advice
+    record_file(finished_cache, 1).unlink()  # as the message advises
     assert finished_cache.pending_shards() == [1]
     with pytest.raises(CacheError, match="1 of 3 shards are missing"):
         CacheReader(finished_cache.path)
@@ -53,7 +53,7 @@ def test_a_record_copied_over_another_is_refused_and_no_good_file_is_given_up(fi
 
 
 def test_a_record_of_another_cache_is_refused(finished_cache, tmp_path):
-    """Of the same spec and shard: only what the caches were made from differs."""
+    """The caches have the same spec and shards. Only their provenance differs."""
     other = create_cache(
         tmp_path / "other.zarr", small_spec(), small_identity(), keyframes_per_shard=3, provenance={"simulated": ["x"]}
     )
@@ -74,7 +74,7 @@ def test_a_record_of_another_cache_is_refused(finished_cache, tmp_path):
         ({"files": {}}, r"its files is \[\], \['cam_from_ego/c/1/0/0/0', "),
     ],
 )
-def test_an_edited_record_is_refused_though_its_checksum_was_renewed(finished_cache, change, complaint):
+def test_an_edited_record_is_refused_even_if_its_checksum_was_updated(finished_cache, change, complaint):
     file = record_file(finished_cache, 1)
     write_record(file, {**read_record(file), **change})
     with pytest.raises(CacheError, match=complaint):
@@ -132,7 +132,7 @@ def edit_attributes(path: Path, change: Callable[[dict], None]) -> None:
 
 
 def edit_grid(path: Path) -> None:
-    """Another grid of as many bytes, with its fingerprint."""
+    """Write another grid of the same size in bytes, with its fingerprint."""
     spec = replace(small_spec(), grid=VoxelGrid((4, 20, 12), (-2, -20, -12), (2, 20, 12)))
     edit_attributes(path, lambda a: a.update(spec=spec.to_dict(), fingerprint=spec.fingerprint))
 
@@ -159,7 +159,7 @@ def edit_token(path: Path) -> None:
     ],
     ids=["grid", "token", "scene", "provenance", "shard size"],
 )
-def test_edited_metadata_are_found_by_the_records_though_their_digests_were_renewed(finished_cache, edit):
+def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_updated(finished_cache, edit):
     edit(finished_cache.path)
     with pytest.raises(CacheError, match="was changed since the cache was created"):
         open_cache(finished_cache.path)
@@ -171,7 +171,7 @@ def test_edited_metadata_are_found_by_the_records_though_their_digests_were_rene
     assert found and all("is not the record of this shard" in problem for problem in found)
 
 
-def test_a_fingerprint_that_is_not_the_specs_is_refused(small_cache):
+def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a.update(fingerprint="0123456789abcdef"))
     renew(small_cache.path)
     with pytest.raises(
@@ -188,20 +188,20 @@ def test_a_spec_of_another_release_is_refused(small_cache):
 
 
 def renew(path: Path) -> None:
-    """Make created.json say what its files are now."""
+    """Write the current digests of its files to created.json."""
     created = path / "progress" / "created.json"
     write_record(created, {"files": {name: digest(path / name) for name in read_record(created)["files"]}})
 
 
 @pytest.mark.parametrize("name", ["sample_token", "scene", "timestamp_us"])
-def test_a_cache_that_lost_who_its_keyframes_are_is_not_opened(finished_cache, name):
+def test_a_cache_without_the_identity_of_its_keyframes_is_not_opened(finished_cache, name):
     (finished_cache.path / name / "c" / "0").unlink()
     with pytest.raises(CacheError, match=f"{name}/c/0 is missing or was changed"):
         open_cache(finished_cache.path)
 
 
 @pytest.mark.parametrize("name", ["status", "info", "preview"])
-def test_every_command_refuses_a_cache_that_lost_files_of_finished_shards(finished_cache, tmp_path, name):
+def test_every_command_refuses_a_cache_with_missing_files_of_finished_shards(finished_cache, tmp_path, name):
     shard_file(finished_cache.path, finished_cache.spec.arrays()[0], 1).unlink()
     found = command(name, finished_cache, *(["--out", str(tmp_path / "preview")] if name == "preview" else []))
     assert found.returncode == 1

@@ -1,4 +1,4 @@
-"""The pretraining head and its losses word for word after the paper's 3.2 and 3.3: dense, every voxel. A benchmark times it, too."""
+"""Slow reference of the pretraining head and its losses: literally the paper's 3.2 and 3.3, dense. Also used by benchmarks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from occfeat_train.tasks.heads import OccFeatHead
 
 
 class DenseHead(nn.Module):
-    """N_B = channels, Z_B = height, N_y = feature_dim. 1x1x1 convolutions are `nn.Conv3d`, volumes (B, C, Z, H, W)."""
+    """Uses `nn.Conv3d` on volumes (B, C, Z, H, W). N_B = channels, Z_B = height, N_y = feature_dim."""
 
     def __init__(self, channels: int, height: int, feature_dim: int, *, occupancy: bool = True) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class DenseHead(nn.Module):
 
     @classmethod
     def of(cls, head: OccFeatHead) -> DenseHead:
-        """With the same parameters."""
+        """A DenseHead with the parameters of `head`."""
         feature_dim = head.features.out_features if head.features is not None else 0
         twin = cls(head.channels, head.height, feature_dim, occupancy=head.occupancy is not None).to(head.conv.weight)
         theirs = head.state_dict()

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: run by Triton's interpreter in NumPy, or compiled for one."""
+"""Triton kernels without a GPU: run by Triton's NumPy interpreter, or compiled for a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 @lru_cache
 def _kernels(name: str) -> ModuleType:
-    """A module of kernels a second time: whether a kernel is interpreted is decided once, where it is defined."""
+    """A second instance of a module of kernels, because Triton selects the interpreter when a kernel is defined."""
     import triton
 
     spec = importlib.util.find_spec(name)
@@ -40,22 +40,22 @@ def _kernels(name: str) -> ModuleType:
             patch.setitem(sys.modules, LIFTING, _kernels(LIFTING))  # whose functions other kernels call
         spec.loader.exec_module(module)
     if name == LIFTING:
-        module._launch = np.errstate(all="ignore")(module._launch)  # it divides by a depth of 0, which nobody uses
-        module._plus = triton.language.standard._sum_combine  # the one sum that is left to NumPy, all others are loops
+        module._launch = np.errstate(all="ignore")(module._launch)  # divides by depths of 0; the results are unused
+        module._plus = triton.language.standard._sum_combine  # the only sum done by NumPy
     return module
 
 
 @contextlib.contextmanager
 def interpreted(name: str) -> Iterator[ModuleType]:
-    """Within it, importing the module of kernels `name` gives the interpreted one.
+    """Within the context, importing the module of kernels `name` gives the interpreted one.
 
-    What is stored as bfloat16 is cut off, where a GPU rounds.
+    The interpreter truncates values stored as bfloat16; a GPU rounds them.
     """
     import triton.language as tl
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, name, _kernels(name))
-        # Triton's own were compiled functions when it was imported
+        # Triton's own `sum` and `max` were created as compiled functions when it was imported
         patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
         patch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
         yield _kernels(name)
@@ -63,13 +63,13 @@ def interpreted(name: str) -> Iterator[ModuleType]:
 
 @torch.compiler.disable
 def lift_interpreted(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
-    """As `lift_triton`, also in the backward. The rest of this process sees the compiled kernels."""
+    """`lift_triton` with interpreted kernels in forward and backward. Other code still uses the compiled kernels."""
     with interpreted(LIFTING):
         return lift_triton(features, views, grid)
 
 
 class _Recorder:
-    """In place of a kernel: notes what it is launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel: Any, calls: list[Any]) -> None:
         self.kernel, self.calls = kernel, calls
@@ -81,7 +81,7 @@ class _Recorder:
 def compiled(
     name: str, target: int, call: Callable[[ModuleType], Any], patch: pytest.MonkeyPatch, cache: Path
 ) -> dict[str, str]:
-    """PTX by kernel of every launch that call(module of kernels `name`) makes, for GPUs of capability `target`, say 90."""
+    """{kernel: PTX} of all launches in call(module of kernels `name`), compiled for compute capability `target`, e.g. 90."""
     pytest.importorskip("triton", minversion="3.3", reason="its compiler is called otherwise")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -1,10 +1,10 @@
-"""A training step of the reference networks, from a checkout of aharley/simple_bev, kept as `golden/training/*.npz`.
+"""Write `golden/training/*.npz`: a training step of the reference networks, run from a checkout of aharley/simple_bev.
 
     python -m tests.train.make_reference_training ../simple_bev
 
-`pipelines/benchmarks/_reference.py` says where to get the checkout and what is set from outside; here also: float64
-throughout, dropout and drop-connect off, and the 200 x 200 that its self-attention has written in, replaced by the map's
-size. `golden/README.md` says what is kept.
+`pipelines/benchmarks/_reference.py` says where to get the checkout and what it changes in the reference. Here, everything
+is float64, dropout and drop-connect are off, and the map size of 200 x 200 that is hard-coded in the reference's
+self-attention is replaced. `golden/README.md` describes the arrays.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_direction, seed
 from tests.train.test_reference import views_of
 
 MAP = 40
-# Of the images of two samples, and of each sample's map: (forward, right).
+# Flips of the 12 images of two samples, and of each sample's map (forward, right).
 RGB_FLIP = np.array([1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0], bool)
 BEV_FLIP = np.array([[1, 0], [1, 1]], bool)
 
 
 def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tensor's norm, and its sum times `seeded_direction`: (2,) each."""
+    """(2,) per tensor: its norm, and the sum of its products with `seeded_direction`."""
     return {
         name: torch.stack([t.norm(), (t * torch.from_numpy(seeded_direction(name, tuple(t.shape)))).sum()])
         for name, t in tensors.items()
@@ -43,7 +43,7 @@ def sums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """What asks for float32 by name is given float64."""
+    """Use float64 wherever the reference requests float32 by name."""
     torch.set_default_dtype(torch.float64)
     with mock.patch.object(Tensor, "float", Tensor.double), mock.patch.multiple(
         torch, float=torch.float64, float32=torch.float64
@@ -54,9 +54,10 @@ def in_float64() -> Iterator[None]:
 
 @contextlib.contextmanager
 def flips_of(network: str) -> Iterator[np.ndarray]:
-    """Have the network flip what is said above; yields the (B, 2) flips of maps.
+    """Make the network use RGB_FLIP and BEV_FLIP; yields the (B, 2) flips of maps.
 
-    Bevformernet is flipped to the right alone: forward it flips its channels by mistake, and F_B back along forward.
+    Bevformernet's maps are flipped along right only. By mistake, its forward flip flips the channels of its map, and then
+    F_B along forward.
     """
     flips = BEV_FLIP & (network != "bevformernet", True)
     draws = iter([RGB_FLIP, flips[:, 1], flips[:, 0]])
@@ -66,7 +67,7 @@ def flips_of(network: str) -> Iterator[np.ndarray]:
 
 
 def replaced(code: types.CodeType, old: int, new: int) -> types.CodeType:
-    """With another number in its constants."""
+    """The code with `old` replaced by `new` in its constants."""
     constants = tuple(
         tuple(new if x == old else x for x in c) if isinstance(c, tuple) else new if c == old else c
         for c in code.co_consts

@@ -1,4 +1,4 @@
-"""Run by torchrun, in two processes: rank 1 is given the same samples as rank 0, mirrored. Fails where that shows."""
+"""Run by torchrun in two processes: rank 1 gets the samples of rank 0 mirrored, and must give the same result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from occfeat_train.config import LIFTINGS
 from occfeat_train.distributed import processes
-from occfeat_train.networks.network import LIFTINGS
 from tests.train.test_network import augmented, mirrorable_network
 
 
 def check(lifting: str, rank: int) -> None:
-    alone, network = (mirrorable_network(lifting, None) for _ in range(2))
+    alone, network = (mirrorable_network(lifting) for _ in range(2))
     plain = alone(augmented([[False, False]] * 2))
     plain.square().mean().backward()
     found = DistributedDataParallel(network)(augmented([[rank == 1] * 2] * 2))
@@ -35,7 +35,7 @@ def main() -> None:
             check(lifting, process.rank)
             if process.is_main:
                 print(f"{lifting}: the same on both ranks", flush=True)
-        dist.barrier()  # torch 2.13 hangs where a group is destroyed while gloo still drops a tensor
+        dist.barrier()  # without it, torch 2.13 can hang when it destroys the group
 
 
 if __name__ == "__main__":

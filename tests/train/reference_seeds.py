@@ -1,6 +1,6 @@
-"""Weights of the reference's networks as functions of their names, so that outputs can be kept without a checkpoint.
+"""Weights of the reference networks, generated from their names, so that golden files need not contain weights.
 
-`golden/README.md` says what the kept arrays are.
+`golden/README.md` describes the golden files.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 GOLDEN = Path(__file__).parent / "golden"
-NETWORKS = {"segnet": "simplebev", "bevformernet": "bevformer", "liftnet2": "lss"}  # the reference's names, ours
+NETWORKS = {"segnet": "simplebev", "bevformernet": "bevformer", "liftnet2": "lss"}  # reference name: our name
 
 
 def seeded_array(name: str, shape: tuple[int, ...], kind: str) -> NDArray[np.generic]:
-    """One parameter or buffer. kind: "norm" of BatchNorm's and LayerNorm's, "int" of counters, "other"."""
+    """One parameter or buffer. kind: "norm" (BatchNorm, LayerNorm), "int" (counters) or "other"."""
     if kind == "int" or not shape:
         return np.zeros(shape, np.int64 if kind == "int" else np.float32)
     random = np.random.RandomState(zlib.crc32(name.encode()))
@@ -36,14 +36,14 @@ def seeded_array(name: str, shape: tuple[int, ...], kind: str) -> NDArray[np.gen
 
 
 def seeded_state_dict(file: Path) -> dict[str, NDArray[np.generic]]:
-    """The weights behind a golden file, by the reference's names."""
+    """The weights of a golden file by the reference's names."""
     with np.load(file) as golden:
         entries = zip(golden["names"].tolist(), golden["shapes"].tolist(), golden["kinds"].tolist(), strict=True)
         return {name: seeded_array(name, tuple(json.loads(shape)), kind) for name, shape, kind in entries}
 
 
 def seeded_direction(name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Of unit variance: the sum of a gradient times this is about as large as the gradient's norm, or its error's."""
+    """Normal values. The sum of a gradient times this is about as large as the gradient's norm, and likewise for its error."""
     return np.random.RandomState(zlib.crc32(f"direction of {name}".encode())).standard_normal(shape)
 
 

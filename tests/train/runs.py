@@ -1,4 +1,4 @@
-"""Whole training runs in a second or two: tiny caches of made-up targets, and occfeat-train as a user runs it."""
+"""Complete training runs of a second or two: tiny caches with random contents, and the occfeat-train command line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import digest, read_record, write_record
-from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, LABEL_KINDS, TargetSpec, TeacherSpec
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, Identity, create_cache
 from occfeat_train.cli import main
 from occfeat_train.training.checkpoint import find_checkpoint
@@ -32,18 +33,18 @@ KILLS = int(os.environ.get("OCCFEAT_KILLS", "3"))
 COMMAND = [sys.executable, "-m", "occfeat_train"]
 GRID = VoxelGrid((4, 12, 12), (-2, -6, -6), (2, 6, 6))
 FRAMES = (EGO_FRAME, "CAM_FRONT", "CAM_BACK")
-TRAIN_SCENES, VAL_SCENES = tuple("aaabbcc"), tuple("ddeee")  # 7 and 5 keyframes: no batch or world size divides them
-# Two of six cameras see enough here, for a third of the time.
+TRAIN_SCENES, VAL_SCENES = tuple("aaabbcc"), tuple("ddeee")  # 7 and 5 keyframes: not divisible by a batch or world size
+# Two of the six cameras suffice here and take a third of the time.
 TINY = [
     "--backbone-weights", "none", "--set", "network.channels=8", "--set", "network.image_size=32x48",
     "--set", "augment.num_cameras=2", "--set", "optim.lr=1e-4",
 ]  # fmt: skip
 QUIET = ["--no-progress", "--device", "cpu"]
-TIMES = ("samples_per_s", "data_wait")  # fields of a record that no two runs share
+TIMES = ("samples_per_s", "data_wait")  # fields of a record that differ between runs
 
 
 def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
-    """Arrays of some keyframes, each its own whatever the shard: random contents seen by six level cameras."""
+    """Random arrays of keyframes with a rig of level cameras. They depend on the keyframe and the seed, not on the shard."""
     keyframes = list(keyframes)
     out = {a.name: np.zeros((len(keyframes), *a.shape), a.dtype) for a in spec.arrays()}
     for row, keyframe in enumerate(keyframes):
@@ -62,7 +63,7 @@ def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, 
             out["cam_from_ego"][row, camera] = turned @ inverse_rigid(GRID_FROM_CAMERA_AXES)
         height, width = spec.image_size
         out["intrinsics"][row] = [[0.5 * width, 0, width / 2], [0, 0.5 * width, height / 2], [0, 0, 1]]
-        for frame in range(len(spec.frames)):  # the grid, turned about the vertical
+        for frame in range(len(spec.frames)):  # the grid, rotated about the vertical axis
             out["grid_from_ego"][row, frame] = rigid(
                 (np.cos(0.4 * frame), 0, 0, np.sin(0.4 * frame)), (0.2 * frame, 0, 0)
             )
@@ -72,11 +73,12 @@ def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, 
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = LABEL_KINDS, frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
-    """A cache of a few keyframes in shards of 2, token`first` the first. dim: N_y, 0 without features. shards: how many to write.
+    """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
-    image_size: what 32x48 and a resize by up to 1.2 need. change: alters what is written, given {array: (N, ...)} of all keyframes.
+    dim: N_y; 0: no features. image_size: 32x48 resized by up to 1.2 fits. shards: number of shards to write (None: all).
+    change: modifies the arrays {name: (N, ...)} of all keyframes before they are written.
     """
     features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
     spec = TargetSpec(grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels)
@@ -95,14 +97,14 @@ def write_cache(
 
 
 def write_caches(folder: Path, **options: Any) -> Path:
-    """A training and a validation split."""
+    """A training split and a validation split."""
     write_cache(folder, "train", **options)
     write_cache(folder, "val", scenes=VAL_SCENES, **{"seed": 1, **options})
     return folder
 
 
 def invoke(*arguments: object) -> Result:
-    """occfeat-train in this process, which spares a test the imports."""
+    """Run occfeat-train in this process, so that a test need not import everything again."""
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -116,7 +118,7 @@ def succeed(*arguments: object) -> str:
 
 
 def refuse(*arguments: object, out: Path | None = None) -> str:
-    """The message of a command that must fail, without a traceback, before anything was trained at `out`."""
+    """Output of a command that must fail without a traceback and before a step was trained at `out`."""
     result = invoke(*arguments)
     assert result.exit_code in (1, 2), result.output
     assert "Traceback" not in result.output
@@ -125,13 +127,13 @@ def refuse(*arguments: object, out: Path | None = None) -> str:
 
 
 def pretrain(cache: Path, out: Path, *more: object) -> list[str]:
-    """Arguments of a tiny pretraining: 7 samples, 2 a step."""
+    """Arguments of a tiny pretraining: 7 samples, 2 per step."""
     start = ["pretrain", "--cache", cache, "--out", out, *TINY, "--batch", "2", "--no-tensorboard", *QUIET]
     return [str(a) for a in (*start, *more)]
 
 
 def finetune(cache: Path, out: Path, *more: object) -> list[str]:
-    """Arguments of a tiny finetuning: 2 samples a step, whatever the recipe says."""
+    """Arguments of a tiny finetuning: 2 samples per step instead of the recipe's batch."""
     small = [*TINY, "--batch", "2", "--set", "optim.accumulation=1"]
     start = ["finetune", "--cache", cache, "--out", out, *small, "--no-tensorboard", *QUIET]
     return [str(a) for a in (*start, *more)]
@@ -142,12 +144,12 @@ def evaluate(run: Path, cache: Path, *more: object) -> list[str]:
 
 
 def steps(number: int, *, batch: int = 2, samples: int = len(TRAIN_SCENES)) -> list[str]:
-    """Options that make a run of so many steps."""
+    """Options for a run of `number` steps."""
     return ["--epochs", repr((number * batch + 0.5) / samples)]
 
 
 def start_apart(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
-    """occfeat-train in a process of its own, or in several under torchrun, which finds a free port itself."""
+    """Start occfeat-train in a separate process, or in several under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = COMMAND if processes == 1 else [*torchrun, *COMMAND[1:]]
     return subprocess.Popen(
@@ -156,7 +158,7 @@ def start_apart(arguments: list[str], *, processes: int = 1, **options: Any) -> 
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Have this process sent a signal as step `step` is logged; training then stops after the step that follows."""
+    """Send this process a signal when step `step` is logged. Training then stops after the next step."""
     log = RunLog.step
 
     def logged(self: RunLog, record: dict[str, Any]) -> None:
@@ -168,7 +170,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signa
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """A run's training records without what depends on the clock."""
+    """A run's training records without the fields that depend on time."""
     kept = [record for record in read_log(run) if "validation" not in record]
     return [{name: value for name, value in record.items() if name not in TIMES} for record in kept]
 
@@ -178,7 +180,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Bit for bit, through dictionaries and lists."""
+    """Assert equality bit for bit, recursively in dictionaries and lists."""
     assert type(found) is type(expected), where
     if isinstance(expected, torch.Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape, where
@@ -196,7 +198,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """Weights, the optimiser's and the schedule's state, and every logged number, bit for bit."""
+    """Assert that weights, optimiser and schedule state, and all logged numbers are equal bit for bit."""
     ours, theirs = find_checkpoint(found), find_checkpoint(expected)
     assert ours.step == theirs.step
     assert_same(ours.weights(), theirs.weights(), "weights")
@@ -205,7 +207,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 def renew(folder: Path) -> None:
-    """Make a checkpoint's record say what its files are now, as if they had been saved so."""
+    """Write the current digests of a checkpoint's files to its record."""
     record = read_record(folder / "checkpoint.json")
     write_record(
         folder / "checkpoint.json", {**record, "files": {name: digest(folder / name) for name in record["files"]}}

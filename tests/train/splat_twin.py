@@ -1,4 +1,4 @@
-"""Lift-Splat as one writes it first: the outer product of depths and features, point by point into a volume."""
+"""Slow reference of Lift-Splat: adds the outer product of depths and features to a volume, point by point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Augmentation: torch's own antialiased resize as the twin, and calibration that follows the pixels."""
+"""Augmentation: images against torch's antialiased resize, and intrinsics that match the resized images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT = AugmentConfig()
 def one(
     resized: tuple[int, int], crop: tuple[int, int] = (0, 0), mirror: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The draw of one sample of one camera."""
+    """Augmentation parameters (resized, crop, mirror) of one sample with one camera."""
     return torch.tensor([[resized]]), torch.tensor([[crop]]), torch.tensor([[mirror]])
 
 
@@ -49,7 +49,7 @@ def test_the_same_size_is_the_identity():
     torch.testing.assert_close(axis(7, 7, 0, 7), torch.eye(7))
 
 
-def test_doubling_weighs_the_two_nearest_pixels_by_a_quarter_and_three():
+def test_doubling_weights_the_two_nearest_pixels_by_one_and_three_quarters():
     expected = torch.zeros(6, 3)
     expected[0, 0] = expected[5, 2] = 1
     expected[1, :2] = expected[3, 1:] = torch.tensor([0.75, 0.25])
@@ -57,13 +57,13 @@ def test_doubling_weighs_the_two_nearest_pixels_by_a_quarter_and_three():
     torch.testing.assert_close(axis(3, 6, 0, 6), expected)
 
 
-def test_halving_weighs_four_pixels_and_fewer_at_the_border():
+def test_halving_weights_four_pixels_and_fewer_at_the_border():
     matrix = axis(6, 3, 0, 3)
     torch.testing.assert_close(matrix[1], torch.tensor([0, 1, 3, 3, 1, 0]) / 8)
     torch.testing.assert_close(matrix[0], torch.tensor([3, 3, 1, 0, 0, 0]) / 7)
 
 
-def test_a_crop_takes_rows_and_fills_what_lies_outside_with_nothing():
+def test_a_crop_selects_rows_and_is_zero_outside():
     whole, cropped = axis(6, 8, 0, 8), axis(6, 8, -2, 12)
     assert torch.equal(cropped[2:10], whole)
     assert not cropped[:2].any()
@@ -73,7 +73,7 @@ def test_a_crop_takes_rows_and_fills_what_lies_outside_with_nothing():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(-20, 70), st.integers(1, 40))
-def test_a_pixels_weights_add_up_to_1_inside_and_0_outside(source, resized, crop, size):
+def test_a_pixels_weights_sum_to_1_inside_and_0_outside(source, resized, crop, size):
     position = torch.arange(size) + crop
     expected = ((position >= 0) & (position < resized)).float()
     matrix = axis(source, resized, crop, size)
@@ -82,7 +82,7 @@ def test_a_pixels_weights_add_up_to_1_inside_and_0_outside(source, resized, crop
 
 
 @pytest.mark.parametrize("size", [(9, 31), (15, 12), (40, 24)])
-def test_a_resize_is_pillows(size):
+def test_a_resize_equals_pillows(size):
     values = np.random.default_rng(0).uniform(0, 255, (15, 24)).astype(np.float32)
     expected = np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
     ours = axis(15, size[0], 0, size[0]) @ torch.from_numpy(values) @ axis(24, size[1], 0, size[1]).T
@@ -93,7 +93,7 @@ def test_a_resize_is_pillows(size):
 
 
 def twin(image: Tensor, resized: Tensor, crop: Tensor, mirror: bool, size: tuple[int, int]) -> Tensor:
-    """(h, w, 3) uint8, one camera: resize the whole image with torch, cut out of it on a black canvas, mirror."""
+    """(h, w, 3) uint8 of one camera -> (3, *size): resize the image with torch, copy the crop to a black canvas, mirror."""
     height, width = resized.tolist()
     whole = torch.nn.functional.interpolate(
         image.permute(2, 0, 1)[None].double(), (height, width), mode="bilinear", antialias=True, align_corners=False
@@ -112,10 +112,10 @@ def twin(image: Tensor, resized: Tensor, crop: Tensor, mirror: bool, size: tuple
     st.tuples(st.integers(1, 20), st.integers(1, 20)),
     st.tuples(st.integers(1, 16), st.integers(1, 16)),
 )
-def test_images_equal_torchs_resize_cropped_camera_by_camera(seed, source, size):
+def test_images_equal_torchs_resize_and_a_crop_of_each_camera(seed, source, size):
     rng = np.random.default_rng(seed)
     images = torch.from_numpy(rng.integers(0, 256, (2, 2, *source, 3), dtype=np.uint8))
-    # at least 2: torch 2.13 resizes 4 x 3 to 25 x 1 wrongly, Pillow agrees with us
+    # Sizes of at least 2, because torch 2.13 resizes 4 x 3 to 25 x 1 wrongly. Pillow agrees with ours.
     resized, crop = (torch.from_numpy(rng.integers(low, high, (2, 2, 2))) for low, high in ((2, 30), (-12, 16)))
     mirror = torch.from_numpy(rng.random((2, 2)) < 0.5)
     ours = resample(images, resized, crop, mirror, size)
@@ -133,7 +133,7 @@ def test_a_plain_resize_to_the_same_size_only_normalises():
     torch.testing.assert_close(ours, (images.permute(0, 1, 4, 2, 3) / 255 - MEAN) / STD, atol=1e-5, rtol=0)
 
 
-def test_black_is_outside_and_a_mirror_turns_it_too():
+def test_the_outside_is_black_and_is_mirrored_with_the_image():
     white = torch.full((1, 1, 6, 8, 3), 255, dtype=torch.uint8)
     plain, mirrored = (pixels(resample(white, *one((6, 8), (2, -3), m), (6, 8)))[0, 0] for m in (False, True))
     expected = torch.zeros(3, 6, 8)
@@ -142,7 +142,7 @@ def test_black_is_outside_and_a_mirror_turns_it_too():
     torch.testing.assert_close(mirrored, expected.flip(-1), atol=1e-3, rtol=0)
 
 
-# -- the calibration follows ------------------------------------------------------------------------------------------
+# -- intrinsics -------------------------------------------------------------------------------------------------------
 
 
 def test_intrinsics_of_a_resize_and_a_crop_are_scaled_and_shifted():
@@ -151,13 +151,13 @@ def test_intrinsics_of_a_resize_and_a_crop_are_scaled_and_shifted():
     assert ours[0, 0].tolist() == [[60, 0, 54], [0, 120, 38], [0, 0, 1]]
 
 
-def test_a_mirrored_image_is_one_of_a_camera_with_a_negative_focal_length():
+def test_a_mirrored_image_has_a_negative_focal_length():
     pinhole = torch.tensor([[30.0, 0, 20], [0, 40, 15], [0, 0, 1]], dtype=torch.float64)
     ours = transform_intrinsics(pinhole[None, None], (30, 50), *one((30, 50), (0, 0), True), (30, 50))
     assert ours[0, 0].tolist() == [[-30, 0, 30], [0, 40, 15], [0, 0, 1]]
 
 
-def test_intrinsics_are_as_exact_as_float64():
+def test_intrinsics_have_float64_accuracy():
     pinhole = torch.tensor([[400.0, 0, 240], [0, 400, 135], [0, 0, 1]], dtype=torch.float64)
     ours = transform_intrinsics(pinhole[None, None], (270, 480), *one((179, 319)), (179, 319))
     assert ours[0, 0, 0, 0].item() == pytest.approx(400 * 319 / 480, rel=1e-15)
@@ -171,8 +171,8 @@ def test_intrinsics_are_as_exact_as_float64():
     st.tuples(st.integers(-9, 9), st.integers(-9, 9)),
     st.booleans(),
 )
-def test_a_point_lands_on_the_pixel_that_shows_it(seed, factor, crop, mirror):
-    """The image's red is its own u, its green its own v; a point's new projection must find its old one there."""
+def test_a_point_is_projected_to_the_pixel_that_shows_it(seed, factor, crop, mirror):
+    """Red and green of the image are u and v, so the pixel at a point's new projection contains its old projection."""
     rng, source, size = np.random.default_rng(seed), (40, 60), (36, 50)
     v, u = np.meshgrid(np.arange(source[0]) + 0.5, np.arange(source[1]) + 0.5, indexing="ij")
     image = torch.from_numpy(np.stack([u, v, 0 * u], -1)).float()[None, None]
@@ -189,25 +189,25 @@ def test_a_point_lands_on_the_pixel_that_shows_it(seed, factor, crop, mirror):
     new = projected[:, :2] / projected[:, 2:]
     inside = ((new > 0.5) & (new < np.array(size[::-1]) - 0.5)).all(1)
     assert inside.any()
-    columns, rows = (new[inside] - 0.5).astype(int).T  # the pixel centre to the upper left
+    columns, rows = (new[inside] - 0.5).astype(int).T  # the nearest pixel centre to the upper left
     right, down = (new[inside] - 0.5).T - (columns, rows)
     seen = [
         (channel[rows, columns] * (1 - right) + channel[rows, columns + 1] * right) * (1 - down)
         + (channel[rows + 1, columns] * (1 - right) + channel[rows + 1, columns + 1] * right) * down
         for channel in moved[:2]
     ]
-    # half a pixel is the error to be found; the filter's own, at any of these sizes, is at most 0.084
+    # A wrong convention is off by half a pixel. The filter's error is at most 0.084 at these sizes.
     np.testing.assert_allclose(np.stack(seen, 1), old[inside], atol=0.1)
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------
+# -- random parameters ------------------------------------------------------------------------------------------------
 
 
 def values(d: Draw) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in vars(d).items()}
 
 
-def test_a_draw_follows_from_seed_epoch_and_sample():
+def test_parameters_are_determined_by_seed_epoch_and_sample():
     assert values(drawn(seed=(1, 2, 3))) == values(drawn(seed=(1, 2, 3)))
     others = [values(drawn(seed=seed)) for seed in ((1, 2, 3), (0, 2, 3), (1, 3, 3), (1, 2, 4))]
     assert all(a["resized"] != b["resized"] for i, a in enumerate(others) for b in others[:i])
@@ -225,7 +225,7 @@ def test_a_draw_follows_from_seed_epoch_and_sample():
         ({"random_frame": False}, {"frame"}),
     ],
 )
-def test_switching_one_augmentation_off_leaves_the_others_as_they_were(switch, affected):
+def test_switching_one_augmentation_off_does_not_change_the_others(switch, affected):
     changed = set()
     for seed in range(10):
         before, after = values(drawn(seed=seed)), values(drawn(replace(DEFAULT, **switch), seed=seed))
@@ -233,20 +233,20 @@ def test_switching_one_augmentation_off_leaves_the_others_as_they_were(switch, a
     assert changed == affected
 
 
-def test_sizes_and_crops_stay_in_simple_bevs_ranges_and_fill_them():
+def test_sizes_and_crops_cover_simple_bevs_ranges_and_stay_inside():
     draws = [drawn(seed=seed) for seed in range(500)]
     resized, crop = (np.stack([getattr(d, name) for d in draws]) for name in ("resized", "crop"))
     factor = resized / SIZE
     assert 0.795 < factor.min() < 0.805
     assert 1.195 < factor.max() < 1.2
-    assert np.abs(factor[..., 0] - factor[..., 1]).max() < 1 / 224  # one factor a camera, rounded down
+    assert np.abs(factor[..., 0] - factor[..., 1]).max() < 1 / 224  # one factor per camera, rounded down
     shift = crop - ((resized - SIZE) / 2).astype(int)
-    assert np.abs(shift).max() == 43  # int() of less than int(0.2 * 224) = 44, on both axes
+    assert np.abs(shift).max() == 43  # below int(0.2 * 224) = 44, on both axes
     assert (np.abs(shift).max((0, 1)) == 43).all()
-    assert np.unique(resized[0, :, 1]).size > 1  # each camera draws its own
+    assert np.unique(resized[0, :, 1]).size > 1  # each camera has its own size
 
 
-def test_the_rest_is_fair():
+def test_flips_frames_and_camera_orders_are_uniform():
     draws = [drawn(seed=seed) for seed in range(500)]
     assert abs(np.mean([d.mirror for d in draws]) - 0.5) < 0.05
     assert (np.abs(np.mean([d.bev_flip for d in draws], axis=0) - 0.5) < 0.1).all()
@@ -255,7 +255,7 @@ def test_the_rest_is_fair():
     assert all(sorted(d.cameras) == list(range(6)) for d in draws)
 
 
-def test_a_subset_of_cameras_is_drawn_and_kept_in_order_unless_shuffled():
+def test_a_random_subset_of_cameras_stays_in_order_unless_shuffled():
     config = AugmentConfig(num_cameras=2)
     assert {tuple(sorted(drawn(config, seed).cameras)) for seed in range(300)} == {
         (a, b) for a in range(6) for b in range(a + 1, 6)
@@ -265,7 +265,7 @@ def test_a_subset_of_cameras_is_drawn_and_kept_in_order_unless_shuffled():
     assert all(list(drawn(ordered, s).cameras) == sorted(drawn(config, s).cameras) for s in range(9))
 
 
-def test_evaluation_draws_nothing_but_a_plain_resize():
+def test_evaluation_only_resizes():
     for seed in range(5):
         d = drawn(NO_AUGMENTATION, seed, frames=[3])
         assert (d.resized == SIZE).all()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.data.augment import resample, transform_intrinsics
-from occfeat_train.data.batch import Batch, unpack_bits, voxel_centers
-from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
+from occfeat_train.data.batch import Batch, unpack_bits
+from occfeat_train.ops.mean_over_views import voxel_centers
+from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
 from occfeat_train.tasks.heads import voxel_rows
 
 GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # off centre; neither volume nor rows fill whole bytes of 8

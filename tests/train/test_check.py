@@ -24,7 +24,7 @@ def cache(city, tiny_teacher, tmp_path_factory) -> Path:
     return cache
 
 
-def test_a_finished_cache_is_ready_and_its_numbers_are_its_own(cache):
+def test_a_finished_cache_is_ready_and_its_statistics_are_correct(cache):
     result = check(cache)
     assert result.exit_code == 0, result.output
     assert "10 keyframes read" in result.output
@@ -44,7 +44,7 @@ def test_a_cache_without_features_is_ready_for_finetuning(city, tmp_path):
     assert "target features" not in result.output
 
 
-def test_an_absent_an_unfinished_and_a_damaged_cache_are_not_ready(cache, city, tiny_teacher, tmp_path):
+def test_missing_unfinished_and_damaged_caches_are_not_ready(cache, city, tiny_teacher, tmp_path):
     assert check(tmp_path).exit_code == 1
     assert "no cache at" in check(tmp_path).output
     run(*build_arguments(city, tmp_path, tiny_teacher, "--shard", "0/2"))
@@ -66,19 +66,19 @@ def small(tmp_path) -> Path:
     return tmp_path / "small"
 
 
-def test_a_cache_that_lost_any_chunk_is_neither_ready_nor_trained_on(small, tmp_path):
+def test_a_cache_with_a_missing_chunk_is_neither_ready_nor_trained_on(small, tmp_path):
     for array in open_cache(small / "train.zarr").spec.arrays():
         file = shard_file(small / "train.zarr", array, 1)
         file.rename(tmp_path / "aside")
         message = refuse("check", "--cache", small, "--split", "train")
         assert f"lost 1 files of finished shards ({array.name}/c/1" in message
-        if not array.name.startswith("labels/"):  # which pretraining never opens
+        if not array.name.startswith("labels/"):  # pretraining does not open them
             assert f"{array.name}/c/1" in refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
         (tmp_path / "aside").rename(file)
     assert invoke("check", "--cache", small, "--split", "train").exit_code == 0
 
 
-def test_a_cache_that_lost_most_of_its_mask_is_not_trained_on_with_what_is_left(small, tmp_path):
+def test_a_cache_with_missing_chunks_of_its_mask_is_not_trained_on(small, tmp_path):
     cache = open_cache(small / "train.zarr")
     for shard in range(1, cache.num_shards):
         shard_file(cache.path, cache.spec.arrays()[0], shard).unlink()

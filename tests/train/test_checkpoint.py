@@ -1,4 +1,4 @@
-"""Checkpoints: weights that anybody can open, and files that are damaged, foreign or hostile."""
+"""Checkpoints: files that other tools can open, and refusal of damaged, mismatched or malicious files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.train.test_batch import GRID as OTHER_GRID
 
 
 class Hostile:
-    """Unpickling it runs code: here, code that leaves a marker."""
+    """Runs code when it is unpickled. Here the code creates a folder."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -51,7 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory) -> Path:
-    """A pretraining of four steps, with a checkpoint after each."""
+    """A pretraining of four steps with a checkpoint after each step."""
     out = tmp_path_factory.mktemp("trained") / "run"
     succeed(*pretrain(cache, out, "--save-every", "1", *steps(4)))
     return out
@@ -63,7 +63,7 @@ def run(trained, tmp_path) -> Path:
     return copy_of(trained, tmp_path / "run")
 
 
-def test_weights_open_with_safetensors_alone_and_are_all_of_the_network(trained):
+def test_safetensors_alone_opens_the_complete_weights(trained):
     file = find_checkpoint(trained).path / "model.safetensors"
     with safe_open(file, "pt") as tensors:
         opened = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
@@ -72,7 +72,7 @@ def test_weights_open_with_safetensors_alone_and_are_all_of_the_network(trained)
     assert any(name.startswith("network.encoder.") for name in opened)
 
 
-def test_the_two_newest_checkpoints_are_kept_and_say_what_they_are_of(trained, cache):
+def test_the_two_newest_checkpoints_are_kept_with_their_config(trained, cache):
     assert sorted(os.listdir(trained / "checkpoints")) == ["step-00000003", "step-00000004"]
     found = latest_checkpoint(trained)
     assert (
@@ -88,13 +88,13 @@ def test_the_two_newest_checkpoints_are_kept_and_say_what_they_are_of(trained, c
     assert found.info.simulated == ("all of it",)
 
 
-def test_an_older_checkpoint_can_be_named(trained, cache):
+def test_an_older_checkpoint_can_be_evaluated_by_its_path(trained, cache):
     output = succeed(*evaluate(trained / "checkpoints" / "step-00000003", cache, "--out", trained.parent / "older"))
     assert "step-00000003: pretrain" in output
 
 
 @pytest.mark.parametrize("channels", [4, 16])
-def test_other_channels_are_named(cache, trained, tmp_path, channels):
+def test_another_number_of_channels_is_refused_with_both_numbers(cache, trained, tmp_path, channels):
     out = tmp_path / "run"
     message = refuse(
         *finetune(cache, out, "--from", trained, *steps(1), "--set", f"network.channels={channels}"), out=out
@@ -102,7 +102,7 @@ def test_other_channels_are_named(cache, trained, tmp_path, channels):
     assert f"network.channels={channels}: the network of" in message and "was trained with 8" in message
 
 
-def test_another_backbone_is_named(cache, trained, tmp_path):
+def test_another_backbone_is_refused_with_both_names(cache, trained, tmp_path):
     out = tmp_path / "run"
     message = refuse(
         *finetune(cache, out, "--from", trained, *steps(1), "--set", "network.backbone=resnet-50"), out=out
@@ -110,7 +110,7 @@ def test_another_backbone_is_named(cache, trained, tmp_path):
     assert "network.backbone=resnet-50: the network of" in message and "was trained with efficientnet-b0" in message
 
 
-def test_another_grid_is_named(trained, tmp_path):
+def test_another_grid_is_refused_with_both_grids(trained, tmp_path):
     write_caches(tmp_path / "other", grid=OTHER_GRID)
     out = tmp_path / "run"
     message = refuse(*finetune(tmp_path / "other", out, "--from", trained, *steps(1)), out=out)
@@ -154,14 +154,14 @@ def flipped(file: Path, position: int) -> None:
 
 
 def read_all(run: Path) -> tuple[object, ...]:
-    """Everything that resuming reads of a checkpoint."""
+    """Everything that resuming reads from a checkpoint."""
     found = find_checkpoint(run)
     return found.step, found.info, restore(found).state_dict(), found.trainer_state()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "checkpoint.json"])
-def test_no_flipped_bit_in_any_file_is_read(run, name):
-    """Ten of ten such flips in the weights gave other numbers without a word when nothing compared them."""
+def test_a_flipped_bit_in_any_file_is_found(run, name):
+    """Without the check, ten of ten such flips in the weights silently changed the results."""
     file = find_checkpoint(run).path / name
     good = file.read_bytes()
     read_all(run)
@@ -174,13 +174,13 @@ def test_no_flipped_bit_in_any_file_is_read(run, name):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "checkpoint.json"])
-def test_a_lost_file_is_named_and_nothing_falls_back_by_itself(cache, run, name):
+def test_a_missing_file_is_named_and_an_older_checkpoint_is_not_used_automatically(cache, run, name):
     (find_checkpoint(run).path / name).unlink()
     newest, older = (run / "checkpoints" / f"step-0000000{step}" for step in (4, 3))
     message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     assert f"{newest / name} is missing" in message
     assert f"{older} is intact; pass that one, or delete {newest} to continue from it" in message
-    if name != "trainer.pt":  # which evaluation doesn't read
+    if name != "trainer.pt":  # evaluation does not read it
         assert f"{newest / name} is missing" in refuse(*evaluate(run, cache))
         assert f"{newest / name} is missing" in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)))
 
@@ -192,7 +192,7 @@ def test_an_older_checkpoint_that_is_damaged_too_is_not_recommended(run):
         find_checkpoint(run).weights()
 
 
-def test_a_checkpoint_knows_its_step_whatever_its_folder_is_called(run):
+def test_a_renamed_checkpoint_keeps_its_step(run):
     folder = find_checkpoint(run).path
     assert find_checkpoint(folder.rename(run / "best")).step == 4
     (run / "best").rename(folder.with_name("step-00000009"))
@@ -217,7 +217,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(cache, run):
     assert shown in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)), out=run.parent / "out")
 
 
-def test_truncated_weights_are_refused_and_deleting_their_checkpoint_continues_from_the_one_before(cache, run, trained):
+def test_truncated_weights_are_refused_and_training_continues_once_their_checkpoint_is_deleted(cache, run, trained):
     file = find_checkpoint(run).path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert "is damaged" in refuse(*evaluate(run, cache))
@@ -227,7 +227,7 @@ def test_truncated_weights_are_refused_and_deleting_their_checkpoint_continues_f
     assert_same(find_checkpoint(run).weights(), find_checkpoint(trained).weights())
 
 
-def test_damaged_words_about_a_checkpoint_are_refused(cache, run):
+def test_a_damaged_config_is_refused(cache, run):
     folder = find_checkpoint(run).path
     (folder / "config.json").write_text('{"config": {}')
     assert "config.json is damaged" in refuse(*evaluate(run, cache))
@@ -248,13 +248,13 @@ def test_a_config_of_another_release_is_refused(run, cache):
     assert "unknown fields network.wings" in message and "another release" in message
 
 
-def test_a_directory_that_is_no_run_is_refused(cache, tmp_path):
+def test_a_directory_that_is_not_a_run_is_refused(cache, tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         assert f"no checkpoint in {path}: " in refuse(*evaluate(path, cache))
         assert f"no checkpoint in {path}: " in refuse(*finetune(cache, tmp_path / "out", "--from", path))
 
 
-def test_a_checkpoint_of_another_teacher_evaluates_only_with_its_own_features(trained, tmp_path):
+def test_a_pretraining_is_not_evaluated_on_features_with_other_channels(trained, tmp_path):
     write_cache(tmp_path, "val", dim=5)
     message = refuse(*evaluate(trained, tmp_path))
     assert "has features of 5 channels (made up)" in message and "step-00000004 has 6: build" in message

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.cache.spec import MAP_CLASSES
+from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.cache.store import shard_file
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_CLASSES, STUDENT_SIZE
+from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig, OptimConfig
 from occfeat_train.data.dataset import CLASSES
 from occfeat_train.presets import PRESETS, finetuning, preset

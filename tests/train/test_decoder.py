@@ -1,4 +1,4 @@
-"""The BEV decoder and the instance norm that everything after the backbone shares."""
+"""The BEV decoder and InstanceNorm."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def test_instance_norm_of_a_ramp_has_mean_0_and_variance_1():
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_instance_norm_is_torchs_in_value_and_gradient_and_keeps_the_layout(batch, layout):
+def test_instance_norm_equals_torchs_in_value_and_gradient_and_keeps_the_memory_format(batch, layout):
     torch.manual_seed(0)
     x = (torch.randn(batch, 5, 60, 70) * 3 + 30).contiguous(memory_format=layout).requires_grad_()
     weight = torch.randn(batch, 5, 60, 70).contiguous(memory_format=layout)
     twin = x.detach().double().contiguous().requires_grad_()
     ours, theirs = InstanceNorm()(x), nn.InstanceNorm2d(5)(twin)
     ours.backward(weight)
-    theirs.backward(weight.double().contiguous())  # a channels-last one would come out wrong of torch 2.13
+    theirs.backward(weight.double().contiguous())  # torch 2.13 gives a wrong result for channels-last
     torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(x.grad.double(), twin.grad, atol=1e-5, rtol=0)
     assert ours.is_contiguous(memory_format=layout)
     assert x.grad.is_contiguous(memory_format=layout)
 
 
-def test_the_gradient_of_instance_norm_is_its_derivative():
+def test_instance_norm_passes_gradcheck():
     torch.manual_seed(0)
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(InstanceNorm(), x)
 
 
-def test_what_instance_norm_returns_may_be_overwritten():
+def test_the_output_of_instance_norm_may_be_overwritten():
     torch.manual_seed(0)
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: InstanceNorm()(x).mul_(2).tanh_(), x)
@@ -60,14 +60,14 @@ def test_instance_norm_of_bfloat16_is_rounded_once():
     assert torch.equal(InstanceNorm()(x), exact.bfloat16())
 
 
-def test_instance_norm_does_not_know_training_from_evaluation():
+def test_instance_norm_is_the_same_in_training_and_evaluation():
     x = torch.randn(2, 3, 4, 4)
     norm = InstanceNorm()
     assert torch.equal(norm.train()(x), norm.eval()(x))
     assert not norm.state_dict()
 
 
-def test_a_new_block_is_its_shortcut():
+def test_a_new_block_computes_its_shortcut_only():
     x = torch.randn(2, 4, 6, 6)
     assert torch.equal(BasicBlock(4, 4)(x), x.relu())
     block = BasicBlock(4, 8, stride=2)
@@ -79,14 +79,14 @@ def test_a_block_is_two_convolutions_and_a_shortcut():
     block = BasicBlock(4, 8, stride=2).eval()
     nn.init.ones_(block.bn2.weight)
     x = torch.randn(2, 4, 6, 6)
-    scale = (1 + 1e-5) ** -0.5  # of a batch norm that has seen nothing
+    scale = (1 + 1e-5) ** -0.5  # a new BatchNorm's scale in evaluation
     inner = functional.conv2d(x, block.conv1.weight * scale, stride=2, padding=1).relu()
     inner = functional.conv2d(inner, block.conv2.weight * scale, padding=1)
     shortcut = functional.conv2d(x, block.shortcut[0].weight * scale, stride=2)
     torch.testing.assert_close(block(x), (inner + shortcut).relu(), atol=1e-5, rtol=1e-5)
 
 
-def test_convolving_before_the_resize_is_convolving_after_it():
+def test_convolution_before_the_resize_equals_convolution_after_it():
     torch.manual_seed(0)
     up = UpAdd(6, 4)
     x, skip = torch.randn(2, 6, 5, 7), torch.randn(2, 4, 10, 14)
@@ -94,7 +94,7 @@ def test_convolving_before_the_resize_is_convolving_after_it():
     torch.testing.assert_close(up(x, skip), skip + up.norm(up.conv(doubled)), atol=1e-5, rtol=0)
 
 
-def test_the_parameters_are_the_references():
+def test_parameter_counts_equal_the_references():
     decoder = BEVDecoder()
     batch_norm = 2 * 64
     assert parameters(decoder.stem) == 401_408 + batch_norm
@@ -103,12 +103,12 @@ def test_the_parameters_are_the_references():
 
 
 @pytest.mark.parametrize("size", [(16, 24), (25, 37), (9, 8), (1, 3)])
-def test_every_size_comes_back(size):
+def test_the_output_has_the_size_of_the_input(size):
     decoder = BEVDecoder(8).eval()
     assert decoder(torch.randn(2, 8, *size)).shape == (2, 8, *size)
 
 
-def test_the_levels_have_strides_2_4_8_and_half_once_and_twice_the_channels():
+def test_the_levels_have_strides_2_4_8_and_half_once_and_twice_the_channels_of_the_input():
     decoder = BEVDecoder(8)
     level1 = decoder.layer1(decoder.stem(torch.randn(2, 8, 16, 24)))
     level2 = decoder.layer2(level1)
@@ -117,7 +117,7 @@ def test_the_levels_have_strides_2_4_8_and_half_once_and_twice_the_channels():
     assert decoder.layer3(level2).shape == (2, 16, 2, 3)
 
 
-def test_the_input_is_added_at_the_end_and_nothing_comes_after():
+def test_adding_the_input_is_the_last_operation():
     decoder = BEVDecoder(8).eval()
     nn.init.zeros_(decoder.up1.conv.weight)
     x = torch.randn(1, 8, 16, 16)
@@ -147,7 +147,7 @@ def test_a_gradient_reaches_every_parameter():
 
 @pytest.mark.slow
 def test_a_decoder_of_few_channels_trains_at_200x200():
-    """In a process of its own: a fault here ends the process."""
+    """Runs in a separate process, because a fault would end the process."""
     code = """
 import torch
 from occfeat_train.networks.decoder import BEVDecoder
@@ -162,7 +162,7 @@ for channels in (6, 12, 16, 24, 30):
 
 @pytest.mark.parametrize("inside", [3, 12, 16])
 @pytest.mark.parametrize("side", [20, 21])
-def test_a_shortcuts_convolution_is_the_strided_one_whatever_its_channels(inside, side):
+def test_a_shortcuts_convolution_equals_the_strided_convolution_for_all_channels(inside, side):
     torch.manual_seed(0)
     conv = ShortcutConv(inside, 2 * inside, 1, stride=2, bias=False).double()
     x = torch.randn(2, inside, side, side, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""However a step's samples are shared out, over micro-batches or processes, it is the same step."""
+"""A training step is the same however its samples are split over micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.train.runs import (
 )
 
 ALONE = Process(0, 1, torch.device("cpu"))
-# BatchNorm's statistics and drop-connect's draws are a forward pass's own: without them samples don't meet.
+# BatchNorm and drop-connect depend on the other samples of a forward pass, so both are off.
 CONFIG = Config(
     network=NetworkConfig(weights="none", channels=8, image_size=(32, 48), drop_connect=0.0, freeze_batchnorm=True),
     augment=AugmentConfig(num_cameras=2),
@@ -47,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dict[str, torch.Tensor]]:
-    """Of one step, summed over the ranks as DDP averages them; in float64, where the order of sums means nothing."""
+    """Gradients and losses of one step, averaged over the ranks as DDP does. Float64 makes the order of sums irrelevant."""
     dataset = KeyframeDataset(reader(cache), config, training=True)
     task = build_task(config, dataset.grid, 6).double()
     task.network.register_forward_pre_hook(
@@ -67,7 +67,7 @@ def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dic
 
 
 class _NoSync:
-    """A task that looks like DDP's wrapper, whose gradients only ever add up."""
+    """Has DDP's interface, and accumulates gradients without synchronising them."""
 
     def __init__(self, task: AnyTask) -> None:
         self.task = task
@@ -81,7 +81,7 @@ class _NoSync:
 
 @pytest.mark.parametrize("task", ["pretrain", "vehicles", "map"])
 @pytest.mark.parametrize(("batch", "accumulation", "world"), [(4, 2, 1), (8, 1, 2), (4, 2, 4)])
-def test_a_step_is_the_same_over_micro_batches_and_ranks(cache, task, batch, accumulation, world):
+def test_a_step_does_not_depend_on_its_split_over_micro_batches_and_ranks(cache, task, batch, accumulation, world):
     config = dataclasses.replace(CONFIG, task=task)
     shared = dataclasses.replace(config, optim=OptimConfig(batch=batch, accumulation=accumulation))
     _, expected = gradients(cache, config)
@@ -92,15 +92,15 @@ def test_a_step_is_the_same_over_micro_batches_and_ranks(cache, task, batch, acc
     assert all(p.grad is not None for p in trained.parameters())
 
 
-def test_with_batchnorm_in_training_micro_batches_are_another_step(cache):
-    """Why the test above freezes it: the paper's accumulation of 5 is not a batch of 40."""
+def test_batchnorm_in_training_makes_micro_batches_a_different_step(cache):
+    """The test above freezes BatchNorm for this reason. The paper's accumulation of 5 batches is not a batch of 40."""
     config = dataclasses.replace(CONFIG, network=dataclasses.replace(CONFIG.network, freeze_batchnorm=False))
     _, whole = gradients(cache, config)
     _, shared = gradients(cache, dataclasses.replace(config, optim=OptimConfig(batch=4, accumulation=2)))
     assert abs(whole["loss"] - shared["loss"]) > 1e-4
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(cache):
+def test_a_batch_that_is_not_divisible_by_the_processes_is_refused(cache):
     dataset = KeyframeDataset(reader(cache), CONFIG, training=True)
     task = build_task(CONFIG, dataset.grid, 6)
     info = type("RunInfo", (), {"config": CONFIG})
@@ -110,7 +110,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(cache):
 
 @pytest.fixture(scope="module")
 def pair(cache, tmp_path_factory) -> tuple[Path, str]:
-    """A run of two processes that a SIGTERM stopped on its way, and what it printed."""
+    """A run of two processes that SIGTERM stopped, and its output."""
     out = tmp_path_factory.mktemp("pair") / "run"
     arguments = pretrain(cache, out, *SEPARATE, "--set", "optim.accumulation=2", *steps(200, batch=4))
     deadline = time.monotonic() + 300
@@ -132,8 +132,8 @@ def test_a_signal_to_torchrun_stops_both_processes_and_saves(pair):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(pair, cache, tmp_path, monkeypatch):
-    """Up to the step at which the pair was stopped, and from there on one process continues."""
+def test_two_processes_train_like_one(pair, cache, tmp_path, monkeypatch):
+    """The comparison ends at the step at which the pair was stopped. One process then continues the pair's run."""
     run, _ = pair
     step = find_checkpoint(run).step
     alone = pretrain(cache, tmp_path / "run", *SEPARATE, "--set", "optim.accumulation=2", *steps(200, batch=4))
@@ -148,7 +148,7 @@ def test_two_processes_train_as_one_does(pair, cache, tmp_path, monkeypatch):
     succeed(*start)
     initial = weights(tmp_path / "start")
     moved = distance(expected, initial)
-    assert distance(found, expected) < 0.02 * moved  # Adam divides the smallest gradients by their own rounding
+    assert distance(found, expected) < 0.02 * moved  # Adam amplifies rounding errors of the smallest gradients
     interrupt_at(monkeypatch, step)
     again = [str(run) if a == str(tmp_path / "run") else a for a in alone]
     assert f"continuing at step {step} of 200" in succeed(*again)
@@ -160,7 +160,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.slow
 def test_two_processes_evaluate_to_the_same_numbers(cache, tmp_path):
-    """Of five samples one process has three and the other two: none is dropped, padded or counted twice."""
+    """One process has three of the five samples, the other two. None is dropped, padded or counted twice."""
     run = tmp_path / "run"
     succeed(*pretrain(cache, run, *steps(2)))
     command = evaluate(run, cache, "--batch", "1", "--out")

@@ -1,4 +1,4 @@
-"""The Triton kernel of the occupancy head against its plain twin, values and gradients, and compiled for GPUs."""
+"""The Triton kernels of the occupancy head: values and gradients against plain torch, and compilation for GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 def inputs(cells: int, channels: int, levels: int, hidden: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Cells, weight, bias, to_logit and a gradient of the logits."""
+    """Random cells, weight, bias, to_logit, and a gradient of the logits."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -37,7 +37,7 @@ def values_and_gradients(function: type, given: list[Tensor]) -> list[Tensor]:
 
 
 def assert_near_exact(found: list[Tensor], given: list[Tensor], tolerance: float) -> None:
-    """In shares of each result's norm; the twin in float64 on the same inputs is exact."""
+    """tolerance: relative to each result's norm. The exact results are plain torch's in float64 on the same inputs."""
     exact = values_and_gradients(heads._SoftplusLogits, [t.cpu().double() for t in given])
     for name, ours, other in zip(("logits", "cells", "weight", "bias", "to_logit"), found, exact, strict=True):
         difference = (ours.cpu().double() - other).norm() / other.norm().clamp(min=1e-6)
@@ -53,10 +53,10 @@ def assert_near_exact(found: list[Tensor], given: list[Tensor], tolerance: float
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 2**31),
 )
-def test_interpreted_values_and_gradients_are_the_twins(
+def test_interpreted_values_and_gradients_equal_plain_torch(
     cells: int, channels: int, levels: int, hidden: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """Sizes that divide no tile. float16 rounds what enters a product: 2^-11, times a few."""
+    """Some sizes are not multiples of a tile. float16 rounds the factors of each product to 2^-11."""
     given = inputs(cells, channels, levels, hidden, dtype, seed)
     with interpreted(KERNELS) as kernels, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_CELLS", 64)
@@ -93,7 +93,7 @@ def test_the_kernels_compile_for_a_gpu_and_use_its_matrix_units(
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_at_the_papers_sizes_a_gpu_gives_what_the_twin_gives(dtype: torch.dtype) -> None:
+def test_at_the_papers_sizes_a_gpu_equals_plain_torch(dtype: torch.dtype) -> None:
     given = [t.cuda() for t in inputs(20_011, 128, 8, 256, dtype)]
     found = values_and_gradients(heads._TritonSoftplusLogits, given)
     assert_near_exact(found, given, 8 * torch.finfo(dtype).eps)

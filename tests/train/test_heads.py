@@ -1,4 +1,4 @@
-"""The heads: parameters counted, the fused pretraining head against a dense one written word for word after the paper."""
+"""The heads: parameter counts, and the fused pretraining head against a dense one that follows the paper literally."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_papers_head_has_395265_parameters():
 
 
 @pytest.mark.parametrize(("n", "z", "n_y"), [(128, 8, 384), (16, 3, 5), (2, 1, 1)])
-def test_parameters_are_those_of_the_papers_layers(n, z, n_y):
+def test_parameter_counts_equal_those_of_the_papers_layers(n, z, n_y):
     shared = (n * n * 9 + n) + (n * n * z + n * z) + (n * 2 * n + 2 * n) + (2 * n * n + n)
     occupancy, features = n + 1, n * n_y + n_y
     assert parameters(OccFeatHead(n, z, n_y)) == shared + occupancy + features
@@ -45,7 +45,7 @@ def test_parameters_are_those_of_the_papers_layers(n, z, n_y):
     assert parameters(OccFeatHead(n, z, n_y, occupancy=False)) == shared + features
 
 
-def test_channels_of_the_unsplat_layer_are_z_groups_of_n_b():
+def test_channels_of_the_unsplat_layer_are_z_groups_of_n_b_channels():
     n, z, channel = 3, 4, 1
     head = OccFeatHead(n, z, 0).requires_grad_(False)
     for parameter in head.parameters():
@@ -57,7 +57,7 @@ def test_channels_of_the_unsplat_layer_are_z_groups_of_n_b():
     torch.testing.assert_close(logits, expected.view(1, z, 1, 1).expand(2, z, 5, 6))
 
 
-def test_untouched_by_weights_the_logit_is_the_bias():
+def test_with_weights_of_zero_the_output_is_the_bias():
     head = OccFeatHead(4, 2, 3).requires_grad_(False)
     for module, bias in ((head.occupancy, -4.5), (head.features, 0.25)):
         module.weight.zero_()
@@ -74,7 +74,7 @@ def test_voxel_rows_are_flat_indices_in_ascending_order():
     assert voxel_rows(torch.zeros_like(occupied)).tolist() == []
 
 
-def test_features_are_asked_for_only_of_a_head_that_has_them():
+def test_requesting_features_from_a_head_without_them_fails():
     with pytest.raises(AssertionError, match="without a feature projection"):
         OccFeatHead(2, 1, 0)(torch.randn(1, 2, 3, 3), torch.tensor([0]))
 
@@ -85,7 +85,7 @@ def test_features_are_asked_for_only_of_a_head_that_has_them():
 def assert_equals_the_twin(
     batch: int, channels: int, height: int, width: int, depth: int, n_y: int, seed: int, share: float
 ) -> None:
-    """Values, losses of eq. 1-3, and gradients of all parameters and of the input."""
+    """Compares values, the losses of eq. 1-3, and the gradients of all parameters and of the input."""
     head = head_of(channels, height, n_y, seed=seed)
     twin = DenseHead.of(head)
     bev = torch.randn(batch, channels, depth, width, dtype=torch.float64, requires_grad=True)
@@ -108,13 +108,13 @@ def assert_equals_the_twin(
     )
     for name, mine, other in zip(("eq. 2", "eq. 3"), ours, theirs, strict=True):
         assert_same(mine, other, name)
-    # lambda of 1: at 0.01, an error in eq. 3 would be seen a hundred times less well
+    # lambda is 1: with 0.01, errors in eq. 3 would be a hundred times smaller
     expected = gradients(theirs[0] + theirs[1], twin, bev)
     for name, gradient in gradients(ours[0] + ours[1], head, bev).items():
         assert_same(gradient, expected[name], name)
 
 
-def test_the_head_equals_the_papers_equations_at_a_handy_size():
+def test_the_head_equals_the_papers_equations_at_a_small_size():
     assert_equals_the_twin(batch=2, channels=16, height=8, width=9, depth=11, n_y=24, seed=0, share=0.1)
 
 
@@ -129,9 +129,9 @@ def test_the_head_equals_the_papers_equations_at_any_size(sizes, seed, share):
 
 
 def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """Logits, features and gradients of eq. 1 of ours and of the dense head, several blocks of cells, and the exact ones.
+    """Logits, features and gradients of eq. 1 of our head, the dense head, and the dense head in float64 ("exact").
 
-    dtype: float32, or bfloat16 for autocast.
+    The size takes several blocks of cells. dtype: float32, or bfloat16 for autocast.
     """
     torch.manual_seed(0)
     head = OccFeatHead(128, 8, 384)
@@ -163,11 +163,11 @@ def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_at_the_papers_sizes_values_and_gradients_are_as_near_the_exact_ones_as_the_dense_heads(dtype):
+def test_at_the_papers_sizes_the_head_is_as_accurate_as_the_dense_head(dtype):
     found = of_the_papers_sizes(dtype)
     epsilon = torch.finfo(dtype).eps
     for name, exact in found["exact"].items():
-        if name == "conv.bias":  # InstanceNorm takes it away: the gradient is zero, and rounding
+        if name == "conv.bias":  # InstanceNorm removes it, so its gradient is rounding error only
             continue
         ours, dense = (
             (found[key][name].detach().double().reshape(exact.shape) - exact).norm() / exact.norm()
@@ -178,7 +178,7 @@ def test_at_the_papers_sizes_values_and_gradients_are_as_near_the_exact_ones_as_
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
-def test_the_block_by_block_logits_pass_gradcheck(cells, levels, wide, seed):
+def test_logits_computed_in_blocks_pass_gradcheck(cells, levels, wide, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -191,7 +191,7 @@ def test_the_block_by_block_logits_pass_gradcheck(cells, levels, wide, seed):
 
 
 @pytest.mark.parametrize(("n_y", "occupancy"), [(0, True), (5, False)])
-def test_a_head_with_one_projection_equals_the_twin_with_that_one(n_y, occupancy):
+def test_a_head_with_one_projection_equals_the_twin_with_one_projection(n_y, occupancy):
     head = head_of(6, 3, n_y, occupancy=occupancy)
     twin = DenseHead.of(head)
     bev = torch.randn(2, 6, 4, 5, dtype=torch.float64, requires_grad=True)
@@ -207,7 +207,7 @@ def test_a_head_with_one_projection_equals_the_twin_with_that_one(n_y, occupancy
         assert_same(gradient, expected[name], name)
 
 
-def test_memory_order_changes_nothing():
+def test_memory_format_does_not_change_the_output():
     head = head_of(6, 3, 5)
     bev = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     voxels = torch.tensor([0, 7, 61, 119])
@@ -216,7 +216,7 @@ def test_memory_order_changes_nothing():
         assert_same(ours, other)
 
 
-def test_no_voxel_gives_no_features_and_a_gradient_of_zero():
+def test_without_voxels_there_are_no_features_and_the_gradient_is_zero():
     head = head_of(4, 2, 3)
     _, features = head(torch.randn(1, 4, 3, 3, dtype=torch.float64), torch.empty(0, dtype=torch.int64))
     assert features.shape == (0, 3)
@@ -229,13 +229,13 @@ def test_no_voxel_gives_no_features_and_a_gradient_of_zero():
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(128, 1), (8, 5)])
-def test_a_segmentation_head_gives_a_logit_a_class_and_cell(channels, classes):
+def test_a_segmentation_head_gives_one_logit_per_class_and_cell(channels, classes):
     head = SegmentationHead(channels, classes)
     assert head(torch.randn(2, channels, 6, 7)).shape == (2, classes, 6, 7)
     assert parameters(head) == channels * channels * 9 + channels * classes + classes
 
 
-def test_the_vehicles_head_has_the_references_parameters():
+def test_the_vehicles_head_has_as_many_parameters_as_the_reference():
     assert parameters(SegmentationHead(128, 1)) == 147_585
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of InstanceNorm against float64, values and gradients, and compiled for GPUs."""
+"""The Triton kernels of InstanceNorm: values and gradients against float64, and compilation for GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 
 def value_and_gradient(function: type, x: Tensor, grad: Tensor) -> list[Tensor]:
-    """Through an activation in place, as networks have it, that changes nothing."""
+    """The in-place activation changes no value. Networks also overwrite the output in place."""
     leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
     out = nn.functional.hardtanh_(function.apply(leaf), -1e6, 1e6)
     out.backward(grad.to(out))
@@ -27,7 +27,7 @@ def value_and_gradient(function: type, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def assert_near_exact(found: list[Tensor], x: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Bounded by what rounding the inputs does: a map is multiplied by 1 / deviation, and so is its gradient."""
+    """Bounds from rounding the inputs: a map and its gradient are multiplied by 1 / standard deviation."""
     exact = value_and_gradient(_InstanceNorm, x.double(), grad.double())
     scale = x.double().var((2, 3), unbiased=False, keepdim=True).add(1e-5).rsqrt()
     bound = 8 * epsilon * (1 + scale * x.double().abs().amax((2, 3), keepdim=True))
@@ -44,10 +44,10 @@ def assert_near_exact(found: list[Tensor], x: Tensor, grad: Tensor, epsilon: flo
     is_last=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_interpreted_values_and_gradients_are_those_of_float64(
+def test_interpreted_values_and_gradients_equal_float64(
     shape: tuple[int, int, int, int], tile: int, is_last: bool, seed: int
 ) -> None:
-    """Tiles that divide nothing, either memory order, a mean of ten deviations."""
+    """Tiles do not divide the sizes, both memory formats occur, and the mean is ten standard deviations."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 10
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
     x = x.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
@@ -72,7 +72,7 @@ def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPa
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_at_full_size_a_gpu_gives_what_float64_gives(dtype: torch.dtype) -> None:
+def test_a_gpu_equals_float64_at_full_size(dtype: torch.dtype) -> None:
     generator = torch.Generator(device="cuda").manual_seed(0)
     x, grad = (torch.randn(2, 128, 200, 200, generator=generator, device="cuda") for _ in range(2))
     x, grad = ((t + shift).to(dtype).contiguous(memory_format=torch.channels_last) for t, shift in ((x, 3), (grad, 0)))

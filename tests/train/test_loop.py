@@ -1,4 +1,4 @@
-"""The loop: what it logs, when it stops, and the ways of computing that change nothing else."""
+"""The training loop: log, checkpoints, stops, precision and compilation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.train.runs import (
     write_caches,
 )
 
-INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compiling takes minutes on a small machine
+INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compilation takes minutes on a small machine
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory) -> Path:
-    """Six steps of two samples, everything as it is by default."""
+    """Six steps of two samples with default options."""
     out = tmp_path_factory.mktemp("run") / "run"
     command = [a for a in pretrain(cache, out, *steps(6)) if a != "--no-tensorboard"]
     succeed(*command)
@@ -62,7 +62,7 @@ def test_every_step_logs_one_record_with_the_documented_fields(run):
         assert 0 < record["grad_norm"] < math.inf
 
 
-def test_tensorboard_gets_the_same_records_unless_told_not_to(run, cache, tmp_path):
+def test_tensorboard_gets_the_same_records_unless_switched_off(run, cache, tmp_path):
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
     (file,) = (run / "tensorboard").glob("events.out.tfevents.*")
@@ -73,7 +73,7 @@ def test_tensorboard_gets_the_same_records_unless_told_not_to(run, cache, tmp_pa
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_an_epoch_saves_once_and_so_does_the_end_of_the_run(run):
+def test_each_epoch_and_the_end_of_the_run_save_a_checkpoint(run):
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000004", "step-00000006"]
 
 
@@ -84,7 +84,7 @@ def test_validation_follows_every_checkpoint(cache, tmp_path):
     assert all(set(v) == {"samples", "occupancy_iou", "cosine"} and v["samples"] == 5 for v in validations.values())
 
 
-def test_validation_changes_nothing_of_what_is_learnt(cache, tmp_path):
+def test_validation_does_not_change_training(cache, tmp_path):
     for name, more in (("with", ["--validate", "val", "--save-every", "1"]), ("without", [])):
         succeed(*pretrain(cache, tmp_path / name, *steps(3), *more))
     assert records(tmp_path / "with") == records(tmp_path / "without")
@@ -95,7 +95,7 @@ def test_the_learning_rate_follows_the_schedule(cache, tmp_path):
     cycle = ["--set", "optim.schedule=onecycle", "--set", "optim.lr=3e-4", *steps(8)]
     succeed(*finetune(cache, run, *cycle))
     found = [record["lr"] for record in records(run)]
-    rise = np.linspace(3e-4 / 25, 3e-4, 2)  # two of nine steps, linear; then down to 1 / 250,000 in the ninth
+    rise = np.linspace(3e-4 / 25, 3e-4, 2)  # linear for two of nine steps, then down to 1 / 250,000 at the ninth
     fall = np.linspace(3e-4, 3e-4 / 25e4, 8)[:7]
     assert found == pytest.approx([rise[0], *fall])
 
@@ -108,12 +108,12 @@ def poisoned(folder: Path, keyframe: int, name: str = "features") -> Path:
     return folder
 
 
-def test_a_loss_that_is_no_number_stops_naming_the_samples_and_saves_nothing_after_it(tmp_path):
+def test_a_nan_loss_names_the_samples_and_stops_the_run_without_saving(tmp_path):
     cache, run = poisoned(tmp_path / "cache", 3), tmp_path / "run"
     dataset = KeyframeDataset(reader(cache), Config(seed=1, allow_upsampling=True), training=True)
     order = [dataset.stream(i)[1] for i in range(12)]
     bad = order.index(3) // 2
-    assert bad > 0, "choose a seed that leaves a step before it"
+    assert bad > 0, "choose a seed with at least one step before the bad one"
     result = invoke(*pretrain(cache, run, *steps(6), "--seed", "1", "--save-every", "1"))
     assert result.exit_code == 1
     tokens = ", ".join(f"train-token{keyframe}" for keyframe in order[2 * bad : 2 * bad + 2])
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_stops_naming_the_samples_and_saves_nothing_aft
     assert [record["step"] for record in records(run)] == list(range(bad))
 
 
-def test_a_gradient_that_is_no_number_stops_as_well(cache, tmp_path, monkeypatch):
+def test_an_infinite_gradient_stops_the_run(cache, tmp_path, monkeypatch):
     passes = loop.forward_backward
 
     def damaged(model, batches, config, process, step):
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_no_number_stops_as_well(cache, tmp_path, monkeypatch
     assert find_checkpoint(tmp_path / "run").step == 2
 
 
-def test_gradients_are_clipped_to_the_norm_that_was_asked_for(cache, tmp_path, monkeypatch):
+def test_gradients_are_clipped_to_the_requested_norm(cache, tmp_path, monkeypatch):
     clip, norms = torch.nn.utils.clip_grad_norm_, []
 
     def clipped(parameters, limit):
@@ -156,7 +156,7 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for(cache, tmp_path, m
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     succeed(*pretrain(cache, tmp_path / "run", *steps(2), "--set", "optim.clip=0.1"))
     for (before, after), record in zip(norms, records(tmp_path / "run"), strict=True):
-        assert before == record["grad_norm"] > 0.1  # what is logged is the norm as it was
+        assert before == record["grad_norm"] > 0.1  # the logged norm is the one before clipping
         assert after == pytest.approx(0.1, rel=1e-3)
 
 
@@ -169,13 +169,13 @@ def test_bfloat16_trains_close_to_float32_with_float32_weights(run, cache, tmp_p
 
 
 @pytest.mark.slow
-# TorchDynamo's own: it instantiates every autograd function and looks for a gradient at every tensor that it traces; and
-# TorchInductor's, which still imports torch.jit.
+# TorchDynamo instantiates every autograd function and reads the gradient of every tensor that it traces.
+# TorchInductor imports torch.jit.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_network_trains_as_it_does_otherwise(run, cache, tmp_path, monkeypatch):
-    """Captured by TorchDynamo, and with OCCFEAT_INDUCTOR=1 compiled as on a GPU."""
+def test_a_compiled_network_trains_like_an_uncompiled_one(run, cache, tmp_path, monkeypatch):
+    """TorchDynamo captures the network. With OCCFEAT_INDUCTOR=1 it is also compiled, as on a GPU."""
     calls, compiler = [], torch.compile
 
     def compiled(function, **options):

@@ -1,4 +1,4 @@
-"""The losses: closed forms, and a batch is the mean of its samples."""
+"""The losses: closed forms, and the loss of a batch is the mean over its samples."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def sigmoid_inverse(p: float) -> float:
 
 
 @pytest.mark.parametrize("occupied", [True, False])
-def test_occupancy_of_logit_0_costs_log_2(occupied):
+def test_occupancy_loss_of_logit_0_is_log_2(occupied):
     loss = occupancy_loss(torch.zeros(2, 3, 4, 5), torch.full((2, 3, 4, 5), occupied))
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_occupancy_averages_over_all_voxels():
+def test_occupancy_loss_is_the_mean_over_all_voxels():
     logits = torch.tensor([0.9, 0.1, 0.25, 0.5]).double().logit().view(1, 1, 2, 2)
     occupied = torch.tensor([True, False, True, False]).view(1, 1, 2, 2)
     expected = -(math.log(0.9) + math.log(0.9) + math.log(0.25) + math.log(0.5)) / 4
@@ -43,32 +43,32 @@ def test_confident_logits_neither_overflow_nor_vanish():
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(3.0, -1.0), (-0.5, 1.0)])
-def test_features_along_and_against_the_target_cost_minus_1_and_1(factor, expected):
+def test_feature_loss_is_minus_1_along_the_target_and_1_against_it(factor, expected):
     target = torch.tensor([[1.0, 2, -3], [4, 0, 1]])
     loss, cosine = feature_loss(factor * target, target, torch.zeros(2, dtype=torch.int64), 1)
     assert loss.item() == pytest.approx(expected)
     assert cosine.tolist() == pytest.approx([-expected] * 2)
 
 
-def test_features_across_the_target_cost_0():
+def test_feature_loss_is_0_orthogonally_to_the_target():
     loss, _ = feature_loss(torch.tensor([[0.0, 2]]), torch.tensor([[5.0, 0]]), torch.tensor([0]), 1)
     assert loss.item() == 0
 
 
-def test_every_sample_weighs_the_same_however_many_voxels_it_has():
+def test_every_sample_has_the_same_weight_whatever_its_number_of_voxels():
     target = torch.tensor([[1.0, 0]]).expand(4, 2)
     predicted = target * torch.tensor([[1.0], [-1], [-1], [-1]])
     loss, _ = feature_loss(predicted, target, torch.tensor([0, 1, 1, 1]), 2)
     assert loss.item() == pytest.approx((-1 + 1) / 2, abs=1e-6)
 
 
-def test_a_sample_without_voxels_adds_nothing_and_counts():
+def test_a_sample_without_voxels_counts_with_a_feature_loss_of_0():
     target = torch.tensor([[1.0, 0]])
     loss, _ = feature_loss(target, target, torch.tensor([1]), 4)
     assert loss.item() == pytest.approx(-1 / 4)
 
 
-def test_no_voxels_at_all_give_0_with_a_gradient():
+def test_a_batch_without_voxels_has_loss_0_with_a_gradient():
     predicted = torch.empty(0, 3, requires_grad=True)
     loss, cosine = feature_loss(predicted, torch.empty(0, 3), torch.empty(0, dtype=torch.int64), 2)
     loss.backward()
@@ -84,13 +84,13 @@ def test_a_prediction_of_zeros_has_a_finite_gradient():
     assert torch.isfinite(predicted.grad).all()
 
 
-def test_cosines_are_cut_off_from_the_gradient():
+def test_the_returned_cosines_have_no_gradient():
     predicted, target = torch.ones(1, 3, requires_grad=True), torch.ones(1, 3)
     _, cosine = feature_loss(predicted, target, torch.tensor([0]), 1)
     assert not cosine.requires_grad
 
 
-def test_a_positive_cell_weighs_pos_weight():
+def test_a_positive_cell_is_weighted_by_pos_weight():
     logits = torch.tensor([sigmoid_inverse(0.8), sigmoid_inverse(0.8)]).view(1, 1, 1, 2)
     target = torch.tensor([True, False]).view(1, 1, 1, 2)
     loss = segmentation_loss(logits, target, torch.ones_like(target), 2.13)
@@ -107,14 +107,14 @@ def test_cells_that_are_not_valid_have_neither_loss_nor_gradient():
     assert logits.grad.flatten().tolist() == pytest.approx([0.25, 0, 0.25, 0])
 
 
-def test_one_validity_holds_for_all_classes():
+def test_one_validity_mask_applies_to_all_classes():
     logits, valid = torch.zeros(2, 5, 4, 4), torch.rand(2, 1, 4, 4) < 0.5
     valid[:, :, 0, 0] = True
     loss = segmentation_loss(logits, torch.zeros_like(logits).bool(), valid, 1.0)
     assert loss.item() == pytest.approx(math.log(2))
 
 
-def test_a_sample_without_valid_cells_adds_nothing_and_counts():
+def test_a_sample_without_valid_cells_counts_with_a_loss_of_0():
     valid = torch.tensor([True, False]).view(2, 1, 1, 1).expand(2, 1, 3, 3)
     logits = torch.zeros(2, 1, 3, 3, requires_grad=True)
     loss = segmentation_loss(logits, torch.zeros(2, 1, 3, 3, dtype=torch.bool), valid, 2.13)
@@ -123,7 +123,7 @@ def test_a_sample_without_valid_cells_adds_nothing_and_counts():
     assert not logits.grad[1].any()
 
 
-def test_half_precision_is_summed_in_single():
+def test_half_precision_inputs_are_summed_in_float32():
     torch.manual_seed(0)
     logits, target = torch.randn(1, 2, 100, 100), torch.rand(1, 2, 100, 100) < 0.5
     rounded = logits.bfloat16()
@@ -140,7 +140,7 @@ def test_half_precision_is_summed_in_single():
 
 
 def assert_batch_is_the_mean(loss: Callable[[Tensor, list[int]], Tensor], given_: Tensor, samples: int) -> None:
-    """loss(x, which): of some samples of x. Value and gradient of the batch, against the mean over lone samples."""
+    """loss(x, which): loss of a selection of samples of x. Compares the batch with the mean over single samples."""
     whole, parts = given_.clone().requires_grad_(), given_.clone().requires_grad_()
     together = loss(whole, list(range(samples)))
     alone = torch.stack([loss(parts, [b]) for b in range(samples)]).mean()

@@ -1,4 +1,4 @@
-"""Figures of merit: a loop over cells as the twin, and what a set's IoU is not."""
+"""Metrics: closed forms, and a loop over cells as the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.tasks.metrics import DISTANCES, THRESHOLDS, PretrainingMetric, SegmentationMetric
 
-# 10 x 12 cells of 8 m, off centre: all three bands occur.
+# 10 x 12 cells of 8 m, not centred, so that all three distance bands occur.
 GRID = VoxelGrid((1, 10, 12), (-1, -36, -52), (1, 44, 44))
 
 
@@ -35,7 +35,7 @@ def random_case(seed: int, samples: int = 3, classes: int = 2, grid: VoxelGrid =
 
 
 def loop(logits: Tensor, target: Tensor, valid: Tensor, grid: VoxelGrid) -> np.ndarray:
-    """(thresholds, classes, bands, 2) intersections and unions, cell by cell."""
+    """(thresholds, classes, bands, 2) intersections and unions, counted cell by cell."""
     counts = np.zeros((len(THRESHOLDS), logits.shape[1], len(DISTANCES), 2), np.int64)
     centers = grid.voxel_centers()[0].astype(np.float64)
     for b, k, h, w in np.ndindex(*logits.shape):
@@ -53,22 +53,22 @@ def loop(logits: Tensor, target: Tensor, valid: Tensor, grid: VoxelGrid) -> np.n
 # -- closed forms -----------------------------------------------------------------------------------------------------
 
 
-def test_the_iou_of_a_set_is_not_the_mean_over_its_batches():
-    """One batch with 1 of 1 cells found, one with 0 of 3: 25 %, where the mean of the batches' IoUs is 50 %."""
+def test_the_iou_of_a_split_is_not_the_mean_over_its_batches():
+    """One batch finds 1 of 1 cells, the other 0 of 3. The IoU is 25 %; the mean of the batches' IoUs would be 50 %."""
     grid = VoxelGrid((1, 2, 2))
     target = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]]).view(2, 1, 2, 2).bool()
     logits = torch.tensor([[9.0, -9, -9, -9], [-9, -9, -9, -9]]).view(2, 1, 2, 2)
     assert metric_of(logits, target, grid=grid, split=1).results()["iou"] == pytest.approx(25)
 
 
-def test_a_perfect_and_an_inverted_prediction():
+def test_a_perfect_prediction_has_iou_100_and_an_inverted_one_0():
     _, target, _ = random_case(0)
     logits = torch.where(target, 3.0, -3.0)
     assert metric_of(logits, target).results()["iou"] == 100
     assert metric_of(-logits, target).results()["iou"] == 0
 
 
-def test_a_union_of_nothing_is_no_iou():
+def test_an_empty_union_has_no_iou():
     nothing = torch.zeros(2, 2, *GRID.map_shape, dtype=torch.bool)
     metric = metric_of(torch.full(nothing.shape, -9.0), nothing)
     results = metric.results()
@@ -78,7 +78,7 @@ def test_a_union_of_nothing_is_no_iou():
     assert any(line.startswith("IoU at 0.5") and line.endswith(" -") for line in metric.lines())
 
 
-def test_a_class_without_a_union_is_left_out_of_the_mean():
+def test_a_class_with_an_empty_union_is_not_part_of_the_mean():
     target = torch.zeros(1, 2, *GRID.map_shape, dtype=torch.bool)
     target[0, 0, 3, 3] = True
     results = metric_of(torch.where(target, 9.0, -9.0), target).results()
@@ -86,7 +86,7 @@ def test_a_class_without_a_union_is_left_out_of_the_mean():
     assert results["iou"] == 100
 
 
-def test_the_best_threshold_is_that_of_the_mean_and_each_class_has_its_own():
+def test_the_best_threshold_is_chosen_for_the_mean_and_for_each_class():
     grid = VoxelGrid((1, 1, 4))
     probability = torch.tensor([[[[0.62, 0.52, 0.1, 0.1]], [[0.42, 0.1, 0.1, 0.1]]]])
     target = torch.tensor([[[[1, 0, 0, 0]], [[1, 0, 0, 0]]]]).bool()
@@ -98,7 +98,7 @@ def test_the_best_threshold_is_that_of_the_mean_and_each_class_has_its_own():
 
 
 @pytest.mark.parametrize(("size", "band"), [(20.0, 1), (35.0, 2), (19.9, 0), (34.9, 1)])
-def test_a_cell_on_a_border_of_the_bands_counts_once_in_the_farther(size, band):
+def test_a_cell_on_the_border_of_two_bands_counts_once_in_the_farther_band(size, band):
     grid = VoxelGrid((1, 1, 3), (-1, -1, -1.5 * size), (1, 1, 1.5 * size))  # centres at -size, 0 and size
     metric = metric_of(torch.full((1, 1, 1, 3), 9.0), torch.tensor([[[[True, False, True]]]]), grid=grid)
     expected = torch.zeros(3, dtype=torch.int64)
@@ -137,7 +137,7 @@ def test_counts_and_ious_equal_a_loop_over_cells(seed, samples, classes):
 
 
 @pytest.mark.parametrize("split", [1, 2, 5])
-def test_batches_of_any_size_give_the_same(split):
+def test_the_batch_size_does_not_change_the_result(split):
     case = random_case(2, samples=5)
     whole, parts = metric_of(*case), metric_of(*case, split=split)
     assert torch.equal(whole.counts, parts.counts)
@@ -145,7 +145,7 @@ def test_batches_of_any_size_give_the_same(split):
 
 
 def test_counts_are_exact_under_autocast_and_on_a_map_of_the_papers_size():
-    """bfloat16 knows no whole number between 256 and 258; models are evaluated under autocast."""
+    """Evaluation uses autocast, and bfloat16 cannot represent 257."""
     grid = VoxelGrid()
     target = torch.ones(1, 1, *grid.map_shape, dtype=torch.bool)
     target[0, 0, 0, :37] = False
@@ -165,7 +165,7 @@ def test_a_table_has_a_line_for_each_class_and_band():
 # -- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def test_occupancy_iou_and_cosine_are_those_of_the_whole_set():
+def test_occupancy_iou_and_cosine_are_those_of_the_whole_split():
     metric = PretrainingMetric()
     logits = torch.tensor([2.0, 2, -2, -2]).view(1, 1, 2, 2)
     metric.update(logits, torch.tensor([True, False, True, False]).view(1, 1, 2, 2), torch.tensor([1.0, 0.5, 0.0]))
@@ -174,7 +174,7 @@ def test_occupancy_iou_and_cosine_are_those_of_the_whole_set():
     assert [line.split()[-1] for line in metric.lines()] == ["samples", "60.0", "0.125"]
 
 
-def test_what_a_run_leaves_out_is_none():
+def test_metrics_that_do_not_apply_are_none():
     occupied = torch.ones(3, 1, 2, 2, dtype=torch.bool)
     metric = PretrainingMetric()
     metric.update(None, occupied, torch.empty(0))

@@ -1,4 +1,4 @@
-"""What several processes must agree on, shown by torchrun with two of them."""
+"""State on which all processes must agree, tested with two processes under torchrun."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.train.runs import (
     write_caches,
 )
 
-# BatchNorm in training, with statistics that move far in a few steps: every rank sees samples of its own.
+# BatchNorm is in training mode and its statistics change much in a few steps, because each rank sees other samples.
 STEPS = [*steps(3), "--validate", "val"]
 
 
@@ -31,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_pair(arguments: list[str], expected: int = 0) -> str:
-    """occfeat-train under torchrun with two processes; what it printed."""
+    """Run occfeat-train under torchrun with two processes; returns its output."""
     with start_apart(arguments, processes=2) as process:
         output = process.communicate(timeout=300)[0]
     assert process.returncode == expected, output
@@ -40,14 +40,14 @@ def run_pair(arguments: list[str], expected: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def pair(cache, tmp_path_factory) -> Path:
-    """A run of two processes, validated and saved after every step."""
+    """A run of two processes, validated and saved after each step."""
     out = tmp_path_factory.mktemp("pair") / "run"
     run_pair(pretrain(cache, out, *STEPS, "--save-every", "1"))
     return out
 
 
 @pytest.mark.slow
-def test_the_network_that_two_processes_validate_is_the_one_they_save(cache, pair, tmp_path):
+def test_two_processes_validate_the_network_that_they_save(cache, pair, tmp_path):
     succeed(*evaluate(pair, cache, "--out", tmp_path))
     saved = json.loads((tmp_path / "val.json").read_text())
     validated = next(r["validation"] for r in read_log(pair) if r["step"] == 2 and "validation" in r)
@@ -56,8 +56,8 @@ def test_the_network_that_two_processes_validate_is_the_one_they_save(cache, pai
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_same_bytes_whenever_they_save(cache, pair, tmp_path):
-    """BatchNorm's statistics are part of the run: neither a checkpoint nor a validation changes them."""
+def test_two_processes_resume_to_the_same_bytes_however_often_they_save(cache, pair, tmp_path):
+    """Neither a checkpoint nor a validation may change BatchNorm's statistics."""
     copy = Path(shutil.copytree(pair, tmp_path / "resumed"))
     shutil.rmtree(copy / "checkpoints" / "step-00000003")
     output = run_pair(pretrain(cache, copy, *STEPS))
@@ -79,7 +79,7 @@ def test_two_processes_finetune_in_the_frame_of_the_pretraining(cache, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
-    """Neither waits for the other, and nothing is trained."""
+    """No process waits for the other, and no step is trained."""
     run = tmp_path / "run"
     output = run_pair(pretrain(cache, run, *steps(1), "--set", "network.image_size=48x80"), expected=1)
     assert output.count("error: ") == 1, output

@@ -1,4 +1,4 @@
-"""Against the reference: its weights under our names, and its outputs for the same weights, images and rig."""
+"""Comparison with the reference: converted weights, and outputs for the same weights, images and rig."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def views_of(golden: dict[str, torch.Tensor], height: int, width: int) -> Views:
     )
 
 
-def outputs(file: Path, compat: str | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(what our network gives, what the reference gave), subsampled alike."""
+def outputs(file: Path, compat: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(outputs of our network, outputs of the reference), with the same subsampling."""
     name, image, cells = file.stem.split("_")
     network_name, encoder = name.split("-")
     height, width = (int(n) for n in image.split("x"))
@@ -60,7 +60,7 @@ def outputs(file: Path, compat: str | None) -> tuple[dict[str, torch.Tensor], di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.npz")), ids=lambda file: file.stem)
-def test_outputs_are_the_references_to_a_ten_thousandth(file):
+def test_outputs_equal_the_references_within_1e_4(file):
     found, golden = outputs(file, "simple-bev")
     for name, value in found.items():
         scale = golden[name].abs().max().item()
@@ -85,8 +85,8 @@ def test_a_network_loads_the_references_weights_without_its_heads(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_without_compat_they_are_not(name):
-    found, golden = outputs(GOLDEN / f"{name}-effb0_64x112_40x8x40.npz", None)
+def test_without_compat_outputs_differ_from_the_references(name):
+    found, golden = outputs(GOLDEN / f"{name}-effb0_64x112_40x8x40.npz", "none")
     torch.testing.assert_close(found["features"], golden["features"], atol=1e-4, rtol=0)
     assert (found["seg"] - golden["seg"]).abs().max() > 0.1
 
@@ -100,10 +100,10 @@ def test_every_network_is_compared_with_every_encoder():
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_places_of_the_cross_attention_are_reordered_from_highest_first_to_lowest_first():
+def test_sampling_points_of_the_cross_attention_are_reordered_to_lowest_first():
     grid = VoxelGrid((4, 2, 2), (0, 0, 0), (4, 2, 2))
     prefix = "cross_attn_layers.0.deformable_attention."
-    theirs = {  # 4 heads of 8 points: 2 of each level
+    theirs = {  # 4 heads of 8 points, 2 per level
         f"{prefix}attention_weights.bias": torch.arange(32),
         f"{prefix}sampling_offsets.weight": torch.arange(64).view(64, 1),
     }
@@ -114,14 +114,14 @@ def test_places_of_the_cross_attention_are_reordered_from_highest_first_to_lowes
         convert(theirs, VoxelGrid((5, 2, 2)))
 
 
-def test_places_of_the_self_attention_are_left_as_they_are():
+def test_sampling_points_of_the_self_attention_are_not_reordered():
     theirs = {"self_attn_layers.1.deformable_attention.sampling_offsets.bias": torch.arange(64)}
     assert next(iter(convert(theirs, VoxelGrid((4, 2, 2))).values())).tolist() == list(range(64))
 
 
-def test_the_compressor_is_reordered_from_highest_first_to_lowest_first():
+def test_the_compressor_is_reordered_to_lowest_first():
     grid = VoxelGrid((4, 2, 2), (0, 0, 0), (4, 2, 2))
-    theirs = torch.arange(3 * 4).view(1, 12, 1, 1).float()  # input c * 4 + y, y = 0 the highest
+    theirs = torch.arange(3 * 4).view(1, 12, 1, 1).float()  # input channel c * 4 + y; y = 0 is the highest level
     (ours,) = convert({"bev_compressor.0.weight": theirs}, grid).values()
     assert ours.flatten().tolist() == [c * 4 + (3 - z) for z in range(4) for c in range(3)]
 
@@ -141,12 +141,12 @@ def test_a_compressor_of_another_grid_is_refused():
         "self_attn_layers.0.bias",
     ],
 )
-def test_a_name_that_is_not_the_references_is_refused(name):
+def test_a_name_that_the_reference_does_not_have_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} is no name of a Segnet, Bevformernet or Liftnet"):
         convert({name: np.zeros(1)}, VoxelGrid())
 
 
-def test_the_references_resnet_fills_ours():
+def test_the_references_resnet_gives_all_weights_of_ours():
     torch.manual_seed(0)
     children = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5"}
     reference = {}
@@ -162,7 +162,7 @@ def test_the_references_resnet_fills_ours():
     backbone.load_state_dict({name.removeprefix(prefix): value for name, value in converted.items()}, strict=True)
 
 
-# -- arrays that are not in the repository ----------------------------------------------------------------------------
+# -- golden files outside the repository ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +175,7 @@ def shared_golden() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("image_size", "map_size"), [((64, 112), 40), ((224, 400), 200)])
-def test_the_lifted_volume_is_the_references(shared_golden, image_size, map_size):
+def test_the_lifted_volume_equals_the_references(shared_golden, image_size, map_size):
     spec = importlib.util.spec_from_file_location("seeded", shared_golden / "seeded.py")
     assert spec is not None
     assert spec.loader is not None
@@ -205,7 +205,9 @@ def test_the_lifted_volume_is_the_references(shared_golden, image_size, map_size
     with torch.no_grad():
         bev = network(views)
         seg = head(bev)
-    volume = caught["volume"].unflatten(1, (8, 128)).flip(1).transpose(1, 2).flatten(1, 2)  # c * 8 + y, y = 0 highest
+    volume = (
+        caught["volume"].unflatten(1, (8, 128)).flip(1).transpose(1, 2).flatten(1, 2)
+    )  # c * 8 + y; y = 0 is the highest
     close = {"atol": 1e-3, "rtol": 0}
     torch.testing.assert_close(caught["features"][:, ::8, ::3, ::3], expected["feat_cams"], **close)
     torch.testing.assert_close(volume[:, ::37, ::9, ::9], expected["vol_sub"], **close)

@@ -1,4 +1,4 @@
-"""Against the reference in training: batch 2, batch statistics, its own flips of images and maps; no dropout. Float64."""
+"""A training step against the reference's, in float64: batch 2, BatchNorm statistics, flips of images and maps, no dropout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file_name(name: str) -> str:
 
 
 def arrays_of(name: str) -> dict[str, np.ndarray]:
-    """The step's, and the rig of the file whose weights it has."""
+    """Arrays of the training step, and of the evaluation file of the same network, which contains the rig."""
     found = {}
     for folder in (GOLDEN, GOLDEN / "training"):
         with np.load(folder / file_name(name)) as file:
@@ -35,8 +35,8 @@ def arrays_of(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def training_network(name: str, compat: str | None = "simple-bev") -> BEVNetwork:
-    """With the reference's weights, in float64 and training, without dropout."""
+def training_network(name: str, compat: str = "simple-bev") -> BEVNetwork:
+    """The network with the reference's weights, in float64 and training mode, without dropout."""
     network = build_network(GRID, "efficientnet-b0", lifting=NETWORKS[name], drop_connect=0.0, compat=compat)
     load_reference(network, seeded_state_dict(GOLDEN / file_name(name)))
     for module in network.modules():
@@ -46,7 +46,7 @@ def training_network(name: str, compat: str | None = "simple-bev") -> BEVNetwork
 
 
 def mirrored_views(arrays: dict[str, np.ndarray]) -> Views:
-    """As augmentation has them: mirrored images, and calibration that follows."""
+    """Views with mirrored images and the corresponding intrinsics, as augmentation makes them."""
     golden = {key: torch.from_numpy(arrays[key]) for key in ("pix_T_cams", "cam0_T_camXs", "seg")}
     views, mirror = views_of(golden, *SIZE), torch.from_numpy(arrays["rgb_flip"])
     images = torch.where(mirror[..., None, None, None], views.images.flip(-1), views.images)
@@ -60,7 +60,7 @@ def mirrored_views(arrays: dict[str, np.ndarray]) -> Views:
 
 
 def step(network: BEVNetwork, views: Views, bev_flip: Tensor) -> dict[str, Tensor]:
-    """Features, what the decoder is given, F_B, and the images' gradient; parameters' are left in the network."""
+    """Features, the decoder's input and output, and the images' gradient. Parameter gradients remain in the network."""
     found: dict[str, Tensor] = {}
     network.encoder.register_forward_hook(lambda _, __, out: found.update(features=out.detach()))
     network.decoder.register_forward_hook(lambda _, given, __: found.update(bev_in=given[0].detach()))
@@ -72,12 +72,12 @@ def step(network: BEVNetwork, views: Views, bev_flip: Tensor) -> dict[str, Tenso
 
 
 def off(found: Tensor, expected: Tensor) -> float:
-    """Relative distance."""
+    """Relative error."""
     return float((found - expected).norm() / expected.norm())
 
 
 def differences(name: str, network: BEVNetwork) -> dict[str, float]:
-    """Relative differences to the reference's step: of tensors, and the largest among the gradients' and statistics' sums."""
+    """Relative errors to the reference: of each tensor, and the largest of all parameter gradients and running statistics."""
     arrays = arrays_of(name)
     golden = {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "fb"}
     found = step(network, mirrored_views(arrays), golden["bev_flip"])
@@ -97,7 +97,7 @@ def differences(name: str, network: BEVNetwork) -> dict[str, float]:
     }
     for kind, tensors in named.items():
         sums, worst = golden[kind], 0.0
-        least = 1e-9 * sums[:, 0].max()  # a bias before a normalisation has no gradient but rounding
+        least = 1e-9 * sums[:, 0].max()  # the gradient of a bias before a normalisation is rounding error only
         for key, expected in zip(arrays[f"{kind}_of"].tolist(), sums, strict=True):
             ((ours, direction),) = convert({key: seeded_direction(key, shapes[key])}, GRID).items()
             tensor = tensors[ours.removeprefix("network.")]
@@ -109,16 +109,14 @@ def differences(name: str, network: BEVNetwork) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bound"), [("segnet", 1e-5), ("bevformernet", 1e-2), ("liftnet2", 1e-5)])
-def test_a_training_step_with_flips_is_the_references(name: str, bound: float) -> None:
-    """Grids are float32. So are the places BEVFormer reads about; one that rounding takes over a token's border has
-    another gradient.
-    """
+def test_a_training_step_with_flips_equals_the_references(name: str, bound: float) -> None:
+    """BEVFormer's sampling positions are float32. A position that rounding moves over a token's border changes gradients."""
     found = differences(name, training_network(name))
     for key, value in found.items():
         assert value < (bound if "gradient" in key else 1e-5), found
 
 
 @pytest.mark.slow
-def test_without_compat_a_training_step_is_not_the_references() -> None:
-    found = differences("segnet", training_network("segnet", compat=None))
+def test_without_compat_a_training_step_differs_from_the_references() -> None:
+    found = differences("segnet", training_network("segnet", compat="none"))
     assert found["features"] < 1e-5 and found["raw_feat"] > 0.1

@@ -1,6 +1,6 @@
-"""A run is a function of its config and its data: killed, stopped or left alone, it ends in the same bytes.
+"""A run that was killed or stopped and resumed ends in the same bytes as an undisturbed run.
 
-OCCFEAT_KILLS=10 kills more often than the default of every run.
+OCCFEAT_KILLS sets the number of kills.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.train.runs import (
     write_caches,
 )
 
-# Drop-connect, augmentation, accumulation and a schedule: everything that a resumed run could get wrong.
+# Drop-connect, augmentation, accumulation and a schedule: all of their states must resume correctly.
 VARIED = [
     "--set", "optim.accumulation=2", "--batch", "1", "--set", "optim.schedule=onecycle", "--set", "optim.optimizer=adamw",
     "--save-every", "3",
@@ -41,7 +41,7 @@ VARIED = [
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a process: nothing after it runs."""
+    """Simulates SIGKILL: no code after it runs."""
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(cache, tmp_path_factory) -> Path:
-    """A run of ten steps that nothing disturbed."""
+    """An undisturbed run of ten steps."""
     out = tmp_path_factory.mktemp("whole") / "run"
     succeed(*pretrain(cache, out, *VARIED, *steps(10)))
     return out
 
 
 def last_step(run: Path) -> int:
-    """Of the log, -1 before the first."""
+    """The last step in the log; -1 if there is none."""
     lines = [*((run / "log.jsonl").read_bytes().split(b"\n")[:-1] if (run / "log.jsonl").is_file() else [])]
     return json.loads(lines[-1])["step"] if lines else -1
 
@@ -91,7 +91,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("step", [0, 4])
-def test_a_signal_saves_after_the_step_under_way_and_the_same_command_continues(
+def test_a_signal_saves_after_the_current_step_and_the_same_command_continues(
     cache, whole, tmp_path, monkeypatch, number, step
 ):
     before = signal.getsignal(number)
@@ -123,7 +123,7 @@ def test_a_finetuning_resumes_to_the_same_bytes(cache, whole, tmp_path, monkeypa
     assert_same_run(runs[1], runs[0])
 
 
-def test_a_finished_run_started_again_does_nothing_and_says_so(cache, whole):
+def test_a_finished_run_started_again_only_reports_that_it_is_finished(cache, whole):
     files = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.name in ("model.safetensors", "config.json")}  # fmt: skip
     logged = (whole / "log.jsonl").read_text()
     output = succeed(*pretrain(cache, whole, *VARIED, *steps(10)))
@@ -147,7 +147,7 @@ def test_a_half_written_line_of_the_log_is_dropped(cache, whole, tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["save_file", "sync_and_digest", "torch.save", "write_record", "rename", "rmtree"])
 def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cache, whole, tmp_path, monkeypatch, where):
-    """Of the checkpoint of step 6, whatever had been written of it."""
+    """The kill comes while the checkpoint of step 6 is written, at each stage of the writing."""
     out, calls = tmp_path / "run", []
 
     def killer(function):
@@ -164,7 +164,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cach
             patch.setattr(checkpoint.torch, "save", killer(checkpoint.torch.save))
         elif where == "rename":
             patch.setattr(Path, "rename", killer(Path.rename))
-        elif where == "rmtree":  # of what a kill before left: the draft stays
+        elif where == "rmtree":  # the removal of a draft that an earlier kill left
             patch.setattr(checkpoint.shutil, "rmtree", killer(shutil.rmtree))
         else:
             patch.setattr(checkpoint, where, killer(getattr(checkpoint, where)))
@@ -179,12 +179,12 @@ def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cach
     assert sorted(os.listdir(out / "checkpoints")) == ["step-00000009", "step-00000010"]
 
 
-def test_a_checkpoint_that_was_validated_late_is_validated_on_resuming(cache, tmp_path, monkeypatch):
-    """A signal does not wait for a validation, a kill may fall into one: the record comes when the run continues."""
+def test_a_checkpoint_that_was_not_validated_is_validated_on_resuming(cache, tmp_path, monkeypatch):
+    """A signal skips the validation, and a kill may interrupt it. The missing record is written when the run continues."""
     runs = [tmp_path / "whole", tmp_path / "stopped"]
     commands = [pretrain(cache, out, "--validate", "val", "--save-every", "2", *steps(4)) for out in runs]
     succeed(*commands[0])
-    for step in (0, 2):  # the checkpoints after 2 and 4 steps
+    for step in (0, 2):  # stops at the checkpoints after 2 and 4 steps
         with monkeypatch.context() as patch:
             interrupt_at(patch, step)
             succeed(*commands[1])
@@ -223,8 +223,8 @@ def test_a_finetuning_from_other_weights_or_with_other_scenes_is_refused(cache, 
     assert "list of label scenes: " in refuse(*start)
 
 
-def test_a_start_that_came_to_nothing_does_not_stand_in_the_way(cache, tmp_path):
-    """Weights that could not be had leave a directory that no step was taken in; another config may use it."""
+def test_a_failed_start_leaves_an_output_folder_that_another_config_may_use(cache, tmp_path):
+    """Missing weights fail after the folder was created and before the first step."""
     out = tmp_path / "run"
     assert "no such folder" in refuse(*pretrain(cache, out, *steps(1), "--backbone-weights", "./absent"), out=out)
     assert "finished" in succeed(*pretrain(cache, out, *steps(1)))

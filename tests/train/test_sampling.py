@@ -11,11 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occfeat_targets.cache.geometry import project, rigid, transform
-from occfeat_train.ops.mean_over_views import (
-    sample_voxel_features,
-    sample_voxel_features_numpy,
-    sample_voxel_features_torch,
-)
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_torch
+from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
 
 SIZE = (40, 60)  # height, width [px]; maps below are 4 x 6 tokens, of 10 x 10 px each
 BACKENDS = ["numba", "torch"]
@@ -247,7 +244,7 @@ def test_a_gpu_equals_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: random_maps(4, 6, 8)}, r"features of shape \(4, 6, 8\) without a batch_index: expected \(cams, h, w, C\)"),
+        ({0: random_maps(4, 6, 8)}, r"features of shape \(4, 6, 8\) without a batch_index: expected \(V, h, w, C\)"),
         ({6: np.zeros(3, np.int64)}, "with a batch_index: expected"),
         ({2: FORWARD[None]}, r"cam_from_grid of shape \(1, 4, 4\) .*: expected \(2, 4, 4\)"),
         ({3: PINHOLE}, r"intrinsics of shape \(3, 3\) .*: expected \(2, 3, 3\)"),

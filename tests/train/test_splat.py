@@ -1,4 +1,4 @@
-"""Splatting: closed forms, the outer product's values and gradients, and what must not change a result."""
+"""Splatting: closed forms, values and gradients against the outer product, and invariances."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.networks.lss import LSS, depth_bins, find_points
+from occfeat_train.networks.lss import LSS, depth_bins
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceLSS
 from tests.train.splat_twin import splat_dense
 from tests.train.test_lifting import FORWARD, PINHOLE, one_camera, random_features, random_views, views_of
 
@@ -33,7 +34,7 @@ def dense(features: Tensor, views: Views) -> Tensor:
 # -- closed forms -----------------------------------------------------------------------------------------------------
 
 
-def test_depths_are_the_references_on_its_grid() -> None:
+def test_depths_on_the_references_grid_equal_the_references() -> None:
     depths = depth_bins(VoxelGrid())
     assert len(depths) == 100
     np.testing.assert_allclose(depths, 2 + np.arange(100) * 61 / 99)  # to int(0.9 * 50 * sqrt(2)) = 63 m
@@ -45,8 +46,8 @@ def test_depths_of_a_grid_follow_from_its_farthest_corner_and_longer_side() -> N
     assert depth_bins(VoxelGrid((1, 1, 1), (0, 0, 0), (1, 1, 1))).tolist() == [2, 3]
 
 
-def test_a_token_of_certain_depth_falls_into_the_cell_it_sees() -> None:
-    """The camera looks ahead from the origin; its optical axis is the corner of four tokens 1/3 m aside at 2 m."""
+def test_a_token_with_one_certain_depth_is_splatted_into_the_cell_that_it_sees() -> None:
+    """The camera looks forward from the origin. Its optical axis is the common corner of four tokens."""
     grid = VoxelGrid((1, 20, 20), (-5, -10, -10), (5, 10, 10))
     lss = LSS(grid, 2)
     depths, (h, w) = depth_bins(grid), (4, 6)
@@ -58,53 +59,37 @@ def test_a_token_of_certain_depth_falls_into_the_cell_it_sees() -> None:
     lifted = lss(features, one_camera())
     forward, right = depths[k].item(), ((column + 0.5) * 10 - 30) / 30 * depths[k].item()
     cell = (int(forward + 10), int(right + 10))
-    points = find_points(one_camera(), 0, grid, (h, w), None)
+    points = lss.find_points(one_camera(), 0, (h, w))
     in_cell = points.starts.diff().view(20, 20)[cell].item()
     assert lifted.abs().sum((0, 1)).nonzero().tolist() == [list(cell)]
     torch.testing.assert_close(lifted[0, :, *cell], torch.tensor([7.0, -3.0]) / in_cell)
 
 
-def test_shares_of_a_voxels_points_sum_to_one_and_in_compat_those_of_a_cell_once_more() -> None:
+def test_shares_of_the_points_sum_to_1_per_voxel_and_in_the_reference_to_at_most_1_per_cell() -> None:
     views = random_views(3, 1, 3)
-    points = find_points(views, 0, GRID, (4, 6), None)
+    points = LSS(GRID, 1).find_points(views, 0, (4, 6))
     total, counts = points.shares.sum().item(), points.starts.diff()
     assert len(points.places) == points.starts[-1] > 20
-    assert total == pytest.approx(round(total))  # of full voxels
-    assert total > (counts > 0).sum()  # some cells have several
-    compat = find_points(views, 0, GRID, (4, 6), "simple-bev")
-    assert compat.shares.sum() < (compat.starts.diff() > 0).sum() + 1e-9
+    assert total == pytest.approx(round(total))  # the number of voxels with points
+    assert total > (counts > 0).sum()  # some cells have several such voxels
+    reference = ReferenceLSS(GRID, 1).find_points(views, 0, (4, 6))
+    assert reference.shares.sum() < (reference.starts.diff() > 0).sum() + 1e-9
 
 
-def test_a_camera_that_looks_out_of_the_grid_gives_zeros() -> None:
+def test_a_camera_that_sees_no_voxel_gives_zeros() -> None:
     away = FORWARD.copy()
-    away[2, 3] = 100  # the grid is 100 m ahead of it
+    away[2, 3] = 100  # the grid lies 100 m in front of the camera
     lifted = LSS(GRID, 5)(random_input(cams=1), views_of([away], [PINHOLE]))
     assert lifted.shape == (1, 5, 8, 7)
     assert not lifted.any()
 
 
-def test_the_references_cells_start_half_a_cell_late_and_take_one_more_before_the_first() -> None:
-    """By its index, whole at centres and truncated; along up it counts from the top."""
-    from occfeat_train.networks.lss import _voxels
-
-    line = VoxelGrid((1, 1, 4), (-1, -1, 0), (1, 1, 4))
-    rights = torch.tensor([-0.6, -0.4, 0.0, 0.6, 1.4, 1.6, 3.4, 3.6, 4.4, 4.6])
-    index, is_inside = _voxels(torch.stack([rights, *[torch.zeros(10)] * 2], 1), line, "simple-bev")
-    assert is_inside.tolist() == [False] + [True] * 8 + [False]
-    assert index[is_inside].tolist() == [0, 0, 0, 0, 1, 2, 3, 3]
-    column = VoxelGrid((4, 1, 1), (0, -1, -1), (4, 1, 1))
-    ups = torch.tensor([-0.6, -0.4, 0.4, 0.6, 2.4, 2.6, 4.4, 4.6])
-    index, is_inside = _voxels(torch.stack([*[torch.zeros(8)] * 2, ups], 1), column, "simple-bev")
-    assert is_inside.tolist() == [False, True, True, True, True, True, True, False]
-    assert index[is_inside].tolist() == [0, 0, 1, 2, 3, 3]
-
-
-# -- the outer product ------------------------------------------------------------------------------------------------
+# -- against the outer product ----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 2), st.integers(1, 4))
-def test_it_is_the_outer_product_splatted_point_by_point(seed: int, batch: int, cams: int) -> None:
+def test_values_equal_the_outer_product_splatted_point_by_point(seed: int, batch: int, cams: int) -> None:
     views, features = random_views(seed, batch, cams), random_input(batch, cams, h=2, w=3, seed=seed)
     exact = dense(features.double(), views)
     lss = LSS(GRID, 5)
@@ -112,7 +97,7 @@ def test_it_is_the_outer_product_splatted_point_by_point(seed: int, batch: int, 
     torch.testing.assert_close(lss(features, views).double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_the_outer_products() -> None:
+def test_gradients_equal_the_outer_products() -> None:
     views, features = random_views(1, 2, 3), random_input(2).double()
     grads = []
     for function in (dense, LSS(GRID, 5)):
@@ -125,27 +110,27 @@ def test_gradients_are_the_outer_products() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("compat", [None, "simple-bev"])
-def test_gradcheck(compat: str | None) -> None:
+@pytest.mark.parametrize("lifting", [LSS, ReferenceLSS])
+def test_lss_passes_gradcheck(lifting: type[LSS]) -> None:
     views, features = random_views(1, 1, 2), random_input(1, 2, 2, 2, 3).double().requires_grad_()
-    lss = LSS(GRID, 2, compat)
+    lss = lifting(GRID, 2)
     assert torch.autograd.gradcheck(lambda given: lss(given, views), (features,))
 
 
-# -- what must not change a result ------------------------------------------------------------------------------------
+# -- invariances ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compat", [None, "simple-bev"])
-def test_two_samples_are_two_of_one(compat: str | None) -> None:
+@pytest.mark.parametrize("lifting", [LSS, ReferenceLSS])
+def test_a_batch_of_two_equals_two_batches_of_one(lifting: type[LSS]) -> None:
     views, features = random_views(2, 2, 3), random_input(2)
-    lss = LSS(GRID, 5, compat)
+    lss = lifting(GRID, 5)
     both = lss(features, views)
     for b in range(2):
         alone = Views(*(getattr(views, name)[b : b + 1] for name in FIELDS))
         assert torch.equal(both[b : b + 1], lss(features[b : b + 1], alone))
 
 
-def test_cameras_may_come_in_any_order() -> None:
+def test_the_order_of_cameras_does_not_matter() -> None:
     views, features = random_views(4, 1, 3), random_input()
     order = [2, 0, 1]
     shuffled = Views(*(getattr(views, name)[:, order] for name in FIELDS))
@@ -153,7 +138,7 @@ def test_cameras_may_come_in_any_order() -> None:
     torch.testing.assert_close(lss(features[:, order], shuffled), lss(features, views))
 
 
-def test_a_mirrored_image_is_a_camera_of_negative_fx() -> None:
+def test_a_mirrored_image_with_negative_fx_gives_the_same_result() -> None:
     views, features = random_views(4, 1, 3), random_input()
     mirrored = views.intrinsics.clone()
     mirrored[..., 0, :] = views.intrinsics[..., 0, :] * -1
@@ -162,7 +147,7 @@ def test_a_mirrored_image_is_a_camera_of_negative_fx() -> None:
     torch.testing.assert_close(lss(features.flip(-1), replace(views, intrinsics=mirrored)), lss(features, views))
 
 
-def test_a_camera_of_degenerate_intrinsics_adds_nothing() -> None:
+def test_a_camera_with_degenerate_intrinsics_contributes_nothing() -> None:
     views = views_of([FORWARD, FORWARD], [PINHOLE, np.zeros((3, 3))])
     features = random_input(cams=2).requires_grad_()
     lifted = LSS(GRID, 5)(features, views)
@@ -185,5 +170,3 @@ def test_wrong_inputs_are_refused() -> None:
         LSS(GRID, 5)(random_features(1, 1, 5), one_camera())
     with pytest.raises(ValueError, match="images of shape"):
         LSS(GRID, 5)(random_input(cams=2), one_camera())
-    with pytest.raises(ValueError, match="compat 'lss'"):
-        LSS(GRID, 5, "lss")

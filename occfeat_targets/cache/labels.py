@@ -1,0 +1,112 @@
+"""The kinds of labels that a cache can hold: one row of `LABEL_KINDS` each, in the order of the cache's arrays.
+
+A row names the kind's code as "module:function", for `pkgutil.resolve_name`, so that the trainer can read the table
+without the libraries that draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelKind:
+    """One kind of bird's-eye labels: binary masks of some classes on the grid's plane.
+
+    name: as in ``--labels`` and ``--task``, and of the array ``labels/<name>``.
+    classes: names of the K classes, in the order of the masks. An array of one class has no class axis.
+    dark, light: colour of each class on a dark and on a light background, in drawing order (later ones cover earlier ones).
+    draw: function that draws the masks of a keyframe (`occfeat_targets.targets.labels.Draw`).
+    reference: its slow, independent reference for `verify` (`occfeat_targets.verify.slow_labels.Reference`).
+    needs: what the data set must have, some of ``annotations`` and ``maps``.
+    invalid: which cells are not valid, if the kind has a validity mask, the array ``labels/<name>_valid``. Cells that are
+    not valid count neither in the loss nor in the IoU.
+    is_solid: the classes are objects that LiDAR hits, so their cells must coincide with occupied voxels.
+    description: of the array ``labels/<name>``.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    dark: Mapping[str, RGB]
+    light: Mapping[str, RGB]
+    draw: str
+    reference: str
+    description: str
+    needs: tuple[str, ...] = ()
+    invalid: str | None = None
+    is_solid: bool = False
+
+    def __post_init__(self) -> None:
+        for colors in (self.dark, self.light):
+            if set(colors) != set(self.classes):
+                raise ValueError(
+                    f"label kind {self.name} has classes {self.classes} and colours of {tuple(colors)}: "
+                    "expected one colour for each class"
+                )
+
+    @property
+    def class_shape(self) -> tuple[int, ...]:
+        """Class axis of the array of masks: () for one class, (K,) for more."""
+        return () if len(self.classes) == 1 else (len(self.classes),)
+
+    @property
+    def array(self) -> str:
+        """Name of the array of masks, [N, F, *class_shape, H, W/8] bits."""
+        return f"labels/{self.name}"
+
+    @property
+    def valid_array(self) -> str | None:
+        """Name of the array of validity masks, [N, F, H, W/8] bits, or None if every cell is valid."""
+        return None if self.invalid is None else f"labels/{self.name}_valid"
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays of this kind."""
+        return (self.array,) if self.valid_array is None else (self.array, self.valid_array)
+
+
+# The paper names these five classes. They are BEVFusion's six without stop_line.
+MAP_CLASSES = ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
+
+LABEL_KINDS: dict[str, LabelKind] = {
+    kind.name: kind
+    for kind in (
+        LabelKind(
+            name="vehicles",
+            classes=("vehicles",),
+            dark={"vehicles": (255, 128, 32)},
+            light={"vehicles": (228, 96, 24)},
+            draw="occfeat_targets.targets.labels:vehicle_labels",
+            reference="occfeat_targets.verify.slow_labels:vehicle_reference",
+            description="vehicle cells",
+            needs=("annotations",),
+            invalid="hardly visible vehicle",
+            is_solid=True,
+        ),
+        LabelKind(
+            name="map",
+            classes=MAP_CLASSES,
+            dark={
+                "road": (74, 86, 104),
+                "parking_area": (64, 116, 196),
+                "sidewalk": (158, 88, 150),
+                "crosswalk": (236, 214, 92),
+                "road_divider": (246, 246, 246),
+            },
+            light={
+                "road": (196, 204, 216),
+                "parking_area": (120, 160, 224),
+                "sidewalk": (206, 150, 200),
+                "crosswalk": (232, 190, 40),
+                "road_divider": (70, 74, 84),
+            },
+            draw="occfeat_targets.targets.labels:map_labels",
+            reference="occfeat_targets.verify.slow_labels:map_reference",
+            description="map cells; classes: " + ", ".join(MAP_CLASSES),
+            needs=("maps",),
+        ),
+    )
+}
