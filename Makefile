@@ -1,7 +1,7 @@
-# make test   set everything up in .venv and run linters, type checker and all tests
-# make check  the same without the tests that are marked slow
-# make demo   set everything up and run the main job on a small synthetic city, from data set to cache, networks and demo/report.html
-# make bench  every benchmark of pipelines/benchmarks, one after the other
+# make test   install into .venv, then run linters, type checker and all tests
+# make check  the same without the slow tests
+# make demo   install into .venv, then run everything on a small synthetic city: data set, cache, training, demo/report.html
+# make bench  run all benchmarks of pipelines/benchmarks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A worker a core, four at most: each takes up to 3 GB. A module stays in one worker, which builds its fixtures once.
+# One worker per core, at most four, because each takes up to 3 GB. One worker runs all tests of a module and builds its fixtures once.
 PYTEST = $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
 	--no-loadscope-reorder --durations 15
 test: lint
@@ -33,9 +33,9 @@ test: lint
 check: lint
 	$(PYTEST) -m 'not slow'
 
-# The teacher's weights are random unless TEACHER names a hub id or a local folder; the output says so.
+# The teacher has random weights unless TEACHER is a hub id or a local folder. The output states this.
 TEACHER ?= random:facebook/dinov2-small
-# What is trained on: more keyframes than pictures need, and all of it small.
+# The training data: more keyframes than the preview needs, and small ones.
 TOWN = --dataroot demo/town --cache demo/small --teacher $(TEACHER) --image-size 80x140 --feature-size 112x196 \
 	--grid 8x50x50 --range -5 5 -25 25 -25 25
 RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress --save-every 1000
@@ -43,15 +43,15 @@ FEW = $(RUN) --set labels=12.5 --set optim.epochs=30
 EVALUATE = $(BIN)/occfeat-train evaluate --cache demo/small --split mini_val --no-progress
 demo: setup
 	rm -rf demo
-	@echo '## Targets: a synthetic city of 2 scenes -> a cache of the default size, looked at in demo/preview/index.html'
+	@echo '## Targets: a synthetic city of 2 scenes -> a cache of the default size; see demo/preview/index.html'
 	$(BIN)/occfeat-targets synth --out demo/city --scenes 2 --keyframes 4 --image-size 450x800 --sweeps 2
 	$(BIN)/occfeat-targets build --dataroot demo/city --cache demo/cache --split mini_train --teacher $(TEACHER)
 	$(BIN)/occfeat-targets verify --cache demo/cache --split mini_train
 	$(BIN)/occfeat-targets preview --cache demo/cache --split mini_train --out demo/preview
 	@echo
 	@echo '## Training, scaled down for two cores: 64 synthetic keyframes (the paper: 28,130 of nuScenes), images 64x112 (224x400),'
-	@echo '## 32 channels (128), a grid of 50x50 over 25 m (200x200 over 50 m), backbone and teacher ($(TEACHER))'
-	@echo '## as said below. It shows that everything works; it says nothing about how much pretraining helps.'
+	@echo '## 32 channels (128), a grid of 50x50 over 25 m (200x200 over 50 m), teacher $(TEACHER); the backbone is stated below.'
+	@echo '## This shows that all steps work. It does not measure how much pretraining helps.'
 	$(BIN)/occfeat-targets synth --out demo/town --scenes 8 --val-scenes 2 --keyframes 8 --image-size 135x240 --sweeps 1
 	for split in mini_train mini_val; do \
 		$(BIN)/occfeat-targets build $(TOWN) --split $$split && \

@@ -31,6 +31,7 @@ def build_cache(
     cache: str | Path,
     split: str,
     *,
+    source: str = "nuscenes",
     version: str | None = None,
     scenes: Sequence[str] | None = None,
     grid: VoxelGrid = VoxelGrid(),  # noqa: B008, a frozen value
@@ -59,8 +60,8 @@ def build_cache(
     """Build the cache of a split, or continue it, as 'occfeat-targets build' does; returns its path, CACHE/SPLIT.zarr.
 
     Options and defaults are the command's; environment variables are not read. What differs from the command:
-    grid: its --grid and --range. teacher: None for none. labels: some of "vehicles" and "map", () for none (--no-labels),
-    None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
+    grid: its --grid and --range. teacher: None for none. labels: some of the kinds "vehicles" and "map", () for none
+    (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
     workers: local processes, one a core by default, 0 for this process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
     log: gets what the command prints, line by line; None for silence. progress: show a progress bar.
@@ -93,7 +94,7 @@ def build_cache(
 
     started = time.monotonic()
     options = BuildOptions(
-        dataroot=Path(dataroot), cache=Path(cache), split=split, version=version,
+        dataroot=Path(dataroot), cache=Path(cache), split=split, source=source, version=version,
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,

@@ -67,9 +67,9 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--split", required=True, help="Split of nuScenes: train, val, test, mini_train, mini_val.")(
-        command
-    )
+    command = click.option(
+        "--split", required=True, help="Split of the data set; nuScenes has train, val, test, mini_train, mini_val."
+    )(command)
     return click.option(
         "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
         help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
@@ -79,7 +79,7 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--dataroot", type=click.Path(path_type=Path), default=Path("data/nuscenes"), show_default=True,
-        envvar="NUSCENES_ROOT", help="Root directory of nuScenes.",
+        envvar="NUSCENES_ROOT", help="Root directory of the data set.",
     )(command)  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 
 
 @main.command()
+@click.option("--source", default="nuscenes", show_default=True, help="Kind of data set.")
 @dataroot_option
 @cache_options
 @click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; derived from the split by default.")
@@ -147,7 +148,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
               help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
 @click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
-@click.option("--labels", default=None, help="vehicles,map or one of them; all that the data set has by default.")
+@click.option("--labels", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default.")
 @click.option("--no-labels", is_flag=True, help="Build no label arrays.")
 @click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
               help="Map layers used for the divider class.")  # fmt: skip
@@ -167,7 +168,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--device", default="auto", show_default=True, help="Device of the teacher: auto, cpu, cuda, cuda:1.")
 @reports_errors
 def build(
-    dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
+    source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, workers: int | None,
@@ -189,7 +190,7 @@ def build(
     click.echo(f"reading the tables of {dataroot}{weights} ...")
     plan = make_plan(
         BuildOptions(
-            dataroot=dataroot, cache=cache, split=split, version=version,
+            dataroot=dataroot, cache=cache, split=split, source=source, version=version,
             scenes=None if scenes is None else parse_scenes(scenes),
             grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
             frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,

@@ -10,7 +10,6 @@ from typing import Any
 
 from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
 from occfeat_targets.build.run import Outcome
-from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.sources.scenes import describe_problems
 
@@ -32,12 +31,7 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
     if problems is not None:
         lines.append(f"  {problems} cannot be built and are skipped")
-    if plan.options.labels is None:
-        reasons = {
-            "vehicles": f"{split.version} has no annotations",
-            "map": f"no map expansion in {split.dataroot / 'maps' / 'expansion'}",
-        }
-        lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
+    lines += [f"  no {name} labels: {why}" for name, why in plan.missing_labels.items()]
     lines += [f"  {line}" for line in spec.describe()]
     lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())
@@ -126,8 +120,8 @@ def describe_info(cache: Cache) -> list[str]:
     lines = [
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
         *cache.warnings,
-        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {origin['version']} at {origin['dataroot']}"
-        + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
+        f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {spec.source} {origin['version']} "
+        f"at {origin['dataroot']}" + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
         *spec.describe(),
         f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
     ]

@@ -219,7 +219,7 @@ def pretrain(
     """Pretrain a network on occupancy and features (paper, section 3). The defaults are the paper's values."""
     name = asked or PRETRAINING
     chosen = inherit(preset(name), initial, network=asked is None)
-    if chosen.task != "pretrain":
+    if not chosen.is_pretext:
         raise click.UsageError(f"--preset {name} is a finetuning preset: use occfeat-train finetune --preset {name}")
     row = name
     if occ_only + feat_only + (lambda_ is not None) > 1:
@@ -271,7 +271,7 @@ def finetune(
         if task is not None or labels is not None:
             raise click.UsageError("--preset replaces --task and --labels: pass one or the other")
         name, chosen = asked, preset(asked)
-        if chosen.task == "pretrain":
+        if chosen.is_pretext:
             raise click.UsageError(
                 f"--preset {name} is a pretraining preset: use occfeat-train pretrain --preset {name}"
             )

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pkgutil
 import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
 
-Task = Literal["pretrain", "vehicles", "map"]
-TASKS: tuple[Task, ...] = typing.get_args(Task)
-# Name of a lifting -> its class, and the class with the reference repository's defects (compat simple-bev). See `networks.network`.
+# Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
+PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}
+SEGMENTATION = "occfeat_train.tasks.segmentation:Segmentation"
+# Liftings, and their variants with the defects of the reference repository (network.compat=simple-bev).
 LIFTINGS = {
     "simplebev": "occfeat_train.networks.simplebev:SimpleBEV",
     "bevformer": "occfeat_train.networks.bevformer:BEVFormer",
@@ -182,13 +185,13 @@ class LossConfig:
 class Config:
     """One run.
 
-    labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
+    task: a pretext task (PRETEXTS), or the kind of labels that are segmented. labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
     """
 
-    task: Task = "pretrain"
+    task: str = "occfeat"
     network: NetworkConfig = field(default_factory=NetworkConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -201,9 +204,21 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of(self, "task", "precision")
+        _one_of(self, "precision")
+        if self.task not in (*PRETEXTS, *LABEL_KINDS):
+            raise ValueError(f"task={self.task!r}: one of {', '.join((*PRETEXTS, *LABEL_KINDS))} expected")
         if not 0 < self.labels <= 100:
             raise ValueError(f"labels={self.labels}: percent of the training scenes, above 0 and at most 100, expected")
+
+    @property
+    def is_pretext(self) -> bool:
+        """Whether the task is a pretext task, which reads no labels."""
+        return self.task in PRETEXTS
+
+    @property
+    def task_class(self) -> Any:
+        """The class of the task, a subclass of tasks.base.Task. Imports torch."""
+        return pkgutil.resolve_name(PRETEXTS.get(self.task, SEGMENTATION))
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

@@ -114,10 +114,10 @@ def average_statistics(module: nn.Module) -> None:
         buffer.copy_(mean)
 
 
-def gather_strings(values: list[str]) -> list[str]:
+def gather(values: list[Result]) -> list[Result]:
     """The lists of all ranks, concatenated."""
     if not dist.is_initialized():
         return values
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    gathered: list[list[Result]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, values)
     return [value for part in gathered for value in part]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from occfeat_train.config import Config, LossConfig, NetworkConfig, OptimConfig, Task
+from occfeat_train.config import Config, LossConfig, NetworkConfig, OptimConfig
 
 # Paper 4.1: labels [%] -> epochs / learning rate / batch / accumulation.
 FINETUNING: dict[float, OptimConfig] = {
@@ -17,7 +17,7 @@ FINETUNING: dict[float, OptimConfig] = {
     for labels, epochs, lr, batch, accumulation in ((1, 100, 1e-4, 6, 1), (10, 50, 1e-4, 6, 1), (100, 30, 3e-4, 8, 5))
 }
 LABELS = tuple(FINETUNING)
-FINETUNED: tuple[Task, ...] = ("vehicles", "map")
+FINETUNED = ("vehicles", "map")  # the tasks of the paper's tables
 # Paper 4.4, Table 4.
 LAMBDAS = (0, 0.0001, 0.001, 0.01, 0.1, 1.0)
 OCC_ONLY = LossConfig(feat=0.0)
@@ -33,7 +33,7 @@ _NETWORKS = {
 _SMALL = NetworkConfig(weights="none", channels=32, image_size=(64, 112))
 
 
-def finetuning(task: Task, labels: float, network: NetworkConfig) -> Config:
+def finetuning(task: str, labels: float, network: NetworkConfig) -> Config:
     """The paper's recipe for a label fraction [%]; for other fractions, the recipe of the next larger one."""
     recipe = FINETUNING[min(p for p in LABELS if p >= labels)]
     return Config(task, network, optim=recipe, labels=labels)

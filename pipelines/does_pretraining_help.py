@@ -1,11 +1,11 @@
-"""Does pretraining help? The paper's Table 3 in small, on the synthetic city: vehicle and map IoU at 1 %, 10 % and 100 % of
-the labels, without pretraining and after pretraining on occupancy, on features and on both.
+"""Does pretraining help? A small version of the paper's Table 3 on the synthetic city: IoU of vehicles and map with 1 %, 10 %
+and 100 % of the labels, without pretraining and after pretraining on occupancy, on features and on both.
 
     python pipelines/does_pretraining_help.py --out study
 
-Makes the city and its caches, pretrains and finetunes every variant with every seed (a seed is one pretraining and one
-finetuning of it), evaluates each on the whole validation split, and prints the table. What is finished is not done
-again, so an interrupted study continues. Everything goes through the two command lines.
+Creates the city and its caches, pretrains and finetunes each variant with each seed, evaluates each run on the whole
+validation split, and prints the table. A seed is one pretraining and its finetunings. Finished runs are not repeated, so an
+interrupted study continues. All steps use the two command lines.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LABELS = (1, 10, 100)
 
 
 def call(module: str, log: Path, *arguments: str | Path) -> None:
-    """Run a command line on one thread, its output in a log."""
+    """Run a command line with one thread and append its output to a log."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     with log.open("a") as file:
         code = subprocess.run(
@@ -72,7 +72,7 @@ def make_caches(out: Path, scenes: int, val_scenes: int, keyframes: int) -> None
 
 
 def one_seed(out: Path, variant: str, seed: int) -> None:
-    """A pretraining, and its finetunings and their evaluations."""
+    """Run a pretraining, its finetunings and their evaluations."""
     runs = out / "runs"
     name = f"{variant.replace(' ', '-')}-{seed}"
     log = runs / f"{name}.log"
@@ -115,8 +115,8 @@ def table(out: Path, key: str) -> str:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--scenes", default=40, show_default=True, help="Training scenes.")
 @click.option("--val-scenes", default=12, show_default=True)
-@click.option("--keyframes", default=10, show_default=True, help="Of a scene.")
-@click.option("--jobs", default=2, show_default=True, help="Runs at a time, a thread each.")
+@click.option("--keyframes", default=10, show_default=True, help="Keyframes per scene.")
+@click.option("--jobs", default=2, show_default=True, help="Runs at a time, with one thread each.")
 def main(out: Path, seeds: int, scenes: int, val_scenes: int, keyframes: int, jobs: int) -> None:
     began = time.time()
     (out / "runs").mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Fixtures: the real keyframe where there is one, a small synthetic city, a tiny teacher, and small caches."""
+"""Fixtures: a real keyframe if there is one, a small synthetic city, a tiny teacher, and small caches."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Before torch is imported: one thread is as fast for models this small, does not fight other tests for cores, and
-# rounds as the single-threaded workers of a local cluster do.
+# Set before torch is imported. One thread is as fast for such small models, does not compete with other tests for cores, and
+# rounds like the single-threaded workers of a local cluster.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -14,13 +14,14 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 
 REPOSITORY = Path(__file__).parents[1]
 
-# A busy machine is no failure: nothing depends on how long an example takes.
+# Tests must not fail on a busy machine, so the duration of examples is not limited.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
@@ -41,7 +42,7 @@ def readme_code(section: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def real_sample() -> Path:
-    """One real nuScenes keyframe as a dataroot (v1.0-mini, mini_train); its licence keeps it out of this repository."""
+    """A dataroot (v1.0-mini) with one real keyframe of mini_train. Its licence does not allow it in this repository."""
     path = Path(os.environ.get("OCCFEAT_REAL_SAMPLE", REPOSITORY.parent / "shared" / "nuscenes-real-sample"))
     if not path.is_dir():
         pytest.skip(f"no real nuScenes keyframe at {path}: set OCCFEAT_REAL_SAMPLE to a v1.0-mini dataroot")
@@ -50,9 +51,9 @@ def real_sample() -> Path:
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic city: two training scenes of 5 keyframes, one of validation, images of 192x320. Not to be changed.
+    """A synthetic city: two training scenes and one validation scene of 5 keyframes, images of 192x320. Tests must not change it.
 
-    The first pytest-xdist worker that needs it writes it for all.
+    The first pytest-xdist worker that needs it writes it for all workers.
     """
     from occfeat_targets.synth import write_city
 
@@ -71,7 +72,7 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A local folder with a DINOv2 of two layers and 32 channels, so that builds take no time."""
+    """A local folder with a DINOv2 of two layers and 32 channels, so that builds are fast."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
@@ -86,7 +87,7 @@ SMALL_GRID = VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6))
 
 
 def small_spec(**changes: object) -> TargetSpec:
-    """A spec whose keyframes are a few kilobytes."""
+    """A spec with a few kilobytes per keyframe."""
     values: dict[str, object] = {
         "grid": SMALL_GRID,
         "image_size": (16, 24),
@@ -101,7 +102,7 @@ def small_identity(n: int = 7) -> Identity:
 
 
 def random_arrays(cache: Cache, shard: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Contents for a shard that depend on nothing but its number."""
+    """Random contents of a shard, determined by its number and the seed."""
     rng = np.random.default_rng((seed, shard))
     n = len(cache.shard_range(shard))
     arrays = {}
@@ -113,7 +114,7 @@ def random_arrays(cache: Cache, shard: int, seed: int = 0) -> dict[str, np.ndarr
 
 @pytest.fixture
 def small_cache(tmp_path: Path) -> Cache:
-    """A created, still empty cache of 7 keyframes in shards of 3."""
+    """A cache of 7 keyframes in shards of 3, created but without shards."""
     return create_cache(
         tmp_path / "train.zarr", small_spec(), small_identity(), keyframes_per_shard=3, provenance={"simulated": []}
     )

@@ -57,7 +57,7 @@ def test_without_a_gpu_the_check_refuses_to_start(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_parts_after_the_deadline_are_reported_as_not_begun(tmp_path):
+def test_parts_after_the_deadline_are_reported_as_not_started(tmp_path):
     code, states, _ = run_check(tmp_path, "--parts", "env", "--minutes", "0")
     assert code == 1 and states["env"]["state"] == "not begun"
 

@@ -1,4 +1,4 @@
-"""The order of reading is the order of import, and heavy libraries stay where they belong."""
+"""Modules import only from modules listed above them, and only certain modules import heavy libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: imports are absolute here"
+            assert node.level == 0, f"{file} has a relative import: use an absolute one"
             package = REPOSITORY.joinpath(*(node.module or "").split("."))
             found |= (
                 {f"{node.module}.{alias.name}" for alias in node.names} if package.is_dir() else {node.module or ""}
@@ -49,7 +49,7 @@ def imports(file: Path) -> set[str]:
 
 
 def modules(package: str) -> dict[str, Path]:
-    """{dotted name: file} but for the synthetic city, which is a program of its own."""
+    """{dotted name: file} without the synthetic city, which is a separate program."""
     root = REPOSITORY / package
     files = {".".join(file.relative_to(root).with_suffix("").parts): file for file in sorted(root.rglob("*.py"))}
     return {name: file for name, file in files.items() if "__" not in name and not name.startswith("synth.")}
@@ -69,7 +69,7 @@ def test_a_module_imports_only_from_those_listed_above_it(package):
         assert own <= set(order[: order.index(name)]), f"{name} imports {sorted(own - set(order[: order.index(name)]))}"
 
 
-def test_every_package_says_what_it_owns():
+def test_every_package_has_a_docstring():
     for package in ("occfeat_targets", "occfeat_train"):
         for folder in {file.parent for file in modules(package).values()}:
             assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
@@ -83,7 +83,7 @@ def test_every_package_says_what_it_owns():
         ("distributed", {"cluster.py"}),
         ("torch", {"teacher.py"}),
         ("transformers", {"teacher.py"}),
-        ("pyquaternion", {"slow_targets.py"}),
+        ("pyquaternion", {"slow_nuscenes.py"}),
         ("shapely", {"slow_labels.py"}),
         ("cv2", {"labels.py"}),
         ("jinja2", {"html.py"}),
@@ -112,7 +112,12 @@ def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for
         assert {i.split(".")[1] for i in used} <= {"cache", "pictures"}, name
 
 
-def test_help_is_quick_because_it_loads_no_heavy_library():
+@pytest.mark.parametrize("package", ["occfeat_targets", "occfeat_train"])
+def test_no_module_uses_the_global_state_of_pyplot(package):
+    assert not [file for file in modules(package).values() if "matplotlib.pyplot" in imports(file)]
+
+
+def test_help_loads_no_heavy_library():
     code = (
         "import sys; from occfeat_targets.cli import main; import occfeat_train.cli\n"
         "print(sorted({'torch', 'numba', 'dask', 'nuscenes', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)))"
@@ -129,7 +134,7 @@ def surface(command: click.Command, path: str) -> list[str]:
     return lines
 
 
-def test_the_command_line_is_what_it_was():
+def test_the_command_line_has_the_listed_options():
     found = [*surface(targets_main, "occfeat-targets"), *surface(train_main, "occfeat-train")]
     expected = (REPOSITORY / "tests" / "command_line.txt").read_text().splitlines()
-    assert found == expected, "changed on purpose? then change tests/command_line.txt and the CHANGELOG too"
+    assert found == expected, "if the change is intended, update tests/command_line.txt and CHANGELOG.md"

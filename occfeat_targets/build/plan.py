@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,19 @@ import numpy as np
 
 from occfeat_targets.build.assemble import grids_from_ego
 from occfeat_targets.build.shard import ShardTask
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import digest
-from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.spec import EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.nuscenes import map_file, read_map, read_split
 from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
+from occfeat_targets.sources.source import Source, open_source
 from occfeat_targets.targets.labels import map_window
 
-FRAMES = {"ego": (EGO_FRAME,), "cameras": CAMERAS, "both": (EGO_FRAME, *CAMERAS)}
 RANDOM_TEACHER = "the teacher's weights are random"
 SYNTHETIC_DATA = "the data set is a synthetic city"
 
@@ -43,13 +43,14 @@ _TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.m
 class BuildOptions:
     """Options of 'occfeat-targets build'. labels: None for all that the data set has.
 
-    scenes: build only these scenes. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th
+    source: a name in SOURCES. scenes: build only these scenes. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th
     shard, starting with the k-th.
     """
 
     dataroot: Path
     cache: Path
     split: str
+    source: str = "nuscenes"
     version: str | None = None
     scenes: tuple[str, ...] | None = None
     grid: VoxelGrid = field(default_factory=VoxelGrid)
@@ -76,6 +77,7 @@ class BuildOptions:
 class Plan:
     """A build that is ready to run. teacher: the cache's teacher; its name is where the weights are now.
 
+    missing_labels: {kind of labels: why the data set has none}, of those that were not asked for by name.
     rows: {shard: its keyframes that this process or cluster still has to build}.
     """
 
@@ -84,6 +86,7 @@ class Plan:
     cache: Cache
     teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
+    missing_labels: dict[str, str]
     rows: dict[int, tuple[int, ...]]
 
     @property
@@ -146,21 +149,24 @@ def make_plan(options: BuildOptions) -> Plan:
 
     Raises DatasetError, TeacherError, CacheError or ValueError with a remedy.
     """
-    split = read_split(
+    source = open_source(options.source)
+    split = source.read_split(
         options.dataroot,
         options.split,
         version=options.version,
-        cameras=CAMERAS,
         num_sweeps=options.num_sweeps,
-        with_boxes=options.labels is None or "vehicles" in options.labels,
+        with_boxes=_need("annotations", LABEL_KINDS if options.labels is None else options.labels),
     )
     if options.scenes is not None:
         split = choose_scenes(split, options.scenes)
-    labels = _labels(options.labels, split)
+    labels, missing_labels = _labels(options.labels, source, split)
     teacher = _teacher(options)
+    frames = {"ego": (EGO_FRAME,), "cameras": source.cameras, "both": (EGO_FRAME, *source.cameras)}
     spec = TargetSpec(
+        source=options.source,
+        cameras=source.cameras,
         grid=options.grid,
-        frames=FRAMES[options.frames],
+        frames=frames[options.frames],
         image_size=options.image_size,
         teacher=teacher,
         feature_dtype=options.feature_dtype,
@@ -170,8 +176,8 @@ def make_plan(options: BuildOptions) -> Plan:
         compat=options.compat,
     )
     maps = {}
-    if "map" in labels:
-        maps = {location: read_map(split.dataroot, location, options.dividers) for location in split.locations}
+    if _need("maps", labels):
+        maps = {location: source.read_map(split, location, options.dividers) for location in split.locations}
     identity = Identity(
         tuple(k.token for k in split.keyframes),
         tuple(k.scene for k in split.keyframes),
@@ -184,7 +190,7 @@ def make_plan(options: BuildOptions) -> Plan:
         spec,
         identity,
         keyframes_per_shard=options.keyframes_per_shard,
-        provenance=_provenance(options, split, maps, teacher),
+        provenance=_provenance(options, source, split, maps, teacher),
     )
     left: Collection[int] = range(len(identity))  # files of finished shards may have been removed
     if path.exists():
@@ -197,25 +203,29 @@ def make_plan(options: BuildOptions) -> Plan:
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
         _check_disk(options.cache, spec, len(identity))
         cache = create()
-    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
+    return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
 
 
-def _labels(asked: tuple[str, ...] | None, split: Split) -> tuple[str, ...]:
-    files = [map_file(split.dataroot, location) for location in split.locations]
-    missing = [str(file) for file in files if not file.is_file()]
+def _need(what: str, labels: Iterable[str]) -> bool:
+    return any(what in LABEL_KINDS[name].needs for name in labels)
+
+
+def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The kinds of labels to build, and {other kind: why it is missing} if none was asked for by name."""
+    lacks = {}
+    if not split.has_annotations:
+        lacks["annotations"] = f"{split.version} has no annotations"
+    if (why_no_maps := source.why_no_maps(split)) is not None:
+        lacks["maps"] = why_no_maps
+    missing = {name: lacks[need] for name, kind in LABEL_KINDS.items() for need in kind.needs if need in lacks}
+    there = [name for name in LABEL_KINDS if name not in missing]
     if asked is None:
-        there = {"vehicles": split.has_annotations, "map": not missing}
-        return tuple(kind for kind in LABEL_KINDS if there[kind])
-    if "map" in asked and missing:
-        raise DatasetError(
-            f"no map expansion {', '.join(missing)}: unpack nuScenes-map-expansion-v1.3.zip into "
-            f"{split.dataroot / 'maps'}, or build with --labels vehicles or --no-labels"
-        )
-    if "vehicles" in asked and not split.has_annotations:
-        raise DatasetError(
-            f"{split.version} has no annotations, so no vehicle labels: build with --labels map or --no-labels"
-        )
-    return tuple(kind for kind in LABEL_KINDS if kind in asked)
+        return tuple(there), missing
+    for name in asked:
+        if name in missing:
+            options = f"--labels {','.join(there)} or --no-labels" if there else "--no-labels"
+            raise DatasetError(f"no {name} labels: {missing[name]}; or build with {options}")
+    return tuple(name for name in LABEL_KINDS if name in asked), {}
 
 
 def _teacher(options: BuildOptions) -> TeacherSpec | None:
@@ -229,7 +239,7 @@ def _teacher(options: BuildOptions) -> TeacherSpec | None:
 
 
 def _provenance(
-    options: BuildOptions, split: Split, maps: dict[str, MapGeometry], teacher: TeacherSpec | None
+    options: BuildOptions, source: Source, split: Split, maps: dict[str, MapGeometry], teacher: TeacherSpec | None
 ) -> dict[str, Any]:
     simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
     if teacher is not None and teacher.is_random:
@@ -242,7 +252,7 @@ def _provenance(
         "dataroot": str(options.dataroot.absolute()),
         "missing_scenes": list(split.missing_scenes),
         "left_out_scenes": list(split.left_out_scenes),
-        "maps_sha256": {location: digest(map_file(split.dataroot, location)) for location in maps},
+        "maps_sha256": {location: digest(source.map_file(split, location)) for location in maps},
         "packages": {name: importlib.metadata.version(name) for name in names},
     }
 

@@ -19,7 +19,7 @@ from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
 
 FORMAT_VERSION = 2
 
-# In Simple-BEV's order, which is the order of the camera axis of every array.
+# Cameras of nuScenes in Simple-BEV's order, which is the order of the camera axis of every array.
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 EGO_FRAME = "ego"
 # nuScenes' layers of each map class, which the paper does not name; BEVFusion's. BEVFusion's "divider" contains both kinds
@@ -141,12 +141,14 @@ def _label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[Arr
 class TargetSpec:
     """Everything that determines a cache's bytes, given the data set.
 
+    source: the kind of data set. cameras: its cameras, in the order of the camera axis of every array.
     frames: reference frames with a grid: ``ego`` and/or camera channels.
     num_sweeps: LiDAR sweeps accumulated in the occupancy, including the keyframe's own.
     ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle and dropped.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
     """
 
+    source: str = "nuscenes"
     grid: VoxelGrid = field(default_factory=VoxelGrid)
     frames: tuple[str, ...] = (EGO_FRAME,)
     cameras: tuple[str, ...] = CAMERAS

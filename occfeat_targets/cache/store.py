@@ -1,4 +1,4 @@
-"""A cache on disk: creating it, writing shards, and the records of finished shards.
+"""A cache on disk: opening it, writing shards, and the records of finished shards.
 
 There is one Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is split into the same shards of K keyframes, and
 one task writes one shard of every array, so that no two writers share a file and no locks are needed. A shard is finished
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
 from occfeat_targets.cache.spec import ArraySpec, TargetSpec
 
-KEYFRAME_DIM = "keyframe"
 PROGRESS = "progress"
 CREATED = "created"
 ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
@@ -247,102 +244,6 @@ def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     array = group[name]
     assert isinstance(array, zarr.Array), name
     return array
-
-
-def create_cache(
-    path: Path, spec: TargetSpec, identity: Identity, *, keyframes_per_shard: int, provenance: Mapping[str, Any]
-) -> Cache:
-    """Create an empty cache, or open an existing one with exactly these keyframes and this spec.
-
-    Several processes may call this at once (array jobs): the group is created under another name and renamed when complete.
-    Raises CacheError that names both fingerprints if the existing cache differs.
-    """
-    if keyframes_per_shard < 1:
-        raise ValueError(f"{keyframes_per_shard} keyframes per shard: at least 1 expected")
-    if len(identity) == 0:
-        raise ValueError("no keyframes to build a cache of")
-    wanted = Cache(path, spec, identity, keyframes_per_shard, provenance)
-    if path.exists():
-        return _open_matching(wanted)
-    with writing(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.creating-{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
-        try:
-            _write_skeleton(draft, wanted)
-            draft.rename(path)
-        except OSError:
-            shutil.rmtree(draft, ignore_errors=True)
-            if not path.exists():
-                raise
-    return _open_matching(wanted)
-
-
-def _write_skeleton(draft: Path, cache: Cache) -> None:
-    spec, n, k = cache.spec, len(cache), cache.keyframes_per_shard
-    attributes = {
-        "occfeat": {
-            "fingerprint": spec.fingerprint,
-            "spec": spec.to_dict(),
-            "keyframes_per_shard": k,
-            "provenance": dict(cache.provenance),
-        }
-    }
-    group = zarr.create_group(draft, zarr_format=3, attributes=attributes)
-    group.create_group(PROGRESS, attributes={"description": "one record a finished shard; see occfeat-targets status"})
-    identity: list[tuple[str, Sequence[Any], Any]] = [
-        ("sample_token", cache.identity.tokens, str),
-        ("scene", cache.identity.scenes, str),
-        ("timestamp_us", cache.identity.timestamps_us, np.int64),
-    ]
-    for name, values, dtype in identity:
-        array = group.create_array(
-            name, shape=(n,), chunks=(n,), dtype=dtype, dimension_names=[KEYFRAME_DIM], compressors=(Crc32cCodec(),)
-        )
-        array[:] = np.array(values, dtype=object if dtype is str else dtype)
-    if spec.labels:
-        group.create_group("labels")
-    for spec_array in spec.arrays():
-        shape = spec_array.shape
-        codecs = (ZstdCodec(level=3), Crc32cCodec()) if spec_array.compress else (Crc32cCodec(),)
-        group.create_array(
-            spec_array.name,
-            shape=(n, *shape),
-            chunks=(1, *shape) if spec_array.per_keyframe else (k, *shape),
-            shards=(k, *shape) if spec_array.per_keyframe else None,
-            dtype=spec_array.dtype,
-            dimension_names=[KEYFRAME_DIM, *spec_array.dims],
-            compressors=codecs,
-            fill_value=0,
-            attributes={"description": spec_array.description},
-        )
-    with warnings.catch_warnings():  # zarr warns that consolidated metadata are not part of the v3 specification yet
-        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-        zarr.consolidate_metadata(draft)
-    files = {str(f.relative_to(draft)): sync_and_digest(f) for f in sorted(draft.rglob("*")) if f.is_file()}
-    write_record(draft / PROGRESS / f"{CREATED}.json", {"files": files})
-
-
-def _open_matching(wanted: Cache) -> Cache:
-    found = open_cache(wanted.path)
-    if found.spec != wanted.spec:
-        raise CacheError(
-            f"cache {wanted.path} has fingerprint {found.spec.fingerprint}, this build has {wanted.spec.fingerprint} "
-            f"({'; '.join(found.spec.differences(wanted.spec))} [cache != build]): "
-            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
-        )
-    if found.identity != wanted.identity:
-        raise CacheError(
-            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
-            "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
-            "or delete it to rebuild"
-        )
-    if found.keyframes_per_shard != wanted.keyframes_per_shard:
-        raise CacheError(
-            f"cache {wanted.path} has {found.keyframes_per_shard} keyframes per shard, "
-            f"this build asks for {wanted.keyframes_per_shard}: pass --shard-size {found.keyframes_per_shard}"
-        )
-    return found
 
 
 def open_cache(path: Path) -> Cache:

@@ -13,6 +13,7 @@ from occfeat_targets.cache.geometry import transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
+from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
@@ -55,33 +56,31 @@ def _check_keyframes(cache: Cache, keyframes: Sequence[int]) -> None:
 def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) -> dict[int, NDArray[np.float64]]:
     """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, without returns from the ego vehicle}.
 
-    They are read from the data set's tables with the code of `verify`. dataroot: by default the one the cache was built
-    from. Raises ValueError if the data set is missing or lacks a keyframe.
+    They are read by the cache's source. dataroot: by default the one the cache was built from. Raises ValueError if the data
+    set is missing or lacks a keyframe.
     """
-    from occfeat_targets.sources.nuscenes import find_dataroot
-    from occfeat_targets.sources.sweeps import read_sweep
-    from occfeat_targets.verify.slow_targets import read_source
+    from occfeat_targets.sources.source import open_source
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():
         raise ValueError(f"there is no data set at {origin}: pass --dataroot, or leave --points out")
-    root, version = find_dataroot(Path(origin), cache.path.stem, cache.provenance.get("version"))
-    tokens = [cache.identity.tokens[k] for k in keyframes]
-    try:
-        sources = read_source(root, version, tokens, cache.spec.cameras, cache.spec.num_sweeps)
-        chosen = [sources[token] for token in tokens]
-    except KeyError as err:
-        raise ValueError(
-            f"the tables in {root / version} lack {err}: pass the --dataroot that {cache.path} was built from"
-        ) from err
+    source, spec = open_source(cache.spec.source), cache.spec
+    version = cache.provenance.get("version")
+    split = source.read_split(
+        Path(origin), cache.path.stem, version=version, num_sweeps=spec.num_sweeps, with_boxes=False
+    )
+    there = {keyframe.token: keyframe for keyframe in split.keyframes}
     returns = {}
-    for keyframe, source in zip(keyframes, chosen, strict=True):
+    for number in keyframes:
+        token = cache.identity.tokens[number]
+        if token not in there:
+            raise ValueError(f"{origin} lacks sample {token}: pass the --dataroot that {cache.path} was built from")
         clouds = []
-        for path, ego_from_sensor in zip(source.sweeps, source.ego_from_sensor, strict=True):
-            points = read_sweep(path)[:, :3].astype(np.float64)
-            is_own = (np.abs(points[:, :2]) < cache.spec.ego_box).all(axis=1)
-            clouds.append(transform(ego_from_sensor, points[~is_own]))
-        returns[keyframe] = np.concatenate(clouds)
+        for sweep in there[token].sweeps:
+            points = source.read_sweep(sweep.path)[:, :3].astype(np.float64)
+            is_own = (np.abs(points[:, :2]) < spec.ego_box).all(axis=1)
+            clouds.append(transform(sweep.ego_from_sensor, points[~is_own]))
+        returns[number] = np.concatenate(clouds)
     return returns
 
 
@@ -127,7 +126,7 @@ def write_preview(
             reader, keyframe, frame=frame, returns=returns.get(keyframe), feature_colors=feature_colors
         )
         with writing(str(out / name)):
-            sheet.save(out / name)
+            (out / name).write_bytes(png(sheet))
     page = render(
         Path(__file__).with_name("preview.html"),
         title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",

@@ -15,12 +15,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
+from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
+from occfeat_targets.sources.sweeps import read_sweep
 
 LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
 _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
+
+
+class NuScenes:
+    """nuScenes, or a data set in its format such as the synthetic city; see `sources.source.Source`."""
+
+    cameras = CAMERAS
+    slow_reader = "occfeat_targets.verify.slow_nuscenes:read_slow_source"
+
+    def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
+        return read_split(
+            root, split, version=version, cameras=self.cameras, num_sweeps=num_sweeps, with_boxes=with_boxes
+        )
+
+    def read_sweep(self, path: Path) -> NDArray[np.float32]:
+        return read_sweep(path)
+
+    def why_no_maps(self, split: Split) -> str | None:
+        files = [self.map_file(split, location) for location in split.locations]
+        missing = [str(file) for file in files if not file.is_file()]
+        if not missing:
+            return None
+        return f"no map expansion {', '.join(missing)}: unpack nuScenes-map-expansion-v1.3.zip into {split.dataroot / 'maps'}"
+
+    def map_file(self, split: Split, location: str) -> Path:
+        return map_file(split.dataroot, location)
+
+    def read_map(self, split: Split, location: str, dividers: str) -> MapGeometry:
+        return read_map(split.dataroot, location, dividers)
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:

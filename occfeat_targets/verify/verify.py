@@ -6,26 +6,27 @@ Checksums find changes after writing (a flipped bit, a lost file). Recomputing k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
-from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
-from occfeat_targets.sources.nuscenes import find_dataroot
+from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image_reference
-from occfeat_targets.targets.labels import map_window
-from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
-from occfeat_targets.verify.slow_targets import SourceKeyframe, grid_from_ego, map_tables, occupancy_bounds, read_source
+from occfeat_targets.verify.slow_labels import Reference
+from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source, grid_from_ego, occupancy_bounds
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
@@ -100,28 +101,20 @@ def verify_source(
 ) -> Findings:
     """Recompute random keyframes from the data set with slow, independent code.
 
-    Raises ValueError if there is no data set at `dataroot`.
+    If the source has no such code, its own keyframes are used, and `progress` is told so.
+    Raises ValueError if there is no data set at `dataroot`, or it lacks a keyframe.
     """
     findings = Findings()
     reader = CacheReader(cache, allow_incomplete=True)
     finished = [i for shard in cache.finished_shards() for i in cache.shard_range(shard) if reader.is_valid[i]]
     chosen = sorted(np.random.default_rng(seed).permutation(finished)[:num_keyframes].tolist())
-    root, version = find_dataroot(dataroot, cache.provenance["split"], cache.provenance["version"])
-    spec = cache.spec
     tokens = [cache.identity.tokens[i] for i in chosen]
-    sources = read_source(root, version, tokens, spec.cameras, spec.num_sweeps)
-    maps = {}
-    if "map" in spec.labels:
-        locations = {source.location for source in sources.values()}
-        maps = {
-            location: MapGeometry.from_tables(map_tables(root, location), map_classes(spec.dividers))
-            for location in locations
-        }
+    reference = _read_slow_source(cache, dataroot, tokens, progress)
     for keyframe, token in zip(chosen, tokens, strict=True):
         found = [
             finding
             for check in (_calibration, _occupancy, _images, _features, _labels)
-            for finding in check(reader, keyframe, sources[token], maps)
+            for finding in check(reader, keyframe, reference, reference.keyframes[token])
         ]
         findings.problems += [f"sample {token}: {text}" for is_good, text in found if not is_good]
         line = f"sample {token}: " + "; ".join(text for _, text in found)
@@ -130,32 +123,48 @@ def verify_source(
     return findings
 
 
+def _read_slow_source(
+    cache: Cache, dataroot: Path, tokens: Sequence[str], progress: Callable[[str], None]
+) -> SlowSource:
+    source, spec, origin = open_source(cache.spec.source), cache.spec, cache.provenance
+    if source.slow_reader is not None:
+        reference: SlowSource = resolve_name(source.slow_reader)(dataroot, origin["version"], tokens, spec)
+    else:
+        progress(f"{spec.source} has no independent reader: paths, transforms and boxes are checked against themselves")
+        reference = as_slow_source(source, dataroot, origin["split"], origin["version"], spec)
+    missing = [token for token in tokens if token not in reference.keyframes]
+    if missing:
+        raise ValueError(f"{dataroot} has no sample {missing[0]}: pass the --dataroot that {cache.path} was built from")
+    return reference
+
+
 Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
-Maps = dict[str, MapGeometry]
 
 
-def _frames(spec: TargetSpec, source: SourceKeyframe) -> list[NDArray[np.float64]]:
+def _frames(spec: TargetSpec, source: Keyframe) -> list[NDArray[np.float64]]:
     return [grid_from_ego(source, frame, spec.cameras) for frame in spec.frames]
 
 
-def _calibration(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+def _calibration(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     scaled = [
-        np.diag([spec.image_size[1] / width, spec.image_size[0] / height, 1]) @ k
-        for k, (height, width) in zip(source.intrinsics, source.source_sizes, strict=True)
+        np.diag([spec.image_size[1] / view.source_size[1], spec.image_size[0] / view.source_size[0], 1])
+        @ view.intrinsics
+        for view in source.cameras
     ]
-    expected = {"intrinsics": scaled, "cam_from_ego": source.cam_from_ego, "grid_from_ego": _frames(spec, source)}
+    cam_from_ego = [view.cam_from_ego for view in source.cameras]
+    expected = {"intrinsics": scaled, "cam_from_ego": cam_from_ego, "grid_from_ego": _frames(spec, source)}
     worst = max(float(np.abs(reader.read(name, keyframe) - np.array(e)).max()) for name, e in expected.items())
     yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
 
 
-def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
     for volume, frame in zip(volumes, _frames(spec, source), strict=True):
         try:
-            must, may = occupancy_bounds(source, frame, spec.grid, spec.ego_box)
+            must, may = occupancy_bounds(reference, source, frame, spec.grid, spec.ego_box)
         except ValueError as err:
             yield False, str(err)
             return
@@ -163,17 +172,17 @@ def _occupancy(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps:
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} voxels wrong"
 
 
-def _images(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     cached = reader.read("images", keyframe)
     worst = np.inf
-    for image, path in zip(cached, source.images, strict=True):
-        (full,) = load_image_reference(path, [reader.cache.spec.image_size])
+    for image, view in zip(cached, source.cameras, strict=True):
+        (full,) = load_image_reference(view.path, [reader.cache.spec.image_size])
         error = float(np.mean((image.astype(np.float64) - full) ** 2))
         worst = min(worst, 10 * np.log10(255**2 / error) if error else np.inf)
     yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
 
 
-def _features(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if spec.teacher is None:
         return
@@ -182,7 +191,7 @@ def _features(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: 
     from occfeat_targets.targets.teacher import load_teacher
 
     teacher = load_teacher(replace(spec.teacher, dtype="float32"))
-    images = np.stack([load_image_reference(path, [spec.teacher.input_size])[0] for path in source.images])
+    images = np.stack([load_image_reference(view.path, [spec.teacher.input_size])[0] for view in source.cameras])
     expected = np.concatenate([teacher(image[None]) for image in images])
     cached = reader.read("features", keyframe).astype(np.float32)
     cosine = (expected * cached).sum(-1) / (np.linalg.norm(expected, axis=-1) * np.linalg.norm(cached, axis=-1) + 1e-12)
@@ -194,29 +203,19 @@ def _features(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: 
     yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
 
 
-def _labels(reader: CacheReader, keyframe: int, source: SourceKeyframe, maps: Maps) -> Checked:
+def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
+    kinds = [LABEL_KINDS[name] for name in spec.labels]
+    needs_maps = any("maps" in kind.needs for kind in kinds)
+    geometry = reference.read_map(source.location) if needs_maps else None
     wrong = 0
-    for i, frame in enumerate(_frames(spec, source)):
-        if "vehicles" in spec.labels:
-            *expected, is_decided = reference_vehicles(
-                source.vehicle_corners, source.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
-            )
-            for name, mask in zip(("vehicles", "vehicles_valid"), expected, strict=True):
-                cached = spec.grid.unpack_map(reader.read(f"labels/{name}", keyframe)[i])
-                wrong += int(((cached != mask) & is_decided).sum())
-        if "map" in spec.labels:
-            grid_from_global = frame @ np.linalg.inv(source.global_from_ego)
-            ground_z = source.global_from_ego[2, 3]
-            window = map_window(spec.grid, grid_from_global, ground_z, spec.divider_width)
-            masks, is_decided = reference_map(
-                maps[source.location].near(*window),
-                spec.grid,
-                grid_from_global,
-                ground_z,
-                line_width=spec.divider_width,
-            )
-            cached = spec.grid.unpack_map(reader.read("labels/map", keyframe)[i])
-            wrong += int(((cached != masks) & is_decided).sum())
+    for kind in kinds:
+        draw: Reference = resolve_name(kind.reference)
+        cached_masks, cached_valid = reader.read_labels(kind, keyframe)
+        for i, frame in enumerate(_frames(spec, source)):
+            masks, is_valid, is_decided = draw(source, spec, frame, geometry)
+            wrong += int(((cached_masks[i] != masks) & is_decided).sum())
+            if cached_valid is not None:
+                wrong += int(((cached_valid[i] != is_valid) & is_decided).sum())
     if spec.labels:
         yield wrong == 0, f"{wrong} label cells wrong"

@@ -1,4 +1,4 @@
-"""From a cache to batches: the samples of a run, their order, and prefetching.
+"""The samples of a run, in their order, read from a cache.
 
 The samples of a run are one stream: one permutation of the split per epoch, concatenated and cut into batches. The position
 in the stream determines all following samples, independently of the number of ranks, and no sample is dropped to fill a
@@ -7,11 +7,9 @@ batch.
 
 from __future__ import annotations
 
-import collections
 import hashlib
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -21,17 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import inverse_rigid
-from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.spec import EGO_FRAME
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
-from occfeat_train.data.batch import Batch
-
-EVALUATION_CAMERA = "CAM_FRONT"  # reference frame in evaluation (Simple-BEV)
-NEVER_REFERENCE = "CAM_FRONT_LEFT"  # Simple-BEV samples the reference camera from the other five
-CLASSES = {"vehicles": ("vehicles",), "map": MAP_CLASSES}
+from occfeat_train.data.batch import Batch, Sample, collate
+from occfeat_train.data.frames import reference_frames
 
 
 class KeyframeDataset:
@@ -47,27 +40,13 @@ class KeyframeDataset:
         self.reader, self.config, self.training = reader, config, training
         spec = reader.cache.spec
         self.grid = spec.grid
+        self._specs = {array.name: array for array in spec.arrays()}
         self._augment = config.augment if training else NO_AUGMENTATION
         self._frames = reference_frames(spec.frames, config.frame, training=training and config.augment.random_frame)
         self._require_large_images()
-        self.arrays = ["images"]
-        if config.task == "pretrain":
-            self.arrays.append("occupancy")
-            if config.loss.feat:
-                if spec.teacher is None:
-                    raise CacheError(
-                        f"{reader.cache.path} has no teacher features, which lambda={config.loss.feat:g} needs: build it "
-                        "with --teacher, or pretrain with --occ-only"
-                    )
-                self.arrays += ["features"] + ["feature_scale"] * (spec.feature_dtype == "int8")
-        elif config.task not in spec.labels:
-            raise CacheError(
-                f"{reader.cache.path} has no {config.task} labels (it has: {', '.join(spec.labels) or 'none'}): build it "
-                f"with --labels {config.task}, from a data set that has them"
-            )
-        labels = {"pretrain": [], "vehicles": ["labels/vehicles", "labels/vehicles_valid"], "map": ["labels/map"]}
-        read = [*self.arrays, *labels[config.task], "intrinsics", "cam_from_ego", "grid_from_ego"]
-        reader.cache.require_files(read)  # before training, not hours into the first epoch
+        self.arrays = ("images", *self._task_arrays())
+        # Before training, not hours into the first epoch.
+        reader.cache.require_files([*self.arrays, "intrinsics", "cam_from_ego", "grid_from_ego"])
         cameras = len(spec.cameras)
         if training and config.augment.num_cameras > cameras:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
@@ -112,133 +91,64 @@ class KeyframeDataset:
             f"with --image-size {needed[0]}x{needed[1]}{allowed}"
         )
 
+    def _task_arrays(self) -> list[str]:
+        cache, task = self.reader.cache, self.config.task
+        try:
+            names: list[str] = self.config.task_class.arrays(self.config, cache.spec)
+        except ValueError as err:
+            raise CacheError(f"{cache.path} has {err}") from err
+        missing = [name for name in names if name not in self._specs]
+        if missing:
+            raise CacheError(f"{cache.path} has no {', '.join(missing)}, which {task} reads: build a cache with it")
+        return names
+
     def stream(self, position: int) -> tuple[int, int]:
         """Position in the run's stream of samples -> (epoch, keyframe)."""
         epoch, offset = divmod(position, len(self))
         return epoch, int(self.keyframes[_permutation(self.config.seed, epoch, len(self))[offset]])
 
     def batch(self, samples: Sequence[tuple[int, int]]) -> Batch:
-        """Read (epoch, keyframe) pairs. Raises CacheError naming the sample if a chunk is damaged."""
-        spec, reader = self.reader.cache.spec, self.reader
-        cameras = len(spec.cameras)
-        columns: dict[str, list[Any]] = collections.defaultdict(list)
-        read = {a.name: np.empty((len(samples), *a.shape), a.dtype) for a in spec.arrays() if a.name in self.arrays}
-        for row, (epoch, keyframe) in enumerate(samples):
+        """Read (epoch, keyframe) pairs and compute the task's targets. Raises CacheError naming the sample if a chunk is damaged."""
+        task = self.config.task_class
+        images = np.empty((len(samples), *self._specs["images"].shape), np.uint8)
+        columns: dict[str, list[Any]] = defaultdict(list)
+        targets = []
+        for index, (epoch, keyframe) in enumerate(samples):
             rng = np.random.default_rng((self.config.seed, epoch, keyframe))
-            drawn = draw(rng, self._augment, self.config.network.image_size, cameras, self._frames)
+            drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], self._frames)
+            sample = self._read(index, keyframe, drawn.frame, images[index])
             for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
                 columns[name].append(getattr(drawn, name))
-            for name, array in read.items():
-                reader.read(name, keyframe, out=array[row])
-            grid_from_ego = reader.read("grid_from_ego", keyframe)[drawn.frame].astype(np.float64)
-            columns["cam_from_grid"].append(reader.read("cam_from_ego", keyframe) @ inverse_rigid(grid_from_ego))
-            columns["intrinsics"].append(reader.read("intrinsics", keyframe).astype(np.float64))
-            columns["frame"].append(drawn.frame)
-            if self.config.task == "vehicles":
-                columns["labels"].append(reader.read("labels/vehicles", keyframe)[drawn.frame][None])
-                columns["valid"].append(reader.read("labels/vehicles_valid", keyframe)[drawn.frame][None])
-            elif self.config.task == "map":
-                columns["labels"].append(reader.read("labels/map", keyframe)[drawn.frame])
-        if "occupancy" in read:
-            read["occupancy"] = read["occupancy"][np.arange(len(samples)), columns["frame"]]
-        columns.pop("frame")
-        tensors = {name: torch.from_numpy(array) for name, array in read.items()}
-        tensors |= {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
-        tokens = tuple(reader.cache.identity.tokens[keyframe] for _, keyframe in samples)
-        return Batch(tokens=tokens, grid=self.grid, **tensors)
+            for name in ("intrinsics", "cam_from_grid"):
+                columns[name].append(getattr(sample, name))
+            targets.append(task.targets(sample, self.config))
+        return Batch(
+            tokens=tuple(self.reader.cache.identity.tokens[keyframe] for _, keyframe in samples),
+            grid=self.grid,
+            images=torch.from_numpy(images),
+            arrays=collate(targets, task.ragged),
+            **{name: torch.from_numpy(np.stack(values)) for name, values in columns.items()},
+        )
+
+    def _read(self, index: int, keyframe: int, frame: int, images: NDArray[np.uint8]) -> Sample:
+        """One keyframe with its grid in reference frame number `frame`. images: where to read them to."""
+
+        def read(name: str) -> NDArray[Any]:
+            array = self.reader.read(name, keyframe)
+            return array[frame] if self._specs[name].dims[:1] == ("frame",) else array
+
+        grid_from_ego = read("grid_from_ego").astype(np.float64)
+        return Sample(
+            index=index,
+            grid=self.grid,
+            image_size=self.reader.cache.spec.image_size,
+            images=self.reader.read("images", keyframe, out=images),
+            intrinsics=read("intrinsics").astype(np.float64),
+            cam_from_grid=read("cam_from_ego") @ inverse_rigid(grid_from_ego),
+            arrays={name: read(name) for name in self.arrays if name != "images"},
+        )
 
 
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(length)
-
-
-def resolve_frame(available: Sequence[str], wanted: str) -> str:
-    """Resolve ``auto`` for a cache with these frames; other values are returned unchanged."""
-    if wanted != "auto":
-        return wanted
-    return EGO_FRAME if set(available) <= {EGO_FRAME} else "cameras"
-
-
-def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -> list[int]:
-    """Indices of a sample's possible reference frames: one in evaluation, several cameras in training.
-
-    wanted: ``auto`` (cameras where the cache has them), ``ego``, ``cameras``, or a camera's name.
-    Raises ValueError if the cache has no such frame.
-    """
-    cameras = [name for name in available if name != EGO_FRAME]
-    wanted = resolve_frame(available, wanted)
-    if wanted == "cameras":
-        if training:
-            names = [name for name in cameras if name != NEVER_REFERENCE] or cameras
-        else:
-            names = [EVALUATION_CAMERA] if EVALUATION_CAMERA in cameras or not cameras else cameras[:1]
-    else:
-        names = [wanted]
-    missing = [name for name in names if name not in available]
-    if missing or not names:
-        raise ValueError(
-            f"frame={wanted}: this cache has grids in {', '.join(available)}: choose one of them, or build it with --frames both"
-        )
-    return [list(available).index(name) for name in names]
-
-
-def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
-    """Every (100 / percent)-th scene of the split, in its order, at least one (paper 4.1 leaves the choice open).
-
-    scenes: scene name of each valid keyframe, in the split's order, so that every chosen scene has valid keyframes.
-    """
-    names = list(dict.fromkeys(scenes))
-    count = max(round(len(names) * percent / 100), 1)
-    return [names[i * len(names) // count] for i in range(count)]
-
-
-class Prefetcher:
-    """Iterates over batches that a pool of threads prefetches; reading releases the GIL.
-
-    For a GPU, batches are pinned and copied on a separate stream. `waited` is the time the loop waited for data [s].
-    """
-
-    def __init__(
-        self,
-        dataset: KeyframeDataset,
-        batches: Iterable[Sequence[tuple[int, int]]],
-        device: torch.device,
-        *,
-        workers: int = 2,
-        ahead: int = 4,
-    ) -> None:
-        self._dataset, self._batches, self._device = dataset, iter(batches), device
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
-        self._ahead = max(ahead, workers)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited = 0.0
-
-    def _load(self, samples: Sequence[tuple[int, int]]) -> tuple[Batch, torch.cuda.Event | None]:
-        batch = self._dataset.batch(samples)
-        if self._stream is None:
-            return batch, None
-        with torch.cuda.stream(self._stream):
-            batch = batch.pin_memory().to(self._device)
-            return batch, self._stream.record_event()
-
-    def __iter__(self) -> Iterator[Batch]:
-        pending: collections.deque[Future[tuple[Batch, torch.cuda.Event | None]]] = collections.deque()
-        try:
-            while True:
-                while len(pending) < self._ahead and (samples := next(self._batches, None)) is not None:
-                    pending.append(self._pool.submit(self._load, samples))
-                if not pending:
-                    return
-                start = time.perf_counter()
-                batch, event = pending.popleft().result()
-                self.waited += time.perf_counter() - start
-                if event is not None:
-                    stream = torch.cuda.current_stream(self._device)
-                    stream.wait_event(event)
-                    batch.record_stream(stream)
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
-            self._pool.shutdown(cancel_futures=True)

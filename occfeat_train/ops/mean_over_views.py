@@ -8,12 +8,12 @@ point, and where on its map.
 A point is in view of few cameras, and a (point, camera) pair has four taps. The mean is therefore computed as a sparse
 product of taps and tokens, and no samples per camera are stored. Three implementations: plain torch on any device; the
 Triton kernels of `mean_over_views_triton` for the lifting on a GPU, whose gradient uses atomic additions, so that its last
-bits differ between runs; and the numba kernel of `mean_over_views_numba` for targets on a CPU.
+bits differ between runs; and the numba kernel of `mean_over_views_numba` for targets in the loader's threads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops.devices import runs_triton
-from occfeat_train.ops.mean_over_views_numba import Precision, check_arguments, sample_voxel_features_numpy
-from occfeat_train.ops.views import Cameras, Views, check_shapes
+from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shapes
 
 
 @lru_cache(maxsize=8)
@@ -35,14 +34,6 @@ def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, T
         axis.clone().to(device) for axis in (centers[:, 0, 0, 2], centers[0, :, 0, 1], centers[0, 0, :, 0])
     )
     return up, forward, right
-
-
-def voxel_centers(grid: VoxelGrid, flat_index: Tensor) -> Tensor:
-    """(n,) flat C-order indices into (Z, H, W) -> (n, 3) float32 centres (right, forward, up) [m]; `grid.centers_of` on any device."""
-    up, forward, right = voxel_axes(grid, flat_index.device)
-    _, height, width = grid.shape
-    x, y, z = flat_index % width, flat_index // width % height, flat_index // (height * width)
-    return torch.stack([right[x], forward[y], up[z]], 1).float()
 
 
 def every_voxel(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +78,8 @@ def lift_triton(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
     """`lift` with the Triton kernels, for a GPU and any floating-point type except float64."""
     check_shapes(features, views)
     feature_size = features.shape[3], features.shape[4]
-    cameras = views.cameras
-    packed = [cameras.pixels_from_grid.flatten(-2), cameras.area, cameras.token_area(feature_size)]
-    packed_cameras = torch.cat(packed, -1).to(features.device, non_blocking=cameras.area.device.type == "cpu")
-    geometry = packed_cameras, cameras.image_size, feature_size, voxel_axes(grid, features.device)
+    cameras = views.cameras.to(features.device)
+    geometry = cameras.packed(feature_size), cameras.image_size, feature_size, voxel_axes(grid, features.device)
     volume: Tensor = _TritonLift.apply(to_tokens(features).contiguous(), geometry)
     return to_map(volume, grid)
 
@@ -135,12 +124,11 @@ class _TritonLift(torch.autograd.Function):
 class Taps:
     """Bilinear samples of n points in V maps: the (point, camera) pairs in view, sorted by point.
 
-    starts: (n + 1,) index of each point's first pair. points: (pairs,) index of a pair's point.
+    starts: (n + 1,) index of each point's first pair.
     tokens: (pairs, 4) index into V * h * w tokens. weights: (pairs, 4).
     """
 
     starts: Tensor
-    points: Tensor
     tokens: Tensor
     weights: Tensor
 
@@ -180,7 +168,7 @@ def taps_of(
     column, row = (t.flatten(0, -2)[point, cam] for t in (column, row))
     tokens, weights = bilinear_taps(column, row, feature_size, share[point].to(dtype))
     tokens += (cam * (feature_size[0] * feature_size[1]))[:, None]
-    return Taps(nn.functional.pad(is_seen.sum(1).cumsum(0), (1, 0)), point, tokens, weights)
+    return Taps(nn.functional.pad(is_seen.sum(1).cumsum(0), (1, 0)), tokens, weights)
 
 
 def sum_taps(tokens: Tensor, taps: Taps) -> Tensor:
@@ -195,78 +183,31 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# -- targets: given points --------------------------------------------------------------------------------------------
+# -- given points -----------------------------------------------------------------------------------------------------
 
 
 def sample_voxel_features(
     features: Tensor,
-    feature_scale: Tensor | None,
     cam_from_grid: Tensor,
     intrinsics: Tensor,
     image_size: tuple[int, int],
     centers: Tensor,
-    batch_index: Tensor | None = None,
-    *,
     area: Tensor | None = None,
-    dtype: Precision = "float16",
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the views of the bilinearly sampled teacher features at voxel centres (paper 3.3).
+    """Mean over the views of one sample's features at given points, on any device; zeros without a view.
 
-    Shapes are those of one sample. For a batch, every tensor except `centers` has a leading batch axis, and `batch_index`
-    is required.
-    features: (V, h, w, C) float16 or float32; or int8, with
-    feature_scale: (V, h, w) float16, the factor of each token's int8 values; None otherwise.
+    features: (V, h, w, C) of any float type.
     cam_from_grid: (V, 4, 4), that is cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
-    intrinsics: (V, 3, 3) of an image of
-    image_size: (height, width) pixels.
-    centers: (n, 3) voxel centres (right, forward, up) in the grid [m], of all samples.
-    batch_index: (n,) index of each voxel's sample, never decreasing, as `nonzero` returns it.
+    intrinsics: (V, 3, 3) of an image of image_size, (height, width) [px].
+    centers: (n, 3) points (right, forward, up) in the grid [m].
     area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
-    dtype: of the result. Arithmetic is float32, the projection float64.
 
-    Returns features (n, C) and num_views (n,) uint8, on the device of `features`. A voxel that no camera sees has
-    num_views 0 and zeros. A NaN or infinity in one of the four tokens around a projection propagates to the channel.
-    A CPU uses `sample_voxel_features_numpy`, without gradients. Other devices use plain torch.
+    Returns (n, C) float32, or float64 for float64 features, and num_views (n,) uint8. Gradients reach the features.
     Raises ValueError on shapes that don't fit.
     """
-    if features.device.type != "cpu":
-        return sample_voxel_features_torch(
-            features, feature_scale, cam_from_grid, intrinsics, image_size, centers, batch_index, area=area, dtype=dtype
-        )
-    tensors = (features, feature_scale, cam_from_grid, intrinsics, centers, batch_index, area)
-    arrays: list[Any] = [t if t is None else t.detach().numpy() for t in tensors]
-    maps, scale, cam, pinhole, points, index, rectangle = arrays
-    sampled, num_views = sample_voxel_features_numpy(
-        maps, scale, cam, pinhole, image_size, points, index, area=rectangle, dtype=dtype
-    )
-    return torch.from_numpy(sampled), torch.from_numpy(num_views)
-
-
-def sample_voxel_features_torch(
-    features: Tensor,
-    feature_scale: Tensor | None,
-    cam_from_grid: Tensor,
-    intrinsics: Tensor,
-    image_size: tuple[int, int],
-    centers: Tensor,
-    batch_index: Tensor | None = None,
-    *,
-    area: Tensor | None = None,
-    dtype: Precision = "float16",
-) -> tuple[Tensor, Tensor]:
-    """`sample_voxel_features` in plain torch, for any device. Gradients reach the features."""
-    check_arguments(features, feature_scale, cam_from_grid, intrinsics, centers, batch_index, area)
-    views, h, w, channels = features.shape[-4:]
-    tokens = features.to(_exact(features.dtype))
-    if feature_scale is not None:
-        tokens = tokens * feature_scale[..., None].float()
-    cameras, first = Cameras.of(intrinsics, cam_from_grid, image_size, area), None
-    if batch_index is not None:
-        sample = batch_index.long()
-        cameras, first = cameras[sample], sample * (views * h * w)
-    x, y, z = centers.double()[..., None].unbind(1)
-    taps = find_taps(cameras, (x, y, z), (h, w), tokens.dtype)
-    if first is not None:
-        taps = replace(taps, tokens=taps.tokens + first[taps.points][:, None])
-    sampled = sum_taps(tokens.reshape(-1, channels), taps)
-    return sampled.to(getattr(torch, dtype)), taps.starts.diff().to(torch.uint8)
+    check_arguments(features, None, cam_from_grid, intrinsics, centers, area)
+    x, y, z = centers.to(features.device, torch.float64)[..., None].unbind(1)
+    cameras = Cameras.of(intrinsics.detach(), cam_from_grid.detach(), image_size, area).to(features.device)
+    exact = _exact(features.dtype)
+    taps = find_taps(cameras, (x, y, z), (features.shape[1], features.shape[2]), exact)
+    return sum_taps(features.to(exact).flatten(0, 2), taps), taps.starts.diff().to(torch.uint8)

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from occfeat_train.ops.views import Cameras
+from occfeat_train.ops.views import Cameras, check_arguments
 
 _BLOCK = 256  # voxels projected at a time
-
-Precision = Literal["float16", "float32"]
 
 
 def sample_voxel_features_numpy(
@@ -26,68 +24,40 @@ def sample_voxel_features_numpy(
     intrinsics: NDArray[Any],
     image_size: tuple[int, int],
     centers: NDArray[Any],
-    batch_index: NDArray[np.integer[Any]] | None = None,
     *,
     area: NDArray[Any] | None = None,
-    dtype: Precision = "float16",
+    dtype: Literal["float16", "float32"] = "float16",
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """`mean_over_views.sample_voxel_features` on NumPy arrays."""
-    check_arguments(features, feature_scale, cam_from_grid, intrinsics, centers, batch_index, area)
-    views, h, w, channels = features.shape[-4:]
+    """Mean over the views of one sample's teacher features at voxel centres (paper 3.3).
+
+    features: (V, h, w, C) float16 or float32; or int8, with
+    feature_scale: (V, h, w) float16, the factor of each token's int8 values; None otherwise.
+    cam_from_grid: (V, 4, 4), that is cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
+    intrinsics: (V, 3, 3) of an image of image_size, (height, width) [px].
+    centers: (n, 3) voxel centres (right, forward, up) in the grid [m].
+    area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    dtype: of the result. Arithmetic is float32, the projection float64.
+
+    Returns features (n, C) and num_views (n,) uint8. A voxel that no camera sees has num_views 0 and zeros. A NaN or
+    infinity in one of the four tokens around a projection propagates to the channel.
+    Raises ValueError on shapes that don't fit.
+    """
+    check_arguments(features, feature_scale, cam_from_grid, intrinsics, centers, area)
+    views, h, w, channels = features.shape
     if features.dtype not in (np.float16, np.float32, np.int8):
         raise ValueError(f"features are {features.dtype}: expected float16, float32, or int8 with feature_scale")
-    maps = np.ascontiguousarray(features).reshape(-1, views, h * w, channels)
+    maps = np.ascontiguousarray(features).reshape(views, h * w, channels)
     if maps.dtype == np.float16:
         maps = torch.from_numpy(maps).float().numpy()  # several times faster than NumPy
     scale = None
     if feature_scale is not None:
-        scale = np.ascontiguousarray(feature_scale, np.float32).reshape(-1, views, h * w)
+        scale = np.ascontiguousarray(feature_scale, np.float32).reshape(views, h * w)
     matrices = torch.from_numpy(intrinsics.astype(np.float64) @ cam_from_grid[..., :3, :].astype(np.float64))
     cameras = Cameras.from_matrices(matrices, image_size, None if area is None else torch.from_numpy(area))
-    geometry = matrices.flatten(-2), cameras.area, cameras.token_area((h, w))
-    packed = torch.cat(geometry, -1).reshape(-1, views, 20).numpy()
-    points = np.ascontiguousarray(centers, np.float32)
-    ends = [len(points)]
-    if batch_index is not None:
-        ends = np.searchsorted(batch_index, np.arange(len(maps)), side="right").tolist()
-        if ends[-1] != len(points) or (len(points) and batch_index[0] < 0) or (np.diff(batch_index) < 0).any():
-            raise ValueError(f"batch_index decreases or leaves 0..{len(maps) - 1}: sort the voxels by sample")
-    out = np.empty((len(points), channels), np.float32)
-    num_views = np.empty(len(points), np.uint8)
-    start = 0
-    for sample, end in enumerate(ends):
-        one_scale = None if scale is None else scale[sample]
-        _sample(maps[sample], one_scale, (h, w), packed[sample], float(image_size[1]), float(image_size[0]),
-                points[start:end], out[start:end], num_views[start:end])  # fmt: skip
-        start = end
+    out, num_views = np.empty((len(centers), channels), np.float32), np.empty(len(centers), np.uint8)
+    _sample(maps, scale, (h, w), cameras.packed((h, w)).numpy(), float(image_size[1]), float(image_size[0]),
+            np.ascontiguousarray(centers, np.float32), out, num_views)  # fmt: skip
     return out if dtype == "float32" else torch.from_numpy(out).half().numpy(), num_views
-
-
-def check_arguments(
-    features: Any, feature_scale: Any, cam_from_grid: Any, intrinsics: Any, centers: Any, batch_index: Any, area: Any
-) -> None:
-    """Raises ValueError on shapes that do not match. Takes tensors or arrays."""
-    lead = tuple(features.shape[:-3])
-    if len(lead) != (1 if batch_index is None else 2):
-        raise ValueError(
-            f"features of shape {tuple(features.shape)} with{'out' if batch_index is None else ''} a batch_index: "
-            "expected (V, h, w, C), or (B, V, h, w, C) and a batch_index"
-        )
-    expected = {
-        "cam_from_grid": (cam_from_grid, (*lead, 4, 4)),
-        "intrinsics": (intrinsics, (*lead, 3, 3)),
-        "area": (area, (*lead, 4)),
-        "centers": (centers, (centers.shape[0], 3)),
-        "feature_scale": (feature_scale, tuple(features.shape[:-1])),
-        "batch_index": (batch_index, (centers.shape[0],)),
-    }
-    for name, (array, shape) in expected.items():
-        if array is not None and tuple(array.shape) != shape:
-            raise ValueError(
-                f"{name} of shape {tuple(array.shape)} beside features of {tuple(features.shape)}: expected {shape}"
-            )
-    if ("int8" in str(features.dtype)) != (feature_scale is not None):
-        raise ValueError(f"features are {features.dtype}: int8 needs feature_scale, other types must not have it")
 
 
 @numba.njit(inline="always")
@@ -119,9 +89,7 @@ def _sample(
     maps: NDArray[Any],  # (V, h * w, C) float32 or int8
     scale: NDArray[np.float32] | None,  # (V, h * w)
     size: tuple[int, int],  # h, w
-    cameras: NDArray[
-        np.float64
-    ],  # (V, 20): pixels_from_grid (3, 4), area (4,) [px], token_area (4,); see `views.Cameras`
+    cameras: NDArray[np.float64],  # (V, 20), see `views.Cameras.packed`
     width: float,
     height: float,
     centers: NDArray[np.float32],  # (n, 3)

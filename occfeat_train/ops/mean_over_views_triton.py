@@ -27,7 +27,7 @@ _WARPS = 4
 
 def gather_tokens(
     tokens: Tensor,  # (B, V * h * w, C)
-    cameras: Tensor,  # (B, V, 20) float64: pixels_from_grid (3, 4), area (4,) [px], token_area (4,); see `views.Cameras`
+    cameras: Tensor,  # (B, V, 20) float64, see `views.Cameras.packed`
     image_size: tuple[int, int],  # height, width [px]
     feature_size: tuple[int, int],  # h, w
     axes: tuple[Tensor, Tensor, Tensor],  # float64 centres up (Z,), forward (H,), right (W,) [m]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Projection(NamedTuple):
 
 @dataclass(frozen=True)
 class Cameras:
-    """Projections from the grid into V cameras; leading axes are samples, or points that each have a sample's cameras.
+    """Projections from the grid into V cameras; with a leading axis for the samples of a batch.
 
     pixels_from_grid: (..., V, 3, 4) float64, intrinsics @ cam_from_grid. area: (..., V, 4) float64 (top, left, bottom, right) [px].
     image_size: (height, width) [px].
@@ -85,8 +85,7 @@ class Cameras:
             area[..., 2], area[..., 3] = image_size  # filled on the device, so that the host does not wait
         return cls(pixels_from_grid, area.to(pixels_from_grid), image_size)
 
-    def __getitem__(self, sample: int | Tensor) -> Cameras:
-        """The cameras of one sample, or of each point's sample."""
+    def __getitem__(self, sample: int) -> Cameras:
         return Cameras(self.pixels_from_grid[sample], self.area[sample], self.image_size)
 
     def to(self, device: torch.device) -> Cameras:
@@ -129,6 +128,10 @@ class Cameras:
         last = [(bottom * h / height - 1).clamp(max=h - 1), (right * w / width - 1).clamp(max=w - 1)]
         return torch.stack([*first, *(torch.maximum(a, b) for a, b in zip(first, last, strict=True))], -1)
 
+    def packed(self, feature_size: tuple[int, int]) -> Tensor:
+        """(..., V, 20) for the kernels: pixels_from_grid (12), area (4), token_area (4)."""
+        return torch.cat([self.pixels_from_grid.flatten(-2), self.area, self.token_area(feature_size)], -1)
+
     def to_tokens(self, u: Tensor, v: Tensor, feature_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Pixels -> (column, row) in tokens of maps of (h, w) tokens; 0 is the centre of the first token.
 
@@ -155,3 +158,26 @@ def check_shapes(features: Tensor, views: Views) -> None:
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} beside features of {tuple(features.shape)}: expected {expected}"
             )
+
+
+def check_arguments(
+    features: Any, feature_scale: Any, cam_from_grid: Any, intrinsics: Any, centers: Any, area: Any
+) -> None:
+    """Raises ValueError unless tensors or arrays are features (V, h, w, C) of one sample and its cameras, and points (n, 3)."""
+    if len(features.shape) != 4:
+        raise ValueError(f"features of shape {tuple(features.shape)}: expected (V, h, w, C)")
+    views = features.shape[0]
+    expected = {
+        "cam_from_grid": (cam_from_grid, (views, 4, 4)),
+        "intrinsics": (intrinsics, (views, 3, 3)),
+        "area": (area, (views, 4)),
+        "centers": (centers, (centers.shape[0], 3)),
+        "feature_scale": (feature_scale, tuple(features.shape[:-1])),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and tuple(array.shape) != shape:
+            raise ValueError(
+                f"{name} of shape {tuple(array.shape)} beside features of {tuple(features.shape)}: expected {shape}"
+            )
+    if ("int8" in str(features.dtype)) != (feature_scale is not None):
+        raise ValueError(f"features are {features.dtype}: int8 needs feature_scale, other types must not have it")

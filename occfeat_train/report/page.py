@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_train.config import TASKS
-from occfeat_train.data.dataset import CLASSES
+from occfeat_train.config import PRETEXTS
 from occfeat_train.distributed import Process
 from occfeat_train.report import figures
 from occfeat_train.report.markup import STYLE, height_key, key, number, percent, picture, row_of, swatch, table
@@ -23,7 +23,7 @@ from occfeat_train.report.runs import Prediction, Run, load_runs
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
-HEADINGS = {"pretrain": "Pretraining", "vehicles": "Vehicles", "map": "Map"}
+HEADINGS = {"occfeat": "Pretraining", "vehicles": "Vehicles", "map": "Map"}
 CURVES = {
     "loss": "loss", "occupancy": "occupancy loss (eq. 2)", "features": "feature loss (eq. 3)", "lr": "learning rate",
     "occupancy_iou": "validation: occupancy IoU [%]", "cosine": "validation: mean cosine",
@@ -62,12 +62,12 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         f"{len(runs[0].dataset)} keyframes of the split, with predictions for {len(chosen)} of them.</p>"
     )
     yield from paper_section(runs, describe_data(cache.provenance, int(reader.is_valid.sum())))
-    for task in TASKS:
+    for task in (*PRETEXTS, *LABEL_KINDS):
         group = [run for run in runs if run.task == task]
         if group:
             yield from results_section(task, group)
     yield "<h2>Training</h2>"
-    for task in TASKS:
+    for task in (*PRETEXTS, *LABEL_KINDS):
         group = [run for run in runs if run.task == task]
         if group:
             yield from curves_section(task, group)
@@ -77,9 +77,9 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         png = figures.draw_cameras(reader.read("images", keyframe))
         yield f'<div class="row">{picture(png, ", ".join(cache.spec.cameras), "wide")}</div>'
         for run, fitted in zip(runs, colors, strict=True):
-            if run.task == "pretrain":
+            if run.config.is_pretext:
                 yield from pretraining_section(run, run.predictions[row], fitted)
-        for task in TASKS[1:]:
+        for task in LABEL_KINDS:
             group = [run for run in runs if run.task == task]
             if group:
                 yield from segmentation_section(task, group, row)
@@ -106,7 +106,7 @@ def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterab
 def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
     """A table of metrics over the whole split."""
     yield f"<h2>{HEADINGS[task]}: the whole split</h2>"
-    if task == "pretrain":
+    if task in PRETEXTS:
         rows = [
             [run_name(run), percent(run.results["occupancy_iou"]), number(run.results["cosine"], 3), run.source]
             for run in runs
@@ -146,7 +146,7 @@ def unbroken(text: str) -> str:
 def initial_weights(initial: str) -> str:
     """RunInfo.initial without directories: ``r1, step 42`` for a pretraining, or the backbone weights."""
     text, _, kind = initial.rpartition(" (")
-    if kind == "pretrain)":
+    if kind.removesuffix(")") in PRETEXTS:
         path = Path(text)
         return html.escape(f"pretrained: {path.parent.parent.name}, step {int(path.name.removeprefix('step-'))}")
     return html.escape(initial.replace("backbone weights: none", "none (random)"))
@@ -198,7 +198,7 @@ def pretraining_section(run: Run, prediction: Prediction, colors: figures.Featur
         "mean cosine": number(prediction.results["cosine"], 3),
     }
     text = ", ".join(f"{name} {value}" for name, value in merits.items())
-    yield f"<h3>{HEADINGS['pretrain']}: {run_name(run)} <small>{text}, on this keyframe</small></h3>"
+    yield f"<h3>{HEADINGS[run.task]}: {run_name(run)} <small>{text}, on this keyframe</small></h3>"
     maps = {"true occupancy, highest cell": figures.highest_colors(true)}
     if predicted is not None:
         maps["predicted occupancy, highest cell"] = figures.highest_colors(predicted)
@@ -242,7 +242,7 @@ def segmentation_pictures(run: Run, prediction: Prediction) -> Iterable[tuple[by
         blue = figures.probability_colors(probability[0])
         caption = f"{run.name}: probability in blue, ground truth outlined"
         yield figures.draw_map(blue, grid, pose, outlined=true[0]), caption
-    for k, name in enumerate(CLASSES[run.task]):
+    for k, name in enumerate(LABEL_KINDS[run.task].classes):
         colors = figures.outcome_colors(predicted[k], true[k], valid)
         caption = f"{run.name}: {name.replace('_', ' ')}, right or wrong"
         yield figures.draw_map(colors, grid, pose, hatched=~valid), caption

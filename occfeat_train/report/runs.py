@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_train.config import Config, Task
+from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, move_to_device
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import move_to_device
 from occfeat_train.tasks.losses import feature_loss
 from occfeat_train.tasks.pretraining import Pretraining
+from occfeat_train.tasks.segmentation import Segmentation
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.log import read_log
@@ -72,7 +74,7 @@ class Run:
     predictions: list[Prediction]
 
     @property
-    def task(self) -> Task:
+    def task(self) -> str:
         return self.config.task
 
     @property
@@ -130,7 +132,7 @@ def evenly_spread(keyframes: NDArray[np.integer[Any]], count: int) -> list[int]:
 
 
 def read_or_evaluate(
-    path: Path, split: str, checkpoint: Checkpoint, task: AnyTask, dataset: KeyframeDataset, process: Process
+    path: Path, split: str, checkpoint: Checkpoint, task: Task, dataset: KeyframeDataset, process: Process
 ) -> tuple[dict[str, Any], str]:
     """Results from RUN/evaluation/SPLIT.json if it matches weights, keyframes and frame, else from a new evaluation; and the source."""
     file = path / "evaluation" / f"{split}.json"
@@ -142,7 +144,7 @@ def read_or_evaluate(
 
 
 @torch.no_grad()
-def predict(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Process) -> Prediction:
+def predict(task: Task, dataset: KeyframeDataset, keyframe: int, process: Process) -> Prediction:
     """The outputs of a network for one keyframe, computed as in evaluation."""
     move_to_device(task, process.device)
     task.eval()
@@ -153,8 +155,9 @@ def predict(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Pro
     with autocast(process.device, task.config.precision):
         if isinstance(task, Pretraining):
             return _predict_pretraining(task, batch, grid_from_ego)
+        assert isinstance(task, Segmentation)
         logits = task.logits(batch)
-        metric, (labels, valid) = task.metric(), batch.map_labels()
+        metric, (labels, valid) = task.metric(), task.labels(batch)
         metric.update(logits, labels, valid)
     return Prediction(
         grid_from_ego,
@@ -167,10 +170,8 @@ def predict(task: AnyTask, dataset: KeyframeDataset, keyframe: int, process: Pro
 
 
 def _predict_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np.float64]) -> Prediction:
-    bev = task.network(batch.views(task.config.network.image_size), batch.bev_flip)
-    occupied = batch.occupied()
-    voxels, target = task.targets(batch, occupied) if task.config.loss.feat else (None, None)
-    logits, features = task.head(bev, voxels)
+    occupied, voxels, target = batch.volume("occupancy"), batch.arrays.get("voxels"), batch.arrays.get("features")
+    logits, features = task.head(task.bev(batch), voxels)
     cosine = None
     if voxels is not None and target is not None:
         _, cosine = feature_loss(features, target, torch.zeros_like(voxels), 1)

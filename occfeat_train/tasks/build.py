@@ -9,13 +9,10 @@ from torch import nn
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import Config
 from occfeat_train.networks.network import build_network
-from occfeat_train.tasks.pretraining import Pretraining
-from occfeat_train.tasks.segmentation import Segmentation
-
-AnyTask = Pretraining | Segmentation
+from occfeat_train.tasks.base import Task
 
 
-def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
+def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> Task:
     """A task with initial weights that depend only on config and seed. feature_dim: N_y of the cache's teacher."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -28,12 +25,11 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> AnyTask:
             config.network.compat,
             config.network.recompute,
         )
-        if config.task == "pretrain":
-            return Pretraining(network, config, grid, feature_dim)
-        return Segmentation(network, config, grid)
+        task: Task = config.task_class(network, config, grid, feature_dim)
+        return task
 
 
-def move_to_device(task: AnyTask, device: torch.device) -> None:
+def move_to_device(task: Task, device: torch.device) -> None:
     """Move a task to a device, with the weights of convolutions in channels-last format."""
     task.to(device)
     task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

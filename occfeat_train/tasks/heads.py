@@ -185,8 +185,3 @@ class SegmentationHead(nn.Sequential):
             nn.ReLU(),
             nn.Conv2d(channels, classes, 1),
         )
-
-
-def voxel_rows(occupied: Tensor) -> Tensor:
-    """(B, Z, H, W) bool -> (n,) flat indices of the true voxels, sorted by sample."""
-    return torch.nonzero(occupied.reshape(-1)).reshape(-1)

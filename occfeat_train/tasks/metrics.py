@@ -6,19 +6,60 @@ mean of per-batch IoUs is a different number (46.6 against 47.4 on one of their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.distributed import sum_over_processes
+from occfeat_train.distributed import gather, sum_over_processes
 
 THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)  # BEVFusion's
 HALF = THRESHOLDS.index(0.5)
 DISTANCES = ((0.0, 20.0), (20.0, 35.0), (35.0, float("inf")))  # [m] from the grid's origin
+
+
+class Metric(Protocol):
+    """A metric over a data set, which a task's `measure` updates."""
+
+    num_samples: int
+
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+
+    def results(self) -> dict[str, Any]:
+        """{quantity: value}, as JSON."""
+
+    def lines(self) -> list[str]:
+        """The results as lines of a table."""
+
+
+class LossMetric:
+    """The mean of each loss over all samples."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.sums: dict[str, float] = {}
+
+    def update(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
+        """losses: means over a batch's samples, scalars."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.item() * num_samples
+        self.num_samples += num_samples
+
+    def reduce(self) -> None:
+        sums = gather(list(self.sums.items()))  # a rank without samples has none
+        self.sums = {name: sum(value for other, value in sums if other == name) for name, _ in sums}
+        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
+
+    def results(self) -> dict[str, Any]:
+        return {"samples": self.num_samples, **{name: total / self.num_samples for name, total in self.sums.items()}}
+
+    def lines(self) -> list[str]:
+        means = {name: value for name, value in self.results().items() if name != "samples"}
+        return [f"{self.num_samples} samples", *(f"{name:36} {value:6.4g}" for name, value in means.items())]
 
 
 class SegmentationMetric:

@@ -1,31 +1,34 @@
-"""OccFeat's pretext task: occupancy and teacher features of voxels (eq. 1 to 3).
-
-`forward` takes a batch and returns the losses, so that DDP and torch.compile see the whole step.
-"""
+"""OccFeat's pretext task: occupancy and teacher features of voxels (eq. 1 to 3)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
-from occfeat_train.data.batch import Batch
+from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.tasks.heads import OccFeatHead, voxel_rows
+from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from occfeat_train.tasks.metrics import PretrainingMetric
 
 
-class Pretraining(nn.Module):
+class Pretraining(Task):
     """L = L_occ + lambda L_feat (eq. 1). A loss with weight 0 is not computed and has no projection layer."""
 
+    head: OccFeatHead
+    ragged: ClassVar = ("voxels", "features")
+
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
-        super().__init__()
-        self.config, self.grid = config, grid
-        self.network = network
+        super().__init__(network, config, grid, feature_dim)
         self.head = OccFeatHead(
             config.network.channels,
             grid.shape[0],
@@ -33,40 +36,64 @@ class Pretraining(nn.Module):
             occupancy=config.loss.occ > 0,
         )
 
+    @staticmethod
+    def arrays(config: Config, spec: TargetSpec) -> list[str]:
+        if not config.loss.feat:
+            return ["occupancy"]
+        if spec.teacher is None:
+            raise ValueError(
+                f"no teacher features, which lambda={config.loss.feat:g} needs: build it with --teacher, or pretrain with "
+                "--occ-only"
+            )
+        return ["occupancy", "features"] + ["feature_scale"] * (spec.feature_dtype == "int8")
+
+    @staticmethod
+    def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
+        """Packed occupancy, and of the n occupied voxels that at least one camera sees, with a feature loss:
+
+        voxels: (n,) int64 flat indices into the batch's (B, Z, H, W). features: (n, N_y) float16, Y_v of paper 3.3. They are
+        sampled from features of the cached images, because only the student's images are augmented.
+        """
+        occupancy = sample.arrays["occupancy"]
+        if not config.loss.feat:
+            return {"occupancy": occupancy}
+        voxels = np.flatnonzero(sample.grid.unpack_volume(occupancy))
+        features, num_views = sample_voxel_features_numpy(
+            sample.arrays["features"],
+            sample.arrays.get("feature_scale"),
+            sample.cam_from_grid,
+            sample.intrinsics,
+            sample.image_size,
+            sample.grid.centers_of(voxels),
+        )
+        seen = num_views > 0
+        voxels = voxels[seen] + sample.index * sample.grid.num_voxels
+        return {"occupancy": occupancy, "voxels": voxels, "features": features[seen]}
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": eq. 1, "occupancy": eq. 2, "features": eq. 3}, scalars."""
-        occupied = batch.occupied()
-        logits, _, feat = self._outputs(batch, occupied)
+        logits, _, feat = self._outputs(batch)
         losses: dict[str, Tensor] = {}
         if logits is not None:
-            losses["occupancy"] = occupancy_loss(logits, occupied)
+            losses["occupancy"] = occupancy_loss(logits, batch.volume("occupancy"))
         if feat is not None:
             losses["features"] = feat
         weights = {"occupancy": self.config.loss.occ, "features": self.config.loss.feat}
         return {"loss": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(), **losses}
 
-    def _outputs(self, batch: Batch, occupied: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _outputs(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Occupancy logits, cosines of the distilled voxels, and eq. 3; None for outputs that this run does not have."""
-        bev = self.network(batch.views(self.config.network.image_size), batch.bev_flip)
+        bev = self.bev(batch)
         if not self.config.loss.feat:
             return self.head(bev, None)[0], None, None
-        voxels, target = self.targets(batch, occupied)
+        voxels, target = batch.arrays["voxels"], batch.arrays["features"]
         logits, predicted = self.head(bev, voxels)
         feat, cosine = feature_loss(predicted, target, voxels // self.grid.num_voxels, len(batch))
         return logits, cosine, feat
-
-    @staticmethod
-    def targets(batch: Batch, occupied: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat indices (n,) and Y_v (n, N_y) of the `occupied` voxels (B, Z, H, W) that at least one camera sees."""
-        voxels = voxel_rows(occupied)
-        target, num_views = batch.voxel_targets(voxels)
-        seen = num_views > 0
-        return voxels[seen], target[seen]
 
     def metric(self) -> PretrainingMetric:
         return PretrainingMetric()
 
     def measure(self, batch: Batch, metric: Any) -> None:
-        occupied = batch.occupied()
-        logits, cosine, _ = self._outputs(batch, occupied)
-        metric.update(logits, occupied, cosine)
+        logits, cosine, _ = self._outputs(batch)
+        metric.update(logits, batch.volume("occupancy"), cosine)

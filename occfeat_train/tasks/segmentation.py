@@ -1,40 +1,66 @@
-"""BEV segmentation of vehicles or map classes. `forward` takes a batch and returns its loss."""
+"""BEV segmentation: the task of every kind of label."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
-from occfeat_train.data.batch import Batch
-from occfeat_train.data.dataset import CLASSES
+from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
+from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import SegmentationHead
 from occfeat_train.tasks.losses import segmentation_loss
 from occfeat_train.tasks.metrics import SegmentationMetric
 
 
-class Segmentation(nn.Module):
-    """Binary segmentation of the BEV plane for vehicles or for each map class."""
+class Segmentation(Task):
+    """Binary segmentation of the BEV plane for each class of a kind of label (`config.task`)."""
 
-    def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid) -> None:
-        super().__init__()
-        self.config, self.grid = config, grid
-        self.classes = CLASSES[config.task]
-        self.network = network
+    def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
+        super().__init__(network, config, grid, feature_dim)
+        self.classes = LABEL_KINDS[config.task].classes
         self.head = SegmentationHead(config.network.channels, len(self.classes))
+
+    @staticmethod
+    def arrays(config: Config, spec: TargetSpec) -> list[str]:
+        kind = config.task
+        if kind not in spec.labels:
+            raise ValueError(
+                f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --labels {kind}, from a data "
+                "set that has them"
+            )
+        return list(LABEL_KINDS[kind].arrays)
+
+    @staticmethod
+    def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
+        """labels: (K, H, packed) uint8; valid: (1, H, packed), absent if every cell is valid."""
+        shape = (-1, sample.grid.map_shape[0], sample.grid.map_row_bytes)
+        names = zip(LABEL_KINDS[config.task].arrays, ("labels", "valid"), strict=False)
+        return {name: sample.arrays[array].reshape(shape) for array, name in names}
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes, H, W)."""
-        return self.head(self.network(batch.views(self.config.network.image_size), batch.bev_flip))
+        logits: Tensor = self.head(self.bev(batch))
+        return logits
+
+    @staticmethod
+    def labels(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Labels (B, classes, H, W) and validity (B, 1, H, W), both bool."""
+        labels = batch.maps("labels")
+        return labels, batch.maps("valid") if "valid" in batch.arrays else torch.ones_like(labels[:, :1])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": segmentation_loss(self.logits(batch), *batch.map_labels(), self.config.loss.pos_weight)}
+        return {"loss": segmentation_loss(self.logits(batch), *self.labels(batch), self.config.loss.pos_weight)}
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(self.classes, self.grid)
 
     def measure(self, batch: Batch, metric: Any) -> None:
-        metric.update(self.logits(batch), *batch.map_labels())
+        metric.update(self.logits(batch), *self.labels(batch))

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, move_to_device
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import move_to_device
 from occfeat_train.training.loop import autocast
 
 
 @torch.no_grad()
 def evaluate(
-    task: AnyTask,
+    task: Task,
     dataset: KeyframeDataset,
     process: Process,
     *,

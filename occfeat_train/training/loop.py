@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_train.config import Config
-from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
-from occfeat_train.distributed import Process, average_statistics, gather_strings, sum_over_processes
-from occfeat_train.tasks.build import AnyTask, freeze_batchnorm, move_to_device
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.prefetch import Prefetcher
+from occfeat_train.distributed import Process, average_statistics, gather, sum_over_processes
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import freeze_batchnorm, move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, load_weights, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
 from occfeat_train.training.optim import build_optimizer
@@ -50,14 +52,14 @@ class TrainingError(ValueError):
 
 
 def train(
-    task: AnyTask,
+    task: Task,
     info: RunInfo,
     dataset: KeyframeDataset,
     run: Path,
     process: Process,
     resume: Checkpoint | None,
     options: LoopOptions,
-    validate: Callable[[AnyTask], dict[str, Any]] | None = None,
+    validate: Callable[[Task], dict[str, Any]] | None = None,
 ) -> bool:
     """Train a task to its last step, or until SIGTERM or SIGUSR1.
 
@@ -124,7 +126,7 @@ def train(
                 if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
                     raise TrainingError(
                         f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
-                        f"{', '.join(gather_strings(tokens))}. Nothing was saved after it; the newest checkpoint in {run} is intact. "
+                        f"{', '.join(gather(tokens))}. Nothing was saved after it; the newest checkpoint in {run} is intact. "
                         "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
                     )
                 optimizer.step()
@@ -203,7 +205,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def set_training(task: AnyTask, config: Config) -> None:
+def set_training(task: Task, config: Config) -> None:
     """Set training mode; frozen BatchNorms stay in evaluation mode."""
     task.train()
     if config.network.freeze_batchnorm:

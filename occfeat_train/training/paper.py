@@ -38,13 +38,19 @@ class Difference:
 def nearest_row(info: RunInfo) -> str:
     """Name of the paper's preset of the same task and label share with the fewest differences from a run; its own preset wins ties.
 
+    A task that the paper does not have differs in `task`.
     `--occ-only` or `--lambda 0.1` with the default preset is therefore compared with the row of that name.
     """
-    rows = [name for name, row in PRESETS.items() if name.startswith("table") and row.task == info.config.task]
+    rows = [name for name in PRESETS if name.startswith("table")]
 
-    def distance(name: str) -> tuple[bool, int, bool]:
+    def distance(name: str) -> tuple[bool, bool, int, bool]:
         row = PRESETS[name]
-        return row.labels != info.config.labels, len(_config_differences(info.config, row)), name != info.preset
+        return (
+            row.task != info.config.task,
+            row.labels != info.config.labels,
+            len(_config_differences(info.config, row)),
+            name != info.preset,
+        )
 
     return min(rows, key=distance)
 
@@ -53,7 +59,8 @@ def differences(info: RunInfo) -> list[Difference]:
     """Differences of a run from `nearest_row`, and of the runs whose weights it started from."""
     found = _config_differences(info.config, PRESETS[nearest_row(info)])
     targets, paper = _flat({"grid": info.grid.to_dict(), **info.targets}), _flat(TARGETS.to_dict())
-    reads_teacher = info.config.task == "pretrain" and info.config.loss.feat > 0
+    config = info.config
+    reads_teacher = config.is_pretext and "features" in config.task_class.arrays(config, TARGETS)
     left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
     found += _compare(
         {f"targets.{name}": value for name, value in targets.items() if name not in left_out},
@@ -66,7 +73,7 @@ def differences(info: RunInfo) -> list[Difference]:
             found.append(Difference("upsampling", f"from {_text(cached)} to up to {_text(largest)} pixels", "none"))
     if info.parent is not None:
         kind = info.parent.config.task
-        if kind != "pretrain" or info.config.task == "pretrain":
+        if config.is_pretext or not info.parent.config.is_pretext:
             found.append(Difference("initial weights", f"a run of {kind}", "a pretraining, or the backbone's"))
         found += [replace(other, field=f"{kind}: {other.field}") for other in differences(info.parent)]
     return found

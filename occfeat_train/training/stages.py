@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ import torch.distributed as dist
 
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import FIXED, MEANING, Config
-from occfeat_train.data.dataset import KeyframeDataset, label_scenes, resolve_frame
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.frames import resolve_frame
+from occfeat_train.data.label_scenes import label_scenes, read_scenes
 from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.networks.encoder import DEFAULT_WEIGHTS, load_backbone_weights
-from occfeat_train.tasks.build import AnyTask, build_task, count_parameters
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -83,7 +86,7 @@ def run_training(
     validate = None
     if held_out is not None:
 
-        def validate(task: AnyTask) -> dict[str, Any]:
+        def validate(task: Task) -> dict[str, Any]:
             metric = evaluate(task, held_out, process, workers=run_options.loop.workers, progress=False)
             return dict(metric.results())
 
@@ -124,7 +127,7 @@ def prepare(
     usable = list(
         dict.fromkeys(s for s, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid)
     )
-    if config.task != "pretrain":
+    if not config.is_pretext:
         scenes = read_scenes(scenes_file, usable) if scenes_file else label_scenes(usable, config.labels)
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
     feature_dim = spec.teacher.dim if spec.teacher is not None else 0
@@ -255,7 +258,7 @@ def measured(checkpoint: Checkpoint, dataset: KeyframeDataset) -> dict[str, Any]
 
 def prepare_evaluation(
     path: Path, run_options: RunOptions, frame: str | None
-) -> tuple[Checkpoint, KeyframeDataset, AnyTask]:
+) -> tuple[Checkpoint, KeyframeDataset, Task]:
     """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError."""
     checkpoint = find_checkpoint(path)
     info = checkpoint.info
@@ -287,21 +290,6 @@ def require_same_features(dataset: KeyframeDataset, dim: int, of: str) -> None:
         )
 
 
-def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
-    """Scene names from a file, one per line, with comments after #. Raises ValueError if a scene is not available."""
-    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
-    names = list(dict.fromkeys(line for line in lines if line))
-    known = set(available)
-    missing = [name for name in names if name not in known]
-    if missing or not names:
-        raise ValueError(
-            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
-            + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
-            + ": correct the list, or build a cache that has them"
-        )
-    return names
-
-
 def describe_initial(config: Config, start: Checkpoint | None) -> str:
     if start is not None:
         return f"{start.path.resolve()} ({start.info.config.task})"
@@ -313,7 +301,7 @@ def backbone_weights(config: Config) -> str:
     return DEFAULT_WEIGHTS[config.network.backbone] if name == "default" else name
 
 
-def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str:
+def load_initial(task: Task, config: Config, start: Checkpoint | None) -> str:
     """Load the initial weights of a run. Returns a sentence that names their source."""
     if start is None:
         return load_backbone_weights(task.network.encoder, backbone_weights(config))
@@ -326,7 +314,7 @@ def load_initial(task: AnyTask, config: Config, start: Checkpoint | None) -> str
     return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, step {start.step})"
 
 
-def restore(checkpoint: Checkpoint, config: Config | None = None) -> AnyTask:
+def restore(checkpoint: Checkpoint, config: Config | None = None) -> Task:
     """The task of a checkpoint with its weights."""
     info = checkpoint.info
     task = build_task(config or info.config, info.grid, info.feature_dim)
@@ -345,7 +333,7 @@ def begin_or_resume(out: Path, info: RunInfo, process: Process) -> Checkpoint | 
 
 
 def print_summary(
-    task: AnyTask,
+    task: Task,
     info: RunInfo,
     dataset: KeyframeDataset,
     run_options: RunOptions,

@@ -1,6 +1,6 @@
-"""What the kernel benchmarks run on: a real nuScenes keyframe where there is one, else a plausible synthetic one.
+"""Input of the kernel benchmarks: a real nuScenes keyframe if one is found, else synthetic data.
 
-A dataroot is taken from --dataroot, else from OCCFEAT_REAL_SAMPLE, else from ../shared/nuscenes-real-sample.
+The dataroot is --dataroot, else OCCFEAT_REAL_SAMPLE, else ../shared/nuscenes-real-sample.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def find_dataroot(option: Path | None) -> Path | None:
-    """Raises ValueError if --dataroot is given and holds no samples."""
+    """The dataroot, or None. Raises ValueError if --dataroot is given and contains no samples."""
     if option is not None:
         if not (option / "samples").is_dir():
             raise ValueError(f"--dataroot {option} has no samples/: pass a nuScenes dataroot")
@@ -27,7 +27,7 @@ def find_dataroot(option: Path | None) -> Path | None:
 
 
 def find_sweep(option: Path | None, dataroot: Path | None) -> tuple[Path, str]:
-    """(a .pcd.bin, what it is)."""
+    """(path of a .pcd.bin, description)."""
     found = option
     if found is None and dataroot is not None:
         found = next(iter(sorted((dataroot / "samples" / "LIDAR_TOP").glob("*.pcd.bin"))), None)
@@ -39,7 +39,7 @@ def find_sweep(option: Path | None, dataroot: Path | None) -> tuple[Path, str]:
 
 
 def find_images(dataroot: Path | None) -> tuple[list[Path], str]:
-    """(1600x900 JPEGs, what they are)."""
+    """(paths of 1600x900 JPEGs, description)."""
     if dataroot is not None:
         found = [next(iter(sorted(camera.glob("*.jpg")))) for camera in sorted((dataroot / "samples").glob("CAM_*"))]
         if found:
@@ -50,7 +50,7 @@ def find_images(dataroot: Path | None) -> tuple[list[Path], str]:
 
 
 def synthetic_sweep(seed: int = 0) -> np.ndarray:
-    """(34720, 5) float32 returns of 32 rings in firing order: ground, walls, and a quarter from the vehicle itself."""
+    """(34720, 5) float32 returns of 32 rings in firing order: ground, walls, and a quarter from the ego vehicle."""
     rng = np.random.default_rng(seed)
     azimuth = np.repeat(-np.pi + np.linspace(0, -2 * np.pi, 1085), 32)
     elevation = np.tile(np.radians(np.linspace(-30.67, 10.67, 32)), 1085)

@@ -1,4 +1,4 @@
-"""This process's memory, as Linux counts it."""
+"""Memory of this process, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def forget_peak() -> bool:
-    """Has the peak start anew. False where there is no such thing, off Linux."""
+    """Reset the peak. Returns False where this is not possible, i.e. not on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -15,5 +15,5 @@ def forget_peak() -> bool:
 
 
 def megabytes(name: str) -> float:
-    """name: "VmRSS" for now, "VmHWM" for the peak."""
+    """name: "VmRSS" (current) or "VmHWM" (peak)."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024 / 1e6

@@ -1,11 +1,11 @@
-"""The networks that people run today, aharley/simple_bev, run beside ours from a checkout of it.
+"""The reference networks, run from a checkout of aharley/simple_bev.
 
     git clone https://github.com/aharley/simple_bev
     pip install --no-deps --target simple_bev/packages efficientnet_pytorch einops torchvision
 
-Its files are used as they are. Set from outside: no pretrained weights; devices by name; the CUDA operation, which
-can't be built without a GPU, is its own `ms_deform_attn_core_pytorch`, "for debug and test", everywhere; and the four
-heads after `raw_feat`, which pretraining does not use, are emptied, so that they cost nothing.
+Its files are not changed. This module changes at run time: no pretrained weights are loaded; the device is an argument; the
+CUDA operation, which needs a GPU to be built, is always replaced by the reference's own `ms_deform_attn_core_pytorch` ("for
+debug and test"); the four heads after `raw_feat`, which pretraining does not use, are replaced by the identity.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ _HEADS = ("feat_head", "segmentation_head", "instance_offset_head", "instance_ce
 
 
 class Reference(nn.Module):
-    """Segnet, Bevformernet or liftnet2's Liftnet on a grid centred on its reference camera: views -> `raw_feat` (B, 128,
-    H, W).
-    """
+    """Segnet, Bevformernet or Liftnet with a grid centred on the reference camera: views -> `raw_feat` (B, 128, H, W)."""
 
     def __init__(
         self,
@@ -44,9 +42,9 @@ class Reference(nn.Module):
         device: torch.device,
         rand_flip: bool = False,
     ) -> None:
-        """network: "simplebev", "bevformer" or "lss". rand_flip: with its own flips of images and maps.
+        """network: "simplebev", "bevformer" or "lss". rand_flip: use the reference's flips of images and maps.
 
-        Raises ValueError if the checkout or a package of its is missing.
+        Raises ValueError if the checkout or a package that it needs is missing.
         """
         super().__init__()
         self.grid = grid
@@ -75,7 +73,7 @@ class Reference(nn.Module):
 
     @staticmethod
     def rig(views: Views) -> tuple[Tensor, Tensor]:
-        """pix_T_cams and cam0_T_camXs, (B, S, 4, 4) each; its grid lies in camera axes."""
+        """pix_T_cams and cam0_T_camXs, (B, V, 4, 4) each. The reference's grid is in camera axes."""
         turn = torch.from_numpy(np.linalg.inv(GRID_FROM_CAMERA_AXES)).to(views.cam_from_grid)
         cam0_from_cam = turn @ torch.linalg.inv(views.cam_from_grid.double())
         pix_from_cam = torch.eye(4, dtype=torch.float64, device=turn.device).repeat(*views.intrinsics.shape[:2], 1, 1)
@@ -83,7 +81,7 @@ class Reference(nn.Module):
         return pix_from_cam.float(), cam0_from_cam.float()
 
     def lift(self, features: Tensor, views: Views) -> Tensor:
-        """Its unprojection and mean over cameras, as `Segnet.forward` has them: (B, S, C, h, w) -> (B, C * Z, H, W)."""
+        """Unprojection and mean over cameras as in `Segnet.forward`: (B, V, C, h, w) -> (B, C * Z, H, W)."""
         batch, cams, _, h, w = features.shape
         pix_from_cam, cam0_from_cam = (t.flatten(0, 1) for t in self.rig(views))
         height, width = views.images.shape[-2:]
@@ -111,7 +109,7 @@ def _imported(checkout: Path, device: torch.device) -> Iterator[dict[str, Any]]:
     paths = [str(checkout), str(checkout / "packages")]
     sys.path[:0] = paths
     working, cuda = Path.cwd(), Tensor.cuda
-    os.chdir(checkout / "nets")  # it looks for its own modules in ".."
+    os.chdir(checkout / "nets")  # the reference imports its modules from ".."
     try:
         import efficientnet_pytorch
         import torchvision
@@ -152,7 +150,7 @@ def _imported(checkout: Path, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _define_missing_operations() -> None:
-    """Let a torchvision whose compiled part does not fit this torch be imported: of it only the ResNets are used."""
+    """Make a torchvision importable whose compiled part does not fit this torch. Only its ResNets are used."""
     if "torchvision" not in sys.modules and torch.version.cuda is None:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
@@ -160,4 +158,4 @@ def _define_missing_operations() -> None:
         _KEPT.append(library)
 
 
-_KEPT: list[Any] = []  # a library's operations go with it
+_KEPT: list[Any] = []  # the operations exist as long as their library object

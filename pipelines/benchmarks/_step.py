@@ -1,4 +1,4 @@
-"""A step of OccFeat's pretraining to measure: networks, heads, losses and what they are given. Also its peak memory."""
+"""A pretraining step for benchmarks: inputs, networks, heads and losses; and the measurement of peak memory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from tests.train.head_twin import DenseHead
 
 CHANNELS, FEATURE_DIM, LAMBDA = 128, 384, 0.01
-OCCUPIED = 6000 / 320_000  # of the voxels
+OCCUPIED = 6000 / 320_000  # share of the voxels
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step is measured at. dataroot: whose first keyframe's rig is taken, a synthetic one without.
+    """Settings of a measured step.
 
-    cameras: more or fewer than six repeat or leave out cameras of the rig. compiled: of our network, `--compile`.
+    cameras: more than six repeat cameras of the rig, fewer omit some. compiled: compile our network, as `--compile` does.
+    dataroot: the rig is that of the first keyframe; None: a synthetic rig.
     """
 
     network: str = "simplebev"
@@ -64,7 +65,7 @@ class Setting:
         return Views(*(t.to(self.device) for t in (images, intrinsics, cam_from_grid)))
 
     def targets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """occupied (B, Z, H, W) bool, the voxels (n,) whose features are learnt, their target features (n, N_y)."""
+        """occupied (B, Z, H, W) bool; indices (n,) of the voxels with target features; target features (n, N_y)."""
         generator = torch.Generator().manual_seed(0)
         occupied = torch.rand((self.batch, *self.grid.shape), generator=generator) < OCCUPIED
         voxels = occupied.flatten().nonzero()[:, 0]
@@ -77,7 +78,7 @@ class Setting:
 
 
 class Step(nn.Module):
-    """Forward and backward of eq. 1 on a resident batch, called without arguments. Subclasses say how F_B is had."""
+    """Forward and backward of eq. 1 on a resident batch, called without arguments. Subclasses compute F_B."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class OurStep(Step):
 
 
 class ReferenceStep(Step):
-    """aharley/simple_bev's network under the paper's head as it is worded: every layer at every voxel."""
+    """aharley/simple_bev's network with the paper's head implemented literally: every layer at every voxel."""
 
     def __init__(self, setting: Setting, checkout: Path) -> None:
         super().__init__(setting)
@@ -156,9 +157,9 @@ class ReferenceStep(Step):
 
 
 def peak_megabytes(build: Callable[..., Callable[[], Any]], setting: Setting, *arguments: Any) -> tuple[float, float]:
-    """Peak memory of `build(setting, *arguments)()`, of a process that has done nothing else; `build` must be picklable.
+    """Peak memory of `build(setting, *arguments)()` in a new process; `build` must be picklable.
 
-    Returns the process's own (on a GPU: what its tensors took) and how much of that is the call's; NaN where not known.
+    Returns the peak of the process (on a GPU: of its tensors) and the increase during the call [MB]; NaN if unknown.
     """
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.apply(_peak, (build, setting, *arguments))

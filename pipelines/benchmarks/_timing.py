@@ -1,7 +1,7 @@
-"""Interleaved timing, for every benchmark in this folder.
+"""Interleaved timing for all benchmarks in this folder.
 
-On a shared machine absolute times drift by tens of percent, ratios hardly: so each round runs every contender once, in an
-order that rotates, and ratios are medians of the rounds' own ratios.
+On a shared machine, absolute times drift by tens of percent; ratios hardly do. So each round runs every contender once, in a
+rotating order, and ratios are medians of the ratios within rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One contender: median and middle half of its times [s]; ratios to ours and to the limit (None without one)."""
+    """One contender: median and quartiles of its times [s]; ratios to ours and to the limit (None if there is none)."""
 
     name: str
     median: float
@@ -39,9 +39,9 @@ def compare(
     max_rounds: int = 500,
     min_rounds: int = 5,
 ) -> list[Row]:
-    """Times every contender, interleaved, for about `seconds` in all; `min_rounds` at least.
+    """Times all contenders, interleaved, for about `seconds` in total and at least `min_rounds` rounds.
 
-    ours, limit: the contenders that ratios are taken to. Each is called once beforehand, which compiles what compiles.
+    ours, limit: names of the contenders that ratios refer to. Each contender is called once before, so that it is compiled.
     """
     _keep_freed_memory()
     for name in (ours, limit):
@@ -79,10 +79,10 @@ def compare(
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc reuse freed blocks up to 32 MiB; elsewhere nothing.
+    """Make glibc reuse freed blocks up to 32 MiB. Does nothing with other C libraries.
 
-    By default it gives large ones back or keeps them depending on what was freed before, so that a contender pays for
-    the page faults of its result or doesn't according to its neighbours: a factor of two for a few megabytes.
+    By default, glibc returns large blocks or keeps them depending on earlier frees. Whether a contender pays for the page
+    faults of its result would then depend on the other contenders: a factor of two for a few megabytes.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -93,7 +93,7 @@ def _keep_freed_memory() -> None:
 
 
 def table(rows: list[Row], notes: Mapping[str, str] | None = None, note_title: str = "") -> str:
-    """Markdown, fastest first. notes: {contender: a last column}."""
+    """A Markdown table, fastest first. notes: {contender: text of the last column}."""
     unit, factor = ("us", 1e6) if min(row.median for row in rows) < 1e-3 else ("ms", 1e3)
     if min(row.median for row in rows) >= 1:
         unit, factor = "s", 1.0
@@ -114,7 +114,7 @@ def table(rows: list[Row], notes: Mapping[str, str] | None = None, note_title: s
 
 
 def machine() -> str:
-    """Processor, cores, load and the versions that matter, on one line."""
+    """Processor, cores, load and relevant versions on one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -1,9 +1,9 @@
-"""A whole build: keyframes per second, and which stage it waits for.
+"""A whole build: keyframes per second, and the time of each stage.
 
     python pipelines/benchmarks/build.py [--dataroot DIR --split mini_train] [--workers 0 1 2] [--keyframes 24]
 
-Without --dataroot a synthetic city at 1600x900 is made first, and the output says so. The teacher's share of a worker's
-time says how close the build is to its limit, which is the teacher's own rate.
+Without --dataroot, a synthetic city at 1600x900 is created first, which the output states. The limit of a build is the
+teacher's rate, so the teacher's share of a worker's time shows how close the build is to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataroot", type=Path, default=None)
     parser.add_argument("--split", default="mini_train")
-    parser.add_argument("--keyframes", type=int, default=24, help="of the synthetic city")
+    parser.add_argument("--keyframes", type=int, default=24, help="keyframes of the synthetic city")
     parser.add_argument("--teacher", default="random:facebook/dinov2-small")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     arguments = parser.parse_args()
@@ -38,8 +38,8 @@ def main() -> None:
             subprocess.run([*command, "synth", "--out", str(dataroot), *city], check=True)
         print(machine())
         print("\nSYNTHETIC city at 1600x900\n" if arguments.dataroot is None else f"\n{dataroot}\n")
-        print("| workers | keyframes/s, start-up included | without start-up | teacher, ms a keyframe and worker "
-              "| waiting for input | quantising, writing | reading, labelling (meanwhile) | teacher's share |")  # fmt: skip
+        print("| workers | keyframes/s with start-up | without start-up | teacher, ms per keyframe and worker "
+              "| waiting for input | quantising, writing | reading, labelling (in parallel) | teacher's share |")  # fmt: skip
         print("| --- " * 8 + "|")
         for workers in arguments.workers:
             cache = Path(directory) / f"cache-{workers}"

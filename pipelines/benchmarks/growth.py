@@ -1,9 +1,9 @@
-"""How a pretraining step's time and memory grow with cameras, grid, image size and batch.
+"""Scaling of a pretraining step's time and memory with cameras, grid, image size and batch.
 
     python pipelines/benchmarks/growth.py [--network simplebev --backbone efficientnet-b0] [--device cuda --precision bfloat16]
 
-Every setting has a process of its own; one thing is changed at a time. "Per" is time over what it was with nothing
-changed, over how many times as much there is of the thing: 1 is in proportion, less is better.
+One setting is changed at a time, and each runs in a separate process. "Relative" is the growth of the time divided by the
+growth of the size. 1 is linear, less is better.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = ((112, 208), (224, 400), (448, 800))
 
 
 def series(base: Setting) -> list[tuple[str, str, float, Setting]]:
-    """(what is changed, to what, how many times as much that is, the setting)."""
+    """(what is changed, its value, its size relative to the base, the setting) of each measurement."""
     pixels, voxels = base.image_size[0] * base.image_size[1], base.grid.num_voxels
     found = [("cameras", str(n), n / 6, replace(base, cameras=n)) for n in (1, 2, 4, 6, 8, 12)]
     for up, forward, right in GRIDS:
@@ -39,7 +39,7 @@ def series(base: Setting) -> list[tuple[str, str, float, Setting]]:
 
 
 def seconds_of(setting: Setting, steps: int) -> float:
-    """Median of `steps` steps after a first one, in a process of its own."""
+    """Median of `steps` steps after a first one, in a new process."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.apply(_seconds, (setting, steps))
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="simplebev")
     parser.add_argument("--backbone", default="efficientnet-b0")
-    parser.add_argument("--only", nargs="+", choices=("cameras", "grid", "image", "batch"), help="these alone")
+    parser.add_argument("--only", nargs="+", choices=("cameras", "grid", "image", "batch"), help="measure only these")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -75,7 +75,8 @@ def main() -> None:
     print(f"{machine()}\n{options.threads} threads" if options.device == "cpu" else torch.cuda.get_device_name())
     print(f"{rig}; {base.network} {base.backbone}, {base.precision}\n")
     start, memory = seconds_of(base, options.steps), peak_megabytes(OurStep, base)[1]
-    print("| | | times as much | s a step | times | per | MB of a step | times |\n|---|---|---|---|---|---|---|---|")
+    print("| | | size, relative | s per step | time, relative | relative | MB of a step | memory, relative |")
+    print("|---|---|---|---|---|---|---|---|")
     for what, value, share, setting in series(base):
         if options.only and what not in options.only:
             continue

@@ -1,4 +1,4 @@
-"""Camera JPEGs to the student's and the teacher's sizes, against a full decode and the usual short cuts.
+"""Decoding and resizing of camera JPEGs to the student's and the teacher's sizes, against a full decode and common short cuts.
 
 python pipelines/benchmarks/images.py [--dataroot nuscenes]
 """
@@ -42,7 +42,7 @@ def decode_only(scale: int, path: Path, sizes: Sizes) -> None:
 
 
 def in_turn(method: Callable[..., object], paths: Sequence[Path], sizes: Sizes) -> Callable[[], object]:
-    """Every contender sees every image equally often."""
+    """Calls the method with the next image each time, so that all contenders get all images equally often."""
     turns = itertools.cycle(paths)
     return lambda: method(next(turns), sizes)
 
@@ -55,10 +55,8 @@ def fidelity(results: Sequence[np.ndarray], twins: Sequence[np.ndarray]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataroot", type=Path, help="a nuScenes dataroot, of which the first image per camera is taken"
-    )
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each table is measured")
+    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot; its first image per camera is used")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of each table")
     options = parser.parse_args()
     cv2.setNumThreads(1)
     paths, what = find_images(find_dataroot(options.dataroot))

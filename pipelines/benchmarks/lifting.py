@@ -1,4 +1,4 @@
-"""Lifting of six feature maps to the grid, forward and backward: time and peak memory against other ways to write it.
+"""Lifting of six feature maps to the grid, forward and backward: time and peak memory against other implementations.
 
 python pipelines/benchmarks/lifting.py [--dataroot nuscenes --split mini_train] [--device cuda]
 """
@@ -21,7 +21,7 @@ from _timing import compare, machine, table
 from sampling import SIZE as SAMPLED_SIZE
 from sampling import real_scene, synthetic_scene
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the dense reference of the tests
 
 from occfeat_targets.cache.geometry import project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
@@ -36,13 +36,13 @@ LIMIT = "limit: writing the volume once, reading its gradient once"
 
 
 def views_of(rig: tuple[np.ndarray, np.ndarray], device: str = "cpu") -> Views:
-    """(cam_from_grid, intrinsics) -> a batch of one."""
+    """(cam_from_grid, intrinsics) -> Views with a batch size of one."""
     cam_from_grid, intrinsics = (torch.from_numpy(matrices)[None].to(device) for matrices in rig)
     return Views(torch.zeros(1, 6, 3, *SIZE, device=device), intrinsics, cam_from_grid)
 
 
 def csr_of(views: Views) -> torch.Tensor:
-    """The lifting as one sparse matrix, (voxels in order h, w, z) x (tokens)."""
+    """The lifting as a sparse matrix (voxels in order h, w, z) x (tokens)."""
     h, w = MAPS[-2:]
     centers = GRID.voxel_centers().transpose(1, 2, 0, 3).reshape(-1, 3).astype(np.float64)
     voxels, columns, weights = [], [], []
@@ -57,25 +57,25 @@ def csr_of(views: Views) -> torch.Tensor:
                 columns.append((cam * h + row) * w + column)
                 weights.append((down * across).astype(np.float32))
     voxel, column, weight = (torch.from_numpy(np.concatenate(parts)) for parts in (voxels, columns, weights))
-    weight /= torch.zeros(len(centers)).index_add_(0, voxel, weight)[voxel]  # a view's weights sum to one
+    weight /= torch.zeros(len(centers)).index_add_(0, voxel, weight)[voxel]  # the weights of a view sum to one
     shape = (len(centers), MAPS[1] * h * w)
     return torch.sparse_coo_tensor(torch.stack([voxel, column]), weight, shape, check_invariants=False).to_sparse_csr()
 
 
 def lift_csr(features: torch.Tensor, views: Views, grid: VoxelGrid) -> torch.Tensor:
-    """One sparse product, its matrix built anew."""
+    """One sparse product, including the construction of its matrix."""
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, features.shape[2])
     volume = csr_of(views) @ tokens
     return volume.view(1, *grid.map_shape, -1).permute(0, 3, 1, 2)
 
 
-DENSE = "dense: every camera sampled for every voxel, then averaged"
+DENSE = "dense: every camera sampled at every voxel, then averaged"
 WAYS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {  # by device, ours first
     "cpu": {
         "ours": lift,
         "ours, bfloat16": lift,
-        "one sparse CSR product, its construction included": lift_csr,
+        "one sparse CSR product, including its construction": lift_csr,
         DENSE: lift_dense,
     },
     "cuda": {
@@ -88,11 +88,11 @@ WAYS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {  # by device, ours f
 
 
 def step_of(name: str, rig: tuple[np.ndarray, np.ndarray], device: str) -> Callable[[], Any]:
-    """One forward and backward; the volume's gradient is there before, in the volume's own memory order."""
+    """One forward and backward. The volume's gradient exists before, in the volume's memory format."""
     views, way = views_of(rig, device), WAYS[device].get(name)
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     features = torch.randn(MAPS, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    # the encoder's memory order, channels_last, except for the one that wants channels first
+    # The encoder's memory format is channels_last. Only the dense lifting needs channels first.
     leaf = (
         features.clone() if way is lift_dense else features.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     )
@@ -123,9 +123,9 @@ def step_of(name: str, rig: tuple[np.ndarray, np.ndarray], device: str) -> Calla
 
 
 def peak_megabytes_cuda(name: str, rig: tuple[np.ndarray, np.ndarray]) -> float:
-    """How much a step adds to the GPU's memory that holds its inputs."""
+    """Increase of the GPU memory during a step, without its inputs [MB]."""
     step = step_of(name, rig, "cuda")
-    step()  # what is compiled and kept is none of its memory
+    step()  # compile and fill caches before the measurement
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -133,11 +133,11 @@ def peak_megabytes_cuda(name: str, rig: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def peak_megabytes(name: str, rig: tuple[np.ndarray, np.ndarray], threads: int) -> float:
-    """How much a step adds to the memory of a process that holds its inputs. Run in a process of its own."""
+    """Increase of the process's memory during a step, without its inputs [MB]. Call it in a new process."""
     torch.set_num_threads(threads)
     step, way = step_of(name, rig, "cpu"), WAYS["cpu"].get(name)
     small = VoxelGrid((1, 4, 4))
-    if way is not None and way is not lift_csr:  # what is loaded and compiled is none of its memory
+    if way is not None and way is not lift_csr:  # load and compile before the measurement
         way(torch.ones(MAPS, requires_grad=True), views_of(rig), small).sum().backward()
     if not forget_peak():
         return float("nan")
@@ -149,10 +149,10 @@ def peak_megabytes(name: str, rig: tuple[np.ndarray, np.ndarray], threads: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot")
-    parser.add_argument("--split", default="mini_train", help="whose first keyframe is taken")
+    parser.add_argument("--split", default="mini_train", help="split whose first keyframe is used")
     parser.add_argument("--device", choices=list(WAYS), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long it is measured")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the measurement")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave it out to measure the CPU")

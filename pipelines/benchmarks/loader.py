@@ -1,9 +1,9 @@
-"""Samples that the trainer reads a second, against the same bytes of one memory-mapped file, and how long training waits.
+"""Samples per second that the trainer reads, against a memory-mapped file with the same bytes, and the wait in training.
 
     python pipelines/benchmarks/loader.py [--keyframes 64] [--directory DIR]
 
-Sizes are the default ones: 2.3 MB of images and 2.1 MB of features a keyframe. Contents are random: only their size
-matters here. The training run is of preset small/occfeat's network, on this machine's CPU.
+Sizes are the default ones: 2.3 MB of images and 2.1 MB of features per keyframe. Contents are random, because only their size
+matters. The training run uses preset small/occfeat on the CPU.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from _timing import compare, machine, table
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
-from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.training.log import read_log
 
 BATCH = 8
-READ = ("images", "features", "occupancy")  # what pretraining reads of a keyframe
+READ = ("images", "features", "occupancy")  # arrays that pretraining reads
 PRESET = "small/occfeat"
 
 
@@ -40,7 +42,7 @@ SPEC = TargetSpec(teacher=TeacherSpec("random bytes", "none", (224, 392), 14, 38
 
 
 def write(directory: Path, n: int, spec: TargetSpec = SPEC) -> tuple[Cache, np.memmap]:
-    """A cache, and one flat file with the bytes of READ, keyframe after keyframe."""
+    """Write a cache, and a flat file with the bytes of READ, keyframe after keyframe."""
     identity = Identity(tuple(map(str, range(n))), ("scene",) * n, tuple(range(n)))
     cache = create_cache(
         directory / "train.zarr", spec, identity, keyframes_per_shard=16, provenance={"simulated": ["all of it"]}
@@ -53,7 +55,9 @@ def write(directory: Path, n: int, spec: TargetSpec = SPEC) -> tuple[Cache, np.m
             arrays["is_valid"][:] = True
             arrays["images"][:] = rng.integers(0, 256, arrays["images"].shape, np.uint8)
             arrays["features"][:] = rng.integers(0, 2**14, arrays["features"].shape, np.uint16).view(np.float16)
-            bits = rng.random((*arrays["occupancy"].shape, 8), np.float32) < 0.03
+            bits = (
+                rng.random((*arrays["occupancy"].shape, 8), np.float32) < 0.014
+            )  # as many voxels as a nuScenes sweep occupies
             arrays["occupancy"][:] = np.packbits(bits, axis=-1)[..., 0]
             arrays["grid_from_ego"][:] = np.eye(4)
             arrays["intrinsics"][:] = [[380, 0, 240], [0, 380, 135], [0, 0, 1]]
@@ -69,7 +73,7 @@ def write(directory: Path, n: int, spec: TargetSpec = SPEC) -> tuple[Cache, np.m
 
 
 def waiting(cache: Cache, run: Path, steps: int, batch: int, workers: int) -> list[dict[str, float]]:
-    """Records of a short training without its first step, whose data nobody could have read ahead."""
+    """Records of a short training without its first step, whose data cannot be prefetched."""
     epochs = (steps * batch + 0.5) / len(cache)
     arguments = [
         "pretrain",
@@ -92,10 +96,10 @@ def waiting(cache: Cache, run: Path, steps: int, batch: int, workers: int) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keyframes", type=int, default=64)
-    parser.add_argument("--directory", type=Path, default=None, help="where the temporary 0.6 GB go")
+    parser.add_argument("--directory", type=Path, default=None, help="folder for temporary 0.6 GB")
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--steps", type=int, default=5, help="of training")
-    parser.add_argument("--batch", type=int, default=2, help="of training")
+    parser.add_argument("--steps", type=int, default=5, help="steps of the training run")
+    parser.add_argument("--batch", type=int, default=2, help="batch size of the training run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
@@ -116,7 +120,9 @@ def main() -> None:
 
         readers: dict[str, Callable[[list[tuple[int, int]]], object]] = {"np.memmap": from_file}
         readers |= {f"ours: {name}": dataset.batch for name, dataset in datasets.items()}
-        for samples in itertools.islice(batches, 3 * arguments.keyframes // BATCH):  # the page cache is warm for all
+        for samples in itertools.islice(
+            batches, 3 * arguments.keyframes // BATCH
+        ):  # warm the page cache for all readers
             for read in readers.values():
                 read(samples)
         print(f"{machine()}\n\n{arguments.keyframes} keyframes of {mapped.shape[1] / 1e6:.2f} MB, batches of {BATCH}\n")
@@ -135,23 +141,21 @@ def main() -> None:
             notes = {
                 r.name: f"{BATCH / r.median:,.0f}, {BATCH * mapped.shape[1] / r.median / 1e9:.2f} GB/s" for r in rows
             }
-            print(f"A batch for each of {workers} worker{'s' if workers > 1 else ''}:\n")
-            print(table(rows, notes, "samples a second and worker").replace("to ours", "to np.memmap") + "\n")
+            print(f"{workers} worker{'s' if workers > 1 else ''} with a batch each:\n")
+            print(table(rows, notes, "samples/s per worker").replace("to ours", "to np.memmap") + "\n")
 
         few = list(itertools.islice(batches, 64))
         start = time.perf_counter()
         for _ in Prefetcher(datasets["second epoch on"], iter(few), torch.device("cpu"), workers=2):
             pass
         rate = len(few) * BATCH / (time.perf_counter() - start)
-        print(
-            f"\nThe loop's prefetcher of 2 workers, nothing computed between: {rate:,.0f} samples/s, the most that it can feed.\n"
-        )
+        print(f"\nPrefetching with 2 workers and no computation between batches: {rate:,.0f} samples/s.\n")
         records = {
             workers: waiting(cache, Path(directory) / str(workers), arguments.steps, arguments.batch, workers)
             for workers in (1, 2)
         }
         print(f"\n{PRESET}, batches of {arguments.batch}, {arguments.steps - 1} steps on the CPU:\n")
-        print("| workers | samples/s | waiting for data, mean | most |\n|---|---|---|---|")
+        print("| workers | samples/s | waiting for data, mean | maximum |\n|---|---|---|---|")
         for workers, found in records.items():
             waits = [record["data_wait"] for record in found]
             speed = statistics.median(record["samples_per_s"] for record in found)

@@ -1,10 +1,10 @@
-"""The training loop's samples a second from a cache, against the same steps on one batch that lies on the device.
+"""Samples per second of the training loop on a cache, against the same steps on one batch that is resident on the device.
 
     python pipelines/benchmarks/loop.py [--batch 1] [--device cuda --batch 16] [--set network.lifting=bevformer ...]
 
-The cache is of random bytes at the default sizes (2.3 MB of images and 2.1 MB of features a keyframe), the run is
-`occfeat-train pretrain` with the paper's recipe. The limit is measured twice after it. What the
-loop does besides is reading, drawing the augmentation, copying and logging.
+The cache contains random bytes at the default sizes (2.3 MB of images and 2.1 MB of features per keyframe). The run is
+`occfeat-train pretrain` with the paper's recipe. The limit is measured twice after it. The loop additionally reads, chooses
+the augmentation, copies and logs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from occfeat_train.training.optim import build_optimizer
 
 
 def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """The log of a run of options.steps steps, without its first two: compilation, and data nobody could read ahead."""
+    """The log of a run of options.steps steps without its first two, which include compilation and unprefetched data."""
     epochs = (options.steps * options.batch + 0.5) / len(cache)
     arguments = [
         "pretrain", "--cache", cache.path.parent, "--out", run, "--batch", options.batch, "--epochs", epochs,
@@ -48,7 +48,7 @@ def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str
 
 
 def resident_samples_per_second(cache: Cache, config: Config, device: torch.device, steps: int) -> float:
-    """Of whole optimiser steps on one batch, the median."""
+    """From the median time of complete optimiser steps on one batch."""
     dataset = KeyframeDataset(CacheReader(cache), config, training=True)
     task = build_task(config, cache.spec.grid, 384)
     move_to_device(task, device)
@@ -62,7 +62,7 @@ def resident_samples_per_second(cache: Cache, config: Config, device: torch.devi
         set_training(task, config)
         losses, _ = forward_backward(task, itertools.repeat(batch), config, process, step)
         norm = torch.nn.utils.clip_grad_norm_(task.parameters(), config.optim.clip)
-        torch.stack([losses["loss"], norm]).tolist()  # the loop, too, waits for the device
+        torch.stack([losses["loss"], norm]).tolist()  # the loop also waits for the device here
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="threads that prefetch samples")
     parser.add_argument("--keyframes", type=int, default=64)
-    parser.add_argument("--directory", type=Path, default=None, help="where the temporary 0.6 GB go")
+    parser.add_argument("--directory", type=Path, default=None, help="folder for temporary 0.6 GB")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -97,7 +97,7 @@ def main() -> None:
         waits = [record["data_wait"] for record in records]
     print(f"\n{machine() if device.type == 'cpu' else torch.cuda.get_device_name()}")
     print(f"batch {options.batch}{', compiled' if options.compile else ''} {' '.join(options.overrides)}\n")
-    print("| samples/s of the loop | of steps on a resident batch | share of it | waiting for data, mean | most |")
+    print("| loop, samples/s | resident batch, samples/s | ratio | waiting for data, mean | maximum |")
     print("|---|---|---|---|---|")
     limit = statistics.mean(limits)
     print(

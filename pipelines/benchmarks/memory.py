@@ -1,9 +1,9 @@
-"""Peak memory of a build against the number of keyframes: it has to stay flat.
+"""Peak memory of a build for different numbers of keyframes. It must stay flat.
 
     python pipelines/benchmarks/memory.py [--keyframes 40 400] [--workers 0 2]
 
-Synthetic cities with source images of 270x480 and a small teacher input keep it short; what a shard holds in memory is as in
-a real build but for the features.
+The synthetic cities have source images of 270x480, and the teacher input is small, to save time. A shard takes the memory of
+a real build except for the features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from _timing import machine
 
 
 def peak_megabytes(command: list[str]) -> tuple[float, float]:
-    """Peak memory [MB] of a command and its children together, pages they share counted once; and its seconds."""
+    """Peak memory [MB] of a command and its children together, with shared pages counted once; and its duration [s]."""
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0

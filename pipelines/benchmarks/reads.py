@@ -1,8 +1,8 @@
-"""Random reads of one keyframe's features from a sharded cache, against a memory-mapped file of the same bytes.
+"""Random reads of one keyframe's features from a sharded cache, against a memory-mapped file with the same bytes.
 
     python pipelines/benchmarks/reads.py [--keyframes 256] [--directory DIR]
 
-Bar: at most twice np.memmap. Contents are random: only their size matters here.
+Target: at most twice the time of np.memmap. Contents are random, because only their size matters.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 import zarr
 from _timing import compare, machine, table
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Identity, create_cache
+from occfeat_targets.cache.store import Identity
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keyframes", type=int, default=256)
-    parser.add_argument("--directory", type=Path, default=None, help="where the temporary 0.5 GB go")
+    parser.add_argument("--directory", type=Path, default=None, help="folder for temporary 0.5 GB")
     parser.add_argument("--seconds", type=float, default=20)
     arguments = parser.parse_args()
     n = arguments.keyframes
     spec = TargetSpec(
         teacher=TeacherSpec("random bytes", "none", (224, 392), 14, 384), image_size=(16, 16), labels=()
-    )  # images are not read here, and would only fill the page cache
+    )  # small images, because they are not read and would only fill the page cache
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         identity = Identity(tuple(map(str, range(n))), ("scene",) * n, tuple(range(n)))
         cache = create_cache(
@@ -52,7 +53,7 @@ def main() -> None:
         in_memory = np.ones((4, *shape), np.float16)
         out = np.empty(shape, np.float16)
         order = itertools.cycle(rng.permutation(n).tolist())
-        for keyframe in range(n):  # the page cache is warm for all, and every reader gives the same values
+        for keyframe in range(n):  # warms the page cache for all readers
             assert np.array_equal(reader.read("features", keyframe), mapped[keyframe])
 
         def from_zarr() -> None:
@@ -60,14 +61,14 @@ def main() -> None:
 
         rows = compare(
             {
-                "limit: copying from memory": lambda: np.copyto(out, in_memory[next(order) % 4]),
+                "limit: copy from memory": lambda: np.copyto(out, in_memory[next(order) % 4]),
                 "np.memmap": lambda: np.copyto(out, mapped[next(order)]),
-                "ours: CacheReader, second epoch on": lambda: reader.read("features", next(order), out=out),
+                "ours: CacheReader, from the second epoch on": lambda: reader.read("features", next(order), out=out),
                 "ours: first epoch, or check='always'": lambda: strict.read("features", next(order), out=out),
                 "zarr-python": from_zarr,
             },
             ours="np.memmap",
-            limit="limit: copying from memory",
+            limit="limit: copy from memory",
             seconds=arguments.seconds,
             max_rounds=2000,
         )

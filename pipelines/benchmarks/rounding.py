@@ -1,4 +1,4 @@
-"""How much a cache's features depend on thread count and batch: the only arrays that may differ between ways to build.
+"""Dependence of a cache's features on the numbers of threads and images per batch. Other arrays depend on neither.
 
 python pipelines/benchmarks/rounding.py [--threads 1 2] [--batches 6 12]
 """

@@ -1,4 +1,4 @@
-"""Voxel features sampled from six feature maps, against torch, NumPy and the time of touching the memory once.
+"""Voxel features sampled from six feature maps, against torch, NumPy and the time of one pass over the memory.
 
 python pipelines/benchmarks/sampling.py [--dataroot nuscenes --split mini_train]
 """
@@ -16,10 +16,10 @@ from _timing import compare, machine, table
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.mean_over_views import sample_voxel_features_torch
+from occfeat_train.ops.mean_over_views import sample_voxel_features
 from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
 
-SIZE = (270, 480)  # of the cached images
+SIZE = (270, 480)  # size of the cached images
 MAPS = (6, 16, 28, 384)  # DINOv2 ViT-S/14 at 224x392
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 
@@ -42,7 +42,7 @@ def real_scene(dataroot: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def synthetic_scene(voxels: int = 6000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A ring of six cameras with nuScenes' focal length, and voxels that thin out with the distance."""
+    """A ring of six cameras with nuScenes' focal length, and voxels whose density decreases with the distance."""
     rng = np.random.default_rng(0)
     cameras = []
     for yaw in np.radians([55, 0, -55, 110, 180, -110]):
@@ -73,7 +73,7 @@ def touch(source: np.ndarray, target: np.ndarray) -> None:
 def projections(
     cam_from_grid: np.ndarray, intrinsics: np.ndarray, centers: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per camera: which voxels it sees, and where, as x and y in -1..1."""
+    """Per camera: indices of the voxels that it sees, and their positions (x, y) in -1..1."""
     seen = []
     for camera, pinhole in zip(cam_from_grid, intrinsics, strict=True):
         pixels, _, is_valid = project(pinhole, transform(camera, centers), SIZE)
@@ -82,7 +82,7 @@ def projections(
 
 
 def with_numpy(features: np.ndarray, scene: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Gathers on the valid pairs, in float32."""
+    """Indexing at the valid pairs of voxel and camera, in float32."""
     _, h, w, channels = features.shape
     total, views = np.zeros((len(scene[2]), channels), np.float32), np.zeros((len(scene[2]), 1), np.float32)
     for tokens, (voxels, position) in zip(features, projections(*scene), strict=True):
@@ -98,7 +98,7 @@ def with_numpy(features: np.ndarray, scene: tuple[np.ndarray, ...]) -> np.ndarra
 
 
 def with_grid_sample(maps: torch.Tensor, scene: tuple[np.ndarray, ...]) -> torch.Tensor:
-    """grid_sample on the valid pairs of each camera. maps: (cams, C, h, w) float32."""
+    """grid_sample at the voxels that each camera sees. maps: (V, C, h, w) float32."""
     total, views = torch.zeros(len(scene[2]), maps.shape[1]), torch.zeros(len(scene[2]), 1)
     for tokens, (voxels, position) in zip(maps, projections(*scene), strict=True):
         grid = torch.from_numpy(position).float()[None, None]
@@ -110,7 +110,7 @@ def with_grid_sample(maps: torch.Tensor, scene: tuple[np.ndarray, ...]) -> torch
 
 
 def bags_of(scene: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """(tokens, offsets, weights) of every voxel's bag, for embedding_bag."""
+    """(tokens, offsets, weights) for embedding_bag with one bag per voxel."""
     cam_from_grid, intrinsics, centers = scene
     h, w = MAPS[1:3]
     pixels_from_grid = intrinsics @ cam_from_grid[:, :3]
@@ -131,7 +131,7 @@ def bags_of(scene: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 
 def with_embedding_bag(tokens: torch.Tensor, bags: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """One sparse product. tokens: (cams * h * w, C) float16."""
+    """One sparse product. tokens: (V * h * w, C) float16."""
     index, offsets, weights = bags
     return torch.nn.functional.embedding_bag(index, tokens, offsets, mode="sum", per_sample_weights=weights)
 
@@ -139,9 +139,9 @@ def with_embedding_bag(tokens: torch.Tensor, bags: tuple[torch.Tensor, ...]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot")
-    parser.add_argument("--split", default="mini_train", help="whose first keyframe is taken")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; ours takes one")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long it is measured")
+    parser.add_argument("--split", default="mini_train", help="split whose first keyframe is used")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; ours uses one")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the measurement")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dataroot = find_dataroot(options.dataroot)
@@ -162,9 +162,9 @@ def main() -> None:
         "ours: fused numba, int8 with a scale per token": lambda: sample_voxel_features_numpy(
             quantised, scale, *scene[:2], SIZE, scene[2]
         )[0],
-        "ours: plain torch": lambda: sample_voxel_features_torch(tensor, None, cameras, pinholes, SIZE, centers)[0],
+        "ours: plain torch": lambda: sample_voxel_features(tensor, cameras, pinholes, SIZE, centers)[0],
         "torch embedding_bag": lambda: with_embedding_bag(tokens, bags_of((cameras, pinholes, centers))),
-        "torch embedding_bag, its projection not counted": lambda: with_embedding_bag(tokens, bags),
+        "torch embedding_bag, without the projection": lambda: with_embedding_bag(tokens, bags),
         "torch grid_sample on valid pairs, float32 maps": lambda: with_grid_sample(first, scene),
         "NumPy gathers on valid pairs": lambda: with_numpy(features, scene),
     }

@@ -1,11 +1,11 @@
-"""A step of OccFeat's pretraining, forward and backward: the reference's network under the paper's dense head, and ours.
+"""A pretraining step, forward and backward: our network and head against the reference network with the paper's dense head.
 
     python pipelines/benchmarks/step.py --reference ../simple_bev [--networks simplebev/efficientnet-b0 ...] [--no-parts]
     python pipelines/benchmarks/step.py --device cuda --batch 16 --precision bfloat16 [--reference ../simple_bev]
 
-`_reference.py` says where to get the reference. First both sides are given the same weights, ours has the reference's defects,
-and they must agree in F_B and the loss. Without --reference ours runs alone. Ours is also measured in bfloat16 if that is not what is asked for, and on a
-GPU compiled.
+`_reference.py` says where to get the reference. Both networks get the same weights and must agree in F_B and the loss; for this
+comparison ours has the reference's defects. Without --reference only ours is measured. Ours is also measured in bfloat16, and
+on a GPU also compiled.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from tests.train.head_twin import DenseHead
 
 NETWORKS = ("simplebev/efficientnet-b0", "simplebev/resnet-50", "bevformer/efficientnet-b0")
 REFERENCE, OURS = "reference network, dense head", "ours"
-LIMIT = "limit: the products alone, at the rate of a large one"
+LIMIT = "limit: only the products, at the rate of a large product"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def share_weights(ours: OurStep, theirs: ReferenceStep) -> tuple[float, float]:
-    """Gives ours the reference's weights, and the dense head ours. Returns F_B's relative difference, and the loss's."""
+    """Load the reference's weights into our network, and our head's into the dense head.
+
+    Returns the relative differences of F_B and of the loss.
+    """
     load_reference(ours.network, theirs.network.model.state_dict())
     theirs.head = DenseHead.of(ours.head)
     ours.eval(), theirs.eval()
@@ -50,8 +53,8 @@ def share_weights(ours: OurStep, theirs: ReferenceStep) -> tuple[float, float]:
 
 
 def operations(step: Step) -> float:
-    """Of the convolutions and matrix products of a forward and backward, which takes twice the forward's."""
-    torch.set_num_threads(1)  # products on threads of our own are not counted
+    """Number of operations in the convolutions and matrix products of forward and backward (twice the forward)."""
+    torch.set_num_threads(1)  # products in other threads are not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step.loss()
     torch.set_num_threads(step.setting.threads)
@@ -59,7 +62,7 @@ def operations(step: Step) -> float:
 
 
 def large_product(setting: Setting, size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """A square matrix product of the step's precision, and its operations."""
+    """A square matrix product in the step's precision, and its number of operations."""
     dtype = torch.bfloat16 if setting.precision == "bfloat16" else torch.float32
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
 
@@ -71,7 +74,7 @@ def large_product(setting: Setting, size: int = 2048) -> tuple[Callable[[], Any]
 
 
 def parts_of(ours: OurStep, theirs: ReferenceStep | None) -> dict[str, tuple[Part, Part | None]]:
-    """Each part of a SimpleBEV step, ours and the reference's, on given inputs."""
+    """The parts of a SimpleBEV step, ours and the reference's, with given inputs."""
     setting, network, views = ours.setting, ours.network, ours.views
     images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -102,7 +105,7 @@ def parts_of(ours: OurStep, theirs: ReferenceStep | None) -> dict[str, tuple[Par
 
 
 class Part:
-    """Forward and backward of a function of one tensor, whose gradient is given."""
+    """Forward and backward of a function of one tensor, with a given gradient of the result."""
 
     def __init__(self, setting: Setting, function: Callable[[Tensor], Tensor], x: Tensor, *, needs_grad: bool = True):
         self.setting, self.function = setting, function
@@ -152,7 +155,7 @@ def print_steps(setting: Setting, checkout: Path | None, seconds: float) -> None
     rows.append(Row(LIMIT, limit, (limit, limit), limit / own, None))
     notes = {name: f"{total:,.0f} ({added:,.0f})" for name, (total, added) in peaks.items()}
     notes = {row.name: f"{setting.batch / row.median:.2f} | {notes.get(row.name, '')}" for row in rows}
-    print(f"{gigaflop:,.0f} GFLOP a step; a product of 2048 x 2048 runs at {rate:,.0f} GFLOP/s\n")
+    print(f"{gigaflop:,.0f} GFLOP per step; a product of 2048 x 2048 runs at {rate:,.0f} GFLOP/s\n")
     print(table(rows, notes, "samples/s | peak MB (of the step)") + "\n")
 
 
@@ -167,7 +170,7 @@ def print_parts(setting: Setting, checkout: Path | None, seconds: float) -> None
             peaks["reference"] = peak_megabytes(build_part, setting, name, checkout)[1]
         rows.append((name, found, peaks))
     total = sum(found["ours"].median for _, found, _ in rows)
-    print("| part | ours, s | share | its memory, MB | reference, s | its memory, MB | ours is faster by | memory |")
+    print("| part | ours, s | share | ours, MB | reference, s | reference, MB | speed-up | memory, ours to reference |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, found, peaks in rows:
         mine, other = found["ours"], found.get("reference")
@@ -184,15 +187,18 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="a checkout of aharley/simple_bev")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="lifting/backbone")
     parser.add_argument(
-        "--parts", action=argparse.BooleanOptionalAction, default=True, help="each part of the first, too"
+        "--parts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also measure the parts of the first network, if it is SimpleBEV",
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--image-size", default="224x400", help="height x width")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=120, help="how long each network is measured, at least")
-    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot, whose first keyframe's rig is taken")
+    parser.add_argument("--seconds", type=float, default=120, help="minimum duration of each network's measurement")
+    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot; the rig of its first keyframe is used")
     parser.add_argument("--split", default="mini_train")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -1,8 +1,8 @@
-"""Teacher images per second against the machine's matmul rate, in one run.
+"""Images per second of the teacher, against the machine's matmul rate.
 
     python pipelines/benchmarks/teacher.py [--threads 2] [--teacher random:facebook/dinov2-small] [--batch 6]
 
-Bar: at least 55 % of the bfloat16 matmul rate (of the float32 one where the hardware has no bfloat16).
+Target: at least 55 % of the bfloat16 matmul rate (of the float32 rate if the hardware has no bfloat16).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
         "--teacher", default="random:facebook/dinov2-small", help="speed does not depend on the weights"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--batch", type=int, default=6, help="images at once")
+    parser.add_argument("--batch", type=int, default=6, help="images per batch")
     parser.add_argument("--seconds", type=float, default=40)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -50,7 +50,7 @@ def main() -> None:
             share = rate[row.name] / rate[f"matmul 2048, {dtype}"]
             notes[row.name] += f"; {arguments.batch / row.median:.1f} images/s, {share:.0%} of the {dtype} matmul rate"
     print(machine())
-    print(f"\n{spec.name} at {spec.input_size[0]}x{spec.input_size[1]}: {flops / 1e9:.1f} GFLOP an image, batches of "
+    print(f"\n{spec.name} at {spec.input_size[0]}x{spec.input_size[1]}: {flops / 1e9:.1f} GFLOP per image, batches of "
           f"{arguments.batch}, {arguments.threads} threads, {device}\n")  # fmt: skip
     print(table(rows, notes, "GFLOP/s"))
 

@@ -1,4 +1,4 @@
-"""From a page-cached sweep to bit-packed occupancy, against NumPy, torch and the time of reading the file alone.
+"""From a sweep in the page cache to bit-packed occupancy, against NumPy, torch and the time of reading the file.
 
 python pipelines/benchmarks/voxelizer.py [--sweep file.pcd.bin] [--dataroot nuscenes]
 """
@@ -23,7 +23,7 @@ from occfeat_targets.targets.occupancy import voxelize
 
 
 def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:
-    """Homogeneous float64 coordinates, one mask after the other."""
+    """Straightforward NumPy: homogeneous float64 coordinates and one mask after the other."""
     points = np.fromfile(path, np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
     points = points[~((np.abs(points[:, 0]) < EGO_BOX) & (np.abs(points[:, 1]) < EGO_BOX))]
     points = (grid_from_lidar @ np.hstack([points, np.ones((len(points), 1))]).T).T[:, :3]
@@ -35,7 +35,7 @@ def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np
 
 
 def numpy_float32(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:
-    """float32, metres folded into cells, one mask, one flat index."""
+    """float32, one transform from metres to cells, one mask, one flat index."""
     points = np.fromfile(path, np.float32).reshape(-1, 5)[:, :3]
     cells_from_lidar = (grid.cells_from_grid @ grid_from_lidar).astype(np.float32)
     points = points[np.maximum(np.abs(points[:, 0]), np.abs(points[:, 1])) >= np.float32(EGO_BOX)]
@@ -47,7 +47,7 @@ def numpy_float32(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.nd
 
 
 class TunedNumpy:
-    """As above with the channels apart, buffers reused, and outside returns sent to a last cell, not selected away."""
+    """`numpy_float32` with separate coordinates and reused buffers. Outside returns set a spare cell instead of a mask."""
 
     def __init__(self, path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> None:
         self.path, self.grid = path, grid
@@ -89,12 +89,12 @@ def with_torch(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", type=Path, help="a nuScenes .pcd.bin")
-    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot, of which the first sweep is taken")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long each table is measured")
+    parser.add_argument("--dataroot", type=Path, help="a nuScenes dataroot; its first sweep is used")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each table")
     options = parser.parse_args()
     path, what = find_sweep(options.sweep, find_dataroot(options.dataroot))
     torch.set_num_threads(1)
-    threadpool_limits(1)  # a second BLAS thread only slows products this small
+    threadpool_limits(1)  # a second BLAS thread slows such small products down
     grid = VoxelGrid()
     ego_from_lidar = rigid((0.7077955, -0.0064922, 0.0106462, -0.7063073), (0.9437130, 0.0, 1.8402300))
     grid_from_lidar = GRID_FROM_EGO_AXES @ ego_from_lidar
@@ -110,11 +110,11 @@ def main() -> None:
     tuned = TunedNumpy(path, grid_from_lidar, grid)
     contenders = {
         "limit: reading the file into a reused buffer": read_only,
-        "ours: read_sweep, with its checks, and voxelize": lambda: voxelize(read_sweep(path), grid_from_lidar, grid),
+        "ours: read_sweep with its checks, and voxelize": lambda: voxelize(read_sweep(path), grid_from_lidar, grid),
         "NumPy, float32": lambda: numpy_float32(path, grid_from_lidar, grid),
-        "NumPy, float32, tuned as far as we could": tuned,
+        "NumPy, float32, tuned as much as we could": tuned,
         "torch, one thread": lambda: with_torch(path, grid_from_lidar, grid),
-        "NumPy, as people write it": lambda: numpy_as_written(path, grid_from_lidar, grid),
+        "NumPy, straightforward": lambda: numpy_as_written(path, grid_from_lidar, grid),
     }
     limit, ours, *peers = contenders
     bits = [np.unpackbits(contenders[name]()) for name in (ours, *peers)]
@@ -127,8 +127,8 @@ def main() -> None:
     print("\nSweep in memory to packed bits\n")
     several = {
         "one reference frame": lambda: voxelize(points, grid_from_lidar, grid),
-        "seven, together": lambda: voxelize(points, frames, grid),
-        "seven, a call each": lambda: [voxelize(points, frame, grid) for frame in frames],
+        "seven, in one call": lambda: voxelize(points, frames, grid),
+        "seven, in seven calls": lambda: [voxelize(points, frame, grid) for frame in frames],
     }
     print(table(compare(several, ours="one reference frame", seconds=options.seconds / 3)))
 

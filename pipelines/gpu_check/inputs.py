@@ -19,10 +19,11 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_train.config import Config, NetworkConfig
 from occfeat_train.data.augment import draw
-from occfeat_train.data.batch import Batch
+from occfeat_train.data.batch import Batch, Sample, collate
 from occfeat_train.distributed import Process
 from occfeat_train.ops.views import Views
-from occfeat_train.tasks.build import AnyTask, build_task, move_to_device
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import build_task, move_to_device
 from occfeat_train.training.loop import forward_backward, reduce_losses
 from occfeat_train.training.optim import build_optimizer
 from pipelines.gpu_check.measure import Check
@@ -73,14 +74,20 @@ def random_batch(config: Config, batch: int, small: bool) -> Batch:
     intrinsics, cam_from_grid = rig(batch, source)  # type: ignore[arg-type]
     occupied = rng.random((batch, grid.num_voxels), np.float32) < _OCCUPIED
     features = rng.standard_normal((batch, CAMERAS, *maps, feature_dim(small)), np.float32)
+    images = rng.integers(0, 256, (batch, CAMERAS, *source, 3), np.uint8)
+    packed, features = np.packbits(occupied, axis=-1, bitorder="little"), features.astype(np.float16)
+    targets = []
+    for i in range(batch):
+        arrays = {"occupancy": packed[i], "features": features[i]}
+        sample = Sample(i, grid, source, images[i], intrinsics[i].numpy(), cam_from_grid[i].numpy(), arrays)  # type: ignore[arg-type]
+        targets.append(config.task_class.targets(sample, config))
     return Batch(
         tokens=tuple(map(str, range(batch))),
         grid=grid,
-        images=torch.from_numpy(rng.integers(0, 256, (batch, CAMERAS, *source, 3), np.uint8)),
+        images=torch.from_numpy(images),
         intrinsics=intrinsics,
         cam_from_grid=cam_from_grid,
-        occupancy=torch.from_numpy(np.packbits(occupied, axis=-1, bitorder="little")),
-        features=torch.from_numpy(features).half(),
+        arrays=collate(targets, config.task_class.ragged),
         **parameters,
     )
 
@@ -93,7 +100,7 @@ class DoubleBatch(Batch):
         return replace(views, images=views.images.double())
 
 
-def task_on(config: Config, small: bool, device: torch.device) -> AnyTask:
+def task_on(config: Config, small: bool, device: torch.device) -> Task:
     """A task in training mode; its initial weights do not depend on the device."""
     task = build_task(config, grid_of(small), feature_dim(small))
     move_to_device(task, device)

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
-from occfeat_train.data.dataset import KeyframeDataset, Prefetcher
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import read_log
 from pipelines.gpu_check.inputs import config_of, random_batch, random_cache, task_on

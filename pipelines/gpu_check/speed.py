@@ -141,8 +141,8 @@ def parts(check: Check, whole: Step) -> None:
         lifted = network.lifting.compressor(volume)
         decoded = network.decoder(lifted)
         bev = _flip(decoded, batch.bev_flip)
-        occupied = batch.occupied()
-        voxels, target = task.targets(batch, occupied)
+        occupied = batch.volume("occupancy")
+        voxels, target = batch.arrays["voxels"], batch.arrays["features"]
 
     def losses(x: Tensor) -> Tensor:
         logits, predicted = task.head(x, voxels)
@@ -165,7 +165,7 @@ def parts(check: Check, whole: Step) -> None:
 
     measured: dict[str, tuple[Callable[..., Tensor], Tensor | None]] = {
         "augmentation": (lambda: batch.views(size).images, None),
-        "unpacking and targets": (lambda: task.targets(batch, batch.occupied())[1], None),
+        "unpacking": (lambda: batch.volume("occupancy"), None),
         "encoder": (lambda: network.encoder(images), None),
         "lifting": (lambda x: network.lifting.lift(x, views), features),
         "compressor": (network.lifting.compressor, volume),

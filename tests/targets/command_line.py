@@ -45,7 +45,7 @@ def run(*arguments: str | Path, check: bool = True) -> Result:
     return result
 
 
-def run_apart(*arguments: str | Path) -> None:
+def run_in_subprocess(*arguments: str | Path) -> None:
     """Run occfeat-targets in a separate process; it must succeed."""
     result = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"

@@ -20,7 +20,7 @@ from tests.targets.command_line import assert_same_bytes, run
 
 # Every option with a value other than its default, as command line and as keywords.
 COMMAND_LINE = [
-    *("--version", "v1.0-mini"), *("--scenes", "a,b"), *("--grid", "4x20x12"), *("--range", "-2", "2", "-10", "10", "-6", "6"),
+    *("--source", "other"), *("--version", "v1.0-mini"), *("--scenes", "a,b"), *("--grid", "4x20x12"), *("--range", "-2", "2", "-10", "10", "-6", "6"),
     *("--frames", "both"), *("--sweeps", "3"), *("--image-size", "96x160"), *("--teacher", "none"),
     *("--teacher-layer", "pre-norm"), *("--teacher-dtype", "float32"), *("--teacher-batch", "2"),
     *("--feature-size", "56x98"), *("--feature-dtype", "int8"), *("--labels", "map"), *("--dividers", "road+lane"),
@@ -28,7 +28,7 @@ COMMAND_LINE = [
     "--retry-skipped", *("--device", "cpu"),
 ]  # fmt: skip
 KEYWORDS = {
-    "version": "v1.0-mini", "scenes": ["a", "b"], "grid": VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6)),
+    "source": "other", "version": "v1.0-mini", "scenes": ["a", "b"], "grid": VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6)),
     "frames": "both", "sweeps": 3, "image_size": (96, 160), "teacher": None, "teacher_layer": "pre-norm",
     "teacher_dtype": "float32", "teacher_batch": 2, "feature_size": (56, 98), "feature_dtype": "int8", "labels": ["map"],
     "dividers": "road+lane", "compat": "simple-bev", "shard": (1, 3), "shard_size": 2, "on_error": "skip",

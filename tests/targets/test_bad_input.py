@@ -15,9 +15,9 @@ from occfeat_targets.sources.nuscenes import read_split
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, table, tmpfs, write_table
 
 
-def victim(city: Path, channel: str) -> dict:
+def keyframe_record(city: Path, channel: str) -> dict:
     """The third keyframe's sample_data record of a channel."""
-    token = contents_of_split(city)[2]
+    token = sample_tokens(city)[2]
     calibration = {c["token"]: c["sensor_token"] for c in table(city, "calibrated_sensor")}
     sensors = {s["token"]: s["channel"] for s in table(city, "sensor")}
     return next(
@@ -29,7 +29,7 @@ def victim(city: Path, channel: str) -> dict:
     )
 
 
-def contents_of_split(city: Path) -> list[str]:
+def sample_tokens(city: Path) -> list[str]:
     """Sample tokens of mini_train in the cache's order."""
     split = read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False)
     return [keyframe.token for keyframe in split.keyframes]
@@ -37,7 +37,7 @@ def contents_of_split(city: Path) -> list[str]:
 
 def cut_file(fraction: float, channel: str):
     def damage(city: Path) -> str:
-        record = victim(city, channel)
+        record = keyframe_record(city, channel)
         file = city / record["filename"]
         data = file.read_bytes()
         file.write_bytes(data[: int(len(data) * fraction) // 20 * 20 + (7 if channel != "LIDAR_TOP" else 0)])
@@ -47,26 +47,26 @@ def cut_file(fraction: float, channel: str):
 
 
 def cut_inside_a_return(city: Path) -> str:
-    record = victim(city, "LIDAR_TOP")
+    record = keyframe_record(city, "LIDAR_TOP")
     file = city / record["filename"]
     file.write_bytes(file.read_bytes()[:-7])
     return record["filename"]
 
 
 def remove_image(city: Path) -> str:
-    record = victim(city, "CAM_BACK")
+    record = keyframe_record(city, "CAM_BACK")
     (city / record["filename"]).unlink()
     return record["filename"]
 
 
 def remove_camera_record(city: Path) -> str:
-    token = victim(city, "CAM_BACK")["token"]
+    token = keyframe_record(city, "CAM_BACK")["token"]
     write_table(city, "sample_data", [r for r in table(city, "sample_data") if r["token"] != token])
     return "CAM_BACK"
 
 
 def nan_pose(city: Path) -> str:
-    record = victim(city, "CAM_FRONT")
+    record = keyframe_record(city, "CAM_FRONT")
     poses = table(city, "ego_pose")
     for pose in poses:
         if pose["token"] == record["ego_pose_token"]:
@@ -89,7 +89,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(name, broken_city, tiny_teacher, tmp_path):
     damage, reason = BAD_INPUT[name]
-    token = contents_of_split(broken_city)[2]
+    token = sample_tokens(broken_city)[2]
     file = damage(broken_city)
     cache = tmp_path / "cache"
     arguments = build_arguments(broken_city, cache, tiny_teacher, "--workers", "0")
@@ -142,7 +142,7 @@ def test_retrying_skipped_keyframes_keeps_all_valid_ones(broken_city, city, tiny
         assert_same_bytes(cache, before)
     for folder in ("LIDAR_TOP", "CAM_BACK"):
         shutil.copytree(city / "samples" / folder, broken_city / "samples" / folder, dirs_exist_ok=True)
-    needed = broken_city / victim(broken_city, "CAM_FRONT")["filename"]
+    needed = broken_city / keyframe_record(broken_city, "CAM_FRONT")["filename"]
     for file in set((broken_city / "samples" / "CAM_FRONT").iterdir()) - {needed}:
         file.unlink()
     assert (broken_city / repaired).exists()
@@ -192,7 +192,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_built(city, tiny
         assert not list(disk.iterdir())
 
 
-def unbuild(cache: Path, shard: int) -> None:
+def remove_shard(cache: Path, shard: int) -> None:
     for name in open_cache(cache).finished_shards()[shard]["files"]:
         (cache / name).unlink()
     (cache / "progress" / f"{shard:05d}.json").unlink()
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_shards(city, tiny_teacher, tmp_
         arguments = build_arguments(city, disk, tiny_teacher, "--workers", "0", "--frames", "both")
         run(*arguments)
         for shard in (1, 3):  # as if not built yet, while something else fills the disk
-            unbuild(disk / "mini_train.zarr", shard)
+            remove_shard(disk / "mini_train.zarr", shard)
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
         result = run(*arguments, check=False)

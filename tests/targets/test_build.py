@@ -18,7 +18,7 @@ import pytest
 from occfeat_targets.cache.store import open_cache
 from occfeat_targets.targets import teacher
 from occfeat_targets.targets.teacher import teacher_spec
-from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_apart, write_table
+from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_in_subprocess, write_table
 
 
 def test_a_build_prints_its_contents_size_and_estimated_time(city, tiny_teacher, tmp_path):
@@ -80,7 +80,7 @@ def dask_cluster(directory: Path) -> Iterator[str]:
 
 def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny_teacher, tmp_path, expected):
     with dask_cluster(tmp_path) as address:
-        run_apart(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", address, "--frames", "both"))
+        run_in_subprocess(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", address, "--frames", "both"))
     assert_same_bytes(tmp_path, expected)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.targets.command_line import COMMAND, assert_same_bytes, build_arguments, run, run_apart
+from tests.targets.command_line import COMMAND, assert_same_bytes, build_arguments, run, run_in_subprocess
 
 KILLS = int(os.environ.get("OCCFEAT_KILLS", "3"))
 
@@ -61,7 +61,7 @@ def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_t
             for record in list((tmp_path / "mini_train.zarr" / "progress").glob("0000[0-9].json"))[:1]:
                 record.unlink()
     assert killed >= 1
-    run_apart(*arguments)
+    run_in_subprocess(*arguments)
     assert_same_bytes(tmp_path, expected)
     assert run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "0").returncode == 0
 

@@ -8,7 +8,7 @@ from occfeat_targets.cache.geometry import project, transform
 from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.sources.keyframe import DatasetError
 from occfeat_targets.sources.nuscenes import find_dataroot, read_map, read_split
-from occfeat_targets.verify.slow_targets import read_source
+from occfeat_targets.verify.slow_nuscenes import read_keyframes
 
 
 def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=True):
@@ -34,20 +34,19 @@ def test_the_real_keyframe_is_found_and_the_scenes_that_are_not_there_are_named(
 def test_transforms_agree_with_plain_tables_and_pyquaternion(real_sample, city):
     for root, sweeps in ((real_sample, 1), (city, 3)):
         split = split_of(root, num_sweeps=sweeps)
-        sources = read_source(root, "v1.0-mini", [k.token for k in split.keyframes], CAMERAS, sweeps)
+        slow = read_keyframes(root, "v1.0-mini", [k.token for k in split.keyframes], CAMERAS, sweeps)
         for keyframe in split.keyframes:
-            source = sources[keyframe.token]
-            for view, a, b, k in zip(
-                keyframe.cameras, source.cam_from_ego, source.ego_from_cam, source.intrinsics, strict=True
-            ):
-                np.testing.assert_allclose(view.cam_from_ego, a, atol=1e-6)
-                np.testing.assert_allclose(view.ego_from_cam, b, atol=1e-6)
-                np.testing.assert_array_equal(view.intrinsics, k)
-            assert [s.path for s in keyframe.sweeps] == source.sweeps
-            for sweep, matrix in zip(keyframe.sweeps, source.ego_from_sensor, strict=True):
-                np.testing.assert_allclose(sweep.ego_from_sensor, matrix, atol=1e-6)
-            np.testing.assert_allclose(keyframe.vehicle_corners, source.vehicle_corners, atol=1e-6)
-            np.testing.assert_array_equal(keyframe.visibility, source.visibility)
+            other = slow[keyframe.token]
+            for view, reference in zip(keyframe.cameras, other.cameras, strict=True):
+                np.testing.assert_allclose(view.cam_from_ego, reference.cam_from_ego, atol=1e-6)
+                np.testing.assert_allclose(view.ego_from_cam, reference.ego_from_cam, atol=1e-6)
+                np.testing.assert_array_equal(view.intrinsics, reference.intrinsics)
+                assert (view.path, view.source_size) == (reference.path, reference.source_size)
+            for sweep, reference in zip(keyframe.sweeps, other.sweeps, strict=True):
+                assert sweep.path == reference.path
+                np.testing.assert_allclose(sweep.ego_from_sensor, reference.ego_from_sensor, atol=1e-6)
+            np.testing.assert_allclose(keyframe.vehicle_corners, other.vehicle_corners, atol=1e-6)
+            np.testing.assert_array_equal(keyframe.visibility, other.visibility)
 
 
 @pytest.mark.parametrize("camera", range(6))

@@ -13,8 +13,9 @@ import xarray
 import zarr
 
 from occfeat_targets.cache import store
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
-from occfeat_targets.cache.store import create_cache, open_cache
+from occfeat_targets.cache.store import open_cache
 from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 

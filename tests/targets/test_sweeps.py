@@ -157,15 +157,15 @@ def test_the_real_sweep_in_another_layout_is_refused_by_name(real_sample: Path, 
     [(0, 150.1), (1, -150.1), (2, 1e30), (3, -1), (3, 256), (4, 32), (4, -1), (4, 7.5), (4, np.nan)],
 )
 @pytest.mark.parametrize(
-    "place", [0, 63, 64, 4000]
+    "index", [0, 63, 64, 4000]
 )  # first and last of a block of the check, and the incomplete last block
 def test_a_single_impossible_value_is_an_error_with_its_index(
-    tmp_path: Path, column: int, value: float, place: int
+    tmp_path: Path, column: int, value: float, index: int
 ) -> None:
     points = returns(4001)
-    points[place, column] = value
+    points[index, column] = value
     points.tofile(tmp_path / "bad.pcd.bin")
-    with pytest.raises(ValueError, match=rf"1 of 4001 returns cannot be .*first: return {place}, .*ring 0 to 31"):
+    with pytest.raises(ValueError, match=rf"1 of 4001 returns cannot be .*first: return {index}, .*ring 0 to 31"):
         read_sweep(tmp_path / "bad.pcd.bin")
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import zarr
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record, write_record
-from occfeat_targets.cache.store import Cache, create_cache, open_cache, shard_file
+from occfeat_targets.cache.store import Cache, open_cache, shard_file
 from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.targets.command_line import Result, run
@@ -163,7 +164,7 @@ def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_upd
     edit(finished_cache.path)
     with pytest.raises(CacheError, match="was changed since the cache was created"):
         open_cache(finished_cache.path)
-    renew(finished_cache.path)
+    update_digests(finished_cache.path)
     opened = open_cache(finished_cache.path)
     with pytest.raises(CacheError, match="is not the record of this shard.*metadata were edited: restore them"):
         CacheReader(opened)
@@ -173,7 +174,7 @@ def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_upd
 
 def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a.update(fingerprint="0123456789abcdef"))
-    renew(small_cache.path)
+    update_digests(small_cache.path)
     with pytest.raises(
         CacheError, match=f"says fingerprint 0123456789abcdef, its spec has {small_cache.spec.fingerprint}"
     ):
@@ -182,12 +183,12 @@ def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
 
 def test_a_spec_of_another_release_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a["spec"].update(wings=2))
-    renew(small_cache.path)
+    update_digests(small_cache.path)
     with pytest.raises(CacheError, match="was not written by this release of occfeat .*wings"):
         open_cache(small_cache.path)
 
 
-def renew(path: Path) -> None:
+def update_digests(path: Path) -> None:
     """Write the current digests of its files to created.json."""
     created = path / "progress" / "created.json"
     write_record(created, {"files": {name: digest(path / name) for name in read_record(created)["files"]}})

@@ -108,7 +108,7 @@ def test_a_sweep_of_another_layout_that_the_build_took_is_found(broken_city, tmp
         points = np.fromfile(sweep, np.float32).reshape(-1, 5)
         points.astype(np.float64).tofile(sweep)
     monkeypatch.setattr(
-        "occfeat_targets.build.assemble.read_sweep", lambda path: np.fromfile(path, np.float32).reshape(-1, 5)
+        "occfeat_targets.sources.nuscenes.read_sweep", lambda path: np.fromfile(path, np.float32).reshape(-1, 5)
     )
     run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0"))
     result = verify(tmp_path / "cache", samples=1)

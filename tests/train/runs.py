@@ -18,13 +18,14 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import digest, read_record, write_record
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_train.cli import main
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import RunLog, read_log
@@ -43,7 +44,7 @@ QUIET = ["--no-progress", "--device", "cpu"]
 TIMES = ("samples_per_s", "data_wait")  # fields of a record that differ between runs
 
 
-def made_up(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
+def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:
     """Random arrays of keyframes with a rig of level cameras. They depend on the keyframe and the seed, not on the shard."""
     keyframes = list(keyframes)
     out = {a.name: np.zeros((len(keyframes), *a.shape), a.dtype) for a in spec.arrays()}
@@ -87,7 +88,7 @@ def write_cache(
     cache = create_cache(
         folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"]}
     )
-    arrays = made_up(spec, range(n), seed)
+    arrays = random_keyframes(spec, range(n), seed)
     if change is not None:
         change(arrays)
     for shard in range(cache.num_shards if shards is None else shards):
@@ -148,7 +149,7 @@ def steps(number: int, *, batch: int = 2, samples: int = len(TRAIN_SCENES)) -> l
     return ["--epochs", repr((number * batch + 0.5) / samples)]
 
 
-def start_apart(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+def start_process(arguments: list[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """Start occfeat-train in a separate process, or in several under torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = COMMAND if processes == 1 else [*torchrun, *COMMAND[1:]]
@@ -206,7 +207,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert records(found) == records(expected)
 
 
-def renew(folder: Path) -> None:
+def update_digests(folder: Path) -> None:
     """Write the current digests of a checkpoint's files to its record."""
     record = read_record(folder / "checkpoint.json")
     write_record(

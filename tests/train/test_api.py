@@ -28,7 +28,7 @@ from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
-from tests.train.runs import copy_of, pretrain, reader, renew, steps, succeed, write_cache, write_caches
+from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
 
 CALIBRATION = ("intrinsics", "cam_from_ego", "grid_from_ego")
 # A machine may have a single core, and a process that has threads is forked.
@@ -194,7 +194,7 @@ def test_load_refuses_damaged_and_infinite_weights_as_evaluation_does(runs, tmp_
     weights = infinite.weights()
     next(t for t in weights.values() if t.is_floating_point()).view(-1)[0] = torch.inf
     save_file(weights, infinite.path / "model.safetensors")
-    renew(infinite.path)
+    update_digests(infinite.path)
     with pytest.raises(CheckpointError, match="are not finite: use another checkpoint"):
         occfeat_train.load(infinite.path)
 
@@ -247,9 +247,9 @@ def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_p
 
 
 def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
-    _, keyframes, task = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
+    _, keyframes, _ = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
     batch = keyframes.batch([(0, 3)])
-    voxels, expected = task.targets(batch, batch.occupied())
+    voxels, expected = batch.arrays["voxels"], batch.arrays["features"]
 
     dataset = occfeat_train.open_cache(cache / "val.zarr")
     sample, frame = dataset[3], dataset.frames.index("CAM_FRONT")

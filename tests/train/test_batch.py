@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.config import Config
 from occfeat_train.data.augment import resample, transform_intrinsics
-from occfeat_train.data.batch import Batch, unpack_bits
-from occfeat_train.ops.mean_over_views import voxel_centers
+from occfeat_train.data.batch import Batch, Sample, collate, unpack_bits
 from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
-from occfeat_train.tasks.heads import voxel_rows
+from occfeat_train.tasks.pretraining import Pretraining
 
 GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # off centre; neither volume nor rows fill whole bytes of 8
 CAMERAS = 3
@@ -35,50 +35,67 @@ def calibration(rng: np.random.Generator, samples: int) -> tuple[np.ndarray, np.
     return cameras, pinholes
 
 
-def make_batch(
+def make_samples(
     samples: int = 2,
     *,
     seed: int = 0,
     grid: VoxelGrid = GRID,
-    size: tuple[int, int] = (32, 48),
     share: float = 0.2,
     feature_dim: int = 6,
     classes: int = 1,
     dtype: str = "float16",
-    augmented: bool = True,
-) -> Batch:
-    """Random contents and, unless `augmented` is false, random draws for an input of `size`."""
+) -> list[Sample]:
+    """Samples of random content with occupancy, features, labels and their validity."""
     rng = np.random.default_rng(seed)
     cam_from_grid, intrinsics = calibration(rng, samples)
     features = rng.standard_normal((samples, CAMERAS, 3, 5, feature_dim))
-    volumes = rng.random((samples, *grid.shape)) < share
-    labels = rng.random((samples, classes, *grid.map_shape)) < 0.4
-    valid = rng.random((samples, 1, *grid.map_shape)) < 0.8
+    arrays = {
+        "occupancy": grid.pack_volume(rng.random((samples, *grid.shape)) < share),
+        "features": (features * 30).astype(np.int8) if dtype == "int8" else features.astype(dtype),
+        "labels": grid.pack_map(rng.random((samples, classes, *grid.map_shape)) < 0.4),
+        "valid": grid.pack_map(rng.random((samples, *grid.map_shape)) < 0.8),
+    }
+    if dtype == "int8":
+        arrays["feature_scale"] = rng.uniform(0.01, 0.1, features.shape[:-1]).astype(np.float16)
+    images = rng.integers(0, 256, (samples, CAMERAS, 24, 40, 3), dtype=np.uint8)
+    return [
+        Sample(i, grid, (24, 40), images[i], intrinsics[i], cam_from_grid[i], {k: a[i] for k, a in arrays.items()})
+        for i in range(samples)
+    ]
+
+
+def make_batch(samples: int = 2, *, size: tuple[int, int] = (32, 48), augmented: bool = True, **options: Any) -> Batch:
+    """The batch of `make_samples` for every task, with a random augmentation for images of `size` unless `augmented` is false."""
+    read = make_samples(samples, **options)
+    targets = [
+        {
+            **Pretraining.targets(sample, Config()),
+            "labels": sample.arrays["labels"],
+            "valid": sample.arrays["valid"][None],
+        }
+        for sample in read
+    ]
     per_camera = (samples, CAMERAS, 2)
     values: dict[str, np.ndarray] = {
-        "images": rng.integers(0, 256, (samples, CAMERAS, 24, 40, 3), dtype=np.uint8),
-        "intrinsics": intrinsics,
-        "cam_from_grid": cam_from_grid,
-        "occupancy": grid.pack_volume(volumes),
-        "features": (features * 30).astype(np.int8) if dtype == "int8" else features.astype(dtype),
-        "labels": grid.pack_map(labels),
-        "valid": grid.pack_map(valid),
+        "images": np.stack([sample.images for sample in read]),
+        "intrinsics": np.stack([sample.intrinsics for sample in read]),
+        "cam_from_grid": np.stack([sample.cam_from_grid for sample in read]),
         "resized": np.broadcast_to(size, per_camera).astype(np.int64),
         "crop": np.zeros(per_camera, np.int64),
         "mirror": np.zeros(per_camera[:2], np.bool_),
         "cameras": np.tile(np.arange(CAMERAS), (samples, 1)),
         "bev_flip": np.zeros((samples, 2), np.bool_),
     }
-    if dtype == "int8":
-        values["feature_scale"] = rng.uniform(0.01, 0.1, features.shape[:-1]).astype(np.float16)
     if augmented:
+        rng = np.random.default_rng((options.get("seed", 0), 1))
         values["resized"] = (size * rng.uniform(0.8, 1.2, (samples, CAMERAS, 1))).astype(np.int64)
         values["crop"] = rng.integers(-6, 7, per_camera)
         values["mirror"] = rng.random(per_camera[:2]) < 0.5
         values["cameras"] = np.stack([rng.permutation(CAMERAS) for _ in range(samples)])
         values["bev_flip"] = rng.random((samples, 2)) < 0.5
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
-    return Batch(tokens=tuple(f"token{i}" for i in range(samples)), grid=grid, **tensors)
+    tokens = tuple(f"token{i}" for i in range(samples))
+    return Batch(tokens=tokens, grid=read[0].grid, arrays=collate(targets, Pretraining.ragged), **tensors)
 
 
 # -- bits and cells ---------------------------------------------------------------------------------------------------
@@ -98,34 +115,20 @@ def test_bits_unpack_as_numpys(values):
     np.testing.assert_array_equal(unpack_bits(torch.from_numpy(packed)).numpy(), expected)
 
 
-@pytest.mark.parametrize("grid", [GRID, VoxelGrid((3, 5, 7), (0, 0, 0), (1, 1, 1)), VoxelGrid()])
-def test_voxel_centers_are_the_grids(grid):
-    flat = np.random.default_rng(0).integers(0, grid.num_voxels, 500)
-    centers = voxel_centers(grid, torch.from_numpy(flat))
-    assert centers.dtype == torch.float32
-    np.testing.assert_array_equal(centers.numpy(), grid.centers_of(flat))
-
-
 @pytest.mark.parametrize("shape", [(4, 12, 10), (3, 5, 7)])
-def test_occupancy_unpacks_as_the_grid_unpacks_it(shape):
+def test_volumes_unpack_as_the_grid_unpacks_them(shape):
     grid = VoxelGrid(shape)
     batch = make_batch(3, grid=grid)
-    np.testing.assert_array_equal(batch.occupied().numpy(), grid.unpack_volume(batch.occupancy.numpy()))
+    expected = grid.unpack_volume(batch.arrays["occupancy"].numpy())
+    np.testing.assert_array_equal(batch.volume("occupancy").numpy(), expected)
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 10), (3, 5, 16)])
-def test_map_labels_unpack_as_the_grid_unpacks_them(shape):
+def test_maps_unpack_as_the_grid_unpacks_them(shape):
     grid = VoxelGrid(shape)
     batch = make_batch(3, grid=grid, classes=5)
-    labels, valid = batch.map_labels()
-    np.testing.assert_array_equal(labels.numpy(), grid.unpack_map(batch.labels.numpy()))
-    np.testing.assert_array_equal(valid.numpy(), grid.unpack_map(batch.valid.numpy()))
-
-
-def test_without_a_mask_every_cell_is_valid():
-    _, valid = dataclasses.replace(make_batch(2, classes=5), valid=None).map_labels()
-    assert valid.shape == (2, 1, 12, 10)
-    assert valid.all()
+    for name in ("labels", "valid"):
+        np.testing.assert_array_equal(batch.maps(name).numpy(), grid.unpack_map(batch.arrays[name].numpy()))
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -158,46 +161,47 @@ def test_every_cameras_own_draw_moves_with_it():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_targets_are_sampled_from_the_cached_images_sample_by_sample(dtype):
+def test_targets_are_the_features_of_occupied_voxels_that_a_camera_sees(dtype):
     batch = make_batch(3, dtype=dtype)
-    voxels = voxel_rows(batch.occupied())
-    target, views = batch.voxel_targets(voxels)
-    assert 0 < (views > 0).sum() < len(voxels)  # some are seen, some are not
-    for b in range(3):
-        mine = (voxels // GRID.num_voxels == b).numpy()
-        expected, expected_views = sample_voxel_features_numpy(
-            batch.features[b].numpy(),
-            None if batch.feature_scale is None else batch.feature_scale[b].numpy(),
-            batch.cam_from_grid[b].numpy(),
-            batch.intrinsics[b].numpy(),
+    voxels, features = batch.arrays["voxels"].numpy(), batch.arrays["features"].numpy()
+    occupied = batch.volume("occupancy")
+    assert 0 < len(voxels) < occupied.sum()  # some are seen, some are not
+    for b, sample in enumerate(make_samples(3, dtype=dtype)):
+        all_of_it = np.flatnonzero(occupied[b].numpy())
+        expected, num_views = sample_voxel_features_numpy(
+            sample.arrays["features"],
+            sample.arrays.get("feature_scale"),
+            sample.cam_from_grid,
+            sample.intrinsics,
             (24, 40),
-            GRID.centers_of(np.flatnonzero(GRID.unpack_volume(batch.occupancy[b].numpy()))),
+            GRID.voxel_centers().reshape(-1, 3)[all_of_it],
         )
-        np.testing.assert_array_equal(target[mine].numpy(), expected)
-        np.testing.assert_array_equal(views[mine].numpy(), expected_views)
+        mine = voxels // GRID.num_voxels == b
+        np.testing.assert_array_equal(voxels[mine] - b * GRID.num_voxels, all_of_it[num_views > 0])
+        np.testing.assert_array_equal(features[mine], expected[num_views > 0])
 
 
-def test_targets_know_nothing_of_the_augmentation():
-    plain, augmented = make_batch(augmented=False), make_batch()
-    augmented = dataclasses.replace(augmented, cameras=augmented.cameras[:, :1])
-    assert not torch.equal(plain.resized, augmented.resized)
-    voxels = voxel_rows(plain.occupied())
-    for ours, other in zip(plain.voxel_targets(voxels), augmented.voxel_targets(voxels), strict=True):
-        assert torch.equal(ours, other)
+def test_ragged_arrays_are_concatenated_and_others_stacked():
+    targets = [{"a": np.zeros((n, 2)), "b": np.zeros(2)} for n in (3, 0, 1)]
+    arrays = collate(targets, ["a"])
+    assert {name: tuple(array.shape) for name, array in arrays.items()} == {"a": (4, 2), "b": (3, 2)}
 
 
 # -- travelling -------------------------------------------------------------------------------------------------------
 
 
 def test_to_moves_every_tensor_and_nothing_else():
-    batch = dataclasses.replace(make_batch(2), valid=None)
+    batch = make_batch(2)
     moved = batch.to(torch.device("meta"))
     for field in dataclasses.fields(Batch):
         before, after = getattr(batch, field.name), getattr(moved, field.name)
         if isinstance(before, torch.Tensor):
             assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
-        else:
+        elif field.name != "arrays":
             assert after == before
+    assert moved.arrays.keys() == batch.arrays.keys()
+    for name, array in batch.arrays.items():
+        assert moved.arrays[name].device.type == "meta" and moved.arrays[name].shape == array.shape
     assert len(moved) == 2
 
 
@@ -205,3 +209,5 @@ def test_nbytes_counts_what_travels():
     batch = make_batch(2)
     without = dataclasses.replace(batch, images=torch.empty(0, dtype=torch.uint8))
     assert batch.nbytes - without.nbytes == 2 * CAMERAS * 24 * 40 * 3
+    occupancy = {name: array for name, array in batch.arrays.items() if name != "occupancy"}
+    assert batch.nbytes - dataclasses.replace(batch, arrays=occupancy).nbytes == 2 * GRID.packed_bytes

@@ -25,9 +25,9 @@ from tests.train.runs import (
     finetune,
     pretrain,
     refuse,
-    renew,
     steps,
     succeed,
+    update_digests,
     write_cache,
     write_caches,
 )
@@ -90,7 +90,7 @@ def test_the_two_newest_checkpoints_are_kept_with_their_config(trained, cache):
 
 def test_an_older_checkpoint_can_be_evaluated_by_its_path(trained, cache):
     output = succeed(*evaluate(trained / "checkpoints" / "step-00000003", cache, "--out", trained.parent / "older"))
-    assert "step-00000003: pretrain" in output
+    assert "step-00000003: occfeat" in output
 
 
 @pytest.mark.parametrize("channels", [4, 16])
@@ -125,7 +125,7 @@ def test_a_trainer_state_with_code_in_it_is_refused_and_the_code_does_not_run(ca
             with pytest.raises(CheckpointError, match=f"{expected}.*step-00000003 is intact; pass that one, or delete"):
                 find_checkpoint(run).trainer_state()
             assert expected in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
-            renew(find_checkpoint(run).path)
+            update_digests(find_checkpoint(run).path)
     assert not marker.exists()
 
 
@@ -140,14 +140,14 @@ def test_initial_weights_with_code_in_them_are_refused_and_the_code_does_not_run
         source = run
         (find_checkpoint(run).path / name).write_bytes(pickle.dumps(Hostile(marker)))
         assert "model.safetensors is damaged, its SHA-256 is not" in refuse(*evaluate(source, cache))
-        renew(find_checkpoint(run).path)
+        update_digests(find_checkpoint(run).path)
         expected = "model.safetensors is damaged"
     assert expected in refuse(*finetune(cache, out, "--from", source, *steps(1)), out=out)
     assert expected in refuse(*evaluate(source, cache))
     assert not marker.exists()
 
 
-def flipped(file: Path, position: int) -> None:
+def flip_bit(file: Path, position: int) -> None:
     data = bytearray(file.read_bytes())
     data[position % len(data)] ^= 1
     file.write_bytes(data)
@@ -166,7 +166,7 @@ def test_a_flipped_bit_in_any_file_is_found(run, name):
     good = file.read_bytes()
     read_all(run)
     for position in [0, len(good) - 1, *np.random.default_rng(0).integers(0, len(good), 10)]:
-        flipped(file, int(position))
+        flip_bit(file, int(position))
         with pytest.raises(CheckpointError, match=f"{name} is (missing or )?damaged.*step-00000003 is intact"):
             read_all(run)
         file.write_bytes(good)
@@ -187,7 +187,7 @@ def test_a_missing_file_is_named_and_an_older_checkpoint_is_not_used_automatical
 
 def test_an_older_checkpoint_that_is_damaged_too_is_not_recommended(run):
     for step in (3, 4):
-        flipped(run / "checkpoints" / f"step-0000000{step}" / "model.safetensors", -1)
+        flip_bit(run / "checkpoints" / f"step-0000000{step}" / "model.safetensors", -1)
     with pytest.raises(CheckpointError, match="no older checkpoint of its run is intact"):
         find_checkpoint(run).weights()
 
@@ -211,7 +211,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(cache, run):
         save_checkpoint(run, 5, found.info, weights, state)
     assert sorted(os.listdir(run / "checkpoints")) == ["step-00000003", "step-00000004"]
     save_file(weights, found.path / "model.safetensors")
-    renew(found.path)
+    update_digests(found.path)
     assert shown in refuse(*evaluate(run, cache))
     assert shown in refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
     assert shown in refuse(*finetune(cache, run.parent / "out", "--from", run, *steps(1)), out=run.parent / "out")
@@ -231,7 +231,7 @@ def test_a_damaged_config_is_refused(cache, run):
     folder = find_checkpoint(run).path
     (folder / "config.json").write_text('{"config": {}')
     assert "config.json is damaged" in refuse(*evaluate(run, cache))
-    renew(folder)
+    update_digests(folder)
     assert "can't be used" in refuse(*evaluate(run, cache))
     (run / "config.json").write_text("[]")
     message = refuse(*pretrain(cache, run, "--save-every", "1", *steps(4)))
@@ -243,7 +243,7 @@ def test_a_config_of_another_release_is_refused(run, cache):
     info = json.loads(file.read_text())
     info["config"]["network"]["wings"] = 2
     file.write_text(json.dumps(info))
-    renew(file.parent)
+    update_digests(file.parent)
     message = refuse(*evaluate(run, cache))
     assert "unknown fields network.wings" in message and "another release" in message
 

@@ -48,7 +48,7 @@ def pretrained(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "run"
     output = succeed(*pretrain(cache, out, *steps(2)))
     assert "SIMULATED: all of it" in output
-    assert "pretrain: simplebev efficientnet-b0" in output and "images 32x48, grid 4x12x12" in output
+    assert "occfeat: simplebev efficientnet-b0" in output and "images 32x48, grid 4x12x12" in output
     assert "7 samples" in output and "2 steps of 2; adam constant lr 0.0001, on 1 x cpu" in output
     assert f"finished: {out}" in output
     return out
@@ -64,7 +64,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
     assert set(results) == {
         "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
     }  # fmt: skip
-    assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "pretrain", "val", 5)
+    assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "occfeat", "val", 5)
     assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
     assert results["simulated"] == ["SIMULATED: all of it"]
     assert 0 < results["occupancy_iou"] < 100 and -1 < results["cosine"] < 1
@@ -78,7 +78,7 @@ def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrai
     output = succeed(*finetune(cache, run, *start, "--task", task, *steps(2)))
     assert f"{task}: simplebev" in output
     if is_pretrained:
-        assert f"network from {pretrained / 'checkpoints' / 'step-00000002'} (pretrain, step 2)" in output
+        assert f"network from {pretrained / 'checkpoints' / 'step-00000002'} (occfeat, step 2)" in output
     else:
         assert "backbone: from scratch, random weights" in output
     succeed(*evaluate(run, cache))
@@ -104,7 +104,7 @@ def test_a_pretrained_network_is_taken_over_whole_and_the_head_is_not(cache, pre
 def test_a_pretraining_goes_on_from_another_with_its_head(cache, pretrained, tmp_path):
     run = tmp_path / "run"
     output = succeed(*pretrain(cache, run, "--from", pretrained, *steps(1), "--set", "optim.lr=1e-30"))
-    assert f"network and head from {pretrained / 'checkpoints' / 'step-00000002'} (pretrain, step 2)" in output
+    assert f"network and head from {pretrained / 'checkpoints' / 'step-00000002'} (occfeat, step 2)" in output
     found, given = weights(run), weights(pretrained)
     assert found.keys() == given.keys()
     for name in found:

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig, OptimConfig
-from occfeat_train.data.dataset import CLASSES
 from occfeat_train.presets import PRESETS, finetuning, preset
 from occfeat_train.training.optim import build_optimizer
 
@@ -28,7 +27,7 @@ from occfeat_train.training.optim import build_optimizer
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.split("/")[-1] == "occfeat" and "small" not in name])
 def test_pretraining_is_section_4_1s(name):
     config = preset(name)
-    assert config.task == "pretrain"
+    assert config.task == "occfeat"
     optim = config.optim
     assert (optim.optimizer, optim.schedule, optim.lr, optim.weight_decay) == ("adam", "constant", 1e-3, 1e-7)
     assert (optim.batch, optim.accumulation, optim.epochs) == (16, 1, 50)
@@ -111,8 +110,8 @@ def test_the_volume_is_the_grids_default():
 
 
 def test_tasks_have_the_papers_classes():
-    assert CLASSES == {"vehicles": ("vehicles",), "map": MAP_CLASSES}
-    assert MAP_CLASSES == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
+    assert LABEL_KINDS["vehicles"].classes == ("vehicles",)
+    assert LABEL_KINDS["map"].classes == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
 
 
 def test_what_the_paper_leaves_to_simple_bev_is_simple_bevs():
@@ -217,7 +216,7 @@ def test_overrides_apply_in_order():
         ("network.image_size=224", r"network.image_size=224: a value of type tuple\[int, int\] expected"),
         ("network.image_size=1x2x3", r"network.image_size=\[1, 2, 3\]: a value of type tuple"),
         ('augment.resize=[1, "a"]', "augment.resize='a': a value of type float expected"),
-        ("task=train", "task='train': one of pretrain, vehicles, map expected"),
+        ("task=train", "task='train': one of occfeat, vehicles, map expected"),
         ("precision=[1]", r"precision=\[1\]: one of auto, float32, bfloat16 expected"),
         ("network.backbone=vit", "backbone='vit': one of efficientnet-b0, resnet-50, resnet-101 expected"),
         ("network.lifting=cvt", "lifting='cvt': one of simplebev, bevformer, lss expected"),

@@ -16,15 +16,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec
-from occfeat_targets.cache.store import Cache, Identity, create_cache, shard_file
+from occfeat_targets.cache.store import Cache, Identity, shard_file
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig
 from occfeat_train.data.augment import draw
-from occfeat_train.data.dataset import KeyframeDataset, Prefetcher, label_scenes, reference_frames
+from occfeat_train.data.batch import Sample, collate
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.frames import reference_frames
+from occfeat_train.data.label_scenes import label_scenes
+from occfeat_train.data.prefetch import Prefetcher
+from occfeat_train.tasks.pretraining import Pretraining
 from tests.conftest import random_arrays, small_identity, small_spec
+from tests.train.runs import assert_same
 
 ALL_FRAMES = (EGO_FRAME, *CAMERAS)
 CPU = torch.device("cpu")
@@ -111,23 +118,25 @@ def test_only_the_chosen_scenes_keyframes_are_seen(tmp_path):
 def test_a_pretraining_batch_is_what_the_cache_holds(tmp_path, feature_dtype):
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES, feature_dtype=feature_dtype))
     written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
-    batch = dataset_of(cache).batch(samples)
+    dataset = dataset_of(cache)
+    batch = dataset.batch(samples)
     keyframes = [5, 0, 3]
     frames = [drawn_frame(sample) for sample in samples]
     np.testing.assert_array_equal(batch.images, written["images"][keyframes])
-    np.testing.assert_array_equal(batch.features, written["features"][keyframes])
-    np.testing.assert_array_equal(batch.occupancy, written["occupancy"][keyframes, frames])
     np.testing.assert_array_equal(batch.intrinsics, written["intrinsics"][keyframes])
+    targets = []
     for row, (keyframe, frame) in enumerate(zip(keyframes, frames, strict=True)):
         grid_from_ego = written["grid_from_ego"][keyframe, frame].astype(np.float64)
         expected = written["cam_from_ego"][keyframe].astype(np.float64) @ inverse_rigid(grid_from_ego)
         np.testing.assert_allclose(batch.cam_from_grid[row], expected)
+        arrays = {name: written[name][keyframe] for name in dataset.arrays if name.startswith("feature")}
+        arrays["occupancy"] = written["occupancy"][keyframe, frame]
+        of_cameras = (batch.images[row].numpy(), batch.intrinsics[row].numpy(), batch.cam_from_grid[row].numpy())
+        sample = Sample(row, dataset.grid, cache.spec.image_size, *of_cameras, arrays)
+        targets.append(Pretraining.targets(sample, PRETRAIN))
     assert (batch.intrinsics.dtype, batch.cam_from_grid.dtype) == (torch.float64, torch.float64)
-    if feature_dtype == "int8":
-        np.testing.assert_array_equal(batch.feature_scale, written["feature_scale"][keyframes])
-    else:
-        assert batch.feature_scale is None
-    assert batch.labels is batch.valid is None
+    assert ("feature_scale" in dataset.arrays) == (feature_dtype == "int8")
+    assert_same(batch.arrays, collate(targets, ["voxels", "features"]))
     assert batch.grid == cache.spec.grid
 
 
@@ -141,14 +150,12 @@ def test_labels_are_those_of_the_drawn_frame(tmp_path):
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
     written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
     at = ([5, 0, 3], [drawn_frame(sample) for sample in samples])
-    vehicles = dataset_of(cache, VEHICLES).batch(samples)
-    np.testing.assert_array_equal(vehicles.labels[:, 0], written["labels/vehicles"][at])
-    np.testing.assert_array_equal(vehicles.valid[:, 0], written["labels/vehicles_valid"][at])
-    layout = dataset_of(cache, MAP).batch(samples)
-    np.testing.assert_array_equal(layout.labels, written["labels/map"][at])
-    assert layout.valid is None
-    for batch in (vehicles, layout):
-        assert batch.occupancy is batch.features is batch.feature_scale is None
+    vehicles = dataset_of(cache, VEHICLES).batch(samples).arrays
+    np.testing.assert_array_equal(vehicles["labels"][:, 0], written["labels/vehicles"][at])
+    np.testing.assert_array_equal(vehicles["valid"][:, 0], written["labels/vehicles_valid"][at])
+    layout = dataset_of(cache, MAP).batch(samples).arrays
+    np.testing.assert_array_equal(layout["labels"], written["labels/map"][at])
+    assert (list(vehicles), list(layout)) == (["labels", "valid"], ["labels"])
 
 
 def test_a_samples_draw_depends_on_seed_epoch_and_sample_alone(tmp_path):
@@ -169,7 +176,7 @@ def test_evaluation_sees_all_cameras_as_they_are_whatever_training_draws(tmp_pat
     assert not (batch.crop.any() or batch.mirror.any() or batch.bev_flip.any())
     assert batch.cameras.tolist() == [list(range(6))] * 7
     front = ALL_FRAMES.index("CAM_FRONT")
-    np.testing.assert_array_equal(batch.occupancy, contents(cache)["occupancy"][:, front])
+    np.testing.assert_array_equal(batch.arrays["occupancy"], contents(cache)["occupancy"][:, front])
     assert dataset_of(cache, config).batch([(0, 0)]).cameras.shape == (1, 2)
 
 
@@ -190,15 +197,15 @@ def test_pretraining_needs_no_labels(tmp_path):
     cache = write_cache(tmp_path, small_spec(labels=()))
     dataset = dataset_of(cache)
     assert sorted(dataset.arrays) == ["features", "images", "occupancy"]
-    assert dataset.batch([(0, 2)]).features is not None
+    assert list(dataset.batch([(0, 2)]).arrays) == ["occupancy", "voxels", "features"]
 
 
 def test_finetuning_reads_neither_features_nor_occupancy(tmp_path):
     cache = write_cache(tmp_path)
     for name in ("features", "occupancy"):
         shutil.rmtree(cache.path / name / "c")
-    assert dataset_of(cache, MAP).arrays == ["images"]
-    assert dataset_of(cache, MAP).batch([(0, 4)]).labels is not None
+    assert dataset_of(cache, MAP).arrays == ("images", "labels/map")
+    assert list(dataset_of(cache, MAP).batch([(0, 4)]).arrays) == ["labels"]
 
 
 def test_occupancy_alone_needs_no_teacher_and_lambda_says_so(tmp_path):
@@ -206,8 +213,7 @@ def test_occupancy_alone_needs_no_teacher_and_lambda_says_so(tmp_path):
     with pytest.raises(CacheError, match="no teacher features, which lambda=0.01 needs: .*--teacher.*--occ-only"):
         dataset_of(cache)
     batch = dataset_of(cache, dataclasses.replace(PRETRAIN, loss=LossConfig(feat=0))).batch([(0, 0)])
-    assert batch.features is None
-    assert batch.occupancy is not None
+    assert list(batch.arrays) == ["occupancy"]
 
 
 @pytest.mark.parametrize(("labels", "has"), [(("vehicles",), "vehicles"), ((), "none")])
@@ -269,7 +275,7 @@ def test_without_random_frames_training_uses_evaluations(tmp_path):
     ours, evaluations = (
         dataset_of(cache, config, training=training).batch([(0, k) for k in range(7)]) for training in (True, False)
     )
-    assert torch.equal(ours.occupancy, evaluations.occupancy)
+    assert torch.equal(ours.arrays["occupancy"], evaluations.arrays["occupancy"])
     assert torch.equal(ours.cam_from_grid, evaluations.cam_from_grid)
 
 

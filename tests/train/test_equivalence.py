@@ -14,7 +14,8 @@ import torch
 from occfeat_train.config import AugmentConfig, Config, NetworkConfig, OptimConfig
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import AnyTask, build_task
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.loop import TrainingError, forward_backward, set_training, stream_of_batches, train
 from tests.train.runs import (
@@ -24,7 +25,7 @@ from tests.train.runs import (
     pretrain,
     reader,
     records,
-    start_apart,
+    start_process,
     steps,
     succeed,
     weights,
@@ -46,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_caches(tmp_path_factory.mktemp("equivalence"))
 
 
-def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dict[str, torch.Tensor]]:
+def gradients(cache: Path, config: Config, world: int = 1) -> tuple[Task, dict[str, torch.Tensor]]:
     """Gradients and losses of one step, averaged over the ranks as DDP does. Float64 makes the order of sums irrelevant."""
     dataset = KeyframeDataset(reader(cache), config, training=True)
     task = build_task(config, dataset.grid, 6).double()
@@ -69,7 +70,7 @@ def gradients(cache: Path, config: Config, world: int = 1) -> tuple[AnyTask, dic
 class _NoSync:
     """Has DDP's interface, and accumulates gradients without synchronising them."""
 
-    def __init__(self, task: AnyTask) -> None:
+    def __init__(self, task: Task) -> None:
         self.task = task
 
     def __call__(self, batch):
@@ -79,7 +80,7 @@ class _NoSync:
         return torch.autograd.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("task", ["pretrain", "vehicles", "map"])
+@pytest.mark.parametrize("task", ["occfeat", "vehicles", "map"])
 @pytest.mark.parametrize(("batch", "accumulation", "world"), [(4, 2, 1), (8, 1, 2), (4, 2, 4)])
 def test_a_step_does_not_depend_on_its_split_over_micro_batches_and_ranks(cache, task, batch, accumulation, world):
     config = dataclasses.replace(CONFIG, task=task)
@@ -114,7 +115,7 @@ def pair(cache, tmp_path_factory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("pair") / "run"
     arguments = pretrain(cache, out, *SEPARATE, "--set", "optim.accumulation=2", *steps(200, batch=4))
     deadline = time.monotonic() + 300
-    with start_apart(arguments, processes=2) as process:
+    with start_process(arguments, processes=2) as process:
         while process.poll() is None and time.monotonic() < deadline:
             if (out / "log.jsonl").is_file() and len((out / "log.jsonl").read_text().splitlines()) >= 3:
                 process.send_signal(signal.SIGTERM)
@@ -164,7 +165,7 @@ def test_two_processes_evaluate_to_the_same_numbers(cache, tmp_path):
     run = tmp_path / "run"
     succeed(*pretrain(cache, run, *steps(2)))
     command = evaluate(run, cache, "--batch", "1", "--out")
-    with start_apart([*command, str(tmp_path / "two")], processes=2) as process:
+    with start_process([*command, str(tmp_path / "two")], processes=2) as process:
         output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     succeed(*command, tmp_path / "one")

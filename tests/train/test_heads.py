@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from occfeat_train.tasks import heads, losses
-from occfeat_train.tasks.heads import OccFeatHead, SegmentationHead, voxel_rows
+from occfeat_train.tasks.heads import OccFeatHead, SegmentationHead
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
 from tests.train.test_decoder import parameters
@@ -67,13 +67,6 @@ def test_with_weights_of_zero_the_output_is_the_bias():
     assert (features == 0.25).all()
 
 
-def test_voxel_rows_are_flat_indices_in_ascending_order():
-    occupied = torch.zeros(2, 2, 3, 4, dtype=torch.bool)
-    occupied[1, 1, 2, 3] = occupied[0, 0, 0, 1] = occupied[1, 0, 1, 0] = True
-    assert voxel_rows(occupied).tolist() == [1, 24 + 4, 47]
-    assert voxel_rows(torch.zeros_like(occupied)).tolist() == []
-
-
 def test_requesting_features_from_a_head_without_them_fails():
     with pytest.raises(AssertionError, match="without a feature projection"):
         OccFeatHead(2, 1, 0)(torch.randn(1, 2, 3, 3), torch.tensor([0]))
@@ -93,7 +86,7 @@ def assert_equals_the_twin(
     occupied, is_seen = torch.rand(volume) < share, torch.rand(volume) < 0.8
     target = torch.randn(batch, n_y, height, depth, width, dtype=torch.float64)
 
-    voxels = voxel_rows(occupied & is_seen)
+    voxels = (occupied & is_seen).flatten().nonzero()[:, 0]
     rows = target.movedim(1, -1).reshape(-1, n_y)[voxels]
     logits, features = head(bev, voxels)
     twin_logits, twin_features = twin(bev)
@@ -128,7 +121,7 @@ def test_the_head_equals_the_papers_equations_at_any_size(sizes, seed, share):
     assert_equals_the_twin(*sizes, seed=seed, share=share)
 
 
-def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+def results_at_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     """Logits, features and gradients of eq. 1 of our head, the dense head, and the dense head in float64 ("exact").
 
     The size takes several blocks of cells. dtype: float32, or bfloat16 for autocast.
@@ -138,7 +131,7 @@ def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     bev, shape = torch.randn(1, 128, 40, 60), (1, 8, 40, 60)
     assert bev[0, 0].numel() * 8 * 256 > 4 * heads._CPU_BLOCK
     occupied = torch.rand(shape) < 0.02
-    voxels = voxel_rows(occupied)
+    voxels = occupied.flatten().nonzero()[:, 0]
     target = torch.randn(len(voxels), 384)
 
     def computed(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -164,7 +157,7 @@ def of_the_papers_sizes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_at_the_papers_sizes_the_head_is_as_accurate_as_the_dense_head(dtype):
-    found = of_the_papers_sizes(dtype)
+    found = results_at_the_papers_sizes(dtype)
     epsilon = torch.finfo(dtype).eps
     for name, exact in found["exact"].items():
         if name == "conv.bias":  # InstanceNorm removes it, so its gradient is rounding error only

@@ -100,7 +100,7 @@ def test_the_learning_rate_follows_the_schedule(cache, tmp_path):
     assert found == pytest.approx([rise[0], *fall])
 
 
-def poisoned(folder: Path, keyframe: int, name: str = "features") -> Path:
+def cache_with_nan(folder: Path, keyframe: int, name: str = "features") -> Path:
     def change(arrays: dict[str, np.ndarray]) -> None:
         arrays[name][keyframe] = np.nan
 
@@ -109,7 +109,7 @@ def poisoned(folder: Path, keyframe: int, name: str = "features") -> Path:
 
 
 def test_a_nan_loss_names_the_samples_and_stops_the_run_without_saving(tmp_path):
-    cache, run = poisoned(tmp_path / "cache", 3), tmp_path / "run"
+    cache, run = cache_with_nan(tmp_path / "cache", 3), tmp_path / "run"
     dataset = KeyframeDataset(reader(cache), Config(seed=1, allow_upsampling=True), training=True)
     order = [dataset.stream(i)[1] for i in range(12)]
     bad = order.index(3) // 2

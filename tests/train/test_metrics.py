@@ -34,7 +34,7 @@ def random_case(seed: int, samples: int = 3, classes: int = 2, grid: VoxelGrid =
     return torch.randn(shape), torch.rand(shape) < 0.4, torch.rand(samples, 1, *grid.map_shape) < 0.8
 
 
-def loop(logits: Tensor, target: Tensor, valid: Tensor, grid: VoxelGrid) -> np.ndarray:
+def count_cells(logits: Tensor, target: Tensor, valid: Tensor, grid: VoxelGrid) -> np.ndarray:
     """(thresholds, classes, bands, 2) intersections and unions, counted cell by cell."""
     counts = np.zeros((len(THRESHOLDS), logits.shape[1], len(DISTANCES), 2), np.int64)
     centers = grid.voxel_centers()[0].astype(np.float64)
@@ -122,7 +122,7 @@ def test_cells_that_are_not_valid_do_not_count():
 def test_counts_and_ious_equal_a_loop_over_cells(seed, samples, classes):
     logits, target, valid = random_case(seed, samples, classes)
     metric = metric_of(logits, target, valid)
-    counts = loop(logits, target, valid, GRID)
+    counts = count_cells(logits, target, valid, GRID)
     np.testing.assert_array_equal(metric.counts.numpy(), counts)
     half, results = counts[THRESHOLDS.index(0.5)], metric.results()
     ious = 100 * half.sum(1)[:, 0] / half.sum(1)[:, 1]

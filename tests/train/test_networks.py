@@ -14,9 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import create_cache
 from occfeat_train.cli import main
 from occfeat_train.config import LIFTINGS
 from occfeat_train.training.checkpoint import find_checkpoint
@@ -59,7 +59,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 def test_it_pretrains_resumes_finetunes_and_is_evaluated(cache, tmp_path, network):
     options = ["--cache", cache, "--network", network, *SMALL, *FIELDS, "--save-every", "1"]
     said = run("pretrain", *options, "--out", tmp_path / "run")
-    assert f"pretrain: {network} efficientnet-b0" in said
+    assert f"occfeat: {network} efficientnet-b0" in said
     whole = find_checkpoint(tmp_path / "run")
     assert whole.step == 2
     assert whole.info.config.network.lifting == network

@@ -15,7 +15,7 @@ from tests.train.runs import (
     evaluate,
     finetune,
     pretrain,
-    start_apart,
+    start_process,
     steps,
     succeed,
     write_caches,
@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_pair(arguments: list[str], expected: int = 0) -> str:
     """Run occfeat-train under torchrun with two processes; returns its output."""
-    with start_apart(arguments, processes=2) as process:
+    with start_process(arguments, processes=2) as process:
         output = process.communicate(timeout=300)[0]
     assert process.returncode == expected, output
     return output

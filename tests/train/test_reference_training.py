@@ -71,7 +71,7 @@ def step(network: BEVNetwork, views: Views, bev_flip: Tensor) -> dict[str, Tenso
     return {**found, "raw_feat": out.detach(), "image_gradient": images.grad}
 
 
-def off(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """Relative error."""
     return float((found - expected).norm() / expected.norm())
 
@@ -83,10 +83,10 @@ def differences(name: str, network: BEVNetwork) -> dict[str, float]:
     found = step(network, mirrored_views(arrays), golden["bev_flip"])
     mirror, gradient = golden["rgb_flip"][..., None, None, None], found["image_gradient"]
     result = {
-        "features": off(found["features"][::5, ::16, ::3, ::3], golden["features"]),
-        "bev_in": off(found["bev_in"][:, ::8, ::5, ::5], golden["bev_in"]),
-        "raw_feat": off(found["raw_feat"][:, ::8, ::5, ::5], golden["raw_feat"]),
-        "image_gradient": off(
+        "features": relative_error(found["features"][::5, ::16, ::3, ::3], golden["features"]),
+        "bev_in": relative_error(found["bev_in"][:, ::8, ::5, ::5], golden["bev_in"]),
+        "raw_feat": relative_error(found["raw_feat"][:, ::8, ::5, ::5], golden["raw_feat"]),
+        "image_gradient": relative_error(
             torch.where(mirror, gradient.flip(-1), gradient)[..., ::8, ::8], golden["image_gradient"]
         ),
     }

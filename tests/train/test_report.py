@@ -104,7 +104,7 @@ def test_the_page_says_in_red_what_is_not_real_and_lists_what_is_smaller(page):
     assert found["measured on: split"] == ("pre", "mini_val", "val", row)
     fields = {(runs, field) for runs, field, *_ in rows[1:]}
     assert ("vehicles", "labels") in fields
-    assert ("vehicles", "pretrain: network.channels") in fields and ("map", "pretrain: network.channels") in fields
+    assert ("vehicles", "occfeat: network.channels") in fields and ("map", "occfeat: network.channels") in fields
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -236,7 +236,7 @@ def test_curves_read_steps_and_validations_apart():
 
 
 def test_initial_weights_are_named_without_directories():
-    assert initial_weights("/a/b/runs/pre/checkpoints/step-00000042 (pretrain)") == "pretrained: pre, step 42"
+    assert initial_weights("/a/b/runs/pre/checkpoints/step-00000042 (occfeat)") == "pretrained: pre, step 42"
     assert initial_weights("backbone weights: none") == "none (random)"
     assert initial_weights("backbone weights: google/efficientnet-b0") == "backbone weights: google/efficientnet-b0"
 
@@ -334,7 +334,7 @@ def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
     short = about_of(Config().override(["optim.epochs=1"]))
     info = about_of(preset("table1/simplebev-enb0/vehicles-1"), parent=short)
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))).to_dict() == info.to_dict()
-    assert found_in(info) == {"pretrain: optim.epochs": ("1", "50")}
+    assert found_in(info) == {"occfeat: optim.epochs": ("1", "50")}
     again = found_in(about_of(Config(), parent=about_of(Config())))
     assert again == {"initial weights": ("a run of pretrain", "a pretraining, or the backbone's")}
 

@@ -26,7 +26,7 @@ from tests.train.runs import (
     pretrain,
     records,
     refuse,
-    start_apart,
+    start_process,
     steps,
     succeed,
     write_cache,
@@ -74,7 +74,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
         start = max((int(p.name[5:]) for p in (out / "checkpoints").glob("step-*")), default=0)
         target = int(random.integers(start, min(start + 6, number - 1)))
         old = (out / "log.jsonl").stat().st_ino if (out / "log.jsonl").is_file() else None
-        with start_apart(arguments) as process:
+        with start_process(arguments) as process:
             while process.poll() is None:
                 is_new = (out / "log.jsonl").is_file() and (out / "log.jsonl").stat().st_ino != old
                 if is_new and last_step(out) >= target:

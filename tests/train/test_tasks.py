@@ -16,14 +16,13 @@ from occfeat_train.networks.network import build_network
 from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
 from occfeat_train.presets import FEAT_ONLY, OCC_ONLY
 from occfeat_train.tasks.build import build_task, count_parameters, freeze_batchnorm, move_to_device
-from occfeat_train.tasks.heads import voxel_rows
 from occfeat_train.tasks.losses import segmentation_loss
 from occfeat_train.tasks.metrics import PretrainingMetric, SegmentationMetric
-from occfeat_train.tasks.pretraining import Pretraining
 from occfeat_train.tasks.segmentation import Segmentation
+from tests.conftest import small_spec
 from tests.train import head_twin
 from tests.train.head_twin import DenseHead
-from tests.train.test_batch import GRID, make_batch
+from tests.train.test_batch import GRID, make_batch, make_samples
 from tests.train.test_decoder import parameters
 
 SIZE, N_Y = (32, 48), 6
@@ -44,12 +43,11 @@ def test_a_steps_loss_is_eq_1_of_its_parts():
     with torch.no_grad():
         bev = task.network(batch.views(SIZE), batch.bev_flip)
         logits, features = DenseHead.of(task.head)(bev)
-    occupied = torch.from_numpy(GRID.unpack_volume(batch.occupancy.numpy()))
+    occupied = torch.from_numpy(GRID.unpack_volume(batch.arrays["occupancy"].numpy()))
     target, is_seen = torch.zeros(3, GRID.num_voxels, N_Y), torch.zeros(3, GRID.num_voxels, dtype=torch.bool)
-    for b in range(3):
-        cameras = (batch.cam_from_grid[b].numpy(), batch.intrinsics[b].numpy())
-        centers = GRID.voxel_centers().reshape(-1, 3)
-        y, views = sample_voxel_features_numpy(batch.features[b].numpy(), None, *cameras, (24, 40), centers)
+    for b, sample in enumerate(make_samples(3)):
+        cameras, centers = (sample.cam_from_grid, sample.intrinsics), GRID.voxel_centers().reshape(-1, 3)
+        y, views = sample_voxel_features_numpy(sample.arrays["features"], None, *cameras, (24, 40), centers)
         target[b], is_seen[b] = torch.from_numpy(y).float(), torch.from_numpy(views > 0)
     target, is_seen = target.mT.unflatten(2, GRID.shape), is_seen.unflatten(1, GRID.shape)
     assert 0 < (occupied & is_seen).sum() < occupied.sum()
@@ -58,16 +56,6 @@ def test_a_steps_loss_is_eq_1_of_its_parts():
     torch.testing.assert_close(losses["occupancy"], occ, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses["features"], feat, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses["loss"], occ + 0.3 * feat, atol=1e-5, rtol=1e-5)
-
-
-def test_targets_are_occupied_voxels_that_a_camera_sees():
-    batch = make_batch(2)
-    voxels, target = Pretraining.targets(batch, batch.occupied())
-    everything = voxel_rows(batch.occupied())
-    features, views = batch.voxel_targets(everything)
-    assert torch.equal(voxels, everything[views > 0])
-    assert torch.equal(target, features[views > 0])
-    assert 0 < len(voxels) < len(everything)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +94,11 @@ def test_a_batch_without_an_occupied_voxel_still_trains():
 
 
 def test_occupancy_needs_no_features_in_the_batch():
-    batch = dataclasses.replace(make_batch(), features=None)
-    assert torch.isfinite(task_of("occ-only")(batch)["loss"])
+    batch, task = make_batch(), task_of("occ-only")
+    assert task.arrays(task.config, small_spec(teacher=None)) == ["occupancy"]
+    (occupancy,) = {*task.targets(make_samples(1)[0], task.config)}
+    batch = dataclasses.replace(batch, arrays={occupancy: batch.arrays[occupancy]})
+    assert torch.isfinite(task(batch)["loss"])
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -135,9 +126,17 @@ def test_a_segmentation_step_is_its_loss_and_trains_every_parameter(task_name, c
     loss = task(batch)["loss"]
     logits = task.logits(batch)
     assert logits.shape == (2, len(classes), *GRID.map_shape)
-    torch.testing.assert_close(loss, segmentation_loss(logits, *batch.map_labels(), 2.13))
+    torch.testing.assert_close(loss, segmentation_loss(logits, *task.labels(batch), 2.13))
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())
+
+
+def test_without_a_mask_every_cell_is_valid():
+    batch = make_batch(2, classes=5)
+    batch = dataclasses.replace(batch, arrays={"labels": batch.arrays["labels"]})
+    labels, valid = Segmentation.labels(batch)
+    assert labels.shape == (2, 5, 12, 10) and valid.shape == (2, 1, 12, 10)
+    assert valid.all()
 
 
 def test_segmentation_measures_iou_of_its_classes():
@@ -147,7 +146,7 @@ def test_segmentation_measures_iou_of_its_classes():
     with torch.no_grad():
         task.measure(batch, metric)
         predicted = task.logits(batch) >= 0
-    target, valid = batch.map_labels()
+    target, valid = task.labels(batch)
     intersection = (predicted & target & valid).sum((0, 2, 3)) * 100
     expected = intersection / ((predicted | target) & valid).sum((0, 2, 3))
     results = metric.results()
@@ -200,9 +199,8 @@ def test_frozen_batchnorm_neither_learns_statistics_nor_mixes_samples():
     statistics = {name: value.clone() for name, value in task.named_buffers()}
     assert statistics
     batch = make_batch(3)
-    alone = dataclasses.replace(
-        batch, **{k: v[:1] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}, tokens=batch.tokens[:1]
-    )
+    tensors = {name: value[:1] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    alone = dataclasses.replace(batch, tokens=batch.tokens[:1], **tensors)
     together = task.logits(batch)
     torch.testing.assert_close(together[:1], task.logits(alone), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(value, statistics[name]) for name, value in task.named_buffers())

@@ -1,0 +1,135 @@
+"""Slow, independent reader of nuScenes for `verify` and the tests.
+
+It shares no step with `sources.nuscenes`: plain JSON tables instead of the devkit, pyquaternion instead of our rotations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from occfeat_targets.cache.geometry import Matrix
+from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep
+from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
+from occfeat_targets.verify.slow_targets import SlowSource
+
+
+def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: TargetSpec) -> SlowSource:
+    """What `verify` needs of these samples. Raises ValueError if `root` has no tables of this version or not all samples."""
+    found = [p.parent for p in (root / version, *root.glob(f"*/{version}")) if (p / "sample.json").is_file()]
+    if not found:
+        raise ValueError(f"{root} holds no {version}: pass the --dataroot of the data set the cache was built from")
+    keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps)
+
+    @cache
+    def read_map(location: str) -> MapGeometry:
+        file = found[0] / "maps" / "expansion" / f"{location}.json"
+        return MapGeometry.from_tables(SimpleNamespace(**json.loads(file.read_text())), map_classes(spec.dividers))
+
+    return SlowSource(keyframes, read_returns, read_map)
+
+
+def read_keyframes(
+    dataroot: Path, version: str, tokens: Collection[str], cameras: Sequence[str], num_sweeps: int
+) -> dict[str, Keyframe]:
+    """{sample token: keyframe} from the JSON tables. Raises KeyError or OSError if they are incomplete."""
+
+    def table(name: str) -> dict[str, dict[str, Any]]:
+        records = json.loads((dataroot / version / f"{name}.json").read_text())
+        return {record["token"]: record for record in records}
+
+    samples = {token: record for token, record in table("sample").items() if token in tokens}
+    data, poses, calibration = table("sample_data"), table("ego_pose"), table("calibrated_sensor")
+    sensors, scenes, logs = table("sensor"), table("scene"), table("log")
+    instances, categories = table("instance"), table("category")
+    keyframe_data: dict[str, dict[str, dict[str, Any]]] = {token: {} for token in tokens}
+    for record in data.values():
+        if record["is_key_frame"] and record["sample_token"] in samples:
+            channel = sensors[calibration[record["calibrated_sensor_token"]]["sensor_token"]]["channel"]
+            keyframe_data[record["sample_token"]][channel] = record
+    boxes: dict[str, list[dict[str, Any]]] = {token: [] for token in tokens}
+    for box in table("sample_annotation").values():
+        if box["sample_token"] in samples:
+            name = categories[instances[box["instance_token"]]["category_token"]]["name"]
+            if "vehicle" in name:
+                boxes[box["sample_token"]].append(box)
+
+    def view(record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
+        calibrated = calibration[record["calibrated_sensor_token"]]
+        global_from_cam = _matrix(poses[record["ego_pose_token"]]) @ _matrix(calibrated)
+        return CameraView(
+            path=dataroot / record["filename"],
+            source_size=(record["height"], record["width"]),
+            intrinsics=np.array(calibrated["camera_intrinsic"]),
+            ego_from_cam=_matrix(calibrated),
+            cam_from_ego=np.linalg.inv(global_from_cam) @ global_from_ego,
+        )
+
+    found = {}
+    for token, sample in samples.items():
+        channels = keyframe_data[token]
+        lidar = channels["LIDAR_TOP"]
+        global_from_ego = _matrix(poses[lidar["ego_pose_token"]])
+        sweeps = [lidar]
+        while len(sweeps) < num_sweeps and sweeps[-1]["prev"]:
+            sweeps.append(data[sweeps[-1]["prev"]])
+        found[token] = Keyframe(
+            token=token,
+            scene=scenes[sample["scene_token"]]["name"],
+            timestamp_us=sample["timestamp"],
+            location=logs[scenes[sample["scene_token"]]["log_token"]]["location"],
+            global_from_ego=global_from_ego,
+            cameras=tuple(view(channels[name], global_from_ego) for name in cameras),
+            sweeps=tuple(
+                Sweep(
+                    dataroot / record["filename"],
+                    np.linalg.inv(global_from_ego)
+                    @ _matrix(poses[record["ego_pose_token"]])
+                    @ _matrix(calibration[record["calibrated_sensor_token"]]),
+                )
+                for record in sweeps
+            ),
+            vehicle_corners=np.array([_corners(box, global_from_ego) for box in boxes[token]]).reshape(-1, 8, 3),
+            visibility=np.array([int(box["visibility_token"] or 4) for box in boxes[token]], np.uint8),
+        )
+    return found
+
+
+def _matrix(record: dict[str, Any]) -> Matrix:
+    from pyquaternion import Quaternion
+
+    matrix: Matrix = Quaternion(record["rotation"]).transformation_matrix
+    matrix[:3, 3] = record["translation"]
+    return matrix
+
+
+def _corners(box: dict[str, Any], global_from_ego: Matrix) -> Matrix:
+    """(8, 3) corners in the ego frame, front face first, each face from the upper left clockwise seen from behind."""
+    width, length, height = box["size"]
+    corners = []
+    for x in (length / 2, -length / 2):
+        for y, z in (
+            (width / 2, height / 2),
+            (-width / 2, height / 2),
+            (-width / 2, -height / 2),
+            (width / 2, -height / 2),
+        ):
+            corners.append(np.linalg.inv(global_from_ego) @ _matrix(box) @ np.array([x, y, z, 1]))
+    return np.array(corners)[:, :3]
+
+
+def read_returns(path: Path) -> Matrix:
+    """(n, 5) x, y, z [m], intensity, ring of a sweep, if a spinning LiDAR of 32 beams can have sent them."""
+    values = np.fromfile(path, "<f4").astype(np.float64)
+    rows = values[: len(values) // 5 * 5].reshape(-1, 5)
+    rings, distances = set(rows[:, 4].tolist()), np.linalg.norm(rows[:, :3], axis=1)
+    if len(rows) * 20 != path.stat().st_size or not rings <= set(range(32)) or not (distances < 200).all():
+        raise ValueError(f"{path} is no nuScenes sweep: ring {rows[0, 4]}, {distances[0]:.3g} m in its first return")
+    return rows

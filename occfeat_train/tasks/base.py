@@ -1,0 +1,65 @@
+"""What a task is: the data that it reads and computes on the host, a network with a head, losses, and a metric.
+
+A task is one file with a subclass of `Task` and one row of PRETEXTS in config.py. A pretext task is a task without labels;
+the segmentation of any kind of label is a task, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import TargetSpec
+from occfeat_train.config import Config
+from occfeat_train.data.batch import Batch, Sample
+from occfeat_train.networks.network import BEVNetwork
+from occfeat_train.tasks.metrics import LossMetric, Metric
+
+
+class Task(nn.Module):
+    """A network with a head for one task. Subclasses set `head` in their constructor, and define `arrays` and `forward`.
+
+    ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked.
+    """
+
+    head: nn.Module
+    ragged: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
+        """feature_dim: N_y of the cache's teacher, 0 without a teacher."""
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.network = network
+
+    @staticmethod
+    def arrays(config: Config, spec: TargetSpec) -> list[str]:
+        """Names of the cache's arrays that the task reads, besides images and calibration.
+
+        Raises ValueError if the cache lacks something: a phrase that follows "CACHE has", with what to do.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
+        """What a batch carries of a sample, by default its arrays. Called in the loader's threads."""
+        return dict(sample.arrays)
+
+    def bev(self, batch: Batch) -> Tensor:
+        """F_B (B, N_B, H, W)."""
+        bev: Tensor = self.network(batch.views(self.config.network.image_size), batch.bev_flip)
+        return bev
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """{"loss": the loss that is minimised, and its parts}, scalars. DDP and torch.compile see the whole step."""
+        raise NotImplementedError
+
+    def metric(self) -> Metric:
+        """An empty metric over a data set, by default the mean of each loss."""
+        return LossMetric()
+
+    def measure(self, batch: Batch, metric: Any) -> None:
+        """Add a batch to a metric of `metric()`."""
+        metric.update(self(batch), len(batch))
