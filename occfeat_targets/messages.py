@@ -10,10 +10,8 @@ from typing import Any
 
 from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
 from occfeat_targets.build.run import Outcome
-from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.sources.scenes import describe_problems
-from occfeat_targets.sources.source import open_source
 
 
 def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
@@ -33,10 +31,7 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
     if problems is not None:
         lines.append(f"  {problems} cannot be built and are skipped")
-    if plan.options.labels is None:
-        why_no_maps = open_source(spec.source).why_no_maps(split)
-        reasons = {"vehicles": f"{split.version} has no annotations", "map": why_no_maps}
-        lines += [f"  no {kind} labels: {reasons[kind]}" for kind in LABEL_KINDS if kind not in spec.labels]
+    lines += [f"  no {name} labels: {why}" for name, why in plan.missing_labels.items()]
     lines += [f"  {line}" for line in spec.describe()]
     lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
@@ -27,15 +28,8 @@ from occfeat_train.ops.views import Views
 from occfeat_train.training.checkpoint import RunInfo, find_checkpoint
 from occfeat_train.training.initial import restore
 
-# What a sample of a cache holds, besides its calibration: key -> the arrays it is made of, where the cache has them.
-_CONTENTS = {
-    "images": ("images",),
-    "occupancy": ("occupancy",),
-    "features": ("features", "feature_scale"),
-    "vehicles": ("labels/vehicles",),
-    "vehicles_valid": ("labels/vehicles_valid",),
-    "map": ("labels/map",),
-}
+# What a sample of a cache holds, besides calibration and labels: key -> the arrays it is made of, where the cache has them.
+_CONTENTS = {"images": ("images",), "occupancy": ("occupancy",), "features": ("features", "feature_scale")}
 
 
 def load(path: str | Path) -> FeatureNetwork:
@@ -185,6 +179,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
         features: (V, h, w, N_y) float16 tokens of the teacher, channels last.
         vehicles, vehicles_valid: (F, H_B, W_B) bool; not valid: hardly visible vehicles.
         map: (F, 5, H_B, W_B) bool: road, sidewalk, crosswalk, parking area, road divider.
+        Other kinds of labels: likewise, under their names.
         token: the sample's, a string.
 
     Features and labels are there if the cache has them. Reading raises CacheError where a chunk is damaged.
@@ -196,12 +191,14 @@ class CacheDataset(Dataset[dict[str, Any]]):
         self._reader = CacheReader(Path(path))
         cache = self._reader.cache
         there = {array.name for array in cache.spec.arrays()}
-        has = [key for key, arrays in _CONTENTS.items() if arrays[0] in there]
-        self._keys = has if keys is None else list(keys)
+        labels = [array for kind in LABEL_KINDS.values() for array in kind.arrays]
+        contents = _CONTENTS | {array.removeprefix("labels/"): (array,) for array in labels}
+        has = {key: arrays for key, arrays in contents.items() if arrays[0] in there}
+        self._keys = list(has if keys is None else keys)
         missing = [key for key in self._keys if key not in has]
         if missing:
             raise CacheError(f"{path} has no {', '.join(missing)}: ask for some of {', '.join(has)}, or build it anew")
-        read = ["intrinsics", "cam_from_ego", "grid_from_ego", *(a for key in self._keys for a in _CONTENTS[key])]
+        read = ["intrinsics", "cam_from_ego", "grid_from_ego", *(a for key in self._keys for a in has[key])]
         cache.require_files(read)
         self._keyframes = np.flatnonzero(self._reader.is_valid)
         self.grid, self.frames, self.cameras = cache.spec.grid, cache.spec.frames, cache.spec.cameras
@@ -220,7 +217,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
         return {**sample, "token": self.tokens[index]}
 
     def _read(self, key: str, keyframe: int) -> Tensor:
-        array = self._reader.read(_CONTENTS[key][0], keyframe)
+        array = self._reader.read(key if key in _CONTENTS else f"labels/{key}", keyframe)
         if key == "images":
             return torch.from_numpy(array).permute(0, 3, 1, 2)
         if key == "occupancy":

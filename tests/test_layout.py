@@ -112,6 +112,11 @@ def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for
         assert {i.split(".")[1] for i in used} <= {"cache", "pictures"}, name
 
 
+@pytest.mark.parametrize("package", ["occfeat_targets", "occfeat_train"])
+def test_no_module_uses_the_global_state_of_pyplot(package):
+    assert not [file for file in modules(package).values() if "matplotlib.pyplot" in imports(file)]
+
+
 def test_help_loads_no_heavy_library():
     code = (
         "import sys; from occfeat_targets.cli import main; import occfeat_train.cli\n"

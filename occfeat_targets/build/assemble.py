@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from occfeat_targets.cache.geometry import (
     inverse_rigid,
     scale_intrinsics,
 )
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image
-from occfeat_targets.targets.labels import draw_map, draw_vehicles
+from occfeat_targets.targets.labels import Draw
 from occfeat_targets.targets.occupancy import voxelize
 
 Seconds = MutableMapping[str, float]
@@ -126,23 +128,12 @@ def _labels(
     keyframe: Keyframe, spec: TargetSpec, frames: Matrix, maps: Mapping[str, MapGeometry]
 ) -> dict[str, NDArray[np.uint8]]:
     arrays: dict[str, NDArray[np.uint8]] = {}
-    if "vehicles" in spec.labels:
-        drawn = [
-            draw_vehicles(
-                keyframe.vehicle_corners, keyframe.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
-            )
-            for frame in frames
-        ]
-        for i, name in enumerate(("vehicles", "vehicles_valid")):
-            arrays[f"labels/{name}"] = np.stack([spec.grid.pack_map(masks[i]) for masks in drawn])
-    if "map" in spec.labels:
-        ego_from_global = inverse_rigid(keyframe.global_from_ego)
-        ground_z = keyframe.global_from_ego[2, 3]
-        masks = [
-            draw_map(
-                maps[keyframe.location], spec.grid, frame @ ego_from_global, ground_z, line_width=spec.divider_width
-            )
-            for frame in frames
-        ]
-        arrays["labels/map"] = np.stack([spec.grid.pack_map(mask) for mask in masks])
+    for kind in (LABEL_KINDS[name] for name in spec.labels):
+        draw: Draw = resolve_name(kind.draw)
+        drawn = [draw(keyframe, spec, frame, maps.get(keyframe.location)) for frame in frames]
+        masks = np.stack([masks.reshape(*kind.class_shape, *spec.grid.map_shape) for masks, _ in drawn])
+        arrays[kind.array] = spec.grid.pack_map(masks)
+        if kind.valid_array is not None:
+            is_valid = np.stack([valid for _, valid in drawn if valid is not None])
+            arrays[kind.valid_array] = spec.grid.pack_map(is_valid)
     return arrays

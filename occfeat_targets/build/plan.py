@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,6 +77,7 @@ class BuildOptions:
 class Plan:
     """A build that is ready to run. teacher: the cache's teacher; its name is where the weights are now.
 
+    missing_labels: {kind of labels: why the data set has none}, of those that were not asked for by name.
     rows: {shard: its keyframes that this process or cluster still has to build}.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     cache: Cache
     teacher: TeacherSpec | None
     maps: dict[str, MapGeometry]
+    missing_labels: dict[str, str]
     rows: dict[int, tuple[int, ...]]
 
     @property
@@ -153,11 +155,11 @@ def make_plan(options: BuildOptions) -> Plan:
         options.split,
         version=options.version,
         num_sweeps=options.num_sweeps,
-        with_boxes=options.labels is None or "vehicles" in options.labels,
+        with_boxes=_need("annotations", LABEL_KINDS if options.labels is None else options.labels),
     )
     if options.scenes is not None:
         split = choose_scenes(split, options.scenes)
-    labels = _labels(options.labels, source, split)
+    labels, missing_labels = _labels(options.labels, source, split)
     teacher = _teacher(options)
     frames = {"ego": (EGO_FRAME,), "cameras": source.cameras, "both": (EGO_FRAME, *source.cameras)}
     spec = TargetSpec(
@@ -174,7 +176,7 @@ def make_plan(options: BuildOptions) -> Plan:
         compat=options.compat,
     )
     maps = {}
-    if "map" in labels:
+    if _need("maps", labels):
         maps = {location: source.read_map(split, location, options.dividers) for location in split.locations}
     identity = Identity(
         tuple(k.token for k in split.keyframes),
@@ -201,21 +203,29 @@ def make_plan(options: BuildOptions) -> Plan:
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
         _check_disk(options.cache, spec, len(identity))
         cache = create()
-    return Plan(options, split, cache, teacher, maps, _rows_to_build(cache, options))
+    return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
 
 
-def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[str, ...]:
-    why_no_maps = source.why_no_maps(split)
+def _need(what: str, labels: Iterable[str]) -> bool:
+    return any(what in LABEL_KINDS[name].needs for name in labels)
+
+
+def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The kinds of labels to build, and {other kind: why it is missing} if none was asked for by name."""
+    lacks = {}
+    if not split.has_annotations:
+        lacks["annotations"] = f"{split.version} has no annotations"
+    if (why_no_maps := source.why_no_maps(split)) is not None:
+        lacks["maps"] = why_no_maps
+    missing = {name: lacks[need] for name, kind in LABEL_KINDS.items() for need in kind.needs if need in lacks}
+    there = [name for name in LABEL_KINDS if name not in missing]
     if asked is None:
-        there = {"vehicles": split.has_annotations, "map": why_no_maps is None}
-        return tuple(kind for kind in LABEL_KINDS if there[kind])
-    if "map" in asked and why_no_maps is not None:
-        raise DatasetError(f"{why_no_maps}, or build with --labels vehicles or --no-labels")
-    if "vehicles" in asked and not split.has_annotations:
-        raise DatasetError(
-            f"{split.version} has no annotations, so no vehicle labels: build with --labels map or --no-labels"
-        )
-    return tuple(kind for kind in LABEL_KINDS if kind in asked)
+        return tuple(there), missing
+    for name in asked:
+        if name in missing:
+            options = f"--labels {','.join(there)} or --no-labels" if there else "--no-labels"
+            raise DatasetError(f"no {name} labels: {missing[name]}; or build with {options}")
+    return tuple(name for name in LABEL_KINDS if name in asked), {}
 
 
 def _teacher(options: BuildOptions) -> TeacherSpec | None:

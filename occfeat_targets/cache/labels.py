@@ -18,9 +18,9 @@ class LabelKind:
 
     name: as in ``--labels`` and ``--task``, and of the array ``labels/<name>``.
     classes: names of the K classes, in the order of the masks. An array of one class has no class axis.
-    dark, light: colour of each class on a dark and on a light background, in drawing order (later ones cover earlier ones).
-    draw: function that draws the masks of a keyframe (`occfeat_targets.targets.labels.Draw`).
-    reference: its slow, independent reference for `verify` (`occfeat_targets.verify.slow_labels.Reference`).
+    colors: colour of each class, in drawing order (later ones cover earlier ones).
+    draw: function that draws the masks of a keyframe, a `Draw` of `targets/labels.py`.
+    reference: its slow, independent reference for `verify`, a `Reference` of `verify/slow_labels.py`.
     needs: what the data set must have, some of ``annotations`` and ``maps``.
     invalid: which cells are not valid, if the kind has a validity mask, the array ``labels/<name>_valid``. Cells that are
     not valid count neither in the loss nor in the IoU.
@@ -30,8 +30,7 @@ class LabelKind:
 
     name: str
     classes: tuple[str, ...]
-    dark: Mapping[str, RGB]
-    light: Mapping[str, RGB]
+    colors: Mapping[str, RGB]
     draw: str
     reference: str
     description: str
@@ -40,12 +39,11 @@ class LabelKind:
     is_solid: bool = False
 
     def __post_init__(self) -> None:
-        for colors in (self.dark, self.light):
-            if set(colors) != set(self.classes):
-                raise ValueError(
-                    f"label kind {self.name} has classes {self.classes} and colours of {tuple(colors)}: "
-                    "expected one colour for each class"
-                )
+        if set(self.colors) != set(self.classes):
+            raise ValueError(
+                f"label kind {self.name} has classes {self.classes} and colours of {tuple(self.colors)}: "
+                "expected one colour for each class"
+            )
 
     @property
     def class_shape(self) -> tuple[int, ...]:
@@ -77,8 +75,7 @@ LABEL_KINDS: dict[str, LabelKind] = {
         LabelKind(
             name="vehicles",
             classes=("vehicles",),
-            dark={"vehicles": (255, 128, 32)},
-            light={"vehicles": (228, 96, 24)},
+            colors={"vehicles": (228, 96, 24)},
             draw="occfeat_targets.targets.labels:vehicle_labels",
             reference="occfeat_targets.verify.slow_labels:vehicle_reference",
             description="vehicle cells",
@@ -89,14 +86,7 @@ LABEL_KINDS: dict[str, LabelKind] = {
         LabelKind(
             name="map",
             classes=MAP_CLASSES,
-            dark={
-                "road": (74, 86, 104),
-                "parking_area": (64, 116, 196),
-                "sidewalk": (158, 88, 150),
-                "crosswalk": (236, 214, 92),
-                "road_divider": (246, 246, 246),
-            },
-            light={
+            colors={
                 "road": (196, 204, 216),
                 "parking_area": (120, 160, 224),
                 "sidewalk": (206, 150, 200),

@@ -19,6 +19,7 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from occfeat_targets.cache.labels import LabelKind
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import ArraySpec
 from occfeat_targets.cache.store import ABSENT, Cache, open_cache, shard_file, shard_name
@@ -90,6 +91,13 @@ class CacheReader:
     def read_all(self, names: Sequence[str], keyframe: int) -> dict[str, NDArray[Any]]:
         """{name: one keyframe of that array}."""
         return {name: self.read(name, keyframe) for name in names}
+
+    def read_labels(self, kind: LabelKind, keyframe: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+        """Masks (F, K, H, W) of one kind of labels, and which cells are valid (F, H, W), or None if all are."""
+        grid = self.cache.spec.grid
+        masks = grid.unpack_map(self.read(kind.array, keyframe))
+        is_valid = None if kind.valid_array is None else grid.unpack_map(self.read(kind.valid_array, keyframe))
+        return masks.reshape(len(masks), -1, *grid.map_shape), is_valid
 
     def _array(self, name: str) -> ArraySpec:
         if name not in self._arrays:

@@ -1,1 +1,1 @@
-"""Pictures of a keyframe of a cache, for `occfeat-targets preview`."""
+"""Pictures of keyframes and HTML pages, for `occfeat-targets preview` and the report of `occfeat_train`."""

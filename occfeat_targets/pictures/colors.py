@@ -1,4 +1,4 @@
-"""The colours of a preview: scales for heights and depths, map classes, and teacher features as RGB."""
+"""Colours of the pictures: scales of heights and depths, cells, and features as RGB."""
 
 from __future__ import annotations
 
@@ -6,56 +6,57 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.labels import RGB
 
 Colors = NDArray[np.uint8]  # (..., 3) RGB
-RGB = tuple[int, int, int]
 
-PAPER: RGB = (18, 20, 24)
-EMPTY: RGB = (34, 37, 43)
-INK: RGB = (236, 238, 240)
-FAINT: RGB = (150, 156, 164)
-ALARM: RGB = (222, 64, 28)
-CAMERA: RGB = (255, 150, 220)
-VEHICLE = LABEL_KINDS["vehicles"].dark["vehicles"]
-HATCH: RGB = (122, 126, 132)
-OCCUPIED_ONLY: RGB = (104, 122, 160)
-COINCIDENT: RGB = (88, 240, 120)
-MAP_COLORS = LABEL_KINDS["map"].dark
+EMPTY: RGB = (247, 247, 245)
+CAMERA: RGB = (194, 24, 122)
+OCCUPIED_ONLY: RGB = (150, 164, 190)
+COINCIDENT: RGB = (44, 146, 76)
+SOLID: RGB = (228, 96, 24)
 
-# Turbo at equal steps, without its ends, which are too dark on a photograph.
-_RAMP = np.array(
-    [
-        (70, 107, 227), (65, 142, 253), (41, 177, 240), (24, 206, 209), (37, 228, 172), (82, 246, 125), (139, 254, 80),
-        (185, 246, 53), (222, 221, 55), (246, 189, 57), (254, 149, 44), (245, 105, 24), (225, 66, 9),
-    ],
-    np.float64,
-)  # fmt: skip
+# Turbo without its ends, which are too dark on a photograph.
+RAMP = ListedColormap(colormaps["turbo"](np.linspace(0.08, 0.92, 256)), name="ramp")
 
 
-@dataclass(frozen=True)
-class ColorScale:
-    """Colours for values in low..high [m]; values outside are clamped. name: the measured quantity."""
+def height_scale(grid: VoxelGrid) -> ScalarMappable:
+    """Colours of heights in a grid [m]."""
+    return ScalarMappable(Normalize(grid.lower[0], grid.upper[0]), RAMP)
 
-    name: str
-    low: float
-    high: float
-    is_reversed: bool = False
 
-    def colors(self, values: NDArray[Any]) -> Colors:
-        """(...) values [m] -> (..., 3) RGB."""
-        position = np.clip((np.asarray(values, np.float64) - self.low) / (self.high - self.low), 0, 1)
-        position = (1 - position if self.is_reversed else position) * (len(_RAMP) - 1)
-        steps = np.arange(len(_RAMP))
-        return np.rint(np.stack([np.interp(position, steps, channel) for channel in _RAMP.T], axis=-1)).astype(np.uint8)
+def depth_scale() -> ScalarMappable:
+    """Colours of depths [m]; the logarithm shows differences both near and far."""
+    return ScalarMappable(LogNorm(2, 64), RAMP.reversed())
+
+
+def rgb(scale: ScalarMappable, values: NDArray[Any]) -> Colors:
+    """(...) values [m] -> (..., 3); values outside of the scale are clamped."""
+    return np.asarray(scale.to_rgba(np.asarray(values, np.float64), bytes=True))[..., :3]
+
+
+def hex_color(color: RGB) -> str:
+    """``#rrggbb``, for Matplotlib and HTML."""
+    return "#" + bytes(color).hex()
+
+
+def swatch(color: RGB, name: str) -> Patch:
+    """An entry of a legend."""
+    return Patch(facecolor=hex_color(color), edgecolor="#999", linewidth=0.5, label=name)
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureColors:
-    """The first three principal components of teacher features as red, green and blue.
+    """The first three principal components of normalised features as red, green and blue.
 
+    Features are normalised because eq. 3 is a cosine: the length of a predicted feature is not trained.
     mean: (C,); axes: (C, 3); low, high: (3,) percentiles 2 and 98 of the components, shown as 0 and 255.
     """
 
@@ -65,23 +66,27 @@ class FeatureColors:
     high: NDArray[np.float64]
 
     @classmethod
-    def fit(cls, tokens: NDArray[Any]) -> FeatureColors:
-        """Fit to (n, C) tokens. The sign of an axis makes its largest loading positive, so the colours are reproducible."""
-        tokens = np.asarray(tokens, np.float64)
-        mean = tokens.mean(axis=0)
-        centered = tokens - mean
+    def fit(cls, features: NDArray[Any]) -> FeatureColors:
+        """Fit to (n, C) features. The sign of an axis makes its largest loading positive, so the colours are reproducible."""
+        directions = _directions(features)
+        mean = directions.mean(axis=0)
+        centered = directions - mean
         _, vectors = np.linalg.eigh(centered.T @ centered)
-        axes = np.zeros((tokens.shape[1], 3))
-        axes[:, : vectors.shape[1]] = vectors[:, ::-1][:, :3]
-        largest = np.abs(axes).argmax(axis=0)
-        axes *= np.where(axes[largest, range(3)] < 0, -1, 1)
+        axes = np.zeros((len(mean), 3))
+        axes[:, : len(mean)] = vectors[:, ::-1][:, :3]
+        axes *= np.where(axes[np.abs(axes).argmax(axis=0), range(3)] < 0, -1, 1)
         low, high = np.percentile(centered @ axes, [2, 98], axis=0)
         return cls(mean, axes, low, high)
 
     def __call__(self, features: NDArray[Any]) -> Colors:
         """(..., C) features -> (..., 3) RGB. A component that does not vary is mid-grey."""
-        components = (np.asarray(features, np.float64) - self.mean) @ self.axes
+        components = (_directions(features) - self.mean) @ self.axes
         span = self.high - self.low
         varies = span > 1e-9
         scaled = np.where(varies, (components - self.low) / np.where(varies, span, 1), 0.5)
         return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+
+
+def _directions(features: NDArray[Any]) -> NDArray[np.float64]:
+    features = np.asarray(features, np.float64)
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)

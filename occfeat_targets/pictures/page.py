@@ -13,6 +13,7 @@ from occfeat_targets.cache.geometry import transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
+from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
@@ -125,7 +126,7 @@ def write_preview(
             reader, keyframe, frame=frame, returns=returns.get(keyframe), feature_colors=feature_colors
         )
         with writing(str(out / name)):
-            sheet.save(out / name)
+            (out / name).write_bytes(png(sheet))
     page = render(
         Path(__file__).with_name("preview.html"),
         title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",

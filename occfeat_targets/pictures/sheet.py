@@ -2,84 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image
 
-from occfeat_targets.cache.geometry import Matrix, inverse_rigid, project, transform
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_targets.cache.spec import CAMERAS, TargetSpec
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.birdseye import (
     BODY_HEIGHT,
-    BirdsEye,
+    Mask,
     coincidence_colors,
+    draw_cameras,
+    draw_cells,
     label_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
+from occfeat_targets.pictures.cameras import Tiles, arrange, draw_image, draw_points
+from occfeat_targets.pictures.canvas import DPI, place
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
-    FAINT,
-    HATCH,
-    MAP_COLORS,
     OCCUPIED_ONLY,
-    PAPER,
-    RGB,
-    VEHICLE,
-    ColorScale,
+    SOLID,
+    Colors,
     FeatureColors,
+    depth_scale,
+    height_scale,
+    swatch,
 )
-from occfeat_targets.pictures.drawing import draw_banner, draw_dots, draw_key, draw_lines, draw_scale, draw_tag, wrap
 
-WIDTH, MARGIN, GAP, COLUMNS = 1920, 16, 8, 3  # [px]
-TILE_WIDTH = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
-RULER = 26  # [px] left of and below a bird's-eye picture, for its ruler
-DEPTH = ColorScale("LiDAR returns by depth", 0, 50, is_reversed=True)
-VOXEL_RADIUS, VOXEL_PIXELS = 0.1, (1.5, 6.0)  # of a dot: [m], clamped to [px]
-RETURN_RADIUS, RETURN_PIXELS = 0.03, (0.8, 2.5)
-CAPTIONS = {
-    "voxels": "centres of occupied voxels",
-    "returns": "LiDAR returns",
-    "features": "teacher features, 3 principal components",
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Positions of the cameras' pictures on a sheet [px]: arranged as on the car, in rows per kind of picture.
-
-    kinds: some of CAPTIONS. top: y of the first row.
-    """
-
-    spec: TargetSpec
-    kinds: tuple[str, ...]
-    top: int
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """(width, height) of a camera's picture."""
-        return TILE_WIDTH, max(1, round(TILE_WIDTH * self.spec.image_size[0] / self.spec.image_size[1]))
-
-    def corner(self, camera: int, kind: str) -> tuple[int, int]:
-        """(x, y) of the upper left corner of a camera's picture."""
-        row, column = divmod(self._slot(camera), COLUMNS)
-        row = row * len(self.kinds) + self.kinds.index(kind)
-        return MARGIN + column * (TILE_WIDTH + GAP), self.top + row * (self.tile[1] + GAP)
-
-    @property
-    def bottom(self) -> int:
-        """y of the bird's-eye pictures."""
-        rows = max(self._slot(camera) for camera in range(len(self.spec.cameras))) // COLUMNS + 1
-        return self.top + rows * len(self.kinds) * (self.tile[1] + GAP)
-
-    def _slot(self, camera: int) -> int:
-        """Position of a camera: front left, front, front right, then the back; in the spec's order for unknown names."""
-        names = self.spec.cameras
-        return CAMERAS.index(names[camera]) if set(names) <= set(CAMERAS) else camera
+MARGIN = 20  # [px]
+PANEL, RULER = 600, 60  # [px] of a bird's-eye picture, and left of it for its ruler
+WIDTH = 3 * (PANEL + RULER) + 2 * MARGIN
+Band = tuple[float, Callable[[SubFigure], None]]  # height [px] of a part of the sheet, and what draws it
 
 
 def draw_keyframe(
@@ -89,32 +54,27 @@ def draw_keyframe(
     frame: str | None = None,
     returns: NDArray[Any] | None = None,
     feature_colors: FeatureColors | None = None,
-) -> Image.Image:
+) -> Figure:
     """The sheet of one keyframe, or a sheet with a large notice if it was skipped or is not built.
 
     frame: reference frame of the grid; the cache's first by default. returns: (n, 3) LiDAR returns in the ego frame at
     LiDAR time [m], drawn on a second copy of the images. feature_colors: shared by several sheets; fitted to this keyframe
     by default. Raises ValueError if the cache does not have the frame, IndexError if it does not have the keyframe.
     """
-    spec, index = reader.cache.spec, frame_index(reader.cache, frame)
-    sheet = Image.new("RGB", (WIDTH, 16_000), PAPER)
-    top = _draw_title(sheet, reader.cache, keyframe, index)
+    index = frame_index(reader.cache, frame)
+    bands = _title(reader.cache, keyframe, index)
     absent = why_absent(reader, keyframe)
     if absent is not None:
-        top = draw_lines(sheet, MARGIN, top + 60, [absent[0]], 72)
-        top = draw_lines(sheet, MARGIN, top + 20, wrap(absent[1], WIDTH - 2 * MARGIN, 24), 24)
-        return sheet.crop((0, 0, WIDTH, top + 60))
-    height_scale = ColorScale("occupied voxels by height in the grid", spec.grid.lower[0], spec.grid.upper[0])
-    right = draw_scale(sheet, MARGIN, top, height_scale)
-    if returns is not None:
-        draw_scale(sheet, right, top, DEPTH)
-    kinds = ["voxels"] + ["returns"] * (returns is not None) + ["features"] * (spec.teacher is not None)
-    layout = Layout(spec, tuple(kinds), top + 32)
-    _draw_views(sheet, layout, reader, keyframe, index, height_scale, returns)
-    if spec.teacher is not None:
-        _draw_features(sheet, layout, read_features(reader, keyframe), feature_colors)
-    bottom = _draw_maps(sheet, layout.bottom + GAP, reader, keyframe, index, height_scale)
-    return sheet.crop((0, 0, WIDTH, bottom + MARGIN))
+        bands += [_text(absent[0], 44, margin=60), _text(absent[1], 17, margin=40)]
+    else:
+        bands += _cameras(reader, keyframe, index, returns, feature_colors)
+        bands.append(_maps(reader, keyframe, index))
+    heights = [height for height, _ in bands]
+    sheet = Figure((WIDTH / DPI, sum(heights) / DPI), DPI, facecolor="white")
+    parts = sheet.subfigures(len(bands), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
+    for part, (_, draw) in zip(parts, bands, strict=True):
+        draw(part)
+    return sheet
 
 
 def frame_index(cache: Cache, frame: str | None) -> int:
@@ -145,107 +105,178 @@ def read_features(reader: CacheReader, keyframe: int) -> NDArray[np.float32]:
     return features
 
 
-def _draw_title(sheet: Image.Image, cache: Cache, keyframe: int, index: int) -> int:
+def _title(cache: Cache, keyframe: int, index: int) -> list[Band]:
     spec, identity = cache.spec, cache.identity
     if not 0 <= keyframe < len(cache):
         raise IndexError(f"keyframe {keyframe} of a cache of {len(cache)}")
     title = f"{identity.tokens[keyframe]}   {identity.scenes[keyframe]}   {cache.path.stem} {keyframe} of {len(cache)}"
     teacher = "no teacher" if spec.teacher is None else f"teacher {spec.teacher.name} ({spec.teacher.digest})"
     caption = f"cache {spec.fingerprint}; {teacher}; grid {spec.grid} in frame {spec.frames[index]}"
-    top = draw_lines(sheet, MARGIN, 12, [title], 27)
-    top = draw_lines(sheet, MARGIN, top, wrap(caption, WIDTH - 2 * MARGIN, 17), 17, FAINT) + 4
-    warnings = [line for text in cache.warnings for line in wrap(text, WIDTH - 2 * MARGIN, 24)]
-    return draw_banner(sheet, top, warnings) + 10 if warnings else top + 6
+    warnings = [_text(text, 18, color="white", background="#c8201c") for text in cache.warnings]
+    return [_text(title, 20), _text(caption, 12, color="#555", margin=2), *warnings]
 
 
-def _draw_views(
-    sheet: Image.Image,
-    layout: Layout,
+def _text(text: str, size: float, *, margin: float = 8, color: str = "#111", background: str = "none") -> Band:
+    """Lines of text of `size` points over the whole width."""
+    pixels = size * DPI / 72
+    lines = textwrap.wrap(text, int((WIDTH - 2 * MARGIN) / (0.65 * pixels)))  # more than the mean width of a character
+
+    def draw(part: SubFigure) -> None:
+        part.set_facecolor(background)
+        at = (MARGIN / WIDTH, 0.5)
+        part.text(*at, "\n".join(lines), size=size, color=color, va="center", linespacing=1.25, parse_math=False)
+
+    return 1.25 * pixels * len(lines) + 2 * margin, draw
+
+
+def _heading(text: str, scale: ScalarMappable | None = None) -> Band:
+    """A heading, and the colour bar of a scale in metres."""
+
+    def draw(part: SubFigure) -> None:
+        part.text(MARGIN / WIDTH, 0.3, text, size=14, va="center")
+        if scale is not None:
+            _color_bar(part, scale, MARGIN + 620, 30)
+
+    return 52, draw
+
+
+def _color_bar(part: SubFigure, scale: ScalarMappable, left: float, top: float) -> None:
+    """A colour bar with its values in metres above it."""
+    bar = place(part, left, top, 420, 12)
+    assert isinstance(scale.norm, Normalize)
+    part.colorbar(scale, cax=bar, orientation="horizontal", ticks=scale.norm.inverse(np.linspace(0, 1, 6)))
+    bar.minorticks_off()
+    bar.xaxis.set_ticks_position("top")
+    bar.xaxis.set_major_formatter("{x:g} m")
+    bar.tick_params(labelsize=10, pad=1, length=3)
+
+
+def _cameras(
     reader: CacheReader,
     keyframe: int,
     index: int,
-    height_scale: ColorScale,
     returns: NDArray[Any] | None,
-) -> None:
+    feature_colors: FeatureColors | None,
+) -> list[Band]:
+    """The images of all cameras with voxels, with returns, and the teacher's features."""
     spec = reader.cache.spec
     grid_from_ego = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
-    volume = spec.grid.unpack_volume(reader.read("occupancy", keyframe)[index])
-    centers = spec.grid.centers_of(np.flatnonzero(volume)).astype(np.float64)
-    clouds = {"voxels": transform(inverse_rigid(grid_from_ego), centers)}
-    if returns is not None:
-        clouds["returns"] = np.asarray(returns, np.float64)
-    images, intrinsics = reader.read("images", keyframe), reader.read("intrinsics", keyframe).astype(np.float64)
     cam_from_ego = reader.read("cam_from_ego", keyframe).astype(np.float64)
-    enlargement = np.array(layout.tile) / spec.image_size[::-1]
-    for camera, name in enumerate(spec.cameras):
-        for kind, points in clouds.items():
-            tile = Image.fromarray(images[camera]).resize(layout.tile, Image.Resampling.BICUBIC)
-            points_cam = transform(cam_from_ego[camera], points)
-            pixels, depth, is_valid = project(intrinsics[camera], points_cam, spec.image_size)
-            pixels, depth = pixels[is_valid] * enlargement, depth[is_valid]
-            focal = intrinsics[camera, 0, 0] * enlargement[0] / depth
-            if kind == "voxels":
-                colors = height_scale.colors(centers[is_valid, 2])
-                draw_dots(tile, pixels, depth, colors, np.clip(VOXEL_RADIUS * focal, *VOXEL_PIXELS), rim=0.8)
-            else:
-                draw_dots(tile, pixels, depth, DEPTH.colors(depth), np.clip(RETURN_RADIUS * focal, *RETURN_PIXELS))
-            draw_tag(tile, f"{name}: {CAPTIONS[kind]}")
-            sheet.paste(tile, layout.corner(camera, kind))
+    intrinsics, images = reader.read("intrinsics", keyframe).astype(np.float64), reader.read("images", keyframe)
+    tiles = Tiles(arrange(cam_from_ego), spec.image_size, WIDTH, MARGIN)
+
+    def draw_voxels(part: SubFigure) -> None:
+        volume = spec.grid.unpack_volume(reader.read("occupancy", keyframe)[index])
+        centers = spec.grid.centers_of(np.flatnonzero(volume)).astype(np.float64)
+        points = transform(inverse_rigid(grid_from_ego), centers)
+        for camera, axes in tiles.axes(part).items():
+            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
+            draw_points(
+                axes, intrinsics[camera], transform(cam_from_ego[camera], points), centers[:, 2], height, spec.image_size,
+                radius=0.1, limits=(1.5, 6), rim=0.8,
+            )  # fmt: skip
+
+    def draw_returns(part: SubFigure) -> None:
+        for camera, axes in tiles.axes(part).items():
+            points = transform(cam_from_ego[camera], np.asarray(returns, np.float64))
+            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
+            draw_points(
+                axes,
+                intrinsics[camera],
+                points,
+                points[:, 2],
+                depth_scale(),
+                spec.image_size,
+                radius=0.03,
+                limits=(0.8, 2.5),
+            )
+
+    def draw_features(part: SubFigure) -> None:
+        features = read_features(reader, keyframe)
+        colors = (feature_colors or FeatureColors.fit(features.reshape(-1, features.shape[-1])))(features)
+        for camera, axes in tiles.axes(part).items():
+            draw_image(axes, colors[camera], spec.cameras[camera], spec.image_size, smooth=False)
+
+    height = height_scale(spec.grid)
+    bands = [_heading("centres of occupied voxels, by height in the grid", height), (tiles.total_height, draw_voxels)]
+    if returns is not None:
+        bands += [_heading("LiDAR returns, by depth", depth_scale()), (tiles.total_height, draw_returns)]
+    if spec.teacher is not None:
+        heading = "teacher features: three principal components as red, green and blue"
+        bands += [_heading(heading), (tiles.total_height, draw_features)]
+    return bands
 
 
-def _draw_features(
-    sheet: Image.Image, layout: Layout, features: NDArray[np.float32], feature_colors: FeatureColors | None
-) -> None:
-    colors = (feature_colors or FeatureColors.fit(features.reshape(-1, features.shape[-1])))(features)
-    for camera, name in enumerate(layout.spec.cameras):
-        tile = Image.fromarray(colors[camera]).resize(layout.tile, Image.Resampling.NEAREST)
-        draw_tag(tile, f"{name}: {CAPTIONS['features']}")
-        sheet.paste(tile, layout.corner(camera, "features"))
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A bird's-eye picture. colors: (H, W, 3). key: entries of its legend. hatched: (H, W) cells."""
+
+    title: str
+    colors: Colors
+    key: list[Patch] = field(default_factory=list)
+    hatched: Mask | None = None
 
 
-def _draw_maps(
-    sheet: Image.Image, top: int, reader: CacheReader, keyframe: int, index: int, height_scale: ColorScale
-) -> int:
-    """Occupancy from above, labels, and both; returns the y below them [px]."""
+def _panels(reader: CacheReader, keyframe: int, index: int, volume: Mask, grid_from_ego: Matrix) -> list[Panel]:
+    """Occupancy, labels, and the coincidence of both, as far as the cache has labels."""
     spec, grid = reader.cache.spec, reader.cache.spec.grid
-    grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
-    volume = grid.unpack_volume(reader.read("occupancy", keyframe)[index])
-    masks = {
-        name: grid.unpack_map(reader.read(f"labels/{name}", keyframe)[index])
-        for kind, names in {"vehicles": ("vehicles", "vehicles_valid"), "map": ("map",)}.items()
-        for name in names
-        if kind in spec.labels
-    }
-    view = BirdsEye(grid, TILE_WIDTH - RULER + 2)
-    picture = view.draw(occupancy_colors(volume, grid, height_scale), grid_from_ego)
-    grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
-    view.draw_cameras(picture, grid_from_cams, spec.cameras)
     title = f"{int(volume.sum())} occupied voxels, the highest of each column"
-    panels: list[tuple[str, Image.Image, dict[str, RGB]]] = [(title, picture, {})]
-    vehicles = masks.get("vehicles")
-    if masks:
-        colors = label_colors(masks.get("map"), vehicles, grid.map_shape)
-        key = dict(MAP_COLORS) if "map" in masks else {}
-        if vehicles is not None:
-            key |= {"vehicle": VEHICLE, "vehicle hardly visible, not scored": HATCH}
-        hatched = None if vehicles is None else ~masks["vehicles_valid"]
-        panels.append((f"labels: {', '.join(spec.labels)}", view.draw(colors, grid_from_ego, hatched), key))
-    if vehicles is not None:
+    panels = [Panel(title, occupancy_colors(volume, height_scale(grid), grid))]
+    kinds = [LABEL_KINDS[name] for name in spec.labels]
+    masks, invalid = {}, {}
+    for kind in kinds:
+        labels, is_valid = reader.read_labels(kind, keyframe)
+        masks[kind.name] = labels[index]
+        if is_valid is not None:
+            invalid[f"{kind.invalid}, not scored"] = ~is_valid[index]
+    if kinds:
+        key = [swatch(color, name.replace("_", " ")) for kind in kinds for name, color in kind.colors.items()]
+        key += [Patch(facecolor="white", hatch="//////", label=name) for name in invalid]
+        hatched = np.any(list(invalid.values()), axis=0) if invalid else None
+        panels.append(Panel(f"labels: {', '.join(spec.labels)}", label_colors(masks, grid.map_shape), key, hatched))
+    solid = [kind.name for kind in kinds if kind.is_solid]
+    if solid:
+        names = ", ".join(solid)
+        cells = np.any([masks[name].any(axis=0) for name in solid], axis=0)
         occupied = occupied_at_body_height(volume, grid, inverse_rigid(grid_from_ego))
-        shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (vehicles, ~vehicles)]
-        title = f"vehicles and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
-        key = {
-            f"both ({shares[0]:.1f} % of vehicle cells)": COINCIDENT,
-            "vehicle alone": VEHICLE,
-            f"voxel alone ({shares[1]:.1f} % of the other cells)": OCCUPIED_ONLY,
-        }
-        panels.append((title, view.draw(coincidence_colors(vehicles, occupied), grid_from_ego), key))
-    bottom = top
-    for column, (title, picture, key) in enumerate(panels):
-        left = MARGIN + column * (TILE_WIDTH + GAP)
-        below_title = draw_lines(sheet, left + RULER, top, [title], 17) + 4
-        sheet.paste(picture, (left + RULER, below_title))
-        view.draw_ticks(sheet, left + RULER, below_title)
-        below = draw_key(sheet, left + RULER, below_title + view.height + RULER, TILE_WIDTH - RULER, key)
-        bottom = max(bottom, below)
-    return bottom
+        shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (cells, ~cells)]
+        title = f"{names} and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
+        key = [
+            swatch(COINCIDENT, f"both ({shares[0]:.1f} % of the cells of {names})"),
+            swatch(SOLID, f"{names} alone"),
+            swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
+        ]
+        panels.append(Panel(title, coincidence_colors(cells, occupied), key))
+    return panels
+
+
+def _maps(reader: CacheReader, keyframe: int, index: int) -> Band:
+    """The bird's-eye pictures beside each other."""
+    grid = reader.cache.spec.grid
+    grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
+    grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
+    volume = grid.unpack_volume(reader.read("occupancy", keyframe)[index])
+    panels = _panels(reader, keyframe, index, volume, grid_from_ego)
+    spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
+    scale = PANEL / max(spans)  # [px/m]
+    cell = scale * min(grid.cell_size[1:])
+    scale *= int(cell) / cell if cell >= 1 else 1  # whole pixels per cell if they fit
+    height, width = (scale * span for span in spans)
+
+    def draw(part: SubFigure) -> None:
+        for column, panel in enumerate(panels):
+            left = MARGIN + RULER + column * (PANEL + RULER)
+            axes = place(part, left, 40, width, height)
+            draw_cells(axes, panel.colors, grid, grid_from_ego, hatched=panel.hatched)
+            axes.set_title(panel.title, loc="left", size=12)
+            if column == 0:
+                draw_cameras(axes, grid_from_cams, reader.cache.spec.cameras, PANEL / 8 / scale)
+                _color_bar(part, height_scale(grid), left, height + 115)
+            else:
+                axes.legend(
+                    handles=panel.key, loc="upper left", bbox_to_anchor=(0, -50 / height), ncols=1 + (len(panel.key) > 3),
+                    frameon=False, borderaxespad=0, borderpad=0, fontsize=10,
+                )  # fmt: skip
+
+    rows = max(len(panel.key) if len(panel.key) <= 3 else -(-len(panel.key) // 2) for panel in panels)
+    return height + 100 + 22 * max(rows, 2), draw

@@ -1,24 +1,59 @@
 """Bird's-eye labels on one grid: map classes from polygons and lines, vehicles and their validity from boxes.
 
-A cell belongs to a shape if its centre does (``raster``).
+A cell belongs to a shape if its centre does (``raster``). The rows of `cache.labels.LABEL_KINDS` name the functions of type
+`Draw`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occfeat_targets.cache.geometry import Matrix, transform
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import DIVIDER_WIDTH
+from occfeat_targets.cache.spec import DIVIDER_WIDTH, TargetSpec
+from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.targets.raster import Floats, Mask, draw_polylines, fill_polygon, fill_polygons
 
 # Faces by corner, in the order of the devkit's Box.corners(): 0-3 are in front, 4-7 behind, upper left first.
 _FACES = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 5, 4], [1, 2, 6, 5], [2, 3, 7, 6], [3, 0, 4, 7]])
 _QUAD = np.array([0, 4])
+
+
+class Draw(Protocol):
+    """Draws one kind of labels of a keyframe on the grid of one reference frame."""
+
+    def __call__(
+        self, keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+    ) -> tuple[Mask, Mask | None]:
+        """Masks (K, H, W) bool of the kind's classes, and which cells are valid (H, W) bool, or None if all are.
+
+        grid_from_ego: (4, 4) to the grid ``spec.grid``. geometry: the map around the keyframe, if the kind needs maps.
+        """
+
+
+def vehicle_labels(
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+) -> tuple[Mask, Mask]:
+    """`Draw` of the kind ``vehicles``."""
+    compat = spec.compat == "simple-bev"
+    vehicles, is_valid = draw_vehicles(
+        keyframe.vehicle_corners, keyframe.visibility, spec.grid, grid_from_ego, compat=compat
+    )
+    return vehicles[None], is_valid
+
+
+def map_labels(
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+) -> tuple[Mask, None]:
+    """`Draw` of the kind ``map``."""
+    assert geometry is not None, "the kind needs maps"
+    grid_from_global = grid_from_ego @ inverse_rigid(keyframe.global_from_ego)
+    ground_z = keyframe.global_from_ego[2, 3]
+    return draw_map(geometry, spec.grid, grid_from_global, ground_z, line_width=spec.divider_width), None
 
 
 def map_window(

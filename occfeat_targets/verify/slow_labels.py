@@ -7,7 +7,7 @@ Due to rounding, a cell centre within TIE of a boundary may be on either side of
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import shapely
@@ -15,11 +15,48 @@ from numpy.typing import ArrayLike, NDArray
 
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import DIVIDER_WIDTH
+from occfeat_targets.cache.spec import DIVIDER_WIDTH, TargetSpec
+from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
+from occfeat_targets.targets.labels import map_window
 
 Mask = NDArray[np.bool_]
 TIE = 1e-6  # [m]
+
+
+class Reference(Protocol):
+    """Slow reference of one kind of labels, the counterpart of `targets.labels.Draw`."""
+
+    def __call__(
+        self, keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+    ) -> tuple[Mask, Mask | None, Mask]:
+        """Masks (K, H, W), validity (H, W) or None, and is_decided, (K, H, W) or (H, W); all bool.
+
+        grid_from_ego: (4, 4) to the grid ``spec.grid``. geometry: the map of the location, if the kind needs maps.
+        """
+
+
+def vehicle_reference(
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+) -> tuple[Mask, Mask, Mask]:
+    """`Reference` of the kind ``vehicles``."""
+    compat = spec.compat == "simple-bev"
+    vehicles, is_valid, is_decided = reference_vehicles(
+        keyframe.vehicle_corners, keyframe.visibility, spec.grid, grid_from_ego, compat=compat
+    )
+    return vehicles[None], is_valid, is_decided
+
+
+def map_reference(
+    keyframe: Keyframe, spec: TargetSpec, grid_from_ego: Matrix, geometry: MapGeometry | None
+) -> tuple[Mask, None, Mask]:
+    """`Reference` of the kind ``map``."""
+    assert geometry is not None, "the kind needs maps"
+    grid_from_global = grid_from_ego @ np.linalg.inv(keyframe.global_from_ego)
+    ground_z = keyframe.global_from_ego[2, 3]
+    near = geometry.near(*map_window(spec.grid, grid_from_global, ground_z, spec.divider_width))
+    masks, is_decided = reference_map(near, spec.grid, grid_from_global, ground_z, line_width=spec.divider_width)
+    return masks, None, is_decided
 
 
 def _cell_centers(grid: VoxelGrid) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.spec import TargetSpec
@@ -24,8 +25,7 @@ from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import load_image_reference
-from occfeat_targets.targets.labels import map_window
-from occfeat_targets.verify.slow_labels import reference_map, reference_vehicles
+from occfeat_targets.verify.slow_labels import Reference
 from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source, grid_from_ego, occupancy_bounds
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
@@ -205,28 +205,17 @@ def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source:
 
 def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
-    geometry = reference.read_map(source.location) if "map" in spec.labels else None
+    kinds = [LABEL_KINDS[name] for name in spec.labels]
+    needs_maps = any("maps" in kind.needs for kind in kinds)
+    geometry = reference.read_map(source.location) if needs_maps else None
     wrong = 0
-    for i, frame in enumerate(_frames(spec, source)):
-        if "vehicles" in spec.labels:
-            *expected, is_decided = reference_vehicles(
-                source.vehicle_corners, source.visibility, spec.grid, frame, compat=spec.compat == "simple-bev"
-            )
-            for name, mask in zip(("vehicles", "vehicles_valid"), expected, strict=True):
-                cached = spec.grid.unpack_map(reader.read(f"labels/{name}", keyframe)[i])
-                wrong += int(((cached != mask) & is_decided).sum())
-        if geometry is not None:
-            grid_from_global = frame @ np.linalg.inv(source.global_from_ego)
-            ground_z = source.global_from_ego[2, 3]
-            window = map_window(spec.grid, grid_from_global, ground_z, spec.divider_width)
-            masks, is_decided = reference_map(
-                geometry.near(*window),
-                spec.grid,
-                grid_from_global,
-                ground_z,
-                line_width=spec.divider_width,
-            )
-            cached = spec.grid.unpack_map(reader.read("labels/map", keyframe)[i])
-            wrong += int(((cached != masks) & is_decided).sum())
+    for kind in kinds:
+        draw: Reference = resolve_name(kind.reference)
+        cached_masks, cached_valid = reader.read_labels(kind, keyframe)
+        for i, frame in enumerate(_frames(spec, source)):
+            masks, is_valid, is_decided = draw(source, spec, frame, geometry)
+            wrong += int(((cached_masks[i] != masks) & is_decided).sum())
+            if cached_valid is not None:
+                wrong += int(((cached_valid[i] != is_valid) & is_decided).sum())
     if spec.labels:
         yield wrong == 0, f"{wrong} label cells wrong"

@@ -27,10 +27,10 @@ HIT: RGB = (44, 146, 76)
 FALSE_ALARM: RGB = (228, 120, 24)
 MISSED: RGB = (56, 92, 190)
 UNSCORED: RGB = (204, 204, 204)
-VEHICLE = LABEL_KINDS["vehicles"].light["vehicles"]
+VEHICLE = LABEL_KINDS["vehicles"].colors["vehicles"]
 HEIGHTS = "viridis"  # Matplotlib's name
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
-MAP_COLORS = LABEL_KINDS["map"].light
+MAP_COLORS = LABEL_KINDS["map"].colors
 RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 # The ego vehicle on the ground of the ego frame (x forward from the rear axle, y left) [m], its nose pointed.
 _EGO = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])

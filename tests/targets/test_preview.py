@@ -2,23 +2,24 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, transform
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.pictures.birdseye import (
-    occupied_at_body_height,
-)
-from occfeat_targets.pictures.colors import ALARM, INK, ColorScale
+from occfeat_targets.pictures.birdseye import occupied_at_body_height
+from occfeat_targets.pictures.canvas import png
+from occfeat_targets.pictures.colors import height_scale
 from occfeat_targets.pictures.page import choose_keyframes, fit_features, read_returns, write_preview
-from occfeat_targets.pictures.sheet import GAP, MARGIN, TILE_WIDTH, Layout, draw_keyframe, read_features, why_absent
+from occfeat_targets.pictures.sheet import WIDTH, draw_keyframe, read_features, why_absent
 from tests.conftest import SMALL_GRID, random_arrays, small_identity, small_spec
 from tests.targets.command_line import run
 
 GREY = (100, 100, 100)
-SCALE = ColorScale("", SMALL_GRID.lower[0], SMALL_GRID.upper[0])
 INTRINSICS = np.array([[20, 0, 12], [0, 20, 8], [0, 0, 1]], np.float32)
 YAWS = np.deg2rad([60, 0, -60, 120, 180, -120])  # of CAMERAS, to the left of the ego's x axis
 
@@ -44,7 +45,7 @@ def make_cache(tmp_path, occupied=(), *, spec=None, simulated=(), skipped=(), **
     arrays["is_valid"][:] = [i not in skipped for i in range(3)]
     arrays["images"][:] = GREY
     arrays["intrinsics"][:] = INTRINSICS
-    arrays["cam_from_ego"][:] = [cam_from_ego(yaw) for yaw in YAWS]
+    arrays["cam_from_ego"][:] = np.resize([cam_from_ego(yaw) for yaw in YAWS], (len(spec.cameras), 4, 4))
     arrays["grid_from_ego"][:] = GRID_FROM_EGO_AXES
     arrays["occupancy"][:] = SMALL_GRID.pack_volume(volume)
     if "vehicles" in spec.labels:
@@ -56,9 +57,35 @@ def make_cache(tmp_path, occupied=(), *, spec=None, simulated=(), skipped=(), **
     return CacheReader(cache)
 
 
-def pixels_of(image, color):
-    """(n, 2) x, y of the pixels of exactly this colour."""
-    return np.argwhere((np.asarray(image) == color).all(axis=-1))[:, ::-1]
+def pixels(figure):
+    """(height, width, 3) int64 colours of the drawn figure."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(np.int64)
+
+
+def color_at(axes, drawn, points):
+    """(n, 3) colours of the drawn figure at points (n, 2) in an axes' own units."""
+    x, y = axes.transData.transform(points).T
+    return drawn[(len(drawn) - y).astype(int), x.astype(int)]
+
+
+def views(sheet, name):
+    """The pictures of one camera, in the sheet's order."""
+    return [
+        axes
+        for axes in sheet.axes
+        if name in [text.get_text() for text in axes.texts] and axes.images and not axes.axison
+    ]
+
+
+def maps(sheet):
+    """The bird's-eye pictures."""
+    return [axes for axes in sheet.axes if axes.get_xlabel() == "right [m]"]
+
+
+def texts(sheet):
+    return [text.get_text() for text in sheet.findobj(Text) if text.get_text()]
 
 
 def size(file):
@@ -66,71 +93,50 @@ def size(file):
         return image.size
 
 
-def layout_of(reader, sheet):
-    kinds = ("voxels", "features") if reader.cache.spec.teacher else ("voxels",)
-    first_image_row = pixels_of(sheet.crop((MARGIN + TILE_WIDTH - 1, 0, MARGIN + TILE_WIDTH, sheet.height)), GREY)[0, 1]
-    return Layout(reader.cache.spec, kinds, int(first_image_row))
-
-
-def tile(sheet, layout, camera, kind="voxels"):
-    x, y = layout.corner(camera, kind)
-    width, height = layout.tile
-    return sheet.crop((x, y, x + width, y + height))
-
-
 @pytest.mark.parametrize("camera", range(6))
 def test_a_voxel_is_drawn_where_its_centre_projects_and_on_no_other_camera(tmp_path, camera):
     centers = SMALL_GRID.voxel_centers()
     ego = transform(inverse_rigid(GRID_FROM_EGO_AXES), centers)
-    pixels, depth, is_valid = project(INTRINSICS, transform(cam_from_ego(YAWS[camera]), ego), (16, 24))
-    inside = is_valid & (depth > 2) & (abs(pixels - (12, 9)) < (4, 3)).all(axis=-1)
+    projected, depth, is_valid = project(INTRINSICS, transform(cam_from_ego(YAWS[camera]), ego), (16, 24))
+    inside = is_valid & (depth > 2) & (abs(projected - (12, 9)) < (4, 3)).all(axis=-1)
     index = tuple(np.argwhere(inside)[len(np.argwhere(inside)) // 2])
     reader = make_cache(tmp_path, [index])
+    names = reader.cache.spec.cameras
     sheet = draw_keyframe(reader, 1)
-    layout, color = layout_of(reader, sheet), SCALE.colors(centers[index][2])
-    expected = pixels[index] * TILE_WIDTH / 24
-    assert tile(sheet, layout, camera).getpixel(tuple(expected.astype(int).tolist())) == tuple(color)
-    found = pixels_of(tile(sheet, layout, camera), color) + 0.5
-    np.testing.assert_allclose(found.mean(axis=0), expected, atol=0.6)
-    assert np.ptp(found, axis=0).max() <= 13
-    others = [len(pixels_of(tile(sheet, layout, other), color)) for other in range(6) if other != camera]
+    (axes,) = views(sheet, names[camera])
+    (dots,) = axes.collections
+    np.testing.assert_allclose(dots.get_offsets(), projected[index][None], atol=1e-4)
+    color = height_scale(SMALL_GRID).to_rgba(centers[index][2], bytes=True)[:3]
+    drawn = pixels(sheet)
+    np.testing.assert_allclose(color_at(axes, drawn, projected[index][None])[0], color, atol=2)
+    np.testing.assert_allclose(color_at(axes, drawn, projected[index][None] + (2, 2))[0], GREY, atol=2)
+    others = [len(views(sheet, name)[0].collections[0].get_offsets()) for name in names if name != names[camera]]
     assert others == [0] * 5
 
 
-def test_cameras_lie_on_the_sheet_as_on_the_car():
-    layout = Layout(small_spec(), ("voxels", "features"), 100)
-    corners = {name: layout.corner(i, "voxels") for i, name in enumerate(CAMERAS)}
-    columns, rows = zip(*corners.values(), strict=True)
-    assert list(columns) == [MARGIN, MARGIN + TILE_WIDTH + GAP, MARGIN + 2 * (TILE_WIDTH + GAP)] * 2
-    assert corners["CAM_FRONT_LEFT"][1] == corners["CAM_FRONT_RIGHT"][1] == 100
-    assert corners["CAM_BACK"][0] == corners["CAM_FRONT"][0]
-    assert rows[3] == 100 + 2 * (layout.tile[1] + GAP)
-    assert layout.corner(0, "features") == (MARGIN, 100 + layout.tile[1] + GAP)
-
-
-def test_cameras_keep_their_places_when_a_spec_names_fewer_or_orders_them_otherwise():
-    names = ("CAM_BACK", "CAM_FRONT")
-    layout = Layout(small_spec(cameras=names), ("voxels",), 0)
-    assert layout.corner(0, "voxels") > layout.corner(1, "voxels")
-    assert layout.corner(0, "voxels")[0] == layout.corner(1, "voxels")[0] == MARGIN + TILE_WIDTH + GAP
-    assert Layout(small_spec(cameras=("left", "right")), ("voxels",), 0).corner(1, "voxels")[1] == 0
+def test_an_image_is_drawn_in_its_own_pixels(tmp_path):
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[4:12, 6:18] = (250, 10, 10)
+    reader = make_cache(tmp_path, images=image)
+    sheet = draw_keyframe(reader, 0)
+    (axes,) = views(sheet, "CAM_BACK")
+    found = color_at(axes, pixels(sheet), np.array([(12, 8), (8, 6), (12, 14.5), (20.5, 8)]))
+    np.testing.assert_allclose(found, [(250, 10, 10)] * 2 + [(0, 0, 0)] * 2, atol=12)
 
 
 def test_a_forward_voxel_is_above_the_ego_and_one_on_the_right_is_right_of_it(tmp_path):
     z, h, w = 3, 10, 6  # the cells just forward and right of the origin
-    ahead, right = (z, h + 8, w), (z - 3, h, w + 5)
-    reader = make_cache(tmp_path, [ahead, right])
-    sheet = draw_keyframe(reader, 0)
-    below = layout_of(reader, sheet).bottom
-    panel = sheet.crop((0, below + 28, TILE_WIDTH, sheet.height))
-    ego = pixels_of(panel, INK)
-    at_ahead, at_right = (
-        pixels_of(panel, SCALE.colors(SMALL_GRID.voxel_centers()[index][2])).mean(axis=0) for index in (ahead, right)
-    )
-    assert at_ahead[1] < ego[:, 1].min() - 20
-    assert at_right[0] > ego[:, 0].max() + 20
-    assert abs(at_right[1] - at_ahead[1] - 8 * 30) < 3  # 8 cells of 1 m, 600 px for 20 m
-    assert abs(at_right[0] - at_ahead[0] - 5 * 30) < 3
+    cells = [(z, h + 8, w), (z - 3, h, w + 5)]
+    sheet = draw_keyframe(make_cache(tmp_path, cells), 0)
+    axes, drawn = maps(sheet)[0], pixels(sheet)
+    centers = np.array([SMALL_GRID.voxel_centers()[index] for index in cells])
+    expected = height_scale(SMALL_GRID).to_rgba(centers[:, 2], bytes=True)[:, :3]
+    np.testing.assert_allclose(color_at(axes, drawn, centers[:, :2]), expected, atol=2)
+    ahead, right = axes.transData.transform(centers[:, :2])
+    ego = axes.transData.transform((0, 0))
+    assert ahead[1] > ego[1] + 200 and right[0] > ego[0] + 130
+    assert ahead[1] - right[1] == pytest.approx(8 * 30, abs=1)  # 8 cells of 1 m, 600 px for 20 m
+    assert right[0] - ahead[0] == pytest.approx(5 * 30, abs=1)
 
 
 def test_the_same_feature_has_the_same_colour_in_every_view_and_keyframe(tmp_path):
@@ -144,14 +150,54 @@ def test_the_same_feature_has_the_same_colour_in_every_view_and_keyframe(tmp_pat
     corners = set()
     for keyframe in range(3):
         sheet = draw_keyframe(reader, keyframe, feature_colors=shared)
-        layout = layout_of(reader, sheet)
-        for camera in range(6):
-            picture = tile(sheet, layout, camera, "features")
-            corners.add(picture.getpixel((TILE_WIDTH - 3, 30)))
-            np.testing.assert_array_equal(
-                picture.getpixel((TILE_WIDTH // 2, layout.tile[1] - 3)), shared(features[keyframe, camera, 1, 1])
-            )
+        drawn = pixels(sheet)
+        for camera, name in enumerate(spec.cameras):
+            _, axes = views(sheet, name)
+            corner, other = color_at(axes, drawn, np.array([(23, 1), (12, 15)]))  # tokens (0, 2) and (1, 1) of 2x3
+            corners.add(tuple(corner.tolist()))
+            np.testing.assert_allclose(other, shared(features[keyframe, camera, 1, 1]), atol=1)
     assert len(corners) == 1
+
+
+def test_colours_in_a_legend_are_those_in_the_map(tmp_path):
+    rows = np.arange(20)
+    masks = [np.repeat(((rows == 4 * k) | (rows == 4 * k + 1))[:, None], 12, axis=1) for k in range(5)]
+    vehicles = np.zeros((20, 12), np.bool_)
+    vehicles[:, :3] = True
+    contents = {"labels/map": SMALL_GRID.pack_map(np.stack(masks)), "labels/vehicles": SMALL_GRID.pack_map(vehicles)}
+    sheet = draw_keyframe(make_cache(tmp_path, **contents), 0)
+    axes, drawn = maps(sheet)[1], pixels(sheet)
+    legend = axes.get_legend()
+    found = {
+        text.get_text(): np.rint(255 * np.array(to_rgb(patch.get_facecolor())))
+        for text, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)
+    }
+    for k, name in enumerate(LABEL_KINDS["map"].classes):
+        shown = color_at(axes, drawn, np.array([(4.5, -10 + 4 * k + 0.5)]))[0]
+        np.testing.assert_array_equal(shown, found[name.replace("_", " ")])
+    np.testing.assert_array_equal(color_at(axes, drawn, np.array([(-5.5, 8.5)]))[0], found["vehicles"])
+
+
+def test_the_same_keyframe_gives_the_same_bytes(tmp_path):
+    reader = make_cache(tmp_path, [(3, 18, 6)])
+    assert png(draw_keyframe(reader, 0)) == png(draw_keyframe(reader, 0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 11])
+def test_any_number_of_cameras_of_any_names_fits_on_the_sheet(tmp_path, count):
+    names = tuple(f"$ring_{i}^{i} camera" for i in range(count))
+    turned = [cam_from_ego(yaw) for yaw in 0.1 + 2 * np.pi * np.arange(count) / count]
+    spec = small_spec(cameras=names)
+    sheet = draw_keyframe(make_cache(tmp_path, [(3, 18, 6)], spec=spec, cam_from_ego=turned), 0)
+    pixels(sheet)
+    assert all(len(views(sheet, name)) == 2 for name in names)
+    boxes = [axes.bbox for axes in sheet.axes]
+    assert min(box.x0 for box in boxes) >= 0 and max(box.x1 for box in boxes) <= WIDTH
+    assert min(box.y0 for box in boxes) >= 0 and max(box.y1 for box in boxes) <= sheet.bbox.height
+    for i, a in enumerate(boxes):
+        assert not any(
+            min(a.x1, b.x1) > max(a.x0, b.x0) + 1 and min(a.y1, b.y1) > max(a.y0, b.y0) + 1 for b in boxes[:i]
+        )
 
 
 def test_int8_features_are_multiplied_by_their_scale(tmp_path):
@@ -162,11 +208,15 @@ def test_int8_features_are_multiplied_by_their_scale(tmp_path):
 
 
 def test_simulated_data_carries_a_banner_and_real_data_none(tmp_path):
+    text = "the city is synthetic and " + " and ".join(f"part {i} is simulated" for i in range(30))
     real = draw_keyframe(make_cache(tmp_path / "real"), 0)
-    simulated = draw_keyframe(make_cache(tmp_path / "simulated", simulated=["the city is synthetic"]), 0)
-    assert len(pixels_of(real, ALARM)) == 0
-    assert len(pixels_of(simulated, ALARM)) > 30 * simulated.width
-    assert simulated.height > real.height
+    simulated = draw_keyframe(make_cache(tmp_path / "simulated", simulated=[text]), 0)
+    red, none = ((pixels(sheet) == (200, 32, 28)).all(axis=-1).sum() for sheet in (simulated, real))
+    assert none == 0
+    assert red > 60 * WIDTH
+    assert f"SIMULATED: {text}" in [found.replace("\n", " ") for found in texts(simulated)]
+    assert not any("SIMULATED" in found for found in texts(real))
+    assert simulated.bbox.height > real.bbox.height + 60
 
 
 def test_a_skipped_keyframe_is_never_drawn_as_a_picture_of_zeros(tmp_path):
@@ -174,9 +224,9 @@ def test_a_skipped_keyframe_is_never_drawn_as_a_picture_of_zeros(tmp_path):
     assert why_absent(reader, 0) is None
     assert why_absent(reader, 1) == ("SKIPPED: this keyframe has no targets", "no JPEG for token1")
     good, skipped = draw_keyframe(reader, 0), draw_keyframe(reader, 1)
-    assert skipped.height < good.height / 2
-    assert len(pixels_of(skipped, GREY)) == 0
-    assert len(pixels_of(skipped.crop((0, 100, skipped.width, skipped.height)), INK)) > 5000  # letters of 72 px
+    assert skipped.bbox.height < good.bbox.height / 2
+    assert len(good.axes) > 6 and not skipped.axes
+    assert {"SKIPPED: this keyframe has no targets", "no JPEG for token1"} <= set(texts(skipped))
     assert write_preview(reader.cache, tmp_path / "out", [1], points=True, progress=False).is_file()
 
 
@@ -187,7 +237,7 @@ def test_a_keyframe_that_is_not_built_yet_is_named_so(small_cache, tmp_path):
     assert choose_keyframes(small_cache) == [0, 1, 2]
     reader = CacheReader(small_cache, allow_incomplete=True)
     assert why_absent(reader, 3)[0] == "NOT BUILT YET"
-    assert len(pixels_of(draw_keyframe(reader, 3), INK)) > 2000
+    assert "NOT BUILT YET" in texts(draw_keyframe(reader, 3))
     assert write_preview(small_cache, tmp_path / "out", [2, 3], progress=False).is_file()
 
 
@@ -202,7 +252,7 @@ def test_the_page_shows_every_sheet_and_says_what_is_simulated(finished_cache, t
     assert "SIMULATED: the teacher&#39;s &lt;weights&gt; are random" in text
     assert "token2" in text
     assert simulated.cache.spec.fingerprint in text
-    assert size(page.parent / names[1])[0] == 1920
+    assert size(page.parent / names[1])[0] == WIDTH
     assert "SIMULATED" not in write_preview(finished_cache, tmp_path / "real", [0], progress=False).read_text()
 
 
@@ -239,17 +289,7 @@ def test_what_a_cache_lacks_is_refused_with_what_it_has(finished_cache, tmp_path
 @pytest.mark.parametrize("labels", [(), ("map",), ("vehicles",)])
 def test_panels_are_drawn_for_the_labels_there_are(tmp_path, labels):
     reader = make_cache(tmp_path, [(3, 18, 6)], spec=small_spec(teacher=None, labels=labels))
-    sheet = draw_keyframe(reader, 0)
-    below = layout_of(reader, sheet).bottom + 60
-    used = [
-        bool(
-            len(
-                pixels_of(sheet.crop((MARGIN + i * (TILE_WIDTH + GAP), below, (i + 1) * TILE_WIDTH, sheet.height)), INK)
-            )
-        )
-        for i in range(3)
-    ]
-    assert used == [True, bool(labels), "vehicles" in labels]
+    assert len(maps(draw_keyframe(reader, 0))) == 1 + bool(labels) + ("vehicles" in labels)
 
 
 def test_the_command_writes_a_page_and_takes_every_option(city, serial, tmp_path):

@@ -1,87 +1,122 @@
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid
-from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.labels import LABEL_KINDS, MAP_CLASSES
 from occfeat_targets.pictures.birdseye import (
-    BirdsEye,
     coincidence_colors,
+    draw_cells,
     label_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
-from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, HATCH, INK, VEHICLE, ColorScale, FeatureColors
-from occfeat_targets.pictures.drawing import draw_dots, wrap
+from occfeat_targets.pictures.cameras import MAX_COLUMNS, arrange, draw_points
+from occfeat_targets.pictures.canvas import png
+from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, SOLID, FeatureColors, depth_scale, height_scale, rgb
 from tests.conftest import SMALL_GRID
 
-GREY = (100, 100, 100)
-SCALE = ColorScale("", SMALL_GRID.lower[0], SMALL_GRID.upper[0])
+SCALE = height_scale(SMALL_GRID)
 
 
-def pixels_of(image, color):
-    """(n, 2) x, y of the pixels of exactly this colour."""
-    return np.argwhere((np.asarray(image) == color).all(axis=-1))[:, ::-1]
+def square():
+    """A figure of 100x100 px and its axes, which fill it."""
+    figure = Figure((1, 1), 100)
+    return figure, figure.add_axes((0, 0, 1, 1))
+
+
+def looking(*degrees):
+    """(cams, 4, 4) cameras that look that far to the left of the ego's x axis."""
+    matrices = np.tile(np.eye(4), (len(degrees), 1, 1))
+    for matrix, yaw in zip(matrices, np.deg2rad(degrees), strict=True):
+        matrix[:3, :3] = [(np.sin(yaw), -np.cos(yaw), 0), (0, 0, -1), (np.cos(yaw), np.sin(yaw), 0)]
+    return matrices
 
 
 def test_the_nearer_of_two_dots_covers_the_farther():
+    intrinsics = np.array([[50.0, 0, 50], [0, 50, 50], [0, 0, 1]])
     for order in ([0, 1], [1, 0]):
-        image = Image.new("RGB", (20, 20), GREY)
-        depth, colors = np.array([2.0, 9.0])[order], np.array([(255, 0, 0), (0, 0, 255)], np.uint8)[order]
-        draw_dots(image, np.full((2, 2), 10.5), depth, colors, np.array([4.0, 4.0]), rim=1)
-        assert image.getpixel((10, 10)) == (255, 0, 0)
-        assert len(pixels_of(image, (0, 0, 255))) == 0
+        figure, axes = square()
+        axes.set(xlim=(0, 100), ylim=(100, 0))
+        points = np.array([(0, 0, 3.0), (0, 0, 40.0), (0, 0, -5.0)])[[*order, 2]]
+        draw_points(
+            axes, intrinsics, points, points[:, 2], depth_scale(), (100, 100), radius=1, limits=(8, 8), rim=1
+        )  # fmt: skip
+        assert len(axes.collections[0].get_offsets()) == 2
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        found = np.asarray(canvas.buffer_rgba())[..., :3]
+        np.testing.assert_allclose(found[50, 50], rgb(depth_scale(), np.array(3.0)), atol=1)
+        assert not (found == rgb(depth_scale(), np.array(40.0))).all(axis=-1).any()
 
 
-def test_birdseye_pixels_agree_with_the_cells_drawn_there():
-    view, centers = BirdsEye(SMALL_GRID), SMALL_GRID.voxel_centers()[0, ..., :2]
-    cells = np.arange(20 * 12).reshape(20, 12).astype(np.uint8)
-    picture = view.enlarge(cells)
-    assert picture.shape == (view.height, view.width) == (600, 360)
-    x, y = np.moveaxis(view.pixels(centers).astype(int), -1, 0)
-    np.testing.assert_array_equal(picture[y, x], cells)
+def test_cameras_are_arranged_as_around_the_vehicle_whatever_their_names_and_order():
+    assert arrange(looking(55, 0, -55, 110, 180, -110)) == [[0, 1, 2], [3, 4, 5]]
+    assert arrange(looking(180, 0)) == [[1], [0]]
+    assert arrange(looking(-99, 0, 153, 45, -153, -45, 99)) == [[3, 1, 5], [6, 2, 4, 0]]  # seven cameras around
+    assert arrange(looking(0)) == [[0]]
+    rows = arrange(looking(*range(-80, 81, 20)))
+    assert [camera for row in rows for camera in row] == list(range(8, -1, -1))
+    assert max(map(len, rows)) <= MAX_COLUMNS
 
 
-def test_the_ego_arrow_points_ahead_in_any_frame():
-    view, blank = BirdsEye(SMALL_GRID), np.zeros((20, 12, 3), np.uint8)
-    for turn, axis, sign in ((0, 1, -1), (90, 0, 1), (180, 1, 1)):  # the frame is turned left: the ego points right
-        cos, sin = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
-        turned = np.eye(4)
-        turned[:2, :2] = [[cos, sin], [-sin, cos]]
-        picture = view.draw(blank, turned @ GRID_FROM_EGO_AXES)
-        marker = pixels_of(picture, INK)
-        origin = view.pixels(np.zeros(2))
-        far = (marker - origin)[np.abs(marker - origin).max(axis=1) > 3.5 * 30]
-        far = far[np.abs(far[:, 1 - axis]) < 60]
-        assert np.sign(np.median(far[:, axis])) == sign
+def test_cells_are_drawn_at_their_metres():
+    figure, axes = square()
+    cells = np.random.default_rng(0).integers(0, 255, (20, 12, 3)).astype(np.uint8)
+    draw_cells(axes, cells, SMALL_GRID, GRID_FROM_EGO_AXES)
+    for drawn in [*axes.patches, *axes.texts]:
+        drawn.remove()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    x, y = axes.transData.transform(SMALL_GRID.voxel_centers()[0, ..., :2].reshape(-1, 2)).astype(int).T
+    np.testing.assert_array_equal(np.asarray(canvas.buffer_rgba())[99 - y, x, :3].reshape(cells.shape), cells)
+
+
+@pytest.mark.parametrize(("turn", "nose"), [(0, (0, 4.2)), (90, (4.2, 0)), (180, (0, -4.2))])
+def test_the_nose_of_the_ego_points_ahead_in_any_frame(turn, nose):
+    cos, sin = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
+    turned = np.eye(4)
+    turned[:2, :2] = [[cos, sin], [-sin, cos]]  # the frame is turned left, so the ego points right
+    _, axes = square()
+    draw_cells(axes, np.zeros((20, 12, 3), np.uint8), SMALL_GRID, turned @ GRID_FROM_EGO_AXES)
+    corners = axes.patches[-1].get_xy()
+    np.testing.assert_allclose(corners[np.linalg.norm(corners, axis=1).argmax()], nose, atol=1e-9)
 
 
 def test_a_column_has_the_colour_of_its_highest_voxel():
     volume = np.zeros(SMALL_GRID.shape, np.bool_)
     volume[[0, 2], 4, 5] = True
-    colors = occupancy_colors(volume, SMALL_GRID, SCALE)
-    np.testing.assert_array_equal(colors[4, 5], SCALE.colors(SMALL_GRID.voxel_centers()[2, 4, 5, 2]))
+    colors = occupancy_colors(volume, SCALE, SMALL_GRID)
+    np.testing.assert_array_equal(colors[4, 5], rgb(SCALE, SMALL_GRID.voxel_centers()[2, 4, 5, 2]))
     colors[4, 5] = EMPTY
     assert (colors == EMPTY).all()
 
 
-def test_vehicles_lie_on_top_of_the_map_and_unscored_cells_are_hatched(tmp_path):
-    vehicles, is_hidden = np.zeros((2, 20, 12), np.bool_)
-    vehicles[3:9, 2:8] = is_hidden[3:6, 2:8] = True
-    masks = np.ones((len(MAP_CLASSES), 20, 12), np.bool_)
-    colors = label_colors(masks, vehicles, (20, 12))
-    assert (colors[vehicles] == VEHICLE).all()
-    assert not (colors[~vehicles] == VEHICLE).all(axis=-1).any()
-    picture = np.asarray(BirdsEye(SMALL_GRID).draw(colors, GRID_FROM_EGO_AXES, is_hidden))[::-1]
-    assert (picture[3 * 30 : 6 * 30, 2 * 30 : 8 * 30] == HATCH).all(axis=-1).mean() == pytest.approx(0.5, abs=0.1)
-    assert not (picture[6 * 30 :] == HATCH).all(axis=-1).any()
+def test_vehicles_lie_on_top_of_the_map():
+    vehicles = np.zeros((1, 20, 12), np.bool_)
+    vehicles[0, 3:9, 2:8] = True
+    colors = label_colors({"vehicles": vehicles, "map": np.ones((len(MAP_CLASSES), 20, 12), np.bool_)}, (20, 12))
+    color = LABEL_KINDS["vehicles"].colors["vehicles"]
+    np.testing.assert_array_equal((colors == color).all(axis=-1), vehicles[0])
+
+
+@pytest.mark.parametrize("kind", ["hatched", "outlined"])
+def test_marks_end_at_the_borders_of_their_cells_also_at_the_border_of_the_grid(kind):
+    mask = np.zeros((20, 12), np.bool_)
+    mask[3:6, 8:] = True
+    figure, axes = square()
+    draw_cells(axes, np.zeros((20, 12, 3), np.uint8), SMALL_GRID, GRID_FROM_EGO_AXES, **{kind: mask})
+    (contours,) = axes.collections
+    bounds = contours.get_paths()[0].get_extents()
+    np.testing.assert_allclose([*bounds.p0, *bounds.p1], (2, -7, 6, -4), atol=1e-6)
+    assert png(figure)
 
 
 def test_every_map_class_has_a_colour_of_its_own():
-    colors = {
-        tuple(label_colors(np.arange(5)[:, None, None] == np.full((1, 1, 1), k), None, (1, 1))[0, 0]) for k in range(5)
-    }
-    assert len(colors | {EMPTY, VEHICLE}) == len(MAP_CLASSES) + 2
+    masks = np.eye(len(MAP_CLASSES), dtype=np.bool_)[:, None]
+    colors = {tuple(color) for color in label_colors({"map": masks}, (1, len(MAP_CLASSES)))[0].tolist()}
+    assert len(colors | {EMPTY, *LABEL_KINDS["vehicles"].colors.values()}) == len(MAP_CLASSES) + 2
 
 
 @pytest.mark.parametrize(("up", "counts"), [(0, False), (1, False), (2, True), (3, False)])
@@ -99,7 +134,7 @@ def test_vehicle_cells_with_a_voxel_are_told_from_those_without():
     vehicles, occupied = np.array([[True, True, False, False]]), np.array([[True, False, True, False]])
     both, alone, other, nothing = map(tuple, coincidence_colors(vehicles, occupied)[0])
     assert both == COINCIDENT
-    assert alone == VEHICLE
+    assert alone == SOLID
     assert nothing == EMPTY
     assert len({both, alone, other, nothing}) == 4
 
@@ -119,8 +154,18 @@ def test_features_that_do_not_vary_are_grey_and_two_channels_are_enough():
     assert (colors[:, 2] == 128).all()
 
 
-def test_long_warnings_are_wrapped_and_lose_no_word():
-    text = "SIMULATED: " + " and ".join(f"phrase {i}" for i in range(60))
-    lines = wrap(text, 400, 20)
-    assert len(lines) > 3
-    assert " ".join(lines) == text
+def test_the_length_of_a_feature_does_not_change_its_colour():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(50, 8))
+    colors = FeatureColors.fit(features)
+    np.testing.assert_array_equal(colors(features), colors(features * rng.uniform(0.1, 9, (50, 1))))
+    assert len(np.unique(colors(features), axis=0)) > 40
+    assert (colors(-features) != colors(features)).any()
+
+
+def test_colours_follow_the_largest_component():
+    angle = np.linspace(-0.5, 0.5, 41)
+    features = np.stack([np.cos(angle), np.sin(angle), 0 * angle, 0 * angle], 1)
+    red = FeatureColors.fit(features)(features)[:, 0].astype(int)
+    assert (np.diff(red) >= 0).all()
+    assert (red.min(), red.max()) == (0, 255)
