@@ -23,7 +23,6 @@ from occfeat_train.report.runs import Prediction, Run, load_runs
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
-HEADINGS = {"occfeat": "Pretraining", "vehicles": "Vehicles", "map": "Map"}
 CURVES = {
     "loss": "loss", "occupancy": "occupancy loss (eq. 2)", "features": "feature loss (eq. 3)", "lr": "learning rate",
     "occupancy_iou": "validation: occupancy IoU [%]", "cosine": "validation: mean cosine",
@@ -105,42 +104,24 @@ def paper_section(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> Iterab
 
 def results_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
     """A table of metrics over the whole split."""
-    yield f"<h2>{HEADINGS[task]}: the whole split</h2>"
-    if task in PRETEXTS:
-        rows = [
-            [run_name(run), percent(run.results["occupancy_iou"]), number(run.results["cosine"], 3), run.source]
-            for run in runs
-        ]
-        yield table(["run", "occupancy IoU at 0.5 [%]", "mean cosine to the teacher's features", "source"], rows)
-        return
-    classes = list(runs[0].results["per_class"]) if task == "map" else []
-    bands = [
-        b for b in runs[0].results["by_distance"] if any(run.results["by_distance"][b] is not None for run in runs)
-    ]
-    rows = []
-    for run in runs:
-        r, info = run.results, run.checkpoint.info
-        best = f"{percent(r['iou_best'])} ({r['threshold_best']:g})"
-        labels = f"{info.config.labels:g} % ({info.num_samples} keyframes)"
-        rows.append([
-            run_name(run), labels, initial_weights(info.initial), f"<b>{percent(r['iou'])}</b>", best,
-            *(percent(r["per_class"][name]) for name in classes), *(percent(r["by_distance"][b]) for b in bands), run.source,
-        ])  # fmt: skip
-    header = ["run", "labels", "initial weights", "IoU at 0.5 [%]", "at the best threshold"]
-    yield table(
-        [
-            *header,
-            *(name.replace("_", " ") for name in classes),
-            *(unbroken(band.replace("35-inf", "over 35")) for band in bands),
-            "source",
-        ],
-        rows,
-    )
+    yield f"<h2>{heading(runs[0])}: the whole split</h2>"
+    columns = [run.config.task_class.columns(run.results) for run in runs]
+    names = [name for name in columns[0] if any(found[name] != "-" for found in columns)]
+    header, rows = ["run", *names, "source"], []
+    for run, found in zip(runs, columns, strict=True):
+        first, *others = (found[name] for name in names)
+        rows.append([run_name(run), f"<b>{first}</b>", *others, run.source])
+    if task not in PRETEXTS:
+        header[1:1] = ["labels", "initial weights"]
+        for run, row in zip(runs, rows, strict=True):
+            info = run.checkpoint.info
+            labels = f"{info.config.labels:g} % ({info.num_samples} keyframes)"
+            row[1:1] = [labels, initial_weights(info.initial)]
+    yield table(header, rows)
 
 
-def unbroken(text: str) -> str:
-    """The text with non-breaking hyphens and spaces."""
-    return text.replace("-", "\u2011").replace(" ", "\xa0")
+def heading(run: Run) -> str:
+    return html.escape(run.config.task_class.heading(run.config))
 
 
 def initial_weights(initial: str) -> str:
@@ -154,7 +135,7 @@ def initial_weights(initial: str) -> str:
 
 def curves_section(task: str, runs: Sequence[Run]) -> Iterable[str]:
     """One figure per quantity of the logs with one line per run, and a table of the runs' speeds."""
-    yield f"<h3>{HEADINGS[task]}</h3>"
+    yield f"<h3>{heading(runs[0])}</h3>"
     pictures = []
     for quantity, name in CURVES.items():
         lines = {run.name: curve(run.log, quantity) for run in runs}
@@ -198,7 +179,7 @@ def pretraining_section(run: Run, prediction: Prediction, colors: figures.Featur
         "mean cosine": number(prediction.results["cosine"], 3),
     }
     text = ", ".join(f"{name} {value}" for name, value in merits.items())
-    yield f"<h3>{HEADINGS[run.task]}: {run_name(run)} <small>{text}, on this keyframe</small></h3>"
+    yield f"<h3>{heading(run)}: {run_name(run)} <small>{text}, on this keyframe</small></h3>"
     maps = {"true occupancy, highest cell": figures.highest_colors(true)}
     if predicted is not None:
         maps["predicted occupancy, highest cell"] = figures.highest_colors(predicted)
@@ -218,7 +199,7 @@ def pretraining_section(run: Run, prediction: Prediction, colors: figures.Featur
 
 def segmentation_section(task: str, runs: Sequence[Run], row: int) -> Iterable[str]:
     """Predictions of all runs of a task for a keyframe, with the ground truth."""
-    yield f"<h3>{HEADINGS[task]}</h3>"
+    yield f"<h3>{heading(runs[0])}</h3>"
     legend = key(figures.OUTCOMES)
     if any(not run.predictions[row].all_scored for run in runs):
         legend += " " + key({"hardly visible, not scored": figures.UNSCORED})

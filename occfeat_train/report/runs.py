@@ -24,17 +24,11 @@ from occfeat_train.tasks.losses import feature_loss
 from occfeat_train.tasks.pretraining import Pretraining
 from occfeat_train.tasks.segmentation import Segmentation
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
+from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import autocast
-from occfeat_train.training.stages import (
-    changes_of_meaning,
-    measured,
-    notes_on_data,
-    require_same_features,
-    require_same_grid,
-    restore,
-)
 
 
 @dataclass(frozen=True)
@@ -98,8 +92,7 @@ def load_runs(
     datasets = []
     for _, checkpoint, _ in opened:
         datasets.append(KeyframeDataset(reader, checkpoint.info.config, training=False))
-        require_same_grid(datasets[-1], checkpoint.info.grid, str(checkpoint.path))
-        require_same_features(datasets[-1], checkpoint.info.feature_dim, str(checkpoint.path))
+        require_fit(datasets[-1], checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
     chosen = evenly_spread(datasets[0].keyframes, samples)
     names = [path.name for path, _, _ in opened]
     runs: list[Run] = []

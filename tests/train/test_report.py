@@ -336,7 +336,7 @@ def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))).to_dict() == info.to_dict()
     assert found_in(info) == {"occfeat: optim.epochs": ("1", "50")}
     again = found_in(about_of(Config(), parent=about_of(Config())))
-    assert again == {"initial weights": ("a run of pretrain", "a pretraining, or the backbone's")}
+    assert again == {"initial weights": ("a run of occfeat", "a pretraining, or the backbone's")}
 
 
 def test_pictures_in_the_page_are_whole(page):
