@@ -22,10 +22,13 @@ from occfeat_train.tasks.metrics import LossMetric, Metric
 class Task(nn.Module):
     """A network with a head for one task. Subclasses set `head` in their constructor, and define `arrays` and `forward`.
 
+    pictures: what draws the task's predictions for a report, as "module:function" of (task, batches, poses), or None. See
+    `occfeat_train.report.pretraining.draw`.
     ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked.
     """
 
     head: nn.Module
+    pictures: ClassVar[str | None] = None
     ragged: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from occfeat_train.tasks.metrics import SegmentationMetric
 
 class Segmentation(Task):
     """Binary segmentation of the BEV plane for each class of a kind of label (`config.task`)."""
+
+    pictures: ClassVar = "occfeat_train.report.segmentation:draw"
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__(network, config, grid, feature_dim)
