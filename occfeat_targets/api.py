@@ -60,8 +60,8 @@ def build_cache(
     """Build the cache of a split, or continue it, as 'occfeat-targets build' does; returns its path, CACHE/SPLIT.zarr.
 
     Options and defaults are the command's; environment variables are not read. What differs from the command:
-    grid: its --grid and --range. teacher: None for none. labels: some of "vehicles" and "map", () for none (--no-labels),
-    None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
+    grid: its --grid and --range. teacher: None for none. labels: some of the kinds "vehicles" and "map", () for none
+    (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
     workers: local processes, one a core by default, 0 for this process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
     log: gets what the command prints, line by line; None for silence. progress: show a progress bar.

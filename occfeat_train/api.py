@@ -26,7 +26,7 @@ from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
 from occfeat_train.ops.views import Views
 from occfeat_train.training.checkpoint import RunInfo, find_checkpoint
-from occfeat_train.training.stages import restore
+from occfeat_train.training.initial import restore
 
 # What a sample of a cache holds, besides calibration and labels: key -> the arrays it is made of, where the cache has them.
 _CONTENTS = {"images": ("images",), "occupancy": ("occupancy",), "features": ("features", "feature_scale")}

@@ -2,7 +2,7 @@
 
 It first lists simulated data and differences from the paper, then metrics over a whole split, training curves, and
 predictions for a few keyframes. All numbers come from the modules that training and evaluation use. What it shows of a task
-follows from the task's metric, log and `Task.pictures`.
+is up to `Task.heading`, `columns` and `pictures`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from occfeat_train.report.runs import Run, load_runs
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
-# Headings of quantities in logs and results; others are shown under their own names.
-QUANTITIES = {
+# Titles of quantities in logs; others are shown under their own names.
+TITLES = {
     "occupancy": "occupancy loss (eq. 2)", "features": "feature loss (eq. 3)", "lr": "learning rate",
     "occupancy_iou": "occupancy IoU at 0.5 [%]", "cosine": "mean cosine",
-    "iou": "IoU at 0.5 [%]", "iou_best": "IoU at the best threshold [%]", "threshold_best": "best threshold",
+    "iou": "IoU at 0.5 [%]", "iou_best": "IoU at the best threshold [%]",
 }  # fmt: skip
 NOT_PLOTTED = {"step", "epoch", "samples_per_s", "data_wait", "grad_norm", "samples", "threshold_best"}
-NOT_METRICS = {"step", "skipped", "samples", "enlarged"}
 Curve = tuple[list[float], list[float]]  # steps, values
 
 
@@ -73,17 +72,13 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         rows_of_paper=[(run, nearest_row(run.checkpoint.info)) for run in runs],
         differences=paper_differences(runs, describe_data(cache.provenance, int(reader.is_valid.sum()))),
         tasks=[
-            {"heading": heading(name), "runs": group, "results": results_table(group), "curves": draw_curves(group),
+            {"heading": group[0].config.task_class.heading(group[0].config), "runs": group, "results": results_table(group), "curves": draw_curves(group),
              "speeds": speed_table(group)}
             for name, group in tasks.items() if group
         ],
         camera_names=", ".join(cache.spec.cameras),
         keyframes=keyframes,
     )  # fmt: skip
-
-
-def heading(task: str) -> str:
-    return f"Pretraining ({task})" if task in PRETEXTS else task.replace("_", " ").capitalize()
 
 
 def paper_differences(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> list[list[str]]:
@@ -102,29 +97,11 @@ def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
         info = run.checkpoint.info
-        row = {"initial weights": initial_weights(info.initial)}
-        if not run.config.is_pretext:
-            row["labels"] = f"{info.config.labels:g} % ({info.num_samples} keyframes)"
-        rows.append({**row, **metrics(run.results), "source": run.source})
-    header = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "source"] + ["source"]
-    return header, [[row.get(name, "–") for name in header] for row in rows]  # noqa: RUF001
-
-
-def metrics(results: Mapping[str, Any]) -> dict[str, str]:
-    """{heading: value} of a metric's results: numbers, and tables of several numbers. Values that are None are left out."""
-    found = {}
-    for name, value in results.items():
-        if isinstance(value, int | float) and name not in NOT_METRICS:
-            found[QUANTITIES.get(name, name)] = f"{value:.1f}" if "iou" in name else f"{value:.3g}"
-        elif isinstance(value, dict) and len(value) > 1:
-            numbers = {key: number for key, number in value.items() if isinstance(number, int | float)}
-            found |= {unbroken(key.replace("_", " ")): f"{number:.1f}" for key, number in numbers.items()}
-    return found
-
-
-def unbroken(text: str) -> str:
-    """The text with non-breaking hyphens and spaces."""
-    return text.replace("-", "\u2011").replace(" ", "\xa0")
+        row = {} if run.config.is_pretext else {"labels": f"{info.config.labels:g} % ({info.num_samples} keyframes)"}
+        row["initial weights"] = initial_weights(info.initial)
+        rows.append({**row, **run.config.task_class.columns(run.results), "source": run.source})
+    header = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    return header, [[row[name] for name in header] for row in rows]
 
 
 def initial_weights(initial: str) -> str:
@@ -154,7 +131,7 @@ def curves(log: Sequence[dict[str, Any]]) -> dict[str, Curve]:
         prefix = "validation: " if "validation" in record else ""
         for name, value in record.get("validation", record).items():
             if isinstance(value, int | float) and name not in NOT_PLOTTED:
-                steps, values = found.setdefault(prefix + QUANTITIES.get(name, name), ([], []))
+                steps, values = found.setdefault(prefix + TITLES.get(name, name), ([], []))
                 steps.append(record["step"])
                 values.append(value)
     return found

@@ -33,20 +33,17 @@ def _draw(task: Pretraining, batch: Batch, pose: Matrix, colors: FeatureColors |
         _, cosine = feature_loss(features, target, torch.zeros_like(voxels), 1)
     metric = task.metric()
     metric.update(logits, occupied, cosine)
-    results = metric.results()
-    merits = []
+    merits = [f"{name} {value}" for name, value in task.columns(metric.results()).items() if value != "-"]
     true = occupied[0].cpu().numpy()
     maps = {"true occupancy, highest cell": occupancy_colors(true, height_scale(grid), grid)}
     pictures = {}
     if logits is not None:
-        merits.append(f"occupancy IoU {results['occupancy_iou']:.1f} %")
         predicted = (logits[0] > 0).cpu().numpy()
         maps["predicted occupancy, highest cell"] = occupancy_colors(predicted, height_scale(grid), grid)
         maps["columns with an occupied cell, right or wrong"] = figures.outcome_colors(predicted.any(0), true.any(0))
         behind = figures.draw_from_behind(figures.outcome_shares(predicted, true, axis=1), grid, pose)
         pictures["all cells from behind, outcomes averaged"] = behind
     if colors is not None and voxels is not None and target is not None:
-        merits.append(f"mean cosine {results['cosine']:.3f}" if len(voxels) else "no voxel in view")
         for values, name in ((target, "target"), (features, "predicted")):
             shown = colors(values.float().cpu().numpy())
             maps[f"{name} features, topmost seen voxel"] = figures.topmost(voxels.cpu().numpy(), shown, grid)

@@ -21,17 +21,11 @@ from occfeat_train.report.figures import Prediction
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
+from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import autocast
-from occfeat_train.training.stages import (
-    changes_of_meaning,
-    measured,
-    notes_on_data,
-    require_same_features,
-    require_same_grid,
-    restore,
-)
 
 RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 
@@ -77,8 +71,7 @@ def load_runs(
     datasets = []
     for _, checkpoint, _ in opened:
         datasets.append(KeyframeDataset(reader, checkpoint.info.config, training=False))
-        require_same_grid(datasets[-1], checkpoint.info.grid, str(checkpoint.path))
-        require_same_features(datasets[-1], checkpoint.info.feature_dim, str(checkpoint.path))
+        require_fit(datasets[-1], checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
     chosen = evenly_spread(datasets[0].keyframes, samples)
     names = [path.name for path, _, _ in opened]
     runs: list[Run] = []
@@ -128,7 +121,7 @@ def draw_predictions(
     task: Task, dataset: KeyframeDataset, keyframes: Sequence[int], process: Process
 ) -> list[Prediction]:
     """A network's predictions for keyframes, computed as in evaluation."""
-    if task.pictures is None:
+    if not task.pictures:
         return []
     move_to_device(task, process.device)
     task.eval()

@@ -12,6 +12,7 @@ from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.pictures.birdseye import label_colors
 from occfeat_train.data.batch import Batch
 from occfeat_train.report.figures import OUTCOMES, UNSCORED, Prediction, draw_map, key_of, outcome_colors
+from occfeat_train.tasks.metrics import as_text
 from occfeat_train.tasks.segmentation import Segmentation
 
 
@@ -42,5 +43,4 @@ def _draw(task: Segmentation, batch: Batch, pose: Matrix) -> Prediction:
         pictures[f"{name.replace('_', ' ')}, right or wrong"] = draw_map(colors, grid, pose, hatched=~is_valid)
     if not is_valid.all():
         key += key_of({f"{kind.invalid}, not scored": UNSCORED})
-    iou = metric.results()["iou"]
-    return Prediction("no labels" if iou is None else f"IoU {iou:.1f} %", pictures, key)
+    return Prediction(f"IoU {as_text(metric.results()['iou'])} %", pictures, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from occfeat_train.ops.sampling import sample_voxel_features_numpy
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
-from occfeat_train.tasks.metrics import PretrainingMetric
+from occfeat_train.tasks.metrics import PretrainingMetric, as_text
 
 
 class Pretraining(Task):
@@ -98,3 +99,14 @@ class Pretraining(Task):
     def measure(self, batch: Batch, metric: Any) -> None:
         logits, cosine, _ = self._outputs(batch)
         metric.update(logits, batch.volume("occupancy"), cosine)
+
+    @staticmethod
+    def heading(config: Config) -> str:
+        return "Pretraining"
+
+    @staticmethod
+    def columns(results: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "occupancy IoU at 0.5 [%]": as_text(results["occupancy_iou"], 1),
+            "mean cosine to the teacher's features": as_text(results["cosine"], 3),
+        }
