@@ -26,6 +26,7 @@ class Pretraining(Task):
     """L = L_occ + lambda L_feat (eq. 1). A loss with weight 0 is not computed and has no projection layer."""
 
     head: OccFeatHead
+    pictures: ClassVar = "occfeat_train.report.pretraining:draw"
     ragged: ClassVar = ("voxels", "features")
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
