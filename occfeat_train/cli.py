@@ -5,25 +5,32 @@ Exit codes: 0 success, or stopped by a signal with a checkpoint saved; 1 error; 
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import STUDENT_SIZE
-from occfeat_train.config import Backbone, Config, Lifting, NetworkConfig
+from occfeat_train.config import PRETEXTS, Config, NetworkConfig
+from occfeat_train.options import (
+    BACKBONE,
+    DIRECTORY,
+    NETWORK,
+    PATH,
+    cache_option,
+    initial_option,
+    machine_options,
+    names_of,
+    reports_errors,
+    set_option,
+    training_options,
+)
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
 PRETRAINING = "table1/simplebev-enb0/occfeat"
-NETWORK = click.Choice(get_args(Lifting))
-BACKBONE = click.Choice(get_args(Backbone))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -32,89 +39,16 @@ def main() -> None:
     """Train bird's-eye-view networks on a cache of OccFeat targets."""
 
 
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError) as err:
-            if os.environ.get("OCCFEAT_TRACEBACK"):
-                raise
-            click.echo(f"error: {err}", err=True)
-            sys.exit(1)
-
-    return wrapper
-
-
-def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
-    """Several decorators as one, in their order in --help."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-cache_option = click.option(
-    "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
-    help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
-)  # fmt: skip
-machine_options = options(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option(
-        "--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that prefetch samples."
-    ),
-    click.option("--progress/--no-progress", default=True, help="Progress bars."),
-)
-training_options = options(
-    click.option("--split", default="train", show_default=True, help="Split to train on."),
-    click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME]"),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field of the config; 'config show' lists them."),
-    click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid; overrides the preset."),
-    click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder; overrides the preset."),
-    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
-    click.option("--epochs", type=float, help="Number of epochs; overrides the preset."),
-    click.option("--batch", type=click.IntRange(1), help="Samples per forward pass, over all ranks."),
-    click.option("--seed", type=click.IntRange(0), help="Seed of the initial weights, the sample order and the augmentation."),
-    click.option("--compile/--no-compile", default=None, help="Compile the network with torch.compile."),
-    click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint."),
-    click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
-    click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard in addition to RUN/log.jsonl."),
-)  # fmt: skip
-
-
-def resolve(config: Config, overrides: tuple[str, ...], shortcuts: dict[str, Any]) -> Config:
-    """A preset with the options applied, --set last."""
-    fields = {
-        "network": "network.lifting",
-        "backbone": "network.backbone",
-        "backbone_weights": "network.weights",
-        "epochs": "optim.epochs",
-        "batch": "optim.batch",
-        "seed": "seed",
-        "compile": "compile",
-    }
-    given = [f"{fields[name]}={json.dumps(value)}" for name, value in shortcuts.items() if value is not None]
-    return config.override([*given, *overrides])
-
-
-def variant(name: str, shortcuts: dict[str, Any], initial: Path | None, *, arms: bool = False) -> str:
-    """Name of a run: the preset, options that change the network, and the run it starts from.
-
-    arms: also mark runs that start from no other run, because such runs are compared.
-    """
-    parts = [name, *(shortcuts[option] for option in ("network", "backbone") if shortcuts[option])]
-    if initial is not None:
-        path = initial.resolve()
-        is_checkpoint = path.parent.name == "checkpoints"
-        parts += ["from", path.parent.parent.name, path.name] if is_checkpoint else ["from", path.name]
-    elif arms:
-        parts.append("scratch")
-    return "-".join(parts)
+# Options that change a field of the preset.
+FIELDS = {
+    "network": "network.lifting",
+    "backbone": "network.backbone",
+    "backbone_weights": "network.weights",
+    "epochs": "optim.epochs",
+    "batch": "optim.batch",
+    "seed": "seed",
+    "compile": "compile",
+}
 
 
 def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
@@ -127,24 +61,38 @@ def inherit(config: Config, initial: Path | None, *, network: bool) -> Config:
     return replace(config, frame=found.frame, network=found.network if network else config.network)
 
 
-def start_training(
-    config: Config, name: str, cache: Path, split: str, out: Path | None, device: str, validate: str | None, loop: dict[str, Any],
-    initial: Path | None = None, scenes: Path | None = None, preset: str = "",
-) -> None:  # fmt: skip
+def run_name(name: str, given: dict[str, Any], *, arms: bool) -> str:
+    """Default name of a run: the preset, options that change the network, and the run it starts from.
+
+    arms: also mark runs that start from no other run, because such runs are compared.
+    """
+    parts = [name, *(given[option] for option in ("network", "backbone") if given[option])]
+    if given["initial"] is not None:
+        path = given["initial"].resolve()
+        is_checkpoint = path.parent.name == "checkpoints"
+        parts += ["from", path.parent.parent.name, path.name] if is_checkpoint else ["from", path.name]
+    elif arms:
+        parts.append("scratch")
+    return "-".join(parts).replace("/", "-")
+
+
+def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms: bool = False) -> None:
+    """Train with the values of `initial_option`, `training_options` and `machine_options`. --set is applied last."""
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_training
 
-    run_options = RunOptions(cache, split, out or Path("runs") / name.replace("/", "-"), validate, LoopOptions(**loop))
-    with processes(device) as process:
-        print_line = click.echo if process.is_main else lambda line: None
-        finished = run_training(
-            config, run_options, process, print_line, initial=initial, scenes_file=scenes, preset=preset
-        )
-        if finished:
-            print_line(f"finished: {run_options.out}")
-        else:
-            print_line(f"stopped by a signal and saved: run the same command again to continue {run_options.out}")
+    changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given[option] is not None]
+    config = config.override([*changed, *given["overrides"]])
+    out = given["out"] or Path("runs") / run_name(name, given, arms=arms)
+    loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
+    options = RunOptions(
+        given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset
+    )
+    with processes(given["device"]) as process:
+        finished = run_training(config, options, process)
+        stopped = f"stopped by a signal and saved: run the same command again to continue {out}"
+        process.print(f"finished: {out}" if finished else stopped)
 
 
 @main.command()
@@ -180,7 +128,7 @@ def list_presets() -> None:
 
 @config.command()
 @click.argument("name")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field.")
+@set_option(help="Change a field.")
 @reports_errors
 def show(name: str, overrides: tuple[str, ...]) -> None:
     """Print every field of a preset or of a run directory's config, as key=value."""
@@ -199,51 +147,43 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     "asked",
     help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}]",
 )
+@click.option("--method", type=names_of(PRETEXTS), help="Pretext task.  [default: the preset's, occfeat]")
 @click.option("--occ-only", is_flag=True, help="Only the occupancy loss (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Only the feature loss (Table 3).")
 @click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
-@click.option(
-    "--from",
-    "initial",
-    type=click.Path(path_type=Path),
-    help="Run or checkpoint with the initial weights of network and head.",
-)
+@initial_option(help="Run or checkpoint with the initial weights of network and head.")
 @training_options
 @machine_options
 @reports_errors
 def pretrain(
-    cache: Path, asked: str | None, occ_only: bool, feat_only: bool, lambda_: float | None, initial: Path | None, split: str, out: Path | None,
-    overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int, tensorboard: bool,
-    progress: bool, **shortcuts: Any,
-) -> None:  # fmt: skip
+    asked: str | None, method: str | None, occ_only: bool, feat_only: bool, lambda_: float | None, **given: Any
+) -> None:
     """Pretrain a network on occupancy and features (paper, section 3). The defaults are the paper's values."""
-    name = asked or PRETRAINING
-    chosen = inherit(preset(name), initial, network=asked is None)
+    name = row = asked or PRETRAINING
+    chosen = inherit(preset(name), given["initial"], network=asked is None)
     if not chosen.is_pretext:
         raise click.UsageError(f"--preset {name} is a finetuning preset: use occfeat-train finetune --preset {name}")
-    row = name
+    if method not in (None, chosen.task):
+        chosen, name = replace(chosen, task=method), f"{name}-{method}"
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
+    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None):
+        raise click.UsageError(f"--occ-only, --feat-only and --lambda are about occfeat's losses, not {chosen.task}'s")
     if occ_only or feat_only:
         chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
         name += "-occ-only" if occ_only else "-feat-only"
     if lambda_ is not None:
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
-    loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts, initial)
-    start_training(chosen, name, cache, split, out, device, validate, loop, initial=initial, preset=row)
+    train(chosen, name, given, preset=row)
 
 
 @main.command()
 @cache_option
-@click.option(
-    "--from",
-    "initial",
-    type=click.Path(path_type=Path),
-    help="Pretrained run or checkpoint to start from; without it, only the backbone is initialised from trained weights.",
+@initial_option(
+    help="Pretrained run or checkpoint to start from; without it, only the backbone is initialised from trained weights."
 )
-@click.option("--task", type=click.Choice(["vehicles", "map"]), help="Classes to segment.  [default: vehicles]")
+@click.option("--task", type=names_of(LABEL_KINDS), help="Kind of labels to segment.  [default: vehicles]")
 @click.option(
     "--labels",
     type=click.FloatRange(0, 100, min_open=True),
@@ -258,38 +198,27 @@ def pretrain(
 @training_options
 @machine_options
 @reports_errors
-def finetune(
-    cache: Path, initial: Path | None, task: Any, labels: float | None, scenes: Path | None, asked: str | None, split: str,
-    out: Path | None, overrides: tuple[str, ...], device: str, validate: str | None, workers: int, save_every: int,
-    tensorboard: bool, progress: bool, **shortcuts: Any,
-) -> None:  # fmt: skip
-    """Finetune for vehicle or map segmentation with a fraction of the labels, with or without pretraining (paper, section 4.1).
+def finetune(task: str | None, labels: float | None, asked: str | None, **given: Any) -> None:
+    """Finetune for segmentation of a kind of labels with a fraction of them, with or without pretraining (paper, section 4.1).
 
     With --from, the reference frame is that of the pretrained run. The network is too, unless --preset is given.
     """
-    if asked is not None:
-        if task is not None or labels is not None:
-            raise click.UsageError("--preset replaces --task and --labels: pass one or the other")
-        name, chosen = asked, preset(asked)
-        if chosen.is_pretext:
-            raise click.UsageError(
-                f"--preset {name} is a pretraining preset: use occfeat-train pretrain --preset {name}"
-            )
-    else:
+    if asked is None:
         task, labels = task or "vehicles", 100.0 if labels is None else labels
         name, chosen = f"{task}-{labels:g}", finetuning(task, labels, NetworkConfig())
-    chosen = inherit(chosen, initial, network=asked is None)
-    if scenes is not None:
-        name += f"-{scenes.stem}"
-    loop = {"save_every": save_every, "workers": workers, "tensorboard": tensorboard, "progress": progress}
-    chosen, name = resolve(chosen, overrides, shortcuts), variant(name, shortcuts, initial, arms=True)
-    start_training(
-        chosen, name, cache, split, out, device, validate, loop, initial=initial, scenes=scenes, preset=asked or ""
-    )
+    elif task is not None or labels is not None:
+        raise click.UsageError("--preset replaces --task and --labels: pass one or the other")
+    else:
+        name, chosen = asked, preset(asked)
+    if chosen.is_pretext:
+        raise click.UsageError(f"--preset {name} is a pretraining preset: use occfeat-train pretrain --preset {name}")
+    if given["scenes"] is not None:
+        name += f"-{given['scenes'].stem}"
+    train(inherit(chosen, given["initial"], network=asked is None), name, given, preset=asked or "", arms=True)
 
 
 @main.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @cache_option
 @click.option("--split", default="val", show_default=True, help="Split to evaluate; all its valid keyframes are used.")
 @click.option(
@@ -309,21 +238,17 @@ def evaluate(
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_evaluation
 
-    run_options = RunOptions(
-        cache, split, out or run / "evaluation", loop=LoopOptions(workers=workers, progress=progress)
-    )
+    loop = LoopOptions(workers=workers, progress=progress)
+    options = RunOptions(cache, split, out or run / "evaluation", loop=loop)
     with processes(device) as process:
-        print_line = click.echo if process.is_main else lambda line: None
-        run_evaluation(run, run_options, process, print_line, batch=batch, frame=frame)
+        run_evaluation(run, options, process, batch=batch, frame=frame)
 
 
 @main.command()
-@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @cache_option
 @click.option("--split", default="val", show_default=True, help="Split to evaluate and to draw keyframes from.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True, help="Output file."
-)
+@click.option("--out", type=PATH, default=Path("report.html"), show_default=True, help="Output file.")
 @click.option("--samples", type=click.IntRange(1), default=3, show_default=True, help="Number of keyframes to draw.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @reports_errors
@@ -336,7 +261,7 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
     from occfeat_train.report.page import write_report
 
     with processes(device) as process:
-        write_report(runs, cache, split, out, process, click.echo, samples)
+        write_report(runs, cache, split, out, process, process.print, samples)
 
 
 @main.command("import-reference")
@@ -352,13 +277,11 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 @click.option(
     "--grid", metavar="ZxHxW", default="8x200x200", show_default=True, help="Number of grid cells up, forward, right."
 )
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field, such as network.image_size=448x800."
-)
+@set_option(help="Change a field, such as network.image_size=448x800.")
 @reports_errors
 def import_reference(
     checkpoint: Path, network: str, backbone: str, out: Path, grid: str, overrides: tuple[str, ...]
-) -> None:  # fmt: skip
+) -> None:
     """Convert a CHECKPOINT of aharley/simple_bev into a run, for 'evaluate' and 'finetune --from'.
 
     The run has network.compat=simple-bev: it computes the same function as the reference. It needs a cache of --frames cameras.
@@ -371,8 +294,6 @@ def import_reference(
         raise click.UsageError(f"--grid {grid}: ZxHxW expected, such as 8x200x200")
     chosen = NetworkConfig(network, backbone, weights="none", compat="simple-bev")  # type: ignore[arg-type]
     config = finetuning("vehicles", 100, chosen).override(overrides)
-    z, h, w = (int(n) for n in cells)
+    z, h, w = map(int, cells)
     made = import_reference(checkpoint, config, VoxelGrid((z, h, w)), out)
-    click.echo(
-        f"{made}: {network} {backbone}, image size {config.network.image_size[0]}x{config.network.image_size[1]}"
-    )
+    click.echo(f"{made}: {network} {backbone}, image size {'x'.join(map(str, config.network.image_size))}")

@@ -28,6 +28,11 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def print(self, *lines: str) -> None:
+        """Print lines on rank 0."""
+        for line in lines if self.is_main else ():
+            print(line, flush=True)
+
 
 @contextmanager
 def processes(device: str) -> Iterator[Process]:

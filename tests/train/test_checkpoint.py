@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from occfeat_train.config import Config
 from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint, latest_checkpoint, save_checkpoint
-from occfeat_train.training.stages import restore
+from occfeat_train.training.initial import restore
 from tests.train.runs import (
     GRID,
     assert_same,

@@ -15,8 +15,8 @@ from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.training import loop
 from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
-from occfeat_train.training.stages import restore
 from tests.train.runs import (
     finetune,
     invoke,

@@ -1,0 +1,75 @@
+"""Whether a data set fits a checkpoint, and what a user should know about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.config import FIXED, MEANING
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.training.checkpoint import Checkpoint, CheckpointError
+
+
+def require_fit(dataset: KeyframeDataset, grid: VoxelGrid, feature_dim: int, of: str) -> None:
+    """Raises CheckpointError unless the data set has the grid and, if it reads features, the number of channels of `of`."""
+    cache = dataset.reader.cache
+    if dataset.grid != grid:
+        raise CheckpointError(
+            f"{cache.path} has the grid {dataset.grid}, {of} has {grid}: build a cache with that grid, or use another run"
+        )
+    teacher = cache.spec.teacher
+    if "features" in dataset.arrays and teacher is not None and teacher.dim != feature_dim:
+        raise CheckpointError(
+            f"{cache.path} has features of {teacher.dim} channels ({teacher.name}), {of} has {feature_dim}: build a "
+            "cache with the same teacher, or use another run"
+        )
+
+
+def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
+    """A line for each field of MEANING that differs from the checkpoint's training, and for a different teacher.
+
+    Raises CheckpointError if the weights do not fit the changed field.
+    """
+    here, there = dataset.config.flat(), start.info.config.flat()
+    changed = [name for name in MEANING if here[name] != there[name]]
+    for name in changed:
+        if name in FIXED:
+            raise CheckpointError(
+                f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
+                "no other value: leave that option or preset out, or train without --from"
+            )
+    lines = [
+        f"{name}={here[name]} overrides {there[name]}, which the network of {start.path} was trained with"
+        for name in changed
+    ]
+    ours, theirs = (t.get("teacher") or {} for t in (dataset.reader.cache.spec.to_dict(), start.info.targets))
+    same = all(ours.get(name) == value for name, value in theirs.items() if name not in ("name", "dtype"))
+    if "features" in dataset.arrays and not same:
+        lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
+    return lines
+
+
+def notes_on_data(dataset: KeyframeDataset) -> list[str]:
+    """A line for each thing that a user should know of the cache's keyframes as they are used."""
+    reader, lines = dataset.reader, []
+    skipped = len(reader) - int(reader.is_valid.sum())
+    if skipped:
+        lines.append(
+            f"{skipped} of {len(reader)} keyframes of {reader.cache.path} were skipped by its build and are left out"
+        )
+    if dataset.enlarges:
+        size = "x".join(map(str, reader.cache.spec.image_size))
+        lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")
+    return lines
+
+
+def measured(checkpoint: Checkpoint, dataset: KeyframeDataset) -> dict[str, Any]:
+    """Which weights were measured on what: results with other values are not of this checkpoint on this cache."""
+    return {
+        "step": checkpoint.step,
+        "weights": checkpoint.weights_digest,
+        "cache": dataset.reader.cache.spec.fingerprint,
+        "keyframes": dataset.digest,
+        "frames": list(dataset.frames),
+        "enlarged": dataset.enlarges,
+    }

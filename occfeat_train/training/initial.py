@@ -1,0 +1,41 @@
+"""Initial weights of a run, and the task of a checkpoint."""
+
+from __future__ import annotations
+
+from occfeat_train.config import Config
+from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS, load_backbone_weights
+from occfeat_train.tasks.base import Task
+from occfeat_train.tasks.build import build_task
+from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, load_weights
+
+
+def describe_initial(config: Config, start: Checkpoint | None) -> str:
+    if start is not None:
+        return f"{start.path.resolve()} ({start.info.config.task})"
+    return f"backbone weights: {backbone_weights(config)}"
+
+
+def backbone_weights(config: Config) -> str:
+    name = config.network.weights
+    return DEFAULT_WEIGHTS[config.network.backbone] if name == "default" else name
+
+
+def load_initial(task: Task, config: Config, start: Checkpoint | None) -> str:
+    """Load the initial weights of a run. Returns a sentence that names their source."""
+    if start is None:
+        return load_backbone_weights(task.network.encoder, backbone_weights(config))
+    if start.info.grid != task.grid:
+        raise CheckpointError(
+            f"{start.path} was trained on the grid {start.info.grid}, this cache has {task.grid}: build a cache with that grid"
+        )
+    same_head = start.info.config.task == config.task
+    load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
+    return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, step {start.step})"
+
+
+def restore(checkpoint: Checkpoint, config: Config | None = None) -> Task:
+    """The task of a checkpoint with its weights."""
+    info = checkpoint.info
+    task = build_task(config or info.config, info.grid, info.feature_dim)
+    load_weights(task, checkpoint.weights(), checkpoint.path)
+    return task
