@@ -15,7 +15,7 @@ from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
