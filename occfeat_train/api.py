@@ -23,7 +23,7 @@ from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
 from occfeat_train.data.augment import resample, transform_intrinsics
 from occfeat_train.data.frames import reference_frames
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.ops.sampling import sample_voxel_features, sample_voxel_features_torch
+from occfeat_train.ops.mean_over_views import sample_voxel_features
 from occfeat_train.ops.views import Views
 from occfeat_train.training.checkpoint import RunInfo, find_checkpoint
 from occfeat_train.training.initial import restore
@@ -254,5 +254,5 @@ def voxel_features(
     """
     grid = inverse_rigid(grid_from_ego.detach().cpu().double().numpy())
     cam_from_grid = cam_from_ego.detach().to(torch.float64) @ torch.from_numpy(grid).to(cam_from_ego.device)
-    sample = sample_voxel_features_torch if features.requires_grad else sample_voxel_features
-    return sample(features, None, cam_from_grid, intrinsics, image_size, centers, dtype="float32")
+    sampled, num_views = sample_voxel_features(features, cam_from_grid, intrinsics, image_size, centers)
+    return sampled.float(), num_views

@@ -167,6 +167,8 @@ def pretrain(
         chosen, name = replace(chosen, task=method), f"{name}-{method}"
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
+    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None):
+        raise click.UsageError(f"--occ-only, --feat-only and --lambda are about occfeat's losses, not {chosen.task}'s")
     if occ_only or feat_only:
         chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
         name += "-occ-only" if occ_only else "-feat-only"
@@ -292,8 +294,6 @@ def import_reference(
         raise click.UsageError(f"--grid {grid}: ZxHxW expected, such as 8x200x200")
     chosen = NetworkConfig(network, backbone, weights="none", compat="simple-bev")  # type: ignore[arg-type]
     config = finetuning("vehicles", 100, chosen).override(overrides)
-    z, h, w = (int(n) for n in cells)
+    z, h, w = map(int, cells)
     made = import_reference(checkpoint, config, VoxelGrid((z, h, w)), out)
-    click.echo(
-        f"{made}: {network} {backbone}, image size {config.network.image_size[0]}x{config.network.image_size[1]}"
-    )
+    click.echo(f"{made}: {network} {backbone}, image size {'x'.join(map(str, config.network.image_size))}")

@@ -21,12 +21,31 @@ from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
 PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}
 SEGMENTATION = "occfeat_train.tasks.segmentation:Segmentation"
-Lifting = Literal["simplebev", "bevformer", "lss"]
+# Liftings, and their variants with the defects of the reference repository (network.compat=simple-bev).
+LIFTINGS = {
+    "simplebev": "occfeat_train.networks.simplebev:SimpleBEV",
+    "bevformer": "occfeat_train.networks.bevformer:BEVFormer",
+    "lss": "occfeat_train.networks.lss:LSS",
+}
+REFERENCE_LIFTINGS = {
+    "simplebev": "occfeat_train.simple_bev.quirks:ReferenceSimpleBEV",
+    "bevformer": "occfeat_train.simple_bev.quirks:ReferenceBEVFormer",
+    "lss": "occfeat_train.simple_bev.quirks:ReferenceLSS",
+}
 Backbone = Literal["efficientnet-b0", "resnet-50", "resnet-101"]
 # Fields that change the meaning of F_B: with another value, the same weights compute another function. `--from` inherits
 # them. FIXED are those that also change the shapes or names of the weights.
 FIXED = ("network.lifting", "network.backbone", "network.channels")
 MEANING = (*FIXED, "network.image_size", "network.compat", "frame")
+
+
+def lifting_class(lifting: str, compat: str) -> str:
+    """Name of the class of a lifting, for pkgutil.resolve_name. Raises ValueError if the tables have none."""
+    table = LIFTINGS if compat == "none" else REFERENCE_LIFTINGS
+    if lifting not in table:
+        where = "" if compat == "none" else f" with compat={compat!r}"
+        raise ValueError(f"lifting={lifting!r}{where}: one of {', '.join(table)} expected")
+    return table[lifting]
 
 
 @dataclass(frozen=True)
@@ -41,7 +60,7 @@ class NetworkConfig:
     micro-batch. compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """
 
-    lifting: Lifting = "simplebev"
+    lifting: str = "simplebev"
     backbone: Backbone = "efficientnet-b0"
     weights: str = "default"
     channels: int = 128
@@ -52,7 +71,8 @@ class NetworkConfig:
     compat: Literal["none", "simple-bev"] = "none"
 
     def __post_init__(self) -> None:
-        _one_of(self, "lifting", "backbone", "compat")
+        _one_of(self, "backbone", "compat")
+        lifting_class(self.lifting, self.compat)
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
         if self.lifting == "bevformer" and self.channels % 4:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import click
 
-from occfeat_train.config import Backbone, Lifting
+from occfeat_train.config import LIFTINGS, Backbone
 
 
 def names_of(table: dict[str, Any]) -> Any:
@@ -23,7 +23,7 @@ def names_of(table: dict[str, Any]) -> Any:
 
 PATH = click.Path(path_type=Path)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
-NETWORK = click.Choice(get_args(Lifting))
+NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
 
 

@@ -2,17 +2,12 @@
 
 Every cell of the BEV map is a learned query. In each of six layers, a query attends to the queries around it and then to
 the cameras into which its column of voxels projects, at learned sampling points.
-
-`compat="simple-bev"` reproduces the differences of the reference code: its self-attention reads around the transposed
-cell, its cross-attention uses the views of the batch's first sample for all samples, and it recognises points behind a
-camera only by a depth clamped at 1e-4. In training the reference also flips channels where it should flip the map
-forward; this is not reproduced.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +16,8 @@ from torch import Tensor, nn
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops.checkpointing import recomputed
 from occfeat_train.ops.deformable import Reads, deformable
-from occfeat_train.ops.lifting import cell_axes, check_compat
-from occfeat_train.ops.views import Views, check_shapes
+from occfeat_train.ops.mean_over_views import every_voxel
+from occfeat_train.ops.views import Projection, Views, check_shapes
 
 HEADS = 4
 _LAYERS, _POINTS, _DROPOUT = 6, 8, 0.1
@@ -32,19 +27,18 @@ _OUTSIDE = -1e6  # a point so far outside that no offset returns to the map
 class BEVFormer(nn.Module):
     """(B, V, C, h, w) features -> (B, C, H, W) map.
 
-    channels: C, a multiple of 4 heads. compat: None or "simple-bev".
+    channels: C, a multiple of 4 heads.
     recompute: activation checkpointing of each layer, which saves 0.5 GB of activations per sample at 200 x 200 cells.
     Raises ValueError for other numbers of channels.
     """
 
     mirrors_grid = False  # the learned queries do not mirror with the grid: see `network`
 
-    def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
+    def __init__(self, grid: VoxelGrid, channels: int) -> None:
         super().__init__()
-        check_compat(compat)
         if channels % HEADS:
             raise ValueError(f"BEVFormer of {channels} channels: its attention has {HEADS} heads, choose a multiple")
-        self.grid, self.compat, self.feature_channels = grid, compat, channels
+        self.grid, self.feature_channels = grid, channels
         self.recompute = True
         self.queries = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
         self.positions = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
@@ -54,8 +48,8 @@ class BEVFormer(nn.Module):
         check_shapes(features, views)
         batch, _, channels, h, w = features.shape
         height, width = self.grid.map_shape
-        cells = neighbour_reads(batch, (height, width), self.compat, features.device)
-        cameras, num_views = camera_reads(views, self.grid, (h, w), self.compat)
+        cells = neighbour_reads(batch, self.cell_anchors(features.device))
+        cameras, num_views = self.camera_reads(views, (h, w))
         tokens = features.permute(0, 1, 3, 4, 2).reshape(-1, h, w, channels)
         query, positions = (  # rows (B * H * W, C)
             p.flatten(1).mT.contiguous().expand(batch, -1, -1).flatten(0, 1) for p in (self.queries, self.positions)
@@ -64,6 +58,43 @@ class BEVFormer(nn.Module):
         for layer in self.layers:
             query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
         return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def cell_anchors(self, device: torch.device) -> Tensor:
+        """(H * W, 2) position (column, row) [cells] around which each cell attends to the map of queries: its own."""
+        height, width = self.grid.map_shape
+        rows, columns = (torch.arange(n, device=device) for n in (height, width))
+        return torch.cartesian_prod(rows, columns).flip(1).float()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def camera_reads(self, views: Views, feature_size: tuple[int, int]) -> tuple[Reads, Tensor]:
+        """Every cell reads the cameras that see a voxel centre of its column, around the projections of all its voxel centres.
+
+        A centre behind a camera is not read. Learned offsets may read tokens outside of the area that shows the scene.
+        Returns the reads and (B, H * W) the number of cameras in a cell's mean.
+        """
+        maps, anchors, counts, num_views = [], [], [], []
+        for sample, (placed, is_read, number) in enumerate(self.column_reads(views, feature_size)):
+            cell, cam = is_read.nonzero(as_tuple=True)
+            anchors.append(placed.transpose(1, 2)[cell, cam].float())
+            maps.append(sample * is_read.shape[1] + cam)
+            counts.append(is_read.sum(1))
+            num_views.append(number)
+        starts = nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return Reads(len(maps), torch.cat(maps), starts, torch.cat(anchors)), torch.stack(num_views)
+
+    def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Of each sample: (H * W, Z, V, 2) projections [tokens], (H * W, V) whether a cell reads a camera, (H * W,) their number."""
+        for sample in range(len(views.images)):
+            u, v, depth, is_seen = self.project(views, sample)
+            placed = torch.stack(views.cameras.to_tokens(u, v, feature_size), -1)
+            placed = placed.clamp(_OUTSIDE, -_OUTSIDE).where((depth > 0)[..., None], _OUTSIDE)
+            is_read = is_seen.any(1)
+            yield placed, is_read, is_read.sum(1)
+
+    def project(self, views: Views, sample: int) -> Projection:
+        """Of a sample's voxel centres: (H * W, Z, V)."""
+        cameras = views.cameras[sample]
+        return Projection(*(t.flatten(0, 1) for t in cameras.project(*every_voxel(self.grid, cameras.area.device))))
 
 
 class Layer(nn.Module):
@@ -173,65 +204,12 @@ def _linear(channels: int) -> nn.Linear:
     return linear
 
 
-def neighbour_reads(batch: int, map_shape: tuple[int, int], compat: str | None, device: torch.device) -> Reads:
-    """Every cell reads its own sample's map of queries around itself; with compat, around the transposed cell."""
-    height, width = map_shape
-    rows = torch.arange(height, device=device)[:, None].expand(map_shape)
-    columns = torch.arange(width, device=device).expand(map_shape)
-    if compat is None:
-        anchors = torch.stack([columns, rows], -1).float()
-    else:
-        anchors = torch.stack([(rows + 0.5) / height * width - 0.5, (columns + 0.5) / width * height - 0.5], -1)
-    cells = height * width
+def neighbour_reads(batch: int, anchors: Tensor) -> Reads:
+    """Every cell reads its own sample's map of queries, around its (column, row) of anchors (H * W, 2)."""
+    cells = len(anchors)
     return Reads(
         batch=batch,
-        maps=torch.arange(batch, device=device).repeat_interleave(cells),
-        starts=torch.arange(batch * cells + 1, device=device),
-        anchors=anchors.reshape(1, cells, 1, 2).expand(batch, -1, -1, -1).flatten(0, 1),
+        maps=torch.arange(batch, device=anchors.device).repeat_interleave(cells),
+        starts=torch.arange(batch * cells + 1, device=anchors.device),
+        anchors=anchors[:, None].expand(batch, -1, -1, -1).flatten(0, 1),
     )
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def camera_reads(
-    views: Views, grid: VoxelGrid, feature_size: tuple[int, int], compat: str | None
-) -> tuple[Reads, Tensor]:
-    """Every cell reads the cameras that see a voxel centre of its column, around the projections of all its voxel centres.
-
-    A centre behind a camera is not read. Returns the reads and (B, H * W) the number of cameras that a cell reads.
-    """
-    (height, width), (h, w) = views.images.shape[-2:], feature_size
-    batch, cams = views.images.shape[:2]
-    device = views.intrinsics.device
-    pixels_from_grid = (views.intrinsics.double() @ views.cam_from_grid[..., :3, :].double()).detach()
-    up, forward, right = (torch.from_numpy(axis).to(device) for axis in cell_axes(grid))
-    x, y, z = right[:, None], forward[:, None, None], up  # to (H, W, Z)
-    maps, anchors, reads_of, views_of = [], [], [], []
-    first_seen: Tensor | None = None
-    for sample in range(batch):
-        u, v, depth = (
-            (row[:, 0] * x[..., None] + row[:, 1] * y[..., None] + row[:, 2] * z[:, None] + row[:, 3]).flatten(0, 1)
-            for row in pixels_from_grid[sample].unbind(1)
-        )  # (H * W, Z, V)
-        if compat is None:
-            is_valid = depth > 0
-            u, v = u / depth, v / depth
-            is_inside = is_valid & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-        else:
-            clamped = depth.clamp(min=1e-4)
-            # behind the camera, (x fx + depth cx) / clamped differs from the reference's x fx / clamped + cx
-            centre_u, centre_v = views.intrinsics[sample, :, 0, 2].double(), views.intrinsics[sample, :, 1, 2].double()
-            u, v = (u - centre_u * depth) / clamped + centre_u, (v - centre_v * depth) / clamped + centre_v
-            is_valid = torch.ones_like(depth, dtype=torch.bool)
-            is_inside = (u > 0) & (u < width) & (v > 0) & (v < height)
-        seen = is_inside.any(1)  # (H * W, V)
-        views_of.append(seen.sum(1))
-        if compat is not None:
-            first_seen = seen = seen if first_seen is None else first_seen
-        cell, cam = seen.nonzero(as_tuple=True)
-        places = torch.stack([u * (w / width) - 0.5, v * (h / height) - 0.5], -1)
-        places = places.clamp(_OUTSIDE, -_OUTSIDE).where(is_valid[..., None], _OUTSIDE)
-        anchors.append(places.transpose(1, 2)[cell, cam].float())
-        maps.append(sample * cams + cam)
-        reads_of.append(seen.sum(1))
-    starts = nn.functional.pad(torch.cat(reads_of).cumsum(0), (1, 0))
-    return Reads(batch, torch.cat(maps), starts, torch.cat(anchors)), torch.stack(views_of)

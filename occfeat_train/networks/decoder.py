@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.instance_norm import InstanceNorm
 
 
 class BEVDecoder(nn.Module):

@@ -6,10 +6,6 @@ the map is the sum over its voxels. The image encoder outputs the depth logits.
 Half of the (depth, token) points are inside the grid, and each is a token times a weight. The map is therefore a sparse
 product of weights and tokens, and the outer product of depths and features is never stored. On a CPU, gradients are
 bit-identical in every run.
-
-`compat="simple-bev"` reproduces the reference code: tokens are at their upper left corners, points are assigned to cells
-that start half a cell further, the first cell also takes one cell beyond each lower bound, and cells are divided by their
-number of points again.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.lifting import check_compat
 from occfeat_train.ops.views import Views, check_shapes
 
 NEAREST = 2.0  # m
@@ -36,19 +31,31 @@ def depth_bins(grid: VoxelGrid) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class Points:
+    """The points of one sample inside the grid, sorted by the map's cells.
+
+    places: (n,) int64 index into (V, h, w, D). shares: (n,) float64, weight of each in its voxel's mean.
+    starts: (H * W + 1,) int64 index of each cell's first point.
+    """
+
+    places: Tensor
+    shares: Tensor
+    starts: Tensor
+
+
 class LSS(nn.Module):
     """(B, V, D + C, h, w), D depth logits and C features -> (B, C, H, W) map. It has no parameters of its own.
 
     The encoder's last 1x1 convolution outputs both, as in the reference and Lift-Splat. channels: C.
-    compat: None or "simple-bev".
     """
 
-    mirrors_grid = False  # with compat, mirroring the grid does not mirror the cells: see `network`
+    mirrors_grid = False  # a point on the border of two cells would change its cell: see `network`
+    token_center = 0.5  # position of a token's ray in the token, along both axes
 
-    def __init__(self, grid: VoxelGrid, channels: int, compat: str | None = None) -> None:
+    def __init__(self, grid: VoxelGrid, channels: int) -> None:
         super().__init__()
-        check_compat(compat)
-        self.grid, self.compat, self.channels = grid, compat, channels
+        self.grid, self.channels = grid, channels
         self.num_depths = len(depth_bins(grid))
         self.feature_channels = self.num_depths + channels
 
@@ -65,7 +72,7 @@ class LSS(nn.Module):
         tokens = rows[..., self.num_depths :]
         maps = []
         for sample in range(batch):
-            points = find_points(views, sample, self.grid, (h, w), self.compat)
+            points = self.find_points(views, sample, (h, w))
             weights = probability[sample].flatten()[points.places] * points.shares.to(dtype)
             maps.append(
                 nn.functional.embedding_bag(
@@ -76,59 +83,44 @@ class LSS(nn.Module):
         lifted = torch.stack(maps).unflatten(1, self.grid.map_shape).permute(0, 3, 1, 2)
         return lifted.to(features.dtype)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def find_points(self, views: Views, sample: int, feature_size: tuple[int, int]) -> Points:
+        """The points of a sample's tokens, as far as a token's centre is in the area of its image that shows the scene."""
+        (height, width), (h, w) = views.image_size, feature_size
+        device = views.intrinsics.device
+        intrinsics, cam_from_grid = views.intrinsics[sample].double(), views.cam_from_grid[sample].double()
+        pixels_from_grid = cam_from_grid.detach().clone()
+        pixels_from_grid[:, :3] = intrinsics.detach() @ cam_from_grid[:, :3].detach()
+        grid_from_pixels, failed = torch.linalg.inv_ex(pixels_from_grid)  # failed for a masked camera, for example
+        columns, rows = (torch.arange(n, device=device, dtype=torch.float64) for n in (w, h))
+        u, v = (columns + self.token_center) * (width / w), (rows + self.token_center) * (height / h)
+        pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
+        rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (V, h * w, 3) per metre of depth
+        depths = depth_bins(self.grid).to(device)
+        points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
+        voxel, is_inside = self.voxels(points.view(-1, 3))
+        center_u, center_v = (columns + 0.5) * (width / w), (rows[:, None] + 0.5) * (height / h)
+        is_shown = views.cameras[sample].is_inside(center_u[:, None], center_v[..., None])  # (h, w, V)
+        is_used = is_shown.permute(2, 0, 1) & (failed == 0)[:, None, None]
+        places = (is_inside.view(-1, len(depths)) & is_used.reshape(-1, 1)).flatten().nonzero().flatten()
+        voxel, cells = voxel[places], math.prod(self.grid.map_shape)
+        cell, order = (voxel % cells).sort(stable=True)
+        places, voxel = places[order], voxel[order]
+        share = 1 / torch.bincount(voxel, minlength=self.grid.num_voxels)[voxel].double()
+        per_cell = torch.bincount(cell, minlength=cells)
+        return Points(places, share, nn.functional.pad(per_cell.cumsum(0), (1, 0)))
 
-@dataclass(frozen=True)
-class Points:
-    """The points of one sample inside the grid, sorted by the map's cells.
+    def voxels(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, 3) points (right, forward, up) -> (n,) flat indices into (Z, H, W), and whether they are inside."""
+        grid = self.grid
+        index = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+        is_inside = torch.ones_like(index, dtype=torch.bool)
+        for axis, size in enumerate(grid.shape):
+            i = self.cells((points[:, 2 - axis] - grid.lower[axis]) / grid.cell_size[axis], axis)
+            is_inside &= (i >= 0) & (i < size)
+            index = index * size + i.nan_to_num().clamp(0, size - 1).long()
+        return index, is_inside
 
-    places: (n,) int64 index into (V, h, w, D). shares: (n,) float64, weight of each in its voxel's mean.
-    starts: (H * W + 1,) int64 index of each cell's first point.
-    """
-
-    places: Tensor
-    shares: Tensor
-    starts: Tensor
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def find_points(
-    views: Views, sample: int, grid: VoxelGrid, feature_size: tuple[int, int], compat: str | None
-) -> Points:
-    (height, width), (h, w) = views.images.shape[-2:], feature_size
-    device = views.intrinsics.device
-    intrinsics, cam_from_grid = views.intrinsics[sample].double(), views.cam_from_grid[sample].double()
-    pixels_from_grid = cam_from_grid.detach().clone()
-    pixels_from_grid[:, :3] = intrinsics.detach() @ cam_from_grid[:, :3].detach()
-    grid_from_pixels = torch.linalg.inv_ex(pixels_from_grid).inverse  # not finite for a camera that cannot be inverted
-    centre = 0.5 if compat is None else 0.0
-    u = (torch.arange(w, device=device, dtype=torch.float64) + centre) * (width / w)
-    v = (torch.arange(h, device=device, dtype=torch.float64) + centre) * (height / h)
-    pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
-    rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (V, h * w, 3) per metre of depth
-    depths = depth_bins(grid).to(device)
-    points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
-    voxel, is_inside = _voxels(points.view(-1, 3), grid, compat)
-    places = is_inside.nonzero().flatten()
-    voxel, cells = voxel[places], math.prod(grid.map_shape)
-    cell, order = (voxel % cells).sort(stable=True)
-    places, voxel = places[order], voxel[order]
-    share = 1 / torch.bincount(voxel, minlength=grid.num_voxels)[voxel].double()
-    per_cell = torch.bincount(cell, minlength=cells)
-    if compat is not None:
-        share /= per_cell[cell]
-    return Points(places, share, nn.functional.pad(per_cell.cumsum(0), (1, 0)))
-
-
-def _voxels(points: Tensor, grid: VoxelGrid, compat: str | None) -> tuple[Tensor, Tensor]:
-    """(n, 3) points (right, forward, up) -> (n,) flat indices into (Z, H, W), and whether they are inside."""
-    index = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    is_inside = torch.ones_like(index, dtype=torch.bool)
-    for axis, size in enumerate(grid.shape):
-        along = (points[:, 2 - axis] - grid.lower[axis]) / grid.cell_size[axis]
-        if compat is None:
-            i = along.floor()
-        else:  # rounds towards zero; the reference's index is whole at cell centres and counts down from the top
-            i = (along - 0.5).trunc() if axis else size - 1 - (size - 0.5 - along).trunc()
-        is_inside &= (i >= 0) & (i < size)
-        index = index * size + i.nan_to_num().clamp(0, size - 1).long()
-    return index, is_inside
+    def cells(self, along: Tensor, axis: int) -> Tensor:
+        """(n,) positions along an axis of the grid (0 up, 1 forward, 2 right), in cells from its lower bound -> float indices."""
+        return along.floor()

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.networks.bevformer import BEVFormer
+from occfeat_train.config import lifting_class
 from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.networks.encoder import ImageEncoder
-from occfeat_train.networks.lss import LSS
-from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.views import Views
 
-Lifting = SimpleBEV | BEVFormer | LSS
-# Names of the liftings, as in config.py.
-LIFTINGS: dict[str, type[Lifting]] = {"simplebev": SimpleBEV, "bevformer": BEVFormer, "lss": LSS}
+
+class Lifting(Protocol):
+    """An `nn.Module` from image features to a BEV map, constructed as class(grid, channels); a row of `config.LIFTINGS`.
+
+    grid: the VoxelGrid of the map.
+    feature_channels: number of channels it takes from the encoder. All beyond `channels` are extra (LSS: depths).
+    mirrors_grid: whether a mirrored grid gives exactly the mirrored map. If not, the augmentation mirrors the map itself.
+    recompute: set by `build_network`; whether to use activation checkpointing, if the lifting has large activations.
+    """
+
+    grid: VoxelGrid
+    feature_channels: int
+    mirrors_grid: bool
+    recompute: bool
+
+    def __call__(self, features: torch.Tensor, views: Views) -> torch.Tensor:
+        """Features (B, V, feature_channels, h, w) -> (B, channels, H, W), zeros where no camera sees a cell."""
+        ...
 
 
 class BEVNetwork(nn.Module):
@@ -52,15 +67,20 @@ class BEVNetwork(nn.Module):
 def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
     """Mirror the features (B, V, C, h, w) and intrinsics of mirrored views (fx < 0) back, as Simple-BEV does.
 
-    Liftings then need no special case for mirrored images: learned offsets are in image columns, and the reference's
-    conventions (`compat`) are not symmetric. views.images are not changed, because liftings read only their size.
+    Liftings then need no special case for mirrored images: learned offsets are in image columns, and the conventions of
+    the reference (`simple_bev.quirks`) are not symmetric. views.images are not changed, because liftings read only their size.
     """
-    is_mirrored = views.intrinsics[..., 0, 0] < 0  # (B, V)
+    is_mirrored, width = views.intrinsics[..., 0, 0] < 0, views.image_size[1]  # (B, V)
     plain = views.intrinsics.clone()
-    plain[..., 0, :] = views.images.shape[-1] * plain[..., 2, :] - plain[..., 0, :]
+    plain[..., 0, :] = width * plain[..., 2, :] - plain[..., 0, :]
     intrinsics = torch.where(is_mirrored[..., None, None], plain, views.intrinsics)
+    area = views.area
+    if area is not None:
+        top, left, bottom, right = area.unbind(-1)
+        area = torch.where(is_mirrored[..., None], torch.stack([top, width - right, bottom, width - left], -1), area)
     flips = nn.functional.pad(is_mirrored.flatten()[:, None], (1, 0))  # of columns, not of rows
-    return _flip(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape), replace(views, intrinsics=intrinsics)
+    features = _flip(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape)
+    return features, replace(views, intrinsics=intrinsics, area=area)
 
 
 def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
@@ -98,20 +118,17 @@ def build_network(
     channels: int = 128,
     lifting: str = "simplebev",
     drop_connect: float = 0.2,
-    compat: str | None = None,
+    compat: str = "none",
     recompute: bool = True,
 ) -> BEVNetwork:
     """A network with random weights, channels-last.
 
-    backbone: one of BACKBONES; lifting: one of LIFTINGS; compat: "simple-bev" reproduces the reference's defects.
+    backbone: one of BACKBONES; lifting: one of `config.LIFTINGS`; compat: "simple-bev" reproduces the reference's defects.
     recompute: activation checkpointing, see `ImageEncoder` and `BEVFormer`.
     Raises ValueError on an unknown name, or on a number of channels that the lifting or the decoder does not support.
     """
-    if lifting not in LIFTINGS:
-        raise ValueError(f"lifting {lifting!r}: one of {', '.join(LIFTINGS)} expected")
-    lifted = LIFTINGS[lifting](grid, channels, compat)
-    if isinstance(lifted, BEVFormer):
-        lifted.recompute = recompute
+    lifted: Lifting = pkgutil.resolve_name(lifting_class(lifting, compat))(grid, channels)
+    lifted.recompute = recompute
     encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels, recompute)
     network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
 """Deformable attention: every query samples maps at learned points and sums the samples with learned weights.
 
 `bevformer` determines which query reads which map, and around which reference points. A CPU uses the numba kernels of
-`deformable_kernels` in float32, a GPU the Triton kernels of `deformable_triton`, and everything else torch's
+`deformable_numba` in float32, a GPU the Triton kernels of `deformable_triton`, and everything else torch's
 embedding_bag. None of them stores the samples: each is read, weighted and added at once.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from occfeat_train.ops.deformable_kernels import weighted_samples, weighted_samples_backward
+from occfeat_train.ops.deformable_numba import in_threads, weighted_samples, weighted_samples_backward
 from occfeat_train.ops.devices import runs_triton
-from occfeat_train.ops.threads import in_threads
+from occfeat_train.ops.mean_over_views import bilinear_taps
 
 _CHUNK = 2048  # queries per task
 
@@ -95,14 +95,9 @@ def _one_sample(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     queries, points = reads.queries, weights.shape[2]
     anchors = reads.anchors.to(dtype).repeat(1, points // reads.anchors.shape[1], 1)
     x, y = (anchors[:, None] + offsets[queries]).unbind(-1)  # (n, heads, P)
-    x0, y0 = x.detach().floor(), y.detach().floor()
-    column, row = torch.stack([x0, x0 + 1], -1), torch.stack([y0, y0 + 1], -1)
-    across = (1 - (x[..., None] - column).abs()) * ((column >= 0) & (column < w))
-    down = (1 - (y[..., None] - row).abs()) * ((row >= 0) & (row < h))
-    taps = (weights[queries][..., None] * down)[..., None] * across[..., None, :]  # (n, heads, P, 2, 2)
-    column, row = column.clamp(0, w - 1).long(), row.clamp(0, h - 1).long()
-    tokens = (reads.maps.view(-1, 1, 1, 1) * h + row)[..., None] * w + column[..., None, :]
-    tokens = tokens * heads + torch.arange(heads, device=values.device).view(-1, 1, 1, 1)
+    tokens, taps = bilinear_taps(x, y, (h, w), weights[queries])  # (n, heads, P, 4)
+    tokens = (tokens + (reads.maps * (h * w)).view(-1, 1, 1, 1)) * heads
+    tokens += torch.arange(heads, device=values.device).view(-1, 1, 1)
     size = points * 4
     rows = nn.functional.embedding_bag(
         tokens.view(-1, size), values.reshape(-1, d), mode="sum", per_sample_weights=taps.view(-1, size)

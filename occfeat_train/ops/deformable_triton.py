@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from occfeat_train.ops.mean_over_views_triton import corners
+
 _TILE = 1024  # rows x channels of a program
 _WARPS = 4
 
@@ -192,20 +194,14 @@ def _taps(
     points: tl.constexpr,
     num_anchors: tl.constexpr,
 ) -> Any:
-    """For point p of every row: the four tokens around it, which of them exist, and the distances to the upper left one."""
+    """For point p of every row: the four tokens around it, which of them are read, and the distances to the upper left one."""
     offset, anchor = offsets + (row * points + p) * 2, anchors + (pair * num_anchors + p % num_anchors) * 2
     x = tl.load(anchor, is_pair, 0) + tl.load(offset, is_row, 0)
     y = tl.load(anchor + 1, is_pair, 0) + tl.load(offset + 1, is_row, 0)
     x0, y0 = tl.floor(x), tl.floor(y)
     right, lower = x - x0, y - y0
-    x0, y0 = x0.to(tl.int32), y0.to(tl.int32)
-    is_left, is_right = is_pair & (x0 >= 0) & (x0 < w), is_pair & (x0 >= -1) & (x0 < w - 1)
-    is_upper, is_lower = (y0 >= 0) & (y0 < h), (y0 >= -1) & (y0 < h - 1)
-    i00 = y0 * w + x0
-    return (
-        i00, i00 + 1, i00 + w, i00 + w + 1,
-        is_left & is_upper, is_right & is_upper, is_left & is_lower, is_right & is_lower, right, lower,
-    )  # fmt: skip
+    i00, i01, i10, i11, m00, m01, m10, m11 = corners(x0.to(tl.int32), y0.to(tl.int32), h, w)
+    return i00, i01, i10, i11, is_pair & m00, is_pair & m01, is_pair & m10, is_pair & m11, right, lower
 
 
 @triton.jit

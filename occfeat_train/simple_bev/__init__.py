@@ -1,1 +1,1 @@
-"""Import of checkpoints of the reference repository, aharley/simple_bev."""
+"""Reproduction and import of the reference repository, aharley/simple_bev. Imports networks, tasks and training."""

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.config import Config
-from occfeat_train.networks.network import LIFTINGS
+from occfeat_train.config import LIFTINGS, Config
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import CheckpointError, RunInfo, begin_run, load_weights, save_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.networks.encoder import resnet_name
+from occfeat_train.networks.encoder_weights import resnet_name
 from occfeat_train.networks.network import BEVNetwork
 
 _EFFICIENTNET_PARTS = {

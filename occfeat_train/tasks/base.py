@@ -6,6 +6,7 @@ the segmentation of any kind of label is a task, too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
@@ -23,10 +24,13 @@ class Task(nn.Module):
     """A network with a head for one task. Subclasses set `head` in their constructor, and define `arrays` and `forward`.
 
     ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked.
+    pictures: "module:function" that draws a run's predictions for the report, like `report.segmentation:draw`; without one,
+    the report has none.
     """
 
     head: nn.Module
     ragged: ClassVar[tuple[str, ...]] = ()
+    pictures: ClassVar[str] = ""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         """feature_dim: N_y of the cache's teacher, 0 without a teacher."""
@@ -63,3 +67,13 @@ class Task(nn.Module):
     def measure(self, batch: Batch, metric: Any) -> None:
         """Add a batch to a metric of `metric()`."""
         metric.update(self(batch), len(batch))
+
+    @staticmethod
+    def heading(config: Config) -> str:
+        """Heading of the task's sections in the report."""
+        return config.task.replace("_", " ").capitalize()
+
+    @staticmethod
+    def columns(results: Mapping[str, Any]) -> dict[str, str]:
+        """{header: text} for the report's table, from `metric().results()`; by default every loss."""
+        return {name: f"{value:.4g}" for name, value in results.items() if isinstance(value, float)}

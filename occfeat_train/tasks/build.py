@@ -22,7 +22,7 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> Task:
             config.network.channels,
             config.network.lifting,
             config.network.drop_connect,
-            None if config.network.compat == "none" else config.network.compat,
+            config.network.compat,
             config.network.recompute,
         )
         task: Task = config.task_class(network, config, grid, feature_dim)

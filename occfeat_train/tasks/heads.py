@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_train.ops.devices import runs_triton
-from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.instance_norm import InstanceNorm
 
 # Hidden values per block: few enough for a core's cache, or enough to fill a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 27
@@ -107,11 +107,11 @@ def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tenso
 
 
 class _TritonSoftplusLogits(torch.autograd.Function):
-    """`softplus_logits` with `head_kernels`. Hidden values are not stored; the backward pass recomputes them."""
+    """`softplus_logits` with `head_triton`. Hidden values are not stored; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx: Any, cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
-        from occfeat_train.ops.head_kernels import forward
+        from occfeat_train.ops.head_triton import forward
 
         given = [t.contiguous() for t in (cells, weight, bias, to_logit)]
         ctx.save_for_backward(*given)
@@ -120,7 +120,7 @@ class _TritonSoftplusLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        from occfeat_train.ops.head_kernels import backward
+        from occfeat_train.ops.head_triton import backward
 
         given = ctx.saved_tensors
         return tuple(g.to(t.dtype) for g, t in zip(backward(grad.contiguous(), *given), given, strict=True))

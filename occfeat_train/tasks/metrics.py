@@ -122,7 +122,7 @@ class SegmentationMetric:
         rows = [("IoU at 0.5", r["iou"]), (f"IoU at the best threshold, {r['threshold_best']:g}", r["iou_best"])]
         rows += [(f"  {name}", iou) for name, iou in r["per_class"].items()] if len(self.classes) > 1 else []
         rows += [(f"  {band} away", iou) for band, iou in r["by_distance"].items()]
-        return [f"{self.num_samples} samples"] + [f"{name:36} {_percent(iou):>6}" for name, iou in rows]
+        return [f"{self.num_samples} samples"] + [f"{name:36} {as_text(iou):>6}" for name, iou in rows]
 
 
 class PretrainingMetric:
@@ -159,10 +159,10 @@ class PretrainingMetric:
 
     def lines(self) -> list[str]:
         r = self.results()
-        cosine = "-" if r["cosine"] is None else f"{r['cosine']:.3f}"
+        cosine = as_text(r["cosine"], 3)
         return [
             f"{self.num_samples} samples",
-            f"{'occupancy IoU at 0.5':36} {_percent(r['occupancy_iou']):>6}",
+            f"{'occupancy IoU at 0.5':36} {as_text(r['occupancy_iou']):>6}",
             f"{'mean cosine to the target features':36} {cosine:>6}",
         ]
 
@@ -179,5 +179,5 @@ def _mean_iou(counts: Tensor) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def as_text(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

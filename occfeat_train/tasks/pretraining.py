@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,17 +15,18 @@ from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.ops.sampling import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
-from occfeat_train.tasks.metrics import PretrainingMetric
+from occfeat_train.tasks.metrics import PretrainingMetric, as_text
 
 
 class Pretraining(Task):
     """L = L_occ + lambda L_feat (eq. 1). A loss with weight 0 is not computed and has no projection layer."""
 
     head: OccFeatHead
+    pictures: ClassVar = "occfeat_train.report.pretraining:draw"
     ragged: ClassVar = ("voxels", "features")
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
@@ -97,3 +99,14 @@ class Pretraining(Task):
     def measure(self, batch: Batch, metric: Any) -> None:
         logits, cosine, _ = self._outputs(batch)
         metric.update(logits, batch.volume("occupancy"), cosine)
+
+    @staticmethod
+    def heading(config: Config) -> str:
+        return "Pretraining"
+
+    @staticmethod
+    def columns(results: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "occupancy IoU at 0.5 [%]": as_text(results["occupancy_iou"], 1),
+            "mean cosine to the teacher's features": as_text(results["cosine"], 3),
+        }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import SegmentationHead
 from occfeat_train.tasks.losses import segmentation_loss
-from occfeat_train.tasks.metrics import SegmentationMetric
+from occfeat_train.tasks.metrics import SegmentationMetric, as_text
 
 
 class Segmentation(Task):
     """Binary segmentation of the BEV plane for each class of a kind of label (`config.task`)."""
+
+    pictures: ClassVar = "occfeat_train.report.segmentation:draw"
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__(network, config, grid, feature_dim)
@@ -64,3 +67,14 @@ class Segmentation(Task):
 
     def measure(self, batch: Batch, metric: Any) -> None:
         metric.update(self.logits(batch), *self.labels(batch))
+
+    @staticmethod
+    def columns(results: Mapping[str, Any]) -> dict[str, str]:
+        best = f"{as_text(results['iou_best'])} ({results['threshold_best']:g})"
+        classes, bands = results["per_class"], results["by_distance"]
+        return {
+            "IoU at 0.5 [%]": as_text(results["iou"]),
+            "at the best threshold": best,
+            **({name.replace("_", " "): as_text(iou) for name, iou in classes.items()} if len(classes) > 1 else {}),
+            **{band.replace("35-inf", "over 35"): as_text(iou) for band, iou in bands.items()},
+        }

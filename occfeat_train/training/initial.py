@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from occfeat_train.config import Config
-from occfeat_train.networks.encoder import DEFAULT_WEIGHTS, load_backbone_weights
+from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS, load_backbone_weights
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, load_weights

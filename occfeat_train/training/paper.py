@@ -12,7 +12,7 @@ from typing import Any
 
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_train.config import Config
-from occfeat_train.networks.encoder import DEFAULT_WEIGHTS
+from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS
 from occfeat_train.presets import PRESETS
 from occfeat_train.training.checkpoint import RunInfo
 

@@ -110,10 +110,12 @@ class Step(nn.Module):
 
 
 class OurStep(Step):
-    def __init__(self, setting: Setting) -> None:
+    """compat: "simple-bev" for the same function as the reference's, which has no Triton kernels for the lifting."""
+
+    def __init__(self, setting: Setting, compat: str = "none") -> None:
         super().__init__(setting)
         torch.manual_seed(0)
-        self.network = build_network(setting.grid, setting.backbone, CHANNELS, setting.network, compat="simple-bev").to(
+        self.network = build_network(setting.grid, setting.backbone, CHANNELS, setting.network, compat=compat).to(
             setting.device
         )
         self.head = OccFeatHead(CHANNELS, setting.grid.shape[0], FEATURE_DIM).to(setting.device)

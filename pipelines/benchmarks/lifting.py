@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # for the dense reference of
 
 from occfeat_targets.cache.geometry import project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.lifting import lift, lift_torch, lift_triton
+from occfeat_train.ops.mean_over_views import lift, lift_torch, lift_triton
 from occfeat_train.ops.views import Views
 from tests.train.lifting_twin import lift_dense
 
@@ -73,9 +73,8 @@ def lift_csr(features: torch.Tensor, views: Views, grid: VoxelGrid) -> torch.Ten
 DENSE = "dense: every camera sampled at every voxel, then averaged"
 WAYS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {  # by device, ours first
     "cpu": {
-        "ours: numba": lift,
-        "ours: numba, bfloat16": lift,
-        "ours: plain torch": lift_torch,
+        "ours": lift,
+        "ours, bfloat16": lift,
         "one sparse CSR product, including its construction": lift_csr,
         DENSE: lift_dense,
     },

@@ -16,7 +16,7 @@ from _timing import compare, machine, table
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.sampling import sample_voxel_features_numpy, sample_voxel_features_torch
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_numpy
 
 SIZE = (270, 480)  # size of the cached images
 MAPS = (6, 16, 28, 384)  # DINOv2 ViT-S/14 at 224x392
@@ -161,7 +161,7 @@ def main() -> None:
         "ours: fused numba, int8 with a scale per token": lambda: sample_voxel_features_numpy(
             quantised, scale, *scene[:2], SIZE, scene[2]
         )[0],
-        "ours: plain torch": lambda: sample_voxel_features_torch(tensor, None, cameras, pinholes, SIZE, centers)[0],
+        "ours: plain torch": lambda: sample_voxel_features(tensor, cameras, pinholes, SIZE, centers)[0],
         "torch embedding_bag": lambda: with_embedding_bag(tokens, bags_of((cameras, pinholes, centers))),
         "torch embedding_bag, without the projection": lambda: with_embedding_bag(tokens, bags),
         "torch grid_sample on valid pairs, float32 maps": lambda: with_grid_sample(first, scene),

@@ -11,8 +11,8 @@ from torch import Tensor
 from occfeat_train.networks.bevformer import HEADS, neighbour_reads
 from occfeat_train.ops.deformable import deformable_torch, deformable_triton
 from occfeat_train.ops.devices import runs_triton
-from occfeat_train.ops.lifting import lift_torch, lift_triton
-from occfeat_train.ops.norms import _InstanceNorm, _TritonInstanceNorm
+from occfeat_train.ops.instance_norm import _InstanceNorm, _TritonInstanceNorm
+from occfeat_train.ops.mean_over_views import lift_torch, lift_triton
 from occfeat_train.tasks.heads import _SoftplusLogits, _TritonSoftplusLogits
 from pipelines.gpu_check.inputs import grid_of, random_views
 from pipelines.gpu_check.measure import Check, distance
@@ -25,7 +25,8 @@ def kernels(check: Check) -> None:
     size = (32, 64) if check.small else (224, 400)
     levels, tokens = grid.shape[0], (batch, 6, channels, size[0] // 8, size[1] // 8)
     views = random_views(batch, size, check.device)
-    reads = neighbour_reads(batch, (side, side), None, check.device)
+    cells = torch.arange(side, device=check.device)
+    reads = neighbour_reads(batch, torch.cartesian_prod(cells, cells).flip(1).float())
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=check.device)).bfloat16()

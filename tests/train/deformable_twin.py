@@ -7,6 +7,7 @@ from torch import Tensor
 
 from occfeat_train.networks.bevformer import HEADS, BEVFormer, CrossAttention, Layer, SamplingPoints, SelfAttention
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceBEVFormer
 
 
 def sample(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def attend(places: SamplingPoints, query: Tensor, values: Tensor, anchors: Tenso
     return torch.cat(heads)
 
 
-def self_attention(module: SelfAttention, query: Tensor, positions: Tensor, compat: str | None) -> Tensor:
+def self_attention(module: SelfAttention, query: Tensor, positions: Tensor, compat: bool) -> Tensor:
     """query, positions: (H, W, C) of one sample."""
     height, width, _ = query.shape
     placed = query + positions
@@ -72,7 +73,7 @@ def cross_attention(
     return out
 
 
-def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat: str | None) -> tuple[Tensor, Tensor]:
+def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat: bool) -> tuple[Tensor, Tensor]:
     """centers (H, W, Z, 3) -> positions in tokens (B, V, H, W, Z, 2), far away if behind the camera; is_seen (B, V, H, W)."""
     (height, width), (h, w) = views.images.shape[-2:], feature_size
     points = torch.einsum("bsij,hwzj->bshwzi", views.cam_from_grid[..., :3, :3], centers)
@@ -91,17 +92,18 @@ def project(views: Views, centers: Tensor, feature_size: tuple[int, int], compat
 
 def run(model: BEVFormer, features: Tensor, views: Views) -> Tensor:
     """`BEVFormer.forward` in evaluation mode."""
+    compat = isinstance(model, ReferenceBEVFormer)
     centers = torch.from_numpy(model.grid.voxel_centers()).to(features.dtype).permute(1, 2, 0, 3)
-    anchors, is_seen = project(views, centers, (features.shape[3], features.shape[4]), model.compat)
+    anchors, is_seen = project(views, centers, (features.shape[3], features.shape[4]), compat)
     maps = features.permute(0, 1, 3, 4, 2)
     positions = model.positions.permute(1, 2, 0)
     out = []
     for b in range(len(features)):
         query = model.queries.permute(1, 2, 0)
-        is_read = is_seen[0 if model.compat else b]
+        is_read = is_seen[0 if compat else b]
         layer: Layer
         for layer in model.layers:  # type: ignore[assignment]
-            query = layer.norm1(self_attention(layer.self_attention, query, positions, model.compat))
+            query = layer.norm1(self_attention(layer.self_attention, query, positions, compat))
             query = layer.norm2(
                 cross_attention(
                     layer.cross_attention, query, positions, maps[b], anchors[b], is_read, is_seen[b].sum(0)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.lifting import lift_triton
+from occfeat_train.ops.mean_over_views import lift_triton
 from occfeat_train.ops.views import Views
 
-LIFTING = "occfeat_train.ops.lifting_kernels"
+LIFTING = "occfeat_train.ops.mean_over_views_triton"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -36,6 +36,8 @@ def _kernels(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setitem(sys.modules, name, module)
+        if name != LIFTING:
+            patch.setitem(sys.modules, LIFTING, _kernels(LIFTING))  # whose functions other kernels call
         spec.loader.exec_module(module)
     if name == LIFTING:
         module._launch = np.errstate(all="ignore")(module._launch)  # divides by depths of 0; the results are unused
@@ -60,10 +62,10 @@ def interpreted(name: str) -> Iterator[ModuleType]:
 
 
 @torch.compiler.disable
-def lift_interpreted(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None = None) -> Tensor:
+def lift_interpreted(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
     """`lift_triton` with interpreted kernels in forward and backward. Other code still uses the compiled kernels."""
     with interpreted(LIFTING):
-        return lift_triton(features, views, grid, compat)
+        return lift_triton(features, views, grid)
 
 
 class _Recorder:

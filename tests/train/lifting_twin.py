@@ -23,7 +23,12 @@ def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
     depth = homogeneous[..., 2]
     u, v = (homogeneous[..., :2] / (depth if compat is None else depth.clamp(min=1e-6))[..., None]).unbind(-1)
     if compat is None:
-        is_valid = (depth > 0) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        whole = torch.tensor([0.0, 0, height, width], dtype=torch.float64)
+        top, left, bottom, right = (whole if views.area is None else views.area[:, :, None]).unbind(-1)
+        is_valid = (depth > 0) & (u >= left) & (u < right) & (v >= top) & (v < bottom)
+        if views.area is not None:  # not nearer to the area's border than half a token
+            half_width, half_height = width / w / 2, height / h / 2
+            u, v = u.clamp(left + half_width, right - half_width), v.clamp(top + half_height, bottom - half_height)
         x, y = 2 * u / width - 1, 2 * v / height - 1
     else:
         is_valid = (depth > 0) & (u > -0.5) & (u < w - 0.5) & (v > -0.5) & (v < h - 0.5)

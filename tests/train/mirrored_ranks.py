@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from occfeat_train.config import LIFTINGS
 from occfeat_train.distributed import processes
-from occfeat_train.networks.network import LIFTINGS
 from tests.train.test_network import augmented, mirrorable_network
 
 
 def check(lifting: str, rank: int) -> None:
-    alone, network = (mirrorable_network(lifting, None) for _ in range(2))
+    alone, network = (mirrorable_network(lifting) for _ in range(2))
     plain = alone(augmented([[False, False]] * 2))
     plain.square().mean().backward()
     found = DistributedDataParallel(network)(augmented([[rank == 1] * 2] * 2))

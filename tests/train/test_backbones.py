@@ -14,15 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import occfeat_train.networks.encoder as backbones
-from occfeat_train.networks.encoder import (
-    BACKBONES,
-    DEFAULT_WEIGHTS,
-    DropConnect,
-    ImageEncoder,
-    load_backbone_weights,
-    resnet_name,
-)
+import occfeat_train.networks.encoder_weights as backbones
+from occfeat_train.networks.encoder import BACKBONES, DropConnect, ImageEncoder
+from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS, load_backbone_weights, resnet_name
 from tests.train.test_decoder import parameters
 
 

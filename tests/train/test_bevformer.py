@@ -21,11 +21,11 @@ from occfeat_train.networks.bevformer import (
     BEVFormer,
     CrossAttention,
     SamplingPoints,
-    camera_reads,
     neighbour_reads,
 )
 from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceBEVFormer
 from tests.train import deformable_twin
 from tests.train.test_decoder import parameters
 from tests.train.test_lifting import (
@@ -42,7 +42,7 @@ from tests.train.test_lifting import (
 
 __all__ = ["three_threads"]  # a fixture
 BACKENDS = [pytest.param(deformable, id="numba"), pytest.param(deformable_torch, id="torch")]
-COMPATS = [None, "simple-bev"]
+KINDS = [BEVFormer, ReferenceBEVFormer]
 GRID = VoxelGrid((2, 5, 4), (-2, -8, -7), (2, 8, 7))
 Deformable = Callable[[Tensor, Tensor, Reads], Tensor]
 
@@ -96,11 +96,11 @@ def cross_only(grid: VoxelGrid = GRID, channels: int = 8) -> CrossAttention:
 
 
 def random_model(
-    channels: int = 8, grid: VoxelGrid = GRID, compat: str | None = None, dtype: torch.dtype = torch.float32
+    channels: int = 8, grid: VoxelGrid = GRID, kind: type[BEVFormer] = BEVFormer, dtype: torch.dtype = torch.float32
 ) -> BEVFormer:
     """Two layers with weights of a size that matters everywhere."""
     torch.manual_seed(0)
-    model = BEVFormer(grid, channels, compat).eval()
+    model = kind(grid, channels).eval()
     del model.layers[2:]
     for name, p in model.named_parameters():
         if "places" in name:
@@ -178,20 +178,17 @@ def test_both_backends_agree_on_random_reads(seed: int, batch: int, queries: int
 # -- who reads what ---------------------------------------------------------------------------------------------------
 
 
-def test_cells_read_about_themselves_and_in_compat_about_the_transposed_cell() -> None:
-    plain = neighbour_reads(2, (3, 3), None, torch.device("cpu"))
-    flipped = neighbour_reads(2, (3, 3), "simple-bev", torch.device("cpu"))
-    columns_rows = [[column, row] for row in range(3) for column in range(3)]
-    assert plain.anchors[:, 0].tolist() == columns_rows * 2
-    torch.testing.assert_close(flipped.anchors[:, 0], torch.tensor(columns_rows * 2).flip(1).float())
-    assert plain.maps.tolist() == [0] * 9 + [1] * 9
-    assert plain.queries.tolist() == list(range(18))
+def test_cells_read_about_themselves() -> None:
+    reads = neighbour_reads(2, BEVFormer(VoxelGrid((1, 3, 4)), 4).cell_anchors(torch.device("cpu")))
+    assert reads.anchors[:, 0].tolist() == [[column, row] for row in range(3) for column in range(4)] * 2
+    assert reads.maps.tolist() == [0] * 12 + [1] * 12
+    assert reads.queries.tolist() == list(range(24))
 
 
 def test_a_ramp_is_read_where_a_columns_voxels_project_to() -> None:
     """The camera looks ahead: cells behind it are read nowhere, those ahead about u / 10 - 0.5 of their column."""
     grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
-    reads, num_views = camera_reads(one_camera(), grid, (4, 6), None)
+    reads, num_views = BEVFormer(grid, 4).camera_reads(one_camera(), (4, 6))
     right, forward, _ = np.moveaxis(grid.voxel_centers().astype(np.float64)[0], -1, 0)
     u = 30 * right / forward + 30
     is_seen = (forward > 0) & (u >= 0) & (u < 60)
@@ -206,7 +203,7 @@ def test_the_cross_attention_of_equal_weights_is_the_mean_of_levels_and_cameras(
     module = cross_only(VoxelGrid((1, 8, 7)), 4)
     views = views_of([FORWARD, FORWARD, BACKWARD], [PINHOLE] * 3)
     grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
-    reads, num_views = camera_reads(views, grid, (4, 6), None)
+    reads, num_views = BEVFormer(grid, 4).camera_reads(views, (4, 6))
     tokens = torch.tensor([1.0, 4.0, 100.0])[:, None, None, None].expand(3, 4, 6, 4)
     read = module(torch.zeros(56, 4), tokens, reads, num_views.flatten())[:, 0].view(8, 7)
     inner = read[5:, 2:5]  # far from the images' borders, where a token fades out
@@ -216,7 +213,7 @@ def test_the_cross_attention_of_equal_weights_is_the_mean_of_levels_and_cameras(
 
 def test_a_query_that_no_camera_sees_reads_nothing() -> None:
     module = cross_only()
-    reads, num_views = camera_reads(one_camera(), GRID, (4, 6), None)
+    reads, num_views = BEVFormer(GRID, 4).camera_reads(one_camera(), (4, 6))
     unseen = num_views[0] == 0
     assert unseen.any() and not unseen.all()
     read = module(torch.randn(20, 8), torch.ones(1, 4, 6, 8), reads, num_views.flatten())
@@ -229,18 +226,21 @@ def test_a_centre_behind_the_camera_is_read_nowhere_although_its_column_is_seen(
     grid = VoxelGrid((4, 1, 1), (-4, -1, -1), (4, 1, 1))
     down = np.array([[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
     views = views_of([down], [PINHOLE])
-    reads, num_views = camera_reads(views, grid, (4, 6), None)
+    reads, num_views = BEVFormer(grid, 4).camera_reads(views, (4, 6))
     assert num_views.tolist() == [[1]]
     assert (reads.anchors[0, :, 0] > -1).tolist() == [True, True, False, False]
-    compat, _ = camera_reads(views, grid, (4, 6), "simple-bev")
-    torch.testing.assert_close(compat.anchors[0, 2], compat.anchors[0, 1])  # on the axis the clamp changes nothing
+    reference, _ = ReferenceBEVFormer(grid, 4).camera_reads(views, (4, 6))
+    torch.testing.assert_close(
+        reference.anchors[0, 2], reference.anchors[0, 1]
+    )  # on the axis the clamp changes nothing
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.sampled_from(COMPATS))
-def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, compat: str | None) -> None:
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.sampled_from(KINDS))
+def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, kind: type[BEVFormer]) -> None:
     views = random_views(seed, batch, cams)
-    reads, num_views = camera_reads(views, GRID, (4, 6), compat)
+    reads, num_views = kind(GRID, 4).camera_reads(views, (4, 6))
+    compat = kind is ReferenceBEVFormer
     centers = torch.from_numpy(GRID.voxel_centers()).double().permute(1, 2, 0, 3)
     anchors, seen = deformable_twin.project(views, centers, (4, 6), compat)
     assert torch.equal(num_views, seen.sum(1).flatten(1))
@@ -267,11 +267,11 @@ def test_a_camera_of_degenerate_intrinsics_neither_reads_nor_breaks() -> None:
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("levels", [1, 2, 3, 8])
-def test_it_is_the_looped_twin(levels: int, compat: str | None) -> None:
+def test_it_is_the_looped_twin(levels: int, kind: type[BEVFormer]) -> None:
     grid = VoxelGrid((levels, 4, 3), (-2, -8, -7), (2, 8, 7))
-    model = random_model(grid=grid, compat=compat, dtype=torch.float64)
+    model = random_model(grid=grid, kind=kind, dtype=torch.float64)
     views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
     with torch.no_grad():
         exact = deformable_twin.run(model, features, views)
@@ -301,16 +301,16 @@ def test_gradients_are_the_looped_twins_recomputed_or_not() -> None:
     assert len(calls) == 2 + 1
 
 
-@pytest.mark.parametrize("compat", COMPATS)
-def test_two_samples_are_two_of_one_unless_the_references_defect_is_asked_for(compat: str | None) -> None:
-    model = random_model(compat=compat)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_samples_are_two_of_one_unless_the_references_defect_is_asked_for(kind: type[BEVFormer]) -> None:
+    model = random_model(kind=kind)
     views, features = random_views(2, 2, 3), random_features(2, 3, 8)
     alone = [Views(*(getattr(views, n)[b : b + 1] for n in ("images", "intrinsics", "cam_from_grid"))) for b in (0, 1)]
     with torch.no_grad():
         both = model(features, views)
         each = [model(features[b : b + 1], alone[b])[0] for b in (0, 1)]
     torch.testing.assert_close(both[0], each[0], atol=1e-5, rtol=1e-5)
-    if compat is None:
+    if kind is BEVFormer:
         torch.testing.assert_close(both[1], each[1], atol=1e-5, rtol=1e-5)
     else:
         assert (both[1] - each[1]).abs().max() > 0.1
@@ -357,9 +357,9 @@ def without_kinks(model: BEVFormer, monkeypatch: pytest.MonkeyPatch) -> None:
     def centred(reads: Reads) -> Reads:
         return replace(reads, anchors=reads.anchors.floor() + 0.5)
 
-    neighbours, cameras = bevformer.neighbour_reads, bevformer.camera_reads
+    neighbours, cameras = bevformer.neighbour_reads, BEVFormer.camera_reads
     monkeypatch.setattr(bevformer, "neighbour_reads", lambda *given: centred(neighbours(*given)))
-    monkeypatch.setattr(bevformer, "camera_reads", lambda *given: (centred(cameras(*given)[0]), cameras(*given)[1]))
+    monkeypatch.setattr(BEVFormer, "camera_reads", lambda *given: (centred(cameras(*given)[0]), cameras(*given)[1]))
 
 
 @pytest.mark.slow
@@ -426,8 +426,6 @@ def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_ne
 def test_channels_that_4_heads_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, choose a multiple"):
         BEVFormer(GRID, 6)
-    with pytest.raises(ValueError, match="compat 'lss'"):
-        BEVFormer(GRID, 8, "lss")
 
 
 def test_views_of_another_shape_are_refused() -> None:

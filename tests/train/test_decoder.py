@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from occfeat_train.networks.decoder import BasicBlock, BEVDecoder, ShortcutConv, UpAdd
-from occfeat_train.ops.norms import InstanceNorm
+from occfeat_train.ops.instance_norm import InstanceNorm
 
 
 def parameters(*modules: nn.Module) -> int:

@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from occfeat_train.networks.network import LIFTINGS
-from occfeat_train.ops import deformable, lifting, norms
+from occfeat_train.config import LIFTINGS
+from occfeat_train.ops import deformable, instance_norm, mean_over_views
 from occfeat_train.tasks import heads
 from tests.train.interpreted import LIFTING, interpreted
 from tests.train.test_batch import make_batch
 from tests.train.test_tasks import CONFIG, task_of
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = [LIFTING, *(f"occfeat_train.ops.{name}" for name in ("norm_kernels", "head_kernels", "deformable_triton"))]
+KERNELS = [
+    LIFTING,
+    *(f"occfeat_train.ops.{name}" for name in ("instance_norm_triton", "head_triton", "deformable_triton")),
+]
 
 
 def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[str, Tensor], set[torch.dtype]]:
@@ -30,12 +33,12 @@ def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[st
             module.p = 0.0
     dtypes: set[torch.dtype] = set()
     for module in task.modules():
-        if isinstance(module, norms.InstanceNorm):
+        if isinstance(module, instance_norm.InstanceNorm):
             module.register_forward_hook(lambda module, given, out: dtypes.add(out.dtype))
     with contextlib.ExitStack() as stack:
         if with_kernels:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            for module in (norms, heads, deformable, lifting):
+            for module in (instance_norm, heads, deformable, mean_over_views):
                 patch.setattr(module, "runs_triton", lambda device: True)
             for kernels in KERNELS:
                 stack.enter_context(interpreted(kernels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,14 +16,14 @@ from torch import Tensor
 from occfeat_targets.cache.geometry import rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks.simplebev import SimpleBEV
-from occfeat_train.ops.lifting import lift, lift_torch
+from occfeat_train.ops.mean_over_views import lift, lift_torch
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceSimpleBEV
 from tests.train.interpreted import HAS_TRITON, lift_interpreted
 from tests.train.lifting_twin import lift_dense
 
 WAYS = [lift_torch, *([lift_interpreted] if HAS_TRITON else [])]
 BACKENDS = [pytest.param(way, id=name) for way, name in zip(WAYS, ("torch", "triton"), strict=False)]
-COMPATS = [None, "simple-bev"]
 SIZE = (40, 60)  # height, width [px]; maps are 4 x 6 tokens of 10 x 10 px
 GRID = VoxelGrid((3, 8, 7), (-2, -8, -7), (2, 8, 7))
 FORWARD = np.array([[1, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])  # at the origin
@@ -30,6 +31,18 @@ BACKWARD = FORWARD * np.array([[-1], [1], [-1], [1]])
 PINHOLE = np.array([[30, 0, 30], [0, 30, 20], [0, 0, 1.0]])
 
 Lift = Callable[..., Tensor]
+
+
+def lift_reference(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
+    """With the defects of the reference repository."""
+    return ReferenceSimpleBEV(grid, features.shape[2]).lift(features, views)
+
+
+WITH_REFERENCE = [*BACKENDS, pytest.param(lift_reference, id="reference")]
+
+
+def twin_of(function: Lift) -> Lift:
+    return partial(lift_dense, compat="simple-bev") if function is lift_reference else lift_dense
 
 
 def views_of(cameras: list[np.ndarray], pinholes: list[np.ndarray], size: tuple[int, int] = SIZE) -> Views:
@@ -83,22 +96,18 @@ def pixels(grid: VoxelGrid = GRID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return u, v, (forward > 0) & (u >= 0) & (u < SIZE[1]) & (v >= 0) & (v < SIZE[0])
 
 
-def value_and_gradient(
-    function: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None
-) -> list[Tensor]:
+def value_and_gradient(function: Lift, features: Tensor, views: Views, grid: VoxelGrid) -> list[Tensor]:
     leaf = features.clone().requires_grad_()
-    volume = function(leaf, views, grid, compat)
+    volume = function(leaf, views, grid)
     weight = torch.randn(volume.shape, generator=torch.Generator().manual_seed(1)).to(volume)
     (volume * weight).sum().backward()
     assert leaf.grad is not None
     return [volume.detach(), leaf.grad]
 
 
-def assert_equal_to(
-    expected: Lift, found: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None
-) -> None:
-    exact = value_and_gradient(expected, features.double(), views, grid, compat)
-    for a, b in zip(value_and_gradient(found, features, views, grid, compat), exact, strict=True):
+def assert_equal_to_twin(function: Lift, features: Tensor, views: Views, grid: VoxelGrid) -> None:
+    exact = value_and_gradient(twin_of(function), features.double(), views, grid)
+    for a, b in zip(value_and_gradient(function, features, views, grid), exact, strict=True):
         scale = max(1.0, b.abs().max().item())
         torch.testing.assert_close(a.double(), b, atol=1e-5 * scale, rtol=0)
 
@@ -151,31 +160,6 @@ def test_the_image_is_half_open(function: Lift) -> None:
 
 
 @pytest.mark.parametrize("function", BACKENDS)
-def test_the_reference_stretches_the_map_and_fades_at_its_border(function: Lift) -> None:
-    """u = 30 + 10 i is x = 3 + i in feature pixels, sampled at 6 / 5 x - 0.5; row 2 of 4 is sampled at 8 / 3 - 0.5."""
-    grid = VoxelGrid((1, 1, 9), (-1, 2, -4.5), (1, 4, 4.5))
-    ramp = torch.arange(1.0, 7).expand(1, 1, 1, 4, 6)
-    volume = by_voxel(function(ramp, one_camera(), grid, "simple-bev"), grid).flatten()
-    # x = -1, 0, ... 7: beside the map, half of token 1, then the ramp at 0.7, 1.9, 3.1, 4.3, and x = 6 is beyond 5.5
-    expected = torch.tensor([0, 0.5, 1.7, 2.9, 4.1, 5.3, 0.5 * 6, 0, 0]) / (1 + 1e-6)
-    torch.testing.assert_close(volume, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("function", BACKENDS)
-def test_the_reference_counts_a_view_beyond_the_image_and_none_beyond_the_maps_weight(function: Lift) -> None:
-    """Of 2 tokens a row the index is 2 x - 0.5: x = -0.4 has none of its weight on the map, x = -0.2 a tenth."""
-    pinhole = np.array([[0, 0, 0], [0, 0, 20], [0, 0, 1.0]])
-    grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))
-    ones = torch.ones(1, 2, 1, 2, 2)
-    found = []
-    for x in (-0.6, -0.4, -0.2, 0.5):
-        pinholes = [pinhole + np.array([[0, 0, at * 30], [0, 0, -5], [0, 0, 0]]) for at in (x, 0.5)]
-        found.append(function(ones, views_of([FORWARD] * 2, pinholes), grid, "simple-bev").item())
-    # the other view is at row index 2 * 0.75 - 0.5 = 1, column 0.5: all of its weight
-    np.testing.assert_allclose(found, [1 / (1 + 1e-6), 1 / (1 + 1e-6), 1.1 / 2, 2 / 2], rtol=2e-6)
-
-
-@pytest.mark.parametrize("function", BACKENDS)
 def test_a_grid_that_no_camera_sees_gives_zeros_and_no_gradient(function: Lift) -> None:
     features = random_features(cams=1).requires_grad_()
     volume = function(features, one_camera(), VoxelGrid((2, 3, 4), (-2, -8, -7), (2, -1, 7)))
@@ -198,18 +182,14 @@ def test_channels_are_heights_then_features_and_lie_last_in_memory() -> None:
 # -- the dense twin ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compat", COMPATS)
-@pytest.mark.parametrize("function", BACKENDS)
-def test_values_and_gradients_equal_the_dense_twins(function: Lift, compat: str | None) -> None:
-    assert_equal_to(lift_dense, function, random_features(2), random_views(0, batch=2), GRID, compat)
+@pytest.mark.parametrize("function", WITH_REFERENCE)
+def test_values_and_gradients_equal_the_dense_twins(function: Lift) -> None:
+    assert_equal_to_twin(function, random_features(2), random_views(0, batch=2), GRID)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compat", COMPATS)
 @pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(
-    dtype: torch.dtype, place: float, compat: str | None
-) -> None:
+def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(dtype: torch.dtype, place: float) -> None:
     """Six 28x50 maps of 128 channels to 8x200x200. place: half a last digit, or what float32 sums are off by."""
     features, views = random_features(1, 6, 128, 28, 50).to(dtype), ring_of_six()
     shape = (1, 8 * 128, 200, 200)
@@ -218,7 +198,7 @@ def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(
 
     def run(function: Lift, leaf: Tensor) -> tuple[Tensor, Tensor]:
         leaf.requires_grad_()
-        volume = function(leaf, views, VoxelGrid(), compat)
+        volume = function(leaf, views, VoxelGrid())
         volume.backward(weight.to(volume.dtype))
         assert leaf.grad is not None
         return volume.detach(), leaf.grad
@@ -240,8 +220,7 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 9))
     channels=st.integers(1, 40),
     size=st.tuples(st.integers(2, 6), st.integers(2, 6)),
     shape=shapes,
-    compat=st.sampled_from(COMPATS),
-    function=st.sampled_from(WAYS),
+    function=st.sampled_from([*WAYS, lift_reference]),
 )
 def test_any_rig_on_any_grid_equals_the_dense_twin(
     seed: int,
@@ -249,12 +228,11 @@ def test_any_rig_on_any_grid_equals_the_dense_twin(
     channels: int,
     size: tuple[int, int],
     shape: tuple[int, int, int],
-    compat: str | None,
     function: Lift,
 ) -> None:
     grid = VoxelGrid(shape, (-2.1, -9.3, -8.7), (2.3, 8.9, 9.1))
     features = random_features(cams=cams, channels=channels, h=size[0], w=size[1], seed=seed)
-    assert_equal_to(lift_dense, function, features, random_views(seed, cams=cams), grid, compat)
+    assert_equal_to_twin(function, features, random_views(seed, cams=cams), grid)
 
 
 odd = st.sampled_from([0.0, 1e-12, -1e-12, 1e12, -1e12, 30.0, -30.0, 1e300])
@@ -266,28 +244,27 @@ odd = st.sampled_from([0.0, 1e-12, -1e-12, 1e12, -1e12, 30.0, -30.0, 1e300])
     focal=st.tuples(odd, odd),
     center=st.tuples(odd, odd),
     seed=st.integers(0, 9),
-    compat=st.sampled_from(COMPATS),
     function=st.sampled_from([way for way in WAYS if way is not lift_torch]),
 )
 def test_degenerate_intrinsics_give_finite_values_and_all_paths_agree(
-    focal: tuple[float, float], center: tuple[float, float], seed: int, compat: str | None, function: Lift
+    focal: tuple[float, float], center: tuple[float, float], seed: int, function: Lift
 ) -> None:
     views = random_views(seed, cams=2)
     pinhole = np.array([[focal[0], 0, center[0] + 0.25], [0, focal[1], center[1] + 0.25], [0, 0, 1]])
     views.intrinsics[0, 0] = torch.from_numpy(pinhole)
-    found = value_and_gradient(function, random_features(cams=2), views, GRID, compat)
-    expected = value_and_gradient(lift_torch, random_features(cams=2), views, GRID, compat)
+    found = value_and_gradient(function, random_features(cams=2), views, GRID)
+    expected = value_and_gradient(lift_torch, random_features(cams=2), views, GRID)
     for a, b in zip(found, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("compat", COMPATS)
-def test_gradcheck(compat: str | None) -> None:
+@pytest.mark.parametrize("function", [lift, lift_reference])
+def test_gradcheck(function: Lift) -> None:
     grid = VoxelGrid((2, 3, 3), (-1, 0, -3), (1, 6, 3))
     features = random_features(cams=2, channels=2, h=2, w=3).double().requires_grad_()
     views = views_of([FORWARD, FORWARD], [PINHOLE, PINHOLE * [[0.7], [1.2], [1]]])
-    assert torch.autograd.gradcheck(lambda f: lift(f, views, grid, compat), features)
+    assert torch.autograd.gradcheck(lambda f: function(f, views, grid), features)
 
 
 # -- what does not change the result ----------------------------------------------------------------------------------
@@ -305,7 +282,7 @@ def test_a_mirrored_image_with_its_mirrored_map_gives_the_same_volume(function: 
 @pytest.mark.parametrize("function", BACKENDS)
 def test_a_batch_equals_its_samples_one_by_one(function: Lift) -> None:
     samples, features = [random_views(seed) for seed in (4, 5, 6)], random_features(3)
-    together = value_and_gradient(function, features, stack(samples), GRID, None)
+    together = value_and_gradient(function, features, stack(samples), GRID)
     weights = torch.randn(together[0].shape, generator=torch.Generator().manual_seed(1))
     for b, views in enumerate(samples):
         leaf = features[b : b + 1].clone().requires_grad_()
@@ -318,15 +295,14 @@ def test_a_batch_equals_its_samples_one_by_one(function: Lift) -> None:
 
 def test_the_number_of_threads_changes_no_bit(three_threads: None) -> None:
     views, features, grid = random_views(7, batch=2), random_features(2, channels=32), VoxelGrid((4, 37, 23))
-    threaded = [value_and_gradient(lift, features, views, grid, None) for _ in range(3)]
+    threaded = [value_and_gradient(lift, features, views, grid) for _ in range(3)]
     torch.set_num_threads(1)
-    serial = value_and_gradient(lift, features, views, grid, None)
+    serial = value_and_gradient(lift, features, views, grid)
     for found in threaded:
         assert all(torch.equal(a, b) for a, b in zip(found, serial, strict=True))
-    plain = value_and_gradient(lift_torch, features, views, grid, None)
+    plain = value_and_gradient(lift_torch, features, views, grid)
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(plain, value_and_gradient(lift_torch, features, views, grid, None), strict=True)
+        torch.equal(a, b) for a, b in zip(plain, value_and_gradient(lift_torch, features, views, grid), strict=True)
     )
 
 
@@ -408,22 +384,22 @@ def test_autocast_keeps_the_encoders_bfloat16() -> None:
 def test_a_compiled_network_lifts_outside_the_graph(function: Lift) -> None:
     views = random_views(11)
 
-    def step(features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> Tensor:
-        return function(features * 2, views, grid, compat) + 1
+    def step(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
+        return function(features * 2, views, grid) + 1
 
-    expected = value_and_gradient(step, random_features(), views, GRID, None)
-    found = value_and_gradient(torch.compile(step, backend="eager"), random_features(), views, GRID, None)
+    expected = value_and_gradient(step, random_features(), views, GRID)
+    found = value_and_gradient(torch.compile(step, backend="eager"), random_features(), views, GRID)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("compat", COMPATS)
-def test_a_gpu_equals_the_cpu(compat: str | None) -> None:
+@pytest.mark.parametrize("function", [lift, lift_reference])
+def test_a_gpu_equals_the_cpu(function: Lift) -> None:
     features, views = random_features(2), random_views(13, batch=2)
     on_gpu = Views(views.images.cuda(), views.intrinsics.cuda(), views.cam_from_grid.cuda())
     leaf, copy = features.clone().requires_grad_(), features.cuda().requires_grad_()
-    expected, found = lift(leaf, views, GRID, compat), lift(copy, on_gpu, GRID, compat)
+    expected, found = function(leaf, views, GRID), function(copy, on_gpu, GRID)
     weight = torch.randn(expected.shape)
     expected.backward(weight)
     found.backward(weight.cuda())
@@ -436,25 +412,18 @@ def test_a_gpu_equals_the_cpu(compat: str | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compat": "lss"}, "compat 'lss': expected None or 'simple-bev'"),
         (
             {"features": torch.ones(2, 3, 4, 6)},
             r"features of shape \(2, 3, 4, 6\), torch.float32: expected float \(B, V",
         ),
         ({"features": torch.ones(1, 3, 2, 4, 6)}, r"images of shape \(1, 2, 3, 40, 60\) beside .*: expected \(1, 3,"),
-        ({"features": torch.ones(1, 2, 2, 1, 6), "compat": "simple-bev"}, "1x6 tokens: expected at least 2x2"),
         ({"intrinsics": torch.ones(1, 2, 4, 4)}, r"intrinsics of shape \(1, 2, 4, 4\) .*: expected \(1, 2, 3, 3\)"),
         ({"cam_from_grid": torch.ones(2, 4, 4)}, r"cam_from_grid of shape \(2, 4, 4\) .*: expected \(1, 2, 4, 4\)"),
+        ({"area": torch.ones(2, 4)}, r"area of shape \(2, 4\) .*: expected \(1, 2, 4\)"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(function: Lift, change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"features": torch.ones(1, 2, 2, 4, 6), "compat": None}
-    views = replace(random_views(0, cams=2), **{k: v for k, v in change.items() if k not in arguments})
-    arguments |= {k: v for k, v in change.items() if k in arguments}
+    arguments: dict[str, object] = {"features": torch.ones(1, 2, 2, 4, 6), **change}
+    features = arguments.pop("features")
     with pytest.raises(ValueError, match=message):
-        function(arguments["features"], views, GRID, arguments["compat"])
-
-
-def test_a_module_of_another_compat_is_refused() -> None:
-    with pytest.raises(ValueError, match="compat 'SimpleBEV': expected None or 'simple-bev'"):
-        SimpleBEV(GRID, 4, compat="SimpleBEV")
+        function(features, replace(random_views(0, cams=2), **arguments), GRID)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,13 @@ from torch import nn
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.config import LIFTINGS, lifting_class
 from occfeat_train.data.augment import transform_intrinsics
 from occfeat_train.networks.decoder import BEVDecoder
-from occfeat_train.networks.network import LIFTINGS, BEVNetwork, build_network, grid_mirror
+from occfeat_train.networks.network import BEVNetwork, build_network, grid_mirror
 from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceSimpleBEV
 from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
 
@@ -70,10 +73,10 @@ def augmented(mirror: list[list[bool]]) -> Views:
     )
 
 
-def mirrorable_network(lifting: str, compat: str | None) -> BEVNetwork:
+def mirrorable_network(lifting: str, compat: str = "none") -> BEVNetwork:
     """Of weights, in float64, of a size that matters everywhere, learned places among them; F_B is the lifted map."""
     torch.manual_seed(2)
-    lifted = LIFTINGS[lifting](OFF_CENTRE, 8, compat)
+    lifted = pkgutil.resolve_name(lifting_class(lifting, compat))(OFF_CENTRE, 8)
     for name, parameter in lifted.named_parameters():
         if not name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
@@ -82,7 +85,7 @@ def mirrorable_network(lifting: str, compat: str | None) -> BEVNetwork:
     return BEVNetwork(MirrorableEncoder(lifted.feature_channels), lifted, nn.Identity()).double().eval()
 
 
-@pytest.mark.parametrize("compat", [None, "simple-bev"])
+@pytest.mark.parametrize("compat", ["none", "simple-bev"])
 @pytest.mark.parametrize("lifting", LIFTINGS)
 def test_a_mirrored_image_gives_the_same_map_whatever_the_lifting_and_its_weights(lifting, compat):
     network = mirrorable_network(lifting, compat)
@@ -103,7 +106,7 @@ def test_two_processes_of_which_one_sees_mirrored_images_have_the_same_maps_and_
 
 
 def test_gradients_of_a_mirrored_view_come_back_to_its_columns():
-    network, grads = mirrorable_network("simplebev", None), []
+    network, grads = mirrorable_network("simplebev"), []
     for mirror in (False, True):
         views = augmented([[mirror, False], [False, mirror]])
         views.images.requires_grad_()
@@ -198,8 +201,8 @@ def test_a_built_network_gives_a_channels_last_map_of_the_grid(lifting):
 def test_options_reach_their_modules():
     network = build_network(OFF_CENTRE, "efficientnet-b0", channels=16, drop_connect=0.44, compat="simple-bev")
     assert network.encoder.backbone.blocks[10].projection.dropout.rate == pytest.approx(0.4)
-    assert network.lifting.compat == "simple-bev"
-    with pytest.raises(ValueError, match="lifting 'splat': one of simplebev, bevformer, lss expected"):
+    assert isinstance(network.lifting, ReferenceSimpleBEV)
+    with pytest.raises(ValueError, match="lifting='splat': one of simplebev, bevformer, lss expected"):
         build_network(OFF_CENTRE, "efficientnet-b0", lifting="splat")
 
 

@@ -18,7 +18,7 @@ from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.spec import CAMERAS
 from occfeat_train.cli import main
-from occfeat_train.networks.network import LIFTINGS
+from occfeat_train.config import LIFTINGS
 from occfeat_train.training.checkpoint import find_checkpoint
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.train.reference_seeds import GOLDEN, seeded_state_dict

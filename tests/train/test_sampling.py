@@ -11,11 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occfeat_targets.cache.geometry import project, rigid, transform
-from occfeat_train.ops.sampling import (
-    sample_voxel_features,
-    sample_voxel_features_numpy,
-    sample_voxel_features_torch,
-)
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_numpy
 
 SIZE = (40, 60)  # height, width [px]; maps below are 4 x 6 tokens, of 10 x 10 px each
 BACKENDS = ["numba", "torch"]
@@ -25,12 +21,17 @@ BACKWARD = FORWARD * np.array([[-1], [1], [-1], [1]])
 PINHOLE = np.array([[30, 0, 30], [0, 30, 20], [0, 0, 1.0]])
 
 
-def sample(backend: str, *arguments: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def sample(
+    backend: str, features: np.ndarray, scale: np.ndarray | None, *arguments: Any, dtype: str = "float16"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plain torch takes features that are multiplied by their scale, and gives float32."""
     if backend == "numba":
-        return sample_voxel_features_numpy(*arguments, **options)
-    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    features, views = sample_voxel_features_torch(*tensors, **options)
-    return features.numpy(), views.numpy()
+        return sample_voxel_features_numpy(features, scale, *arguments, dtype=dtype)  # type: ignore[arg-type]
+    if scale is not None:
+        features = features * scale[..., None].astype(np.float32)
+    tensors = [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in (features, *arguments)]
+    found, views = sample_voxel_features(*tensors)
+    return found.numpy().astype(dtype), views.numpy()
 
 
 def point_at(u: float, v: float, depth: float = 5.0) -> tuple[float, float, float]:
@@ -202,39 +203,13 @@ def test_one_view_equals_grid_sample_with_its_border_padding(backend: str) -> No
     np.testing.assert_allclose(features, expected[0, :, 0].T.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_equals_its_samples_one_by_one(backend: str) -> None:
-    scenes = [scene(seed, n=n) for seed, n in ((5, 40), (6, 1), (7, 300))]
-    maps, cameras, pinholes = (np.stack(parts) for parts in zip(*(s[:3] for s in scenes), strict=True))
-    # sample 1 has no voxel at all; the middle scene's goes to sample 0
-    centers, index = np.concatenate([s[3] for s in scenes]), np.repeat([0, 2], [41, 300])
-    together = sample(backend, maps, None, cameras, pinholes, SIZE, centers, index)
-    for b in (0, 2):
-        alone = sample(backend, maps[b], None, cameras[b], pinholes[b], SIZE, centers[index == b])
-        np.testing.assert_array_equal(together[0][index == b], alone[0])
-        np.testing.assert_array_equal(together[1][index == b], alone[1])
-
-
-def test_tensors_on_a_cpu_take_the_fused_path() -> None:
-    maps, cameras, pinholes, centers = scene(8)
-    expected = sample_voxel_features_numpy(maps, None, cameras, pinholes, SIZE, centers)
-    tensors = (torch.from_numpy(a) for a in (cameras, pinholes))
-    features, views = sample_voxel_features(
-        torch.from_numpy(maps), None, *tensors, SIZE, torch.from_numpy(centers).requires_grad_()
-    )
-    assert features.dtype == torch.float16
-    assert not features.requires_grad
-    np.testing.assert_array_equal(features.numpy(), expected[0])
-    np.testing.assert_array_equal(views.numpy(), expected[1])
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_equals_the_cpu() -> None:
     maps, cameras, pinholes, centers = scene(9, n=500)
     tensors = [torch.from_numpy(a) for a in (maps, cameras, pinholes, centers)]
-    on_cpu = sample_voxel_features(tensors[0], None, *tensors[1:3], SIZE, tensors[3], dtype="float32")
+    on_cpu = sample_voxel_features(*tensors[:3], SIZE, tensors[3])
     tensors = [t.cuda() for t in tensors]
-    on_gpu = sample_voxel_features(tensors[0], None, *tensors[1:3], SIZE, tensors[3], dtype="float32")
+    on_gpu = sample_voxel_features(*tensors[:3], SIZE, tensors[3])
     assert on_gpu[0].is_cuda
     torch.testing.assert_close(on_gpu[0].cpu(), on_cpu[0], atol=1e-4, rtol=1e-4)
     assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
@@ -247,26 +222,33 @@ def test_a_gpu_equals_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: random_maps(4, 6, 8)}, r"features of shape \(4, 6, 8\) without a batch_index: expected \(cams, h, w, C\)"),
-        ({6: np.zeros(3, np.int64)}, "with a batch_index: expected"),
+        ({0: random_maps(4, 6, 8)}, r"features of shape \(4, 6, 8\): expected \(V, h, w, C\)"),
         ({2: FORWARD[None]}, r"cam_from_grid of shape \(1, 4, 4\) .*: expected \(2, 4, 4\)"),
         ({3: PINHOLE}, r"intrinsics of shape \(3, 3\) .*: expected \(2, 3, 3\)"),
         ({5: np.zeros((3, 4), np.float32)}, r"centers of shape \(3, 4\) .*: expected \(3, 3\)"),
-        ({1: np.ones((2, 4, 6), np.float16)}, "int8 needs feature_scale, other types must not have it"),
-        ({0: np.ones((2, 4, 6, 8), np.int8)}, "int8 needs feature_scale"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(backend: str, changes: dict[int, Any], message: str) -> None:
     arguments: list[Any] = [random_maps(2, 4, 6, 8), None, np.stack([FORWARD] * 2), np.stack([PINHOLE] * 2), SIZE]
-    arguments += [np.zeros((3, 3), np.float32), None]
+    arguments += [np.zeros((3, 3), np.float32)]
     for position, value in changes.items():
         arguments[position] = value
     with pytest.raises(ValueError, match=message):
         sample(backend, *arguments)
 
 
-@pytest.mark.parametrize("index", [[0, 1, 0], [-1, 0, 1], [0, 1, 2]])
-def test_a_batch_index_that_decreases_or_leaves_the_batch_is_refused(index: list[int]) -> None:
-    maps, cameras, pinholes = random_maps(2, 1, 4, 6, 8), np.stack([FORWARD[None]] * 2), np.stack([PINHOLE[None]] * 2)
-    with pytest.raises(ValueError, match=r"batch_index decreases or leaves 0\.\.1"):
-        sample_voxel_features_numpy(maps, None, cameras, pinholes, SIZE, np.zeros((3, 3), np.float32), np.array(index))
+@pytest.mark.parametrize(
+    ("features", "scale", "message"),
+    [
+        (
+            random_maps(1, 4, 6, 8),
+            np.ones((1, 4, 6), np.float16),
+            "int8 needs feature_scale, other types must not have it",
+        ),
+        (np.ones((1, 4, 6, 8), np.int8), None, "int8 needs feature_scale"),
+        (np.ones((1, 4, 6, 8)), None, "features are float64: expected float16, float32, or int8"),
+    ],
+)
+def test_features_of_another_type_are_refused(features: np.ndarray, scale: np.ndarray | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_voxel_features_numpy(features, scale, FORWARD[None], PINHOLE[None], SIZE, np.zeros((3, 3), np.float32))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.networks.lss import LSS, depth_bins, find_points
+from occfeat_train.networks.lss import LSS, depth_bins
 from occfeat_train.ops.views import Views
+from occfeat_train.simple_bev.quirks import ReferenceLSS
 from tests.train.splat_twin import splat_dense
 from tests.train.test_lifting import FORWARD, PINHOLE, one_camera, random_features, random_views, views_of
 
@@ -58,21 +59,21 @@ def test_a_token_with_one_certain_depth_is_splatted_into_the_cell_that_it_sees()
     lifted = lss(features, one_camera())
     forward, right = depths[k].item(), ((column + 0.5) * 10 - 30) / 30 * depths[k].item()
     cell = (int(forward + 10), int(right + 10))
-    points = find_points(one_camera(), 0, grid, (h, w), None)
+    points = lss.find_points(one_camera(), 0, (h, w))
     in_cell = points.starts.diff().view(20, 20)[cell].item()
     assert lifted.abs().sum((0, 1)).nonzero().tolist() == [list(cell)]
     torch.testing.assert_close(lifted[0, :, *cell], torch.tensor([7.0, -3.0]) / in_cell)
 
 
-def test_shares_of_the_points_sum_to_1_per_voxel_and_with_compat_to_at_most_1_per_cell() -> None:
+def test_shares_of_the_points_sum_to_1_per_voxel_and_in_the_reference_to_at_most_1_per_cell() -> None:
     views = random_views(3, 1, 3)
-    points = find_points(views, 0, GRID, (4, 6), None)
+    points = LSS(GRID, 1).find_points(views, 0, (4, 6))
     total, counts = points.shares.sum().item(), points.starts.diff()
     assert len(points.places) == points.starts[-1] > 20
     assert total == pytest.approx(round(total))  # the number of voxels with points
     assert total > (counts > 0).sum()  # some cells have several such voxels
-    compat = find_points(views, 0, GRID, (4, 6), "simple-bev")
-    assert compat.shares.sum() < (compat.starts.diff() > 0).sum() + 1e-9
+    reference = ReferenceLSS(GRID, 1).find_points(views, 0, (4, 6))
+    assert reference.shares.sum() < (reference.starts.diff() > 0).sum() + 1e-9
 
 
 def test_a_camera_that_sees_no_voxel_gives_zeros() -> None:
@@ -81,22 +82,6 @@ def test_a_camera_that_sees_no_voxel_gives_zeros() -> None:
     lifted = LSS(GRID, 5)(random_input(cams=1), views_of([away], [PINHOLE]))
     assert lifted.shape == (1, 5, 8, 7)
     assert not lifted.any()
-
-
-def test_the_references_voxel_index_is_truncated() -> None:
-    """Its index is an integer at voxel centres and is truncated. Along up it counts from the top."""
-    from occfeat_train.networks.lss import _voxels
-
-    line = VoxelGrid((1, 1, 4), (-1, -1, 0), (1, 1, 4))
-    rights = torch.tensor([-0.6, -0.4, 0.0, 0.6, 1.4, 1.6, 3.4, 3.6, 4.4, 4.6])
-    index, is_inside = _voxels(torch.stack([rights, *[torch.zeros(10)] * 2], 1), line, "simple-bev")
-    assert is_inside.tolist() == [False] + [True] * 8 + [False]
-    assert index[is_inside].tolist() == [0, 0, 0, 0, 1, 2, 3, 3]
-    column = VoxelGrid((4, 1, 1), (0, -1, -1), (4, 1, 1))
-    ups = torch.tensor([-0.6, -0.4, 0.4, 0.6, 2.4, 2.6, 4.4, 4.6])
-    index, is_inside = _voxels(torch.stack([*[torch.zeros(8)] * 2, ups], 1), column, "simple-bev")
-    assert is_inside.tolist() == [False, True, True, True, True, True, True, False]
-    assert index[is_inside].tolist() == [0, 0, 1, 2, 3, 3]
 
 
 # -- against the outer product ----------------------------------------------------------------------------------------
@@ -125,20 +110,20 @@ def test_gradients_equal_the_outer_products() -> None:
     torch.testing.assert_close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("compat", [None, "simple-bev"])
-def test_lss_passes_gradcheck(compat: str | None) -> None:
+@pytest.mark.parametrize("lifting", [LSS, ReferenceLSS])
+def test_lss_passes_gradcheck(lifting: type[LSS]) -> None:
     views, features = random_views(1, 1, 2), random_input(1, 2, 2, 2, 3).double().requires_grad_()
-    lss = LSS(GRID, 2, compat)
+    lss = lifting(GRID, 2)
     assert torch.autograd.gradcheck(lambda given: lss(given, views), (features,))
 
 
 # -- invariances ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compat", [None, "simple-bev"])
-def test_a_batch_of_two_equals_two_batches_of_one(compat: str | None) -> None:
+@pytest.mark.parametrize("lifting", [LSS, ReferenceLSS])
+def test_a_batch_of_two_equals_two_batches_of_one(lifting: type[LSS]) -> None:
     views, features = random_views(2, 2, 3), random_input(2)
-    lss = LSS(GRID, 5, compat)
+    lss = lifting(GRID, 5)
     both = lss(features, views)
     for b in range(2):
         alone = Views(*(getattr(views, name)[b : b + 1] for name in FIELDS))
@@ -185,5 +170,3 @@ def test_wrong_inputs_are_refused() -> None:
         LSS(GRID, 5)(random_features(1, 1, 5), one_camera())
     with pytest.raises(ValueError, match="images of shape"):
         LSS(GRID, 5)(random_input(cams=2), one_camera())
-    with pytest.raises(ValueError, match="compat 'lss'"):
-        LSS(GRID, 5, "lss")

@@ -14,7 +14,7 @@ from occfeat_train.tasks import heads
 from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = "occfeat_train.ops.head_kernels"
+KERNELS = "occfeat_train.ops.head_triton"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

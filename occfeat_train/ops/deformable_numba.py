@@ -1,33 +1,24 @@
 """Numba kernels of deformable attention on a CPU, forward and backward; used by `deformable`.
 
 The channels of a head are contiguous float32. A call processes a range of queries (forward) or one head of one sample
-(backward), and releases the GIL, so that callers can run several calls in threads.
+(backward), and releases the GIL, so that `in_threads` can run several calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from occfeat_train.ops.mean_over_views_numba import bilinear_taps
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-
-
-@numba.njit(inline="always")
-def _taps(x: Any, y: Any, h: Any, w: Any) -> Any:
-    """The four tokens around a sampling point, their bilinear weights, and 0 for each token outside the map."""
-    x0, y0 = int(np.floor(x)), int(np.floor(y))
-    right, lower = np.float32(x - x0), np.float32(y - y0)
-    left, upper = np.float32(1) - right, np.float32(1) - lower
-    is_left, is_right = np.float32(x0 >= 0), np.float32(x0 + 1 < w)
-    is_upper, is_lower = np.float32(y0 >= 0), np.float32(y0 + 1 < h)
-    top, bottom = max(y0, 0) * w, min(y0 + 1, h - 1) * w
-    x0, x1 = max(x0, 0), min(x0 + 1, w - 1)
-    inside = (is_upper * is_left, is_upper * is_right, is_lower * is_left, is_lower * is_right)
-    return (top + x0, top + x1, bottom + x0, bottom + x1), (left, right, upper, lower), inside
 
 
 @numba.njit(inline="always")
@@ -71,7 +62,7 @@ def weighted_samples(
                     y = anchors[pair, p % num_anchors, 1] + places[q, head, p, 1]
                     if not ((x > -1) & (x < w) & (y > -1) & (y < h)):
                         continue
-                    (i0, i1, i2, i3), (left, right, upper, lower), inside = _taps(x, y, h, w)
+                    (i0, i1, i2, i3), (left, right, upper, lower), inside = bilinear_taps(x, y, h, w)
                     w0, w1 = weights[p] * upper * left * inside[0], weights[p] * upper * right * inside[1]
                     w2, w3 = weights[p] * lower * left * inside[2], weights[p] * lower * right * inside[3]
                     t0, t1, t2, t3 = tokens[i0, head], tokens[i1, head], tokens[i2, head], tokens[i3, head]
@@ -108,7 +99,7 @@ def weighted_samples_backward(
                 y = anchors[pair, p % num_anchors, 1] + places[q, head, p, 1]
                 if not ((x > -1) & (x < w) & (y > -1) & (y < h)):
                     continue
-                (i0, i1, i2, i3), (left, right, upper, lower), inside = _taps(x, y, h, w)
+                (i0, i1, i2, i3), (left, right, upper, lower), inside = bilinear_taps(x, y, h, w)
                 weight = weights[p]
                 t0, t1, t2, t3 = tokens[i0, head], tokens[i1, head], tokens[i2, head], tokens[i3, head]
                 s0 = s1 = s2 = s3 = np.float32(0)
@@ -138,3 +129,12 @@ def weighted_samples_backward(
             mean += weights[p] * own[p, 2]
         for p in range(points):
             own[p, 2] = weights[p] * (own[p, 2] - mean)
+
+
+def in_threads(work: Callable[[Any], None], tasks: list[Any]) -> None:
+    """Run all tasks in as many threads as torch uses. Threads of a call (0.1 ms) also exist in a forked process.
+
+    Numba's own threads would reset torch's number of threads (OpenMP), or fail when two threads enter (workqueue).
+    """
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(tasks)) or 1) as pool:
+        list(pool.map(work, tasks))

@@ -57,11 +57,11 @@ class _InstanceNorm(torch.autograd.Function):
 
 
 class _TritonInstanceNorm(torch.autograd.Function):
-    """The same with the kernels of `norm_kernels`; x has any memory format, the result is channels-last."""
+    """The same with the kernels of `instance_norm_triton`; x has any memory format, the result is channels-last."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        from occfeat_train.ops.norm_kernels import normalize
+        from occfeat_train.ops.instance_norm_triton import normalize
 
         rows, out = _rows(x), torch.empty_like(x, memory_format=torch.channels_last)
         ctx.save_for_backward(rows, *normalize(rows, _EPS, _rows(out)))
@@ -70,7 +70,7 @@ class _TritonInstanceNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        from occfeat_train.ops.norm_kernels import normalize_backward
+        from occfeat_train.ops.instance_norm_triton import normalize_backward
 
         out = torch.empty_like(grad, memory_format=torch.channels_last)
         x, mean, scale = ctx.saved_tensors

@@ -1,8 +1,8 @@
-"""Triton kernels of SimpleBEV's lifting: one weighted sum of feature tokens per voxel, and its gradient.
+"""Triton kernels of the lifting: the mean over the views at every voxel, and its gradient.
 
 A program processes a block of one sample's voxels with all channels, and projects the voxels into the cameras itself. No
 list of taps is stored, and the host is not synchronised. Projections are float64. They use the operations of
-`lifting._taps` in the same order, without fusing, so that every implementation finds the same cameras and weights for a
+`views.Cameras` in the same order, without fusing, so that every implementation finds the same cameras and weights for a
 voxel. Sums are float32; tokens and volumes are float32, bfloat16 or float16 and are converted in registers.
 
 The projections into all cameras are computed at once, and those of one camera are selected by a sum over the cameras. The
@@ -27,48 +27,45 @@ _WARPS = 4
 
 def gather_tokens(
     tokens: Tensor,  # (B, V * h * w, C)
-    pixels_from_grid: Tensor,  # (B, V, 3, 4) float64
+    cameras: Tensor,  # (B, V, 20) float64, see `views.Cameras.packed`
     image_size: tuple[int, int],  # height, width [px]
     feature_size: tuple[int, int],  # h, w
-    is_compat: bool,
     axes: tuple[Tensor, Tensor, Tensor],  # float64 centres up (Z,), forward (H,), right (W,) [m]
     volume: Tensor,  # (B, H, W, Z, C) out
 ) -> None:
     """volume[voxel] = sum of weight * tokens[token] over the voxel's taps. All tensors are contiguous and on one GPU."""
-    _launch(_gather, tokens, pixels_from_grid, image_size, feature_size, is_compat, axes, volume)
+    _launch(_gather, tokens, cameras, image_size, feature_size, axes, volume)
 
 
 def scatter_voxels(
     grad: Tensor,  # (B, H, W, Z, C)
-    pixels_from_grid: Tensor,  # (B, V, 3, 4) float64
+    cameras: Tensor,  # (B, V, 20) float64
     image_size: tuple[int, int],  # height, width [px]
     feature_size: tuple[int, int],  # h, w
-    is_compat: bool,
     axes: tuple[Tensor, Tensor, Tensor],  # float64 centres up (Z,), forward (H,), right (W,) [m]
     out: Tensor,  # (B, V * h * w, C) float32, added to
 ) -> None:
     """out[token] += weight * grad[voxel] over the taps of all voxels: the transpose of `gather_tokens`."""
-    _launch(_scatter, out, pixels_from_grid, image_size, feature_size, is_compat, axes, grad)
+    _launch(_scatter, out, cameras, image_size, feature_size, axes, grad)
 
 
 def _launch(
     kernel: Any,
     tokens: Tensor,
-    pixels_from_grid: Tensor,
+    cameras: Tensor,
     image_size: tuple[int, int],
     feature_size: tuple[int, int],
-    is_compat: bool,
     axes: tuple[Tensor, Tensor, Tensor],
     volume: Tensor,
 ) -> None:
     batch, rows, columns, levels, channels = volume.shape
-    cams, voxels = pixels_from_grid.shape[1], rows * columns * levels
+    cams, voxels = cameras.shape[1], rows * columns * levels
     padded_channels, padded_cams = triton.next_power_of_2(channels), triton.next_power_of_2(cams)
     block = max(1, min(_BLOCK // padded_channels, _MAX_VOXELS))
     with torch.cuda.device_of(tokens):  # Triton launches on the current device
         kernel[-(-voxels // block), batch](
-            tokens, volume, pixels_from_grid, *axes, voxels, columns, levels, channels, padded_channels, cams,
-            padded_cams, *image_size, *feature_size, is_compat, block, num_warps=_WARPS, enable_fp_fusion=False,
+            tokens, volume, cameras, *axes, voxels, columns, levels, channels, padded_channels, cams,
+            padded_cams, *image_size, *feature_size, block, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -76,7 +73,7 @@ def _launch(
 def _gather(
     tokens: tl.tensor,  # (B, T, C)
     volume: tl.tensor,  # (B, H, W, Z, C)
-    pixels_from_grid: tl.tensor,  # (B, V, 3, 4)
+    cameras: tl.tensor,  # (B, V, 20)
     up: tl.tensor,  # (Z,)
     forward: tl.tensor,  # (H,)
     right: tl.tensor,  # (W,)
@@ -85,21 +82,20 @@ def _gather(
     levels: tl.constexpr,  # Z
     channels: tl.constexpr,  # C
     padded_channels: tl.constexpr,  # next power of two, as Triton requires
-    cams: tl.constexpr,  # S
+    cams: tl.constexpr,  # V
     padded_cams: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
-    is_compat: tl.constexpr,
     block: tl.constexpr,  # voxels of a program
 ) -> None:
     sample = tl.program_id(1).to(tl.int64)
     voxel = tl.program_id(0) * block + tl.arange(0, block)
     every = tl.arange(0, padded_cams)
     x0, y0, dx, dy, share, seen = _views(
-        pixels_from_grid + sample * (cams * 12), up, forward, right, voxel[:, None], every[None, :], voxels, columns,
-        levels, cams, height, width, h, w, is_compat,
+        cameras + sample * (cams * 20), up, forward, right, voxel[:, None], every[None, :], voxels, columns,
+        levels, cams, height, width, h, w,
     )  # fmt: skip
     channel = tl.arange(0, padded_channels)[None, :]
     is_channel = channel < channels
@@ -107,14 +103,14 @@ def _gather(
     total = tl.full((block, padded_channels), 0, tl.float32)
     for cam in range(cams):
         if tl.reduce(tl.where(every == cam, seen, 0), 0, _plus) != 0:
-            i00, i01, i10, i11, w00, w01, w10, w11, is_valid = _taps(
-                x0, y0, dx, dy, share, every[None, :] == cam, cam, h, w
+            i00, i01, i10, i11, m00, m01, m10, m11, w00, w01, w10, w11 = _taps(
+                x0, y0, dx, dy, share, every[None, :] == cam, h, w
             )
-            mask = is_valid[:, None] & is_channel
-            t00 = tl.load(maps + i00[:, None] * channels, mask, 0).to(tl.float32)
-            t01 = tl.load(maps + i01[:, None] * channels, mask, 0).to(tl.float32)
-            t10 = tl.load(maps + i10[:, None] * channels, mask, 0).to(tl.float32)
-            t11 = tl.load(maps + i11[:, None] * channels, mask, 0).to(tl.float32)
+            tokens_of = maps + cam * (h * w * channels)
+            t00 = tl.load(tokens_of + i00[:, None] * channels, m00[:, None] & is_channel, 0).to(tl.float32)
+            t01 = tl.load(tokens_of + i01[:, None] * channels, m01[:, None] & is_channel, 0).to(tl.float32)
+            t10 = tl.load(tokens_of + i10[:, None] * channels, m10[:, None] & is_channel, 0).to(tl.float32)
+            t11 = tl.load(tokens_of + i11[:, None] * channels, m11[:, None] & is_channel, 0).to(tl.float32)
             upper = tl.fma(w00[:, None], t00, w01[:, None] * t01)
             lower = tl.fma(w10[:, None], t10, w11[:, None] * t11)
             total += upper + lower
@@ -126,7 +122,7 @@ def _gather(
 def _scatter(
     out: tl.tensor,  # (B, T, C)
     grad: tl.tensor,  # (B, H, W, Z, C)
-    pixels_from_grid: tl.tensor,  # (B, V, 3, 4)
+    cameras: tl.tensor,  # (B, V, 20)
     up: tl.tensor,  # (Z,)
     forward: tl.tensor,  # (H,)
     right: tl.tensor,  # (W,)
@@ -135,21 +131,20 @@ def _scatter(
     levels: tl.constexpr,  # Z
     channels: tl.constexpr,  # C
     padded_channels: tl.constexpr,  # next power of two, as Triton requires
-    cams: tl.constexpr,  # S
+    cams: tl.constexpr,  # V
     padded_cams: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
-    is_compat: tl.constexpr,
     block: tl.constexpr,  # voxels of a program
 ) -> None:
     sample = tl.program_id(1).to(tl.int64)
     voxel = tl.program_id(0) * block + tl.arange(0, block)
     every = tl.arange(0, padded_cams)
     x0, y0, dx, dy, share, seen = _views(
-        pixels_from_grid + sample * (cams * 12), up, forward, right, voxel[:, None], every[None, :], voxels, columns,
-        levels, cams, height, width, h, w, is_compat,
+        cameras + sample * (cams * 20), up, forward, right, voxel[:, None], every[None, :], voxels, columns,
+        levels, cams, height, width, h, w,
     )  # fmt: skip
     channel = tl.arange(0, padded_channels)[None, :]
     is_channel = channel < channels
@@ -158,14 +153,22 @@ def _scatter(
     row = tl.load(grad + rows, (voxel < voxels)[:, None] & is_channel, 0).to(tl.float32)
     for cam in range(cams):
         if tl.reduce(tl.where(every == cam, seen, 0), 0, _plus) != 0:
-            i00, i01, i10, i11, w00, w01, w10, w11, is_valid = _taps(
-                x0, y0, dx, dy, share, every[None, :] == cam, cam, h, w
+            i00, i01, i10, i11, m00, m01, m10, m11, w00, w01, w10, w11 = _taps(
+                x0, y0, dx, dy, share, every[None, :] == cam, h, w
             )
-            mask = is_valid[:, None] & is_channel
-            tl.atomic_add(maps + i00[:, None] * channels, w00[:, None] * row, mask, sem="relaxed")
-            tl.atomic_add(maps + i01[:, None] * channels, w01[:, None] * row, mask, sem="relaxed")
-            tl.atomic_add(maps + i10[:, None] * channels, w10[:, None] * row, mask, sem="relaxed")
-            tl.atomic_add(maps + i11[:, None] * channels, w11[:, None] * row, mask, sem="relaxed")
+            tokens_of = maps + cam * (h * w * channels)
+            tl.atomic_add(
+                tokens_of + i00[:, None] * channels, w00[:, None] * row, m00[:, None] & is_channel, sem="relaxed"
+            )
+            tl.atomic_add(
+                tokens_of + i01[:, None] * channels, w01[:, None] * row, m01[:, None] & is_channel, sem="relaxed"
+            )
+            tl.atomic_add(
+                tokens_of + i10[:, None] * channels, w10[:, None] * row, m10[:, None] & is_channel, sem="relaxed"
+            )
+            tl.atomic_add(
+                tokens_of + i11[:, None] * channels, w11[:, None] * row, m11[:, None] & is_channel, sem="relaxed"
+            )
 
 
 @triton.jit
@@ -175,7 +178,7 @@ def _plus(a: tl.tensor, b: tl.tensor) -> Any:
 
 @triton.jit
 def _views(
-    matrices: tl.tensor,  # (V, 3, 4) of one sample
+    cameras: tl.tensor,  # (V, 20) of one sample
     up: tl.tensor,
     forward: tl.tensor,
     right: tl.tensor,
@@ -189,32 +192,25 @@ def _views(
     width: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
-    is_compat: tl.constexpr,
 ) -> Any:
     """Projection of every voxel of a block into every camera.
 
     x0, y0, dx, dy: (n, V) the upper left token, and the distance to its centre [tokens]; x0 is -2 where a camera does not see the voxel.
     share: (n,) float32, the weight of a view in its voxel's mean. seen: (V,) number of voxels that a camera sees.
     """
-    is_voxel, is_cam, matrix = voxel < voxels, cam < cams, matrices + cam * 12
+    is_voxel, is_cam, matrix = voxel < voxels, cam < cams, cameras + cam * 20
     x = tl.load(right + voxel // levels % columns, is_voxel, 0)
     y = tl.load(forward + voxel // (levels * columns), is_voxel, 0)
     z = tl.load(up + voxel % levels, is_voxel, 0)
     u = _row(matrix, is_cam, x, y, z)
     v = _row(matrix + 4, is_cam, x, y, z)
     depth = _row(matrix + 8, is_cam, x, y, z)
-    is_valid = is_voxel & is_cam & (depth > 0)
-    if is_compat:
-        depth = tl.maximum(depth, tl.full((1, 1), 1e-6, tl.float64))  # a Python 1e-6 would be float32
-        u, v = u / depth * (w / width), v / depth * (h / height)
-        is_valid = is_valid & (u > -0.5) & (u < w - 0.5) & (v > -0.5) & (v < h - 0.5)
-        u, v = u * (w / (w - 1)) - 0.5, v * (h / (h - 1)) - 0.5
-        is_valid = is_valid & (u > -1) & (u < w) & (v > -1) & (v < h)
-    else:
-        u, v = u / depth, v / depth
-        is_valid = is_valid & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-        u = tl.minimum(tl.maximum(u * (w / width) - 0.5, 0.0), w - 1.0)
-        v = tl.minimum(tl.maximum(v * (h / height) - 0.5, 0.0), h - 1.0)
+    u, v = u / depth, v / depth
+    top, left, bottom, end = _four(matrix + 12, is_cam)
+    is_valid = is_voxel & is_cam & (depth > 0) & (u >= left) & (u < end) & (v >= top) & (v < bottom)
+    first_row, first_column, last_row, last_column = _four(matrix + 16, is_cam)
+    u = tl.minimum(tl.maximum(u * (w / width) - 0.5, first_column), last_column)
+    v = tl.minimum(tl.maximum(v * (h / height) - 0.5, first_row), last_row)
     u, v = tl.where(is_valid, u, -2.0), tl.where(is_valid, v, 0.0)  # no NaN or infinity from here on
     x0, y0 = tl.floor(u), tl.floor(v)
     dx, dy = (u - x0).to(tl.float32), (v - y0).to(tl.float32)
@@ -222,15 +218,22 @@ def _views(
     views = tl.reduce(count, 1, _plus)
     share = tl.full(views.shape, 0, tl.float32)
     for n in tl.static_range(1, cams + 1):  # constants: a float64 division in every thread would be slow
-        share = tl.where(views == n, 1 / (n + 1e-6 if is_compat else n), share)
+        share = tl.where(views == n, 1 / n, share)
     return x0.to(tl.int32), y0.to(tl.int32), dx, dy, share, tl.reduce(count, 0, _plus)
 
 
 @triton.jit
 def _row(row: tl.tensor, is_cam: tl.tensor, x: tl.tensor, y: tl.tensor, z: tl.tensor) -> Any:
-    p0, p1 = tl.load(row, is_cam, 0), tl.load(row + 1, is_cam, 0)
-    p2, p3 = tl.load(row + 2, is_cam, 0), tl.load(row + 3, is_cam, 0)
+    p0, p1, p2, p3 = _four(row, is_cam)
     return p0 * x + p1 * y + p2 * z + p3
+
+
+@triton.jit
+def _four(first: tl.tensor, is_cam: tl.tensor) -> Any:
+    return (
+        tl.load(first, is_cam, 0), tl.load(first + 1, is_cam, 0),
+        tl.load(first + 2, is_cam, 0), tl.load(first + 3, is_cam, 0),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -240,22 +243,27 @@ def _taps(
     dx: tl.tensor,
     dy: tl.tensor,
     share: tl.tensor,  # (n,)
-    is_this: tl.tensor,  # (1, V) mask of this camera
-    cam: tl.tensor,  # index of this camera
+    is_this: tl.tensor,  # (1, V) mask of one camera
     h: tl.constexpr,
     w: tl.constexpr,
 ) -> Any:
-    """For one camera: the four tokens around each voxel's projection, their weights, and whether it sees the voxel; (n,) each."""
+    """For one camera: the four tokens around each voxel's projection, which of them are read, and their weights; (n,) each."""
     x0 = tl.reduce(tl.where(is_this, x0, 0), 1, _plus)
     y0 = tl.reduce(tl.where(is_this, y0, 0), 1, _plus)
     right = tl.reduce(tl.where(is_this, dx, 0.0), 1, _plus)
     lower = tl.reduce(tl.where(is_this, dy, 0.0), 1, _plus)
-    is_valid = x0 > -2
-    left, upper = 1 - right, 1 - lower
-    # the weight outside the map is 0, so any valid index will do
-    left, right = tl.where(x0 >= 0, left, 0.0), tl.where(x0 + 1 < w, right, 0.0)
-    upper, lower = tl.where(y0 >= 0, upper, 0.0) * share, tl.where(y0 + 1 < h, lower, 0.0) * share
-    top, bottom = (cam * h + tl.maximum(y0, 0)) * w, (cam * h + tl.minimum(y0 + 1, h - 1)) * w
-    x0, x1 = tl.maximum(x0, 0), tl.minimum(x0 + 1, w - 1)
-    w00, w01, w10, w11 = upper * left, upper * right, lower * left, lower * right
-    return top + x0, top + x1, bottom + x0, bottom + x1, w00, w01, w10, w11, is_valid
+    i00, i01, i10, i11, m00, m01, m10, m11 = corners(x0, y0, h, w)
+    left, upper, lower = 1 - right, (1 - lower) * share, lower * share
+    return i00, i01, i10, i11, m00, m01, m10, m11, upper * left, upper * right, lower * left, lower * right
+
+
+@triton.jit
+def corners(x0: tl.tensor, y0: tl.tensor, h: tl.constexpr, w: tl.constexpr) -> Any:
+    """The four tokens of an h x w map around a position whose upper left one is (column x0, row y0), and which of them exist."""
+    is_left, is_right = (x0 >= 0) & (x0 < w), (x0 >= -1) & (x0 < w - 1)
+    is_upper, is_lower = (y0 >= 0) & (y0 < h), (y0 >= -1) & (y0 < h - 1)
+    i00 = y0 * w + x0
+    return (
+        i00, i00 + 1, i00 + w, i00 + w + 1,
+        is_left & is_upper, is_right & is_upper, is_left & is_lower, is_right & is_lower,
+    )  # fmt: skip

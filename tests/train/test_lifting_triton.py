@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops import lifting
-from occfeat_train.ops.lifting import lift, lift_torch, lift_triton
+from occfeat_train.ops import mean_over_views
+from occfeat_train.ops.mean_over_views import lift, lift_torch, lift_triton
 from occfeat_train.ops.views import Views
 from tests.train.interpreted import LIFTING, compiled, lift_interpreted
 from tests.train.test_lifting import (
-    COMPATS,
     FORWARD,
     GRID,
     PINHOLE,
@@ -38,11 +37,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def assert_as_torch(function: Lift, features: Tensor, views: Views, grid: VoxelGrid, compat: str | None) -> None:
+def assert_as_torch(function: Lift, features: Tensor, views: Views, grid: VoxelGrid) -> None:
     """Values and gradients: float32 to its rounding, less precise ones to a last place."""
     place = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[features.dtype]
-    found = value_and_gradient(function, features, views, grid, compat)
-    for a, b in zip(found, value_and_gradient(lift_torch, features, views, grid, compat), strict=True):
+    found = value_and_gradient(function, features, views, grid)
+    for a, b in zip(found, value_and_gradient(lift_torch, features, views, grid), strict=True):
         assert a.dtype == b.dtype and a.isfinite().all()
         scale = max(1.0, b.abs().max().item())
         torch.testing.assert_close(a.double(), b.double(), atol=1e-5 * scale, rtol=place)
@@ -52,13 +51,13 @@ def assert_as_torch(function: Lift, features: Tensor, views: Views, grid: VoxelG
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), cams=st.integers(1, 3), compat=st.sampled_from(COMPATS))
-def test_weights_are_those_of_the_cpus_to_the_last_bit(seed: int, cams: int, compat: str | None) -> None:
+@given(seed=st.integers(0, 2**32 - 1), cams=st.integers(1, 3))
+def test_weights_are_those_of_the_cpus_to_the_last_bit(seed: int, cams: int) -> None:
     """A token for every channel: the volume is the matrix of weights."""
     h, w = 3, 4
     features = torch.eye(cams * h * w).view(cams, h, w, -1).permute(0, 3, 1, 2)[None]
     views = random_views(seed, cams=cams)
-    assert torch.equal(lift_interpreted(features, views, GRID, compat), lift(features, views, GRID, compat))
+    assert torch.equal(lift_interpreted(features, views, GRID), lift(features, views, GRID))
 
 
 @pytest.mark.slow
@@ -69,41 +68,39 @@ def test_weights_are_those_of_the_cpus_to_the_last_bit(seed: int, cams: int, com
     channels=st.sampled_from([1, 3, 40, 200]),
     size=st.sampled_from([(2, 2), (4, 6), (5, 3)]),
     dtype=st.sampled_from([torch.float32, *HALVES]),
-    compat=st.sampled_from(COMPATS),
 )
 def test_any_rig_gives_what_torch_gives(
-    seed: int, batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype, compat: str | None
+    seed: int, batch: int, channels: int, size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Values and gradients, in blocks of 8 to 128 voxels that don't divide the grid's 45."""
     grid = VoxelGrid((3, 5, 3), (-2, -6, -5), (2, 7, 5))
     features = random_features(batch, 2, channels, *size, seed=seed).to(dtype)
-    assert_as_torch(lift_interpreted, features, random_views(seed, batch, cams=2), grid, compat)
+    assert_as_torch(lift_interpreted, features, random_views(seed, batch, cams=2), grid)
 
 
 def test_a_map_of_one_token() -> None:
     features, views = random_features(2, channels=3, h=1, w=1), random_views(1, batch=2)
-    assert_as_torch(lift_interpreted, features, views, GRID, None)
+    assert_as_torch(lift_interpreted, features, views, GRID)
 
 
-@pytest.mark.parametrize("compat", COMPATS)
-def test_a_camera_in_a_voxels_centre_and_one_without_focal_length_poison_nothing(compat: str | None) -> None:
+def test_a_camera_in_a_voxels_centre_and_one_without_focal_length_poison_nothing() -> None:
     up, forward, right = (float(c) for c in GRID.voxel_centers()[1, 4, 3][::-1])
     camera = FORWARD.copy()
     camera[:3, 3] = -right, up, -forward
     views = views_of([camera, FORWARD], [PINHOLE, PINHOLE * [[0], [0], [1]]])
     assert (torch.tensor([right, forward, up, 1.0]).double() @ views.cam_from_grid[0, 0].T)[:3].abs().max() == 0
-    assert_as_torch(lift_interpreted, random_features(cams=2), views, GRID, compat)
+    assert_as_torch(lift_interpreted, random_features(cams=2), views, GRID)
 
 
 def test_a_rig_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
     grid = VoxelGrid((2, 3, 3), (-1, -6, -3), (1, -1, 3))  # all behind
-    volume, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid, None)
+    volume, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid)
     assert not volume.any() and not gradient.any()
 
 
 def test_a_token_that_nobody_sees_gets_no_gradient() -> None:
     grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))  # at the centre of a map of 4 x 6 tokens
-    _, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid, None)
+    _, gradient = value_and_gradient(lift_interpreted, random_features(cams=1), one_camera(), grid)
     seen = torch.zeros(4, 6, dtype=torch.bool)
     seen[1:3, 2:4] = True
     assert torch.equal(gradient[0, 0].ne(0), seen.expand(5, 4, 6))
@@ -117,10 +114,10 @@ def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
     runs_triton: bool, deterministic: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
-    monkeypatch.setattr(lifting, "runs_triton", lambda device: runs_triton)
+    monkeypatch.setattr(mean_over_views, "runs_triton", lambda device: runs_triton)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     for name in ("lift_triton", "lift_torch"):
-        monkeypatch.setattr(lifting, name, lambda *arguments, name=name: called.append(name))
+        monkeypatch.setattr(mean_over_views, name, lambda *arguments, name=name: called.append(name))
     lift(torch.empty(1, 1, 2, 4, 6, device="meta"), one_camera(), GRID)
     lift(torch.empty(1, 1, 2, 4, 6, device="meta", dtype=torch.float64), one_camera(), GRID)
     assert called == [expected, "lift_torch"]
@@ -130,16 +127,16 @@ def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
 
 
 @pytest.mark.parametrize("name", ["gather_tokens", "scatter_voxels"])
-@pytest.mark.parametrize(("compat", "dtype", "target"), [(False, torch.bfloat16, 90), (True, torch.float32, 80)])
+@pytest.mark.parametrize(("dtype", "target"), [(torch.bfloat16, 90), (torch.float32, 80)])
 def test_it_compiles_for_a_gpu_and_fuses_no_float64(
-    name: str, compat: bool, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A fused product would put a voxel at an image's edge on another side than `lifting._taps` does."""
+    """A fused product would put a voxel at an image's edge on another side than `views.Cameras` does."""
     volume = torch.empty(1, 4, 4, 2, 80, dtype=dtype)
     tokens = torch.empty(1, 6 * 24, 80, dtype=dtype if name == "gather_tokens" else torch.float32)
     axes = tuple(torch.empty(n, dtype=torch.float64) for n in (2, 4, 4))
-    places = torch.empty(1, 6, 3, 4, dtype=torch.float64), (40, 60), (4, 6), compat, axes
-    given = (tokens, *places, volume) if name == "gather_tokens" else (volume, *places, tokens)
+    geometry = torch.empty(1, 6, 20, dtype=torch.float64), (40, 60), (4, 6), axes
+    given = (tokens, *geometry, volume) if name == "gather_tokens" else (volume, *geometry, tokens)
     (ptx,) = compiled(LIFTING, target, lambda kernels: getattr(kernels, name)(*given), monkeypatch, tmp_path).values()
     assert "mul.rn.f64" in ptx and not re.search(
         r"fma\.rn\.f64|mul\.f64", ptx
@@ -155,13 +152,10 @@ def full_size() -> tuple[Tensor, Views]:
 
 
 @needs_gpu
-@pytest.mark.parametrize("compat", COMPATS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_at_full_size_a_gpu_gives_what_torch_gives(
-    full_size: tuple[Tensor, Views], dtype: torch.dtype, compat: str | None
-) -> None:
+def test_at_full_size_a_gpu_gives_what_torch_gives(full_size: tuple[Tensor, Views], dtype: torch.dtype) -> None:
     features, views = full_size
-    assert_as_torch(lift_triton, features.to(dtype), views, VoxelGrid(), compat)
+    assert_as_torch(lift_triton, features.to(dtype), views, VoxelGrid())
 
 
 @needs_gpu
@@ -184,7 +178,7 @@ def test_deterministic_algorithms_give_the_same_bits_in_every_run(full_size: tup
     views = Views(views.images, views.intrinsics.cpu(), views.cam_from_grid.cpu())  # cuBLAS would ask for a setting
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (value_and_gradient(lift, features, views, VoxelGrid(), None) for _ in range(2))
+        first, second = (value_and_gradient(lift, features, views, VoxelGrid()) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

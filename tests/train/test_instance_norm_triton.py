@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from occfeat_train.ops.norms import _InstanceNorm, _TritonInstanceNorm
+from occfeat_train.ops.instance_norm import _InstanceNorm, _TritonInstanceNorm
 from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-KERNELS = "occfeat_train.ops.norm_kernels"
+KERNELS = "occfeat_train.ops.instance_norm_triton"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 

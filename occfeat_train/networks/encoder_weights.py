@@ -1,0 +1,187 @@
+"""Initial weights of the image backbones, trained on ImageNet: from the hub, a folder, or MoCo-v2's file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
+
+DEFAULT_WEIGHTS = {
+    "efficientnet-b0": "google/efficientnet-b0",
+    "resnet-50": "moco-v2",
+    "resnet-101": "microsoft/resnet-101",
+}
+MOCO_V2_URL = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar"
+MOCO_V2_MD5 = "a04e12f8"  # the first digits, as published by MoCo's authors
+
+
+def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
+    """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
+
+    weights: ``none`` keeps them random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
+    official file of 800 epochs; or a .pth or .pth.tar file with its layout (ResNet-50 only).
+    Raises ValueError if the weights are not available, incomplete, or of another architecture.
+    """
+    if weights == "none":
+        return "backbone: from scratch, random weights"
+    if weights == "moco-v2" or weights.endswith((".pth", ".pth.tar")):
+        if encoder.name != "resnet-50":
+            raise ValueError(
+                f"backbone weights {weights}: MoCo-v2's are of a resnet-50, the network has {encoder.name}"
+            )
+        file = _moco_v2_file() if weights == "moco-v2" else Path(weights)
+        _fill(encoder.backbone, _read_moco(file), str(file))
+        return f"backbone: {encoder.name} with MoCo-v2 weights from {file}"
+    state, origin = _read_pretrained(encoder.name, weights)
+    _fill(encoder.backbone, state, weights)
+    return f"backbone: {encoder.name} with weights from {origin}"
+
+
+def _fill(backbone: nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy the tensors of the truncated backbone. num_batches_tracked may be missing, because it is never used."""
+    wanted = {name: value for name, value in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(
+            f"backbone weights {source} lack {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}: they are of another architecture, or in another layout"
+        )
+    for name, value in wanted.items():
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"backbone weights {source}: {name} of shape {tuple(state[name].shape)}, {tuple(value.shape)} expected"
+            )
+    backbone.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
+    """(tensors by the truncated backbone's names, source) of a hub id or folder."""
+    from transformers import AutoConfig, EfficientNetModel, ResNetModel
+
+    kind, expected = "efficientnet", EFFICIENTNET
+    if backbone in RESNET_DEPTHS:
+        kind, expected = "resnet", {**RESNET, "depths": RESNET_DEPTHS[backbone]}
+    config = _local_first(weights, AutoConfig.from_pretrained)
+    if config.model_type != kind:
+        raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
+    for key, value in expected.items():
+        found = getattr(config, key)
+        found = list(found)[: len(value)] if isinstance(value, list) else found
+        if found != value:
+            raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
+    model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
+    model, info = _local_first(
+        weights,
+        functools.partial(
+            model_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        ),
+    )
+    # transformers initialises tensors that are missing or have another shape at random.
+    absent = set(info["missing_keys"]) | {name for name, _, _ in info["mismatched_keys"]}
+    state = {n.removeprefix("encoder."): v for n, v in model.state_dict().items() if n not in absent}
+    revision = getattr(config, "_commit_hash", None)
+    return state, weights if revision is None else f"{weights} (revision {revision[:12]})"
+
+
+def _local_first(weights: str, load: Callable[..., Any]) -> Any:
+    """`load` from a folder or the hub's cache; if that fails, over the network."""
+    if weights.startswith((".", "/", "~")) and not Path(weights).is_dir():
+        raise ValueError(f"backbone weights {weights}: there is no such folder")
+    try:
+        return load(weights, local_files_only=True)
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(weights, err)) from err
+    except (OSError, ValueError, SafetensorError) as err:
+        if Path(weights).is_dir():
+            raise ValueError(
+                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json and "
+                "whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            ) from err
+    try:
+        return load(weights)
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(weights, err)) from err
+    except (OSError, ValueError, SafetensorError) as err:
+        raise ValueError(
+            f"backbone weights {weights} cannot be loaded ({_first_line(err)}). They are neither a local folder nor in "
+            f"the Hugging Face cache, and the hub was not reached or refused: run 'hf download {weights}' where there "
+            "is internet and pass the folder or set HF_HOME, or pass 'none' to start from random weights"
+        ) from err
+
+
+def _moco_v2_file() -> Path:
+    """The official checkpoint in torch.hub's folder; downloaded if it is missing."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / MOCO_V2_URL.rsplit("/", 1)[1]
+    if file.exists():
+        return file
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(MOCO_V2_URL, str(part))
+    except OSError as err:
+        raise ValueError(
+            f"MoCo-v2's weights are not at {file} and cannot be downloaded ({_first_line(err)}): fetch {MOCO_V2_URL} "
+            "where there is internet and put it there, or pass its path, or pass 'none' to start from random weights"
+        ) from err
+    with part.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "md5").hexdigest()
+    if not digest.startswith(MOCO_V2_MD5):
+        part.unlink()
+        raise ValueError(f"{MOCO_V2_URL} arrived with MD5 {digest[:8]}, {MOCO_V2_MD5} expected: download it again")
+    part.replace(file)
+    return file
+
+
+def _read_moco(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a MoCo-v2 checkpoint's query encoder, by the truncated backbone's names."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise ValueError(f"backbone weights {file}: there is no such file") from err
+    except pickle.UnpicklingError as err:
+        raise ValueError(_refused(str(file), err)) from err
+    except (OSError, RuntimeError, EOFError) as err:
+        raise ValueError(f"backbone weights {file} cannot be read ({_first_line(err)}): download them again") from err
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"backbone weights {file} hold no 'state_dict': MoCo-v2's checkpoint expected")
+    prefix = "module.encoder_q."
+    named = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return {ours: value for name, value in named.items() if (ours := resnet_name(name)) is not None}
+
+
+def resnet_name(torchvision_name: str) -> str | None:
+    """Name of a torchvision tensor in `ResNet`; None for tensors that are left out (layer4, fc)."""
+    match = re.fullmatch(r"(?:layer([123])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)", torchvision_name)
+    if match is None:
+        return None
+    layer, index, kind, number, tensor = match.groups()
+    # downsample.0 is a convolution, downsample.1 its norm
+    part = "convolution" if kind == "conv" or (kind == "downsample." and number == "0") else "normalization"
+    if layer is None:
+        return f"embedder.embedder.{part}.{tensor}"
+    place = "shortcut" if kind == "downsample." else f"layer.{int(number) - 1}"
+    return f"stages.{int(layer) - 1}.layers.{index}.{place}.{part}.{tensor}"
+
+
+def _refused(source: str, err: Exception) -> str:
+    return (
+        f"backbone weights {source} are refused ({_first_line(err)}): not a checkpoint of plain tensors, and pickles "
+        "with code are never executed; save only its state_dict, or download it again"
+    )
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
