@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: Path, **values: Any) -> str:
-    """The template filled with values, which are escaped. It may extend this package's base.html.
+    """The template filled with values, which are escaped. It may extend this package's base.html, and embed a PNG with
+    the filter `data_url`.
 
     Raises jinja2.UndefinedError if the template uses a value that is not given.
     """
@@ -17,4 +19,10 @@ def render(template: Path, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["data_url"] = data_url
     return environment.get_template(template.name).render(values)
+
+
+def data_url(png: bytes) -> str:
+    """A PNG as the address of an image, so that a page needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -9,7 +9,7 @@ import numpy as np
 
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops.devices import runs_triton
+from occfeat_train.ops.mean_over_views_numba import mean_over_views
 from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shapes
 
 
@@ -211,3 +214,40 @@ def sample_voxel_features(
     exact = _exact(features.dtype)
     taps = find_taps(cameras, (x, y, z), (features.shape[1], features.shape[2]), exact)
     return sum_taps(features.to(exact).flatten(0, 2), taps), taps.starts.diff().to(torch.uint8)
+
+
+def sample_voxel_features_numpy(
+    features: NDArray[Any],
+    feature_scale: NDArray[np.float16] | None,
+    cam_from_grid: NDArray[Any],
+    intrinsics: NDArray[Any],
+    image_size: tuple[int, int],
+    centers: NDArray[Any],
+    *,
+    area: NDArray[Any] | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """`sample_voxel_features` on NumPy arrays with a numba kernel, for the teacher's features (paper 3.3).
+
+    features: (V, h, w, C) float16 or float32; or int8, with
+    feature_scale: (V, h, w) float16, the factor of each token's int8 values; None otherwise.
+    dtype: of the result. Arithmetic is float32, the projection float64.
+
+    A NaN or infinity in one of the four tokens around a projection propagates to the channel.
+    """
+    check_arguments(features, feature_scale, cam_from_grid, intrinsics, centers, area)
+    views, h, w, channels = features.shape
+    if features.dtype not in (np.float16, np.float32, np.int8):
+        raise ValueError(f"features are {features.dtype}: expected float16, float32, or int8 with feature_scale")
+    maps = np.ascontiguousarray(features).reshape(views, h * w, channels)
+    if maps.dtype == np.float16:
+        maps = torch.from_numpy(maps).float().numpy()  # several times faster than NumPy
+    scale = None
+    if feature_scale is not None:
+        scale = np.ascontiguousarray(feature_scale, np.float32).reshape(views, h * w)
+    matrices = torch.from_numpy(intrinsics.astype(np.float64) @ cam_from_grid[..., :3, :].astype(np.float64))
+    cameras = Cameras.from_matrices(matrices, image_size, None if area is None else torch.from_numpy(area))
+    out, num_views = np.empty((len(centers), channels), np.float32), np.empty(len(centers), np.uint8)
+    mean_over_views(maps, scale, (h, w), cameras.packed((h, w)).numpy(), float(image_size[1]), float(image_size[0]),
+            np.ascontiguousarray(centers, np.float32), out, num_views)  # fmt: skip
+    return out if dtype == "float32" else torch.from_numpy(out).half().numpy(), num_views

@@ -1,63 +1,14 @@
-"""Numba kernel of the mean over the views for target features on a CPU, and bilinear taps for all numba kernels.
-
-Feature maps are channels-last, so that the channels of a token are contiguous. The kernel releases the GIL.
-"""
+"""Numba kernel of the mean over the views for target features, and bilinear taps for all numba kernels."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from occfeat_train.ops.views import Cameras, check_arguments
-
 _BLOCK = 256  # voxels projected at a time
-
-
-def sample_voxel_features_numpy(
-    features: NDArray[Any],
-    feature_scale: NDArray[np.float16] | None,
-    cam_from_grid: NDArray[Any],
-    intrinsics: NDArray[Any],
-    image_size: tuple[int, int],
-    centers: NDArray[Any],
-    *,
-    area: NDArray[Any] | None = None,
-    dtype: Literal["float16", "float32"] = "float16",
-) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """Mean over the views of one sample's teacher features at voxel centres (paper 3.3).
-
-    features: (V, h, w, C) float16 or float32; or int8, with
-    feature_scale: (V, h, w) float16, the factor of each token's int8 values; None otherwise.
-    cam_from_grid: (V, 4, 4), that is cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
-    intrinsics: (V, 3, 3) of an image of image_size, (height, width) [px].
-    centers: (n, 3) voxel centres (right, forward, up) in the grid [m].
-    area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
-    dtype: of the result. Arithmetic is float32, the projection float64.
-
-    Returns features (n, C) and num_views (n,) uint8. A voxel that no camera sees has num_views 0 and zeros. A NaN or
-    infinity in one of the four tokens around a projection propagates to the channel.
-    Raises ValueError on shapes that don't fit.
-    """
-    check_arguments(features, feature_scale, cam_from_grid, intrinsics, centers, area)
-    views, h, w, channels = features.shape
-    if features.dtype not in (np.float16, np.float32, np.int8):
-        raise ValueError(f"features are {features.dtype}: expected float16, float32, or int8 with feature_scale")
-    maps = np.ascontiguousarray(features).reshape(views, h * w, channels)
-    if maps.dtype == np.float16:
-        maps = torch.from_numpy(maps).float().numpy()  # several times faster than NumPy
-    scale = None
-    if feature_scale is not None:
-        scale = np.ascontiguousarray(feature_scale, np.float32).reshape(views, h * w)
-    matrices = torch.from_numpy(intrinsics.astype(np.float64) @ cam_from_grid[..., :3, :].astype(np.float64))
-    cameras = Cameras.from_matrices(matrices, image_size, None if area is None else torch.from_numpy(area))
-    out, num_views = np.empty((len(centers), channels), np.float32), np.empty(len(centers), np.uint8)
-    _sample(maps, scale, (h, w), cameras.packed((h, w)).numpy(), float(image_size[1]), float(image_size[0]),
-            np.ascontiguousarray(centers, np.float32), out, num_views)  # fmt: skip
-    return out if dtype == "float32" else torch.from_numpy(out).half().numpy(), num_views
 
 
 @numba.njit(inline="always")
@@ -85,17 +36,18 @@ def _blend(c: int, t00: Any, t01: Any, t10: Any, t11: Any, w00: Any, w01: Any, w
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _sample(
-    maps: NDArray[Any],  # (V, h * w, C) float32 or int8
+def mean_over_views(
+    maps: NDArray[Any],  # (V, h * w, C) float32 or int8; the channels of a token are contiguous
     scale: NDArray[np.float32] | None,  # (V, h * w)
     size: tuple[int, int],  # h, w
     cameras: NDArray[np.float64],  # (V, 20), see `views.Cameras.packed`
     width: float,
     height: float,
     centers: NDArray[np.float32],  # (n, 3)
-    out: NDArray[np.float32],  # (n, C)
-    num_views: NDArray[np.uint8],  # (n,)
+    out: NDArray[np.float32],  # (n, C) out
+    num_views: NDArray[np.uint8],  # (n,) out
 ) -> None:
+    """Mean over the views of bilinear samples of one sample's maps. Releases the GIL."""
     views, _, channels = maps.shape
     h, w = size
     points = np.empty((3, _BLOCK))

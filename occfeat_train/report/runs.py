@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
-from occfeat_train.data.batch import Batch
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
+from occfeat_train.report.figures import Prediction
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
-from occfeat_train.tasks.losses import feature_loss
-from occfeat_train.tasks.pretraining import Pretraining
-from occfeat_train.tasks.segmentation import Segmentation
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
@@ -30,36 +27,18 @@ from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import autocast
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Outputs of a run's network for one keyframe; None for outputs that it does not have.
-
-    predicted, true: (Z, H, W) occupancy or (K, H, W) masks. valid: (H, W). probability: (K, H, W). voxels: (n,) flat
-    indices of the distilled voxels. target, features: (n, N_y). results: the task's metric on this keyframe.
-    """
-
-    grid_from_ego: NDArray[np.float64]
-    true: NDArray[np.bool_]
-    results: dict[str, Any]
-    predicted: NDArray[np.bool_] | None = None
-    valid: NDArray[np.bool_] | None = None
-    probability: NDArray[np.float32] | None = None
-    voxels: NDArray[np.int64] | None = None
-    target: NDArray[np.float32] | None = None
-    features: NDArray[np.float32] | None = None
-
-    @property
-    def all_scored(self) -> bool:
-        return self.valid is None or bool(self.valid.all())
+RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the report. number: its position in the report. results: metrics of its newest checkpoint; source: their origin."""
+    """A run of the report. color: ``#rrggbb``. results: metrics of its newest checkpoint over the split; source: their origin.
 
-    number: int
+    predictions: one for each keyframe shown; none if the task has no pictures.
+    """
+
     name: str
+    color: str
     checkpoint: Checkpoint
     log: list[dict[str, Any]]
     dataset: KeyframeDataset
@@ -102,9 +81,10 @@ def load_runs(
             print_line(line)
         task = restore(checkpoint)
         results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
-        predictions = [predict(task, dataset, keyframe, process) for keyframe in chosen]
+        predictions = draw_predictions(task, dataset, chosen, process)
         name = path.name if names.count(path.name) == 1 else str(path)
-        runs.append(Run(len(runs), name, checkpoint, log, dataset, results, source, predictions))
+        color = RUN_COLORS[len(runs) % len(RUN_COLORS)]
+        runs.append(Run(name, color, checkpoint, log, dataset, results, source, predictions))
     return runs, chosen
 
 
@@ -137,45 +117,17 @@ def read_or_evaluate(
 
 
 @torch.no_grad()
-def predict(task: Task, dataset: KeyframeDataset, keyframe: int, process: Process) -> Prediction:
-    """The outputs of a network for one keyframe, computed as in evaluation."""
+def draw_predictions(
+    task: Task, dataset: KeyframeDataset, keyframes: Sequence[int], process: Process
+) -> list[Prediction]:
+    """A network's predictions for keyframes, computed as in evaluation."""
+    if not task.pictures:
+        return []
     move_to_device(task, process.device)
     task.eval()
-    batch = dataset.batch([(0, keyframe)])
-    cam_from_ego = dataset.reader.read("cam_from_ego", keyframe)[0].astype(np.float64)
-    grid_from_ego = inverse_rigid(batch.cam_from_grid[0, 0].numpy()) @ cam_from_ego
-    batch = batch.to(process.device)
+    frame = dataset.reader.cache.spec.frames.index(dataset.frames[0])
+    poses = [dataset.reader.read("grid_from_ego", keyframe)[frame].astype(np.float64) for keyframe in keyframes]
+    batches = [dataset.batch([(0, keyframe)]).to(process.device) for keyframe in keyframes]
     with autocast(process.device, task.config.precision):
-        if isinstance(task, Pretraining):
-            return _predict_pretraining(task, batch, grid_from_ego)
-        assert isinstance(task, Segmentation)
-        logits = task.logits(batch)
-        metric, (labels, valid) = task.metric(), task.labels(batch)
-        metric.update(logits, labels, valid)
-    return Prediction(
-        grid_from_ego,
-        labels[0].cpu().numpy(),
-        metric.results(),
-        predicted=(logits[0].float() >= 0).cpu().numpy(),
-        valid=valid[0, 0].cpu().numpy(),
-        probability=logits[0].float().sigmoid().cpu().numpy(),
-    )
-
-
-def _predict_pretraining(task: Pretraining, batch: Batch, grid_from_ego: NDArray[np.float64]) -> Prediction:
-    occupied, voxels, target = batch.volume("occupancy"), batch.arrays.get("voxels"), batch.arrays.get("features")
-    logits, features = task.head(task.bev(batch), voxels)
-    cosine = None
-    if voxels is not None and target is not None:
-        _, cosine = feature_loss(features, target, torch.zeros_like(voxels), 1)
-    metric = task.metric()
-    metric.update(logits, occupied, cosine)
-    return Prediction(
-        grid_from_ego,
-        occupied[0].cpu().numpy(),
-        metric.results(),
-        predicted=None if logits is None else (logits[0] > 0).cpu().numpy(),
-        voxels=None if voxels is None else voxels.cpu().numpy(),
-        target=None if target is None else target.float().cpu().numpy(),
-        features=None if features is None else features.float().cpu().numpy(),
-    )
+        predictions: list[Prediction] = pkgutil.resolve_name(task.pictures)(task, batches, poses)
+    return predictions

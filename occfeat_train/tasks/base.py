@@ -24,7 +24,8 @@ class Task(nn.Module):
     """A network with a head for one task. Subclasses set `head` in their constructor, and define `arrays` and `forward`.
 
     ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked.
-    pictures: "module:function" that draws a run's predictions for the report; without one, the report has none.
+    pictures: "module:function" that draws a run's predictions for the report, like `report.segmentation:draw`; without one,
+    the report has none.
     """
 
     head: nn.Module

@@ -15,7 +15,7 @@ from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
 from occfeat_train.networks.network import BEVNetwork
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
@@ -26,6 +26,7 @@ class Pretraining(Task):
     """L = L_occ + lambda L_feat (eq. 1). A loss with weight 0 is not computed and has no projection layer."""
 
     head: OccFeatHead
+    pictures: ClassVar = "occfeat_train.report.pretraining:draw"
     ragged: ClassVar = ("voxels", "features")
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:

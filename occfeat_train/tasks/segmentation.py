@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from occfeat_train.tasks.metrics import SegmentationMetric, as_text
 
 class Segmentation(Task):
     """Binary segmentation of the BEV plane for each class of a kind of label (`config.task`)."""
+
+    pictures: ClassVar = "occfeat_train.report.segmentation:draw"
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__(network, config, grid, feature_dim)

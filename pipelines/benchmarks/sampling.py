@@ -16,8 +16,7 @@ from _timing import compare, machine, table
 
 from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, project, scale_intrinsics, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.ops.mean_over_views import sample_voxel_features
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_numpy
 
 SIZE = (270, 480)  # size of the cached images
 MAPS = (6, 16, 28, 384)  # DINOv2 ViT-S/14 at 224x392

@@ -16,7 +16,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import Config
 from occfeat_train.data.augment import resample, transform_intrinsics
 from occfeat_train.data.batch import Batch, Sample, collate, unpack_bits
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.tasks.pretraining import Pretraining
 
 GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # off centre; neither volume nor rows fill whole bytes of 8

@@ -16,8 +16,9 @@ from occfeat_train.cli import main
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.presets import PRESETS, preset
 from occfeat_train.report import figures
-from occfeat_train.report.page import curve, initial_weights
+from occfeat_train.report.page import curves, initial_weights
 from occfeat_train.report.runs import evenly_spread
+from occfeat_train.tasks.pretraining import Pretraining
 from occfeat_train.training.checkpoint import RunInfo
 from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
 from tests.targets.command_line import run as targets
@@ -89,27 +90,36 @@ def section(page: str, heading: str) -> str:
 
 def test_the_page_says_in_red_what_is_not_real_and_lists_what_is_smaller(page):
     assert '<p class="simulated">SIMULATED: the data set is a synthetic city' in page
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.split("<h2>")[0])]
-    found = {field: (runs, here, paper, row) for runs, field, here, paper, row in rows[1:] if row.endswith("/occfeat")}
-    row = "table1/simplebev-enb0/occfeat"
-    assert found["network.image_size"] == ("pre", "32x48", "224x400", row)
-    assert found["network.channels"] == ("pre", "8", "128", row)
-    assert found["network.weights"] == ("pre", "none", "default", row)
-    assert found["optim.batch"] == ("pre", "2", "16", row)
-    assert found["frame"] == ("pre", "ego", "cameras", row)
-    assert found["targets.grid.shape"] == ("pre", "4x16x20", "8x200x200", row)
-    assert found["targets.teacher.input_size"] == ("pre", "56x98", "224x392", row)
-    assert found["data.simulated"][1].startswith("the data set is a synthetic city")
-    assert found["data.split"] == ("pre", "mini_train", "train", row)
-    assert found["measured on: split"] == ("pre", "mini_val", "val", row)
-    fields = {(runs, field) for runs, field, *_ in rows[1:]}
-    assert ("vehicles", "labels") in fields
-    assert ("vehicles", "occfeat: network.channels") in fields and ("map", "occfeat: network.channels") in fields
+    introduction = page.split("<h2>")[0]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", introduction, re.DOTALL)]
+    found = {(field, runs): (here, paper) for field, here, paper, runs in rows[1:]}
+    assert "pre: <code>table1/simplebev-enb0/occfeat</code>" in introduction
+    assert found["network.image_size", "all"] == ("32x48", "224x400")
+    assert found["network.channels", "all"] == ("8", "128")
+    assert found["network.weights", "all"] == ("none", "default")
+    assert found["optim.batch", "pre"] == ("2", "16")
+    assert found["frame", "all"] == ("ego", "cameras")
+    assert found["targets.grid.shape", "all"] == ("4x16x20", "8x200x200")
+    assert found["targets.teacher.input_size", "pre"] == ("56x98", "224x392")
+    assert found["data.simulated", "all"][0].startswith("the data set is a synthetic city")
+    assert found["data.split", "all"] == ("mini_train", "train")
+    assert found["measured on: split", "all"] == ("mini_val", "val")
+    assert ("labels", "vehicles, map") in found
+    assert ("occfeat: network.channels", "vehicles, map") in found
 
 
 def test_the_page_needs_nothing_but_itself(page):
     assert not re.search(r"<script|<link|https?://|src=\"(?!data:)", page)
-    assert page.count("<img") == len(re.findall(r'<img class="[^"]*" alt="[^"]+" src="data:image/png;base64,', page))
+    assert (
+        page.count("<img") == len(re.findall(r'<img class="[^"]*" alt="[^"]+" src="data:image/png;base64,', page)) > 20
+    )
+
+
+def test_pictures_in_the_page_are_whole(page):
+    from PIL import Image
+
+    for text in re.findall(r"base64,([^\"]+)", page):
+        Image.open(io.BytesIO(base64.b64decode(text))).verify()
 
 
 def test_every_section_has_its_pictures(page):
@@ -120,7 +130,7 @@ def test_every_section_has_its_pictures(page):
     assert 'alt="CAM_FRONT_LEFT, CAM_FRONT' in keyframe
     pretraining = section(keyframe, "Pretraining")
     for caption in ("true occupancy", "predicted occupancy", "columns", "all cells from behind", "target features", "predicted features"):  # fmt: skip
-        assert f'alt="{caption}' in pretraining
+        assert f'alt="pre: {caption}' in pretraining
     assert "mean cosine" in pretraining
     assert "probability" in section(keyframe, "Vehicles")
     assert section(keyframe, "Map").count("<img") == 2 + 5
@@ -129,8 +139,10 @@ def test_every_section_has_its_pictures(page):
 def test_figures_of_merit_are_those_of_evaluate(work, page):
     results = json.loads((work / "vehicles" / "evaluation" / "mini_val.json").read_text())
     table = section(page, "Vehicles: the whole split")
-    assert f"<b>{results['iou']:.1f}</b>" in table
-    assert f"{results['iou_best']:.1f} ({results['threshold_best']:g})" in table
+    header, (row,) = re.findall(r"<th>(.*?)</th>", table), [re.findall(r"<td>(.*?)</td>", table)]
+    found = dict(zip(header, row, strict=True))
+    assert found["IoU at 0.5 [%]"] == f"{results['iou']:.1f}"
+    assert found["at the best threshold"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
     assert "evaluation/mini_val.json" in table
     assert "pretrained: pre, step 3" in table
     assert "50 % (5 keyframes)" in table
@@ -167,29 +179,26 @@ def test_wrong_input_is_one_line(work, tmp_path):
     assert "no cache at" in report(work, work / "pre", split="val").output
 
 
-def test_one_occupied_cell_ahead_on_the_right_is_upper_right_in_the_picture():
-    from PIL import Image
-
-    volume = np.zeros(GRID.shape, np.bool_)
-    volume[1, 10, 8] = True  # forward 4..5 m, right 3..4 m
-    colors = figures.highest_colors(volume)
-    upright = figures.foremost_first(colors)
-    assert np.argwhere((upright != figures.EMPTY).any(-1)).tolist() == [[1, 8]]
-    pixels = {
-        name: np.asarray(Image.open(io.BytesIO(figures.draw_map(c, GRID, np.eye(4)))).convert("RGB"), np.int64)
-        for name, c in {"cell": colors, "empty": np.full_like(colors, figures.EMPTY)}.items()
-    }
-    rows, columns = np.nonzero((pixels["cell"] != pixels["empty"]).any(-1))
-    assert len(rows) > 50
-    assert rows.max() < 0.35 * pixels["cell"].shape[0]
-    assert columns.min() > 0.7 * pixels["cell"].shape[1]
+def test_a_task_without_pictures_is_reported_by_its_metric_and_curves(work, monkeypatch):
+    monkeypatch.setattr(Pretraining, "pictures", "")
+    assert report(work, work / "pre").exit_code == 0
+    page = (work / "report.html").read_text()
+    assert "mean cosine" in section(page, "Pretraining: the whole split")
+    assert section(page, "Training").count("<img") >= 4
+    assert section(page, "Keyframe 0").count("<img") == 1
 
 
-def test_a_column_has_the_colour_of_its_highest_cell():
+def test_names_are_escaped(work, tmp_path):
+    copy = shutil.copytree(work / "vehicles", tmp_path / "<b>&run")
+    assert report(work, copy).exit_code == 0
+    page = (work / "report.html").read_text()
+    assert "&lt;b&gt;&amp;run" in page
+    assert "<b>&run" not in page
+
+
+def test_the_topmost_voxel_of_a_column_is_shown():
     volume = np.zeros(GRID.shape, np.bool_)
     volume[0, 3, 3] = volume[:, 3, 4] = volume[1, 3, 5] = True
-    low, both, high = figures.highest_colors(volume)[3, 3:6].tolist()
-    assert low != both == high
     voxels = np.flatnonzero(volume)
     shades = np.arange(3 * len(voxels), dtype=np.uint8).reshape(-1, 3)
     expected = shades[voxels.tolist().index(np.ravel_multi_index((1, 3, 4), GRID.shape))]
@@ -204,24 +213,6 @@ def test_outcomes_are_told_apart_and_cells_that_do_not_count_are_grey():
     assert mixed[0] == pytest.approx((np.array(figures.HIT) + 2.0 * np.array(figures.FALSE_ALARM) + figures.MISSED) / 4, abs=1)  # fmt: skip
 
 
-def test_predictions_that_point_where_the_targets_do_have_their_colours():
-    rng = np.random.default_rng(0)
-    targets = rng.normal(size=(50, 8))
-    colors = figures.FeatureColors.fit(targets)
-    assert (colors(targets) == colors(targets * rng.uniform(0.1, 9, (50, 1)))).all()
-    assert len(np.unique(colors(targets), axis=0)) > 40
-    assert (colors(-targets) != colors(targets)).any()
-
-
-def test_colours_follow_the_largest_component():
-    angle = np.linspace(-0.5, 0.5, 41)
-    targets = np.stack([np.cos(angle), np.sin(angle), 0 * angle, 0 * angle], 1)
-    red = figures.FeatureColors.fit(targets)(targets)[:, 0].astype(int)
-    assert (np.diff(red) >= 0).all()
-    assert red.min() == 0
-    assert red.max() == 255
-
-
 def test_a_running_mean_leaves_a_line_as_it_is_and_averages_fewer_at_the_ends():
     assert figures.smooth([2.0] * 9, 3) == pytest.approx([2.0] * 9)
     assert figures.smooth([0, 1, 2, 3, 4], 1) == pytest.approx([0.5, 1, 2, 3, 3.5])
@@ -229,10 +220,16 @@ def test_a_running_mean_leaves_a_line_as_it_is_and_averages_fewer_at_the_ends():
 
 
 def test_curves_read_steps_and_validations_apart():
-    log = [{"step": 0, "loss": 3.0}, {"step": 0, "validation": {"iou": 20.0}}, {"step": 1, "loss": 2.0}]
-    assert curve(log, "loss") == ([0, 1], [3.0, 2.0])
-    assert curve(log, "iou") == ([0], [20.0])
-    assert curve(log, "cosine") == ([], [])
+    log = [
+        {"step": 0, "loss": 3.0, "data_wait": 1.0},
+        {"step": 0, "validation": {"iou": 20.0, "loss": 9.0, "best": None}},
+    ]
+    log.append({"step": 1, "loss": 2.0})
+    assert curves(log) == {
+        "loss": ([0, 1], [3.0, 2.0]),
+        "validation: IoU at 0.5 [%]": ([0], [20.0]),
+        "validation: loss": ([0], [9.0]),
+    }
 
 
 def test_initial_weights_are_named_without_directories():
@@ -337,12 +334,3 @@ def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
     assert found_in(info) == {"occfeat: optim.epochs": ("1", "50")}
     again = found_in(about_of(Config(), parent=about_of(Config())))
     assert again == {"initial weights": ("a run of occfeat", "a pretraining, or the backbone's")}
-
-
-def test_pictures_in_the_page_are_whole(page):
-    from PIL import Image
-
-    data = re.findall(r"base64,([^\"]+)", page)
-    assert len(data) > 20
-    for text in data:
-        Image.open(io.BytesIO(base64.b64decode(text))).verify()

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occfeat_targets.cache.geometry import project, rigid, transform
-from occfeat_train.ops.mean_over_views import sample_voxel_features
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features, sample_voxel_features_numpy
 
 SIZE = (40, 60)  # height, width [px]; maps below are 4 x 6 tokens, of 10 x 10 px each
 BACKENDS = ["numba", "torch"]

@@ -13,7 +13,7 @@ from torch import nn
 from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_train.config import Config, LossConfig, NetworkConfig
 from occfeat_train.networks.network import build_network
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.presets import FEAT_ONLY, OCC_ONLY
 from occfeat_train.tasks.build import build_task, count_parameters, freeze_batchnorm, move_to_device
 from occfeat_train.tasks.losses import segmentation_loss

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from occfeat_train.config import LIFTINGS, lifting_class
 from occfeat_train.networks.network import unmirror
-from occfeat_train.ops.mean_over_views import lift, sample_voxel_features
-from occfeat_train.ops.mean_over_views_numba import sample_voxel_features_numpy
+from occfeat_train.ops.mean_over_views import lift, sample_voxel_features, sample_voxel_features_numpy
 from occfeat_train.ops.views import Cameras, Views
 from tests.train.lifting_twin import lift_dense
 from tests.train.test_lifting import BACKENDS, GRID, SIZE, WAYS, Lift, assert_equal_to_twin, random_views
