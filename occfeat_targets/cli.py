@@ -135,7 +135,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     "--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Size of the student images."
 )
 @click.option("--teacher", default="facebook/dinov2-small", show_default=True,
-              help="Hub id or folder of a DINOv2 or DINOv3 model, random:ID for random weights, or none.")  # fmt: skip
+              help="Hub id or folder of a DINOv2, DINOv3, RADIO or SigLIP model, random:ID for random weights, or none.")  # fmt: skip
 @click.option("--teacher-layer", type=click.Choice(["post-norm", "pre-norm"]), default="post-norm", show_default=True)
 @click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
               help="auto: bfloat16 where the hardware supports it natively.")  # fmt: skip

@@ -22,6 +22,7 @@ from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
+from occfeat_targets.targets.quantize import quantization_cosine, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,6 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
             for name, value in targets.arrays.items():
                 arrays[name][i] = value
         if teacher is not None and batch:
-            from occfeat_targets.targets.teacher import quantization_cosine, quantize
-
             with timed(report.seconds, "teacher"):
                 images = np.concatenate([targets.teacher_images for _, targets in batch])
                 features = teacher(images).reshape(len(batch), len(spec.cameras), *teacher.spec.map_size, -1)
