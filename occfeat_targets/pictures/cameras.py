@@ -84,13 +84,14 @@ def draw_points(
     radius: float,
     limits: tuple[float, float],
     rim: float = 0,
+    area: Sequence[int] | None = None,
 ) -> None:
     """Draw the points that the camera sees as dots, the nearest last.
 
     points_cam: (n, 3) [m]. values: (n,) coloured by `scale`. radius: of a dot [m], clamped to `limits` [px] on the sheet.
-    rim: width of the black rim [px].
+    rim: width of the black rim [px]. area: part of the image that shows the scene, see `project`.
     """
-    pixels, depth, is_valid = project(intrinsics, points_cam, image_size)
+    pixels, depth, is_valid = project(intrinsics, points_cam, image_size, area)
     chosen = np.flatnonzero(is_valid)
     chosen = chosen[np.argsort(-depth[chosen], kind="stable")]
     enlargement = axes.bbox.width / image_size[1]

@@ -163,6 +163,8 @@ def _cameras(
     grid_from_ego = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
     cam_from_ego = reader.read("cam_from_ego", keyframe).astype(np.float64)
     intrinsics, images = reader.read("intrinsics", keyframe).astype(np.float64), reader.read("images", keyframe)
+    areas, is_seen = reader.read("image_area", keyframe), reader.read("camera_valid", keyframe)
+    names = [name + ("" if seen else " (masked)") for name, seen in zip(spec.cameras, is_seen, strict=True)]
     tiles = Tiles(arrange(cam_from_ego), spec.image_size, WIDTH, MARGIN)
 
     def draw_voxels(part: SubFigure) -> None:
@@ -170,16 +172,16 @@ def _cameras(
         centers = spec.grid.centers_of(np.flatnonzero(volume)).astype(np.float64)
         points = transform(inverse_rigid(grid_from_ego), centers)
         for camera, axes in tiles.axes(part).items():
-            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
+            draw_image(axes, images[camera], names[camera], spec.image_size)
             draw_points(
                 axes, intrinsics[camera], transform(cam_from_ego[camera], points), centers[:, 2], height, spec.image_size,
-                radius=0.1, limits=(1.5, 6), rim=0.8,
+                radius=0.1, limits=(1.5, 6), rim=0.8, area=areas[camera],
             )  # fmt: skip
 
     def draw_returns(part: SubFigure) -> None:
         for camera, axes in tiles.axes(part).items():
             points = transform(cam_from_ego[camera], np.asarray(returns, np.float64))
-            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
+            draw_image(axes, images[camera], names[camera], spec.image_size)
             draw_points(
                 axes,
                 intrinsics[camera],
@@ -189,13 +191,14 @@ def _cameras(
                 spec.image_size,
                 radius=0.03,
                 limits=(0.8, 2.5),
+                area=areas[camera],
             )
 
     def draw_features(part: SubFigure) -> None:
         features = read_features(reader, keyframe)
         colors = (feature_colors or FeatureColors.fit(features.reshape(-1, features.shape[-1])))(features)
         for camera, axes in tiles.axes(part).items():
-            draw_image(axes, colors[camera], spec.cameras[camera], spec.image_size, smooth=False)
+            draw_image(axes, colors[camera], names[camera], spec.image_size, smooth=False)
 
     height = height_scale(spec.grid)
     bands = [_heading("centres of occupied voxels, by height in the grid", height), (tiles.total_height, draw_voxels)]
@@ -254,7 +257,9 @@ def _maps(reader: CacheReader, keyframe: int, index: int) -> Band:
     """The bird's-eye pictures beside each other."""
     grid = reader.cache.spec.grid
     grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
-    grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
+    is_seen = reader.read("camera_valid", keyframe)
+    cam_from_ego = reader.read("cam_from_ego", keyframe)[is_seen].astype(np.float64)
+    cameras = [name for name, seen in zip(reader.cache.spec.cameras, is_seen, strict=True) if seen]
     volume = grid.unpack_volume(reader.read("occupancy", keyframe)[index])
     panels = _panels(reader, keyframe, index, volume, grid_from_ego)
     spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
@@ -270,7 +275,7 @@ def _maps(reader: CacheReader, keyframe: int, index: int) -> Band:
             draw_cells(axes, panel.colors, grid, grid_from_ego, hatched=panel.hatched)
             axes.set_title(panel.title, loc="left", size=12)
             if column == 0:
-                draw_cameras(axes, grid_from_cams, reader.cache.spec.cameras, PANEL / 8 / scale)
+                draw_cameras(axes, grid_from_ego @ inverse_rigid(cam_from_ego), cameras, PANEL / 8 / scale)
                 _color_bar(part, height_scale(grid), left, height + 115)
             else:
                 axes.legend(

@@ -43,6 +43,8 @@ def make_cache(tmp_path, occupied=(), *, spec=None, simulated=(), skipped=(), **
         volume[index] = True
     arrays = {a.name: np.zeros((3, *a.shape), a.dtype) for a in spec.arrays()}
     arrays["is_valid"][:] = [i not in skipped for i in range(3)]
+    arrays["camera_valid"][:] = True
+    arrays["image_area"][:] = (0, 0, *spec.image_size)
     arrays["images"][:] = GREY
     arrays["intrinsics"][:] = INTRINSICS
     arrays["cam_from_ego"][:] = np.resize([cam_from_ego(yaw) for yaw in YAWS], (len(spec.cameras), 4, 4))
