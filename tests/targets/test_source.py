@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.sources.source import SOURCES
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_train.cli import main as train
+from occfeat_train.config import Config, NetworkConfig
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.targets.command_line import Result, contents, run
 from tests.targets.toy_source import SIZES, write_toy
 
@@ -50,11 +55,15 @@ def test_a_toy_source_is_built_verified_drawn_and_trained_on(toy, tiny_teacher, 
     assert reader.cache.spec.cameras == tuple(SIZES) and reader.cache.spec.frames == ("ego", *SIZES)
     assert reader.read("occupancy", 0).any(axis=1).all()
     assert "4 keyframes read" in invoke(train, "check", *WHERE, cache)
-    tiny = ["network.channels=8", "network.image_size=32x48", "optim.lr=1e-4"]
-    arguments = ["pretrain", *WHERE, cache, "--out", tmp_path / "run", "--backbone-weights", "none", "--batch", "2"]
-    arguments += [part for change in tiny for part in ("--set", change)]
-    invoke(train, *arguments, "--epochs", "1", "--device", "cpu", "--no-tensorboard", "--no-progress")
+    pretrain(cache, tmp_path / "run")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 2
+
+
+def pretrain(cache: Path, run: Path, *more: str) -> str:
+    tiny = ["network.channels=8", "network.image_size=32x48", "optim.lr=1e-4"]
+    arguments = ["pretrain", *WHERE, cache, "--out", run, "--backbone-weights", "none", "--batch", "2", *more]
+    arguments += [part for change in tiny for part in ("--set", change)]
+    return invoke(train, *arguments, "--epochs", "1", "--device", "cpu", "--no-tensorboard", "--no-progress")
 
 
 def invoke(command, *arguments: object) -> str:
@@ -167,3 +176,43 @@ def test_a_keyframe_without_any_usable_camera_is_skipped(toy, tmp_path):
     assert built.returncode == 3
     assert "skipped: sample toy0 of scene0: none of its 3 cameras can be used; the first: image" in built.stdout
     assert CacheReader(tmp_path / "all.zarr").is_valid.tolist() == [False, True, True, True]
+
+
+def test_training_reads_nothing_of_a_masked_camera(toy, tiny_teacher, tmp_path):
+    """With the running statistics of BatchNorm, a masked camera's pixels change nothing, and another's do."""
+    cache, run_path = tmp_path / "cache", tmp_path / "run"
+    (toy / "wide" / "1.jpg").unlink()
+    (toy / "tall" / "2.jpg").unlink()
+    assert build(toy, cache, tiny_teacher, "--on-error", "mask-camera", check=False).returncode == 3
+    assert "2 cameras of other keyframes are masked" in invoke(train, "check", *WHERE, cache)
+    assert "2 cameras of the keyframes used are masked" in pretrain(cache, run_path)
+    _, dataset, task = prepare_evaluation(run_path, RunOptions(cache, "all", tmp_path), "front")
+    batch = dataset.batch([(0, 1), (0, 2)])
+    assert batch.cam_from_grid.flatten(2).any(-1).tolist() == [[True, True, False], [True, False, True]]
+    loss = task.eval()(batch)["loss"]
+    for camera, is_masked in ((2, True), (0, False)):
+        images = batch.images.clone()
+        images[0, camera] = 255 - images[0, camera]
+        changed = task(dataclasses.replace(batch, images=images))["loss"]
+        assert bool(changed == loss) == is_masked
+    refused = CliRunner().invoke(
+        train,
+        [str(a) for a in ("evaluate", run_path, *WHERE, cache, "--frame", "wide", "--device", "cpu", "--no-progress")],
+    )
+    assert "1 keyframes are left out: the camera of their grid, wide, is masked" in refused.output
+
+
+def test_a_sample_never_lies_in_the_frame_of_a_masked_camera(toy, tiny_teacher, tmp_path):
+    (toy / "wide" / "1.jpg").unlink()
+    build(toy, tmp_path, tiny_teacher, "--on-error", "mask-camera", check=False)
+    reader = CacheReader(tmp_path / "all.zarr")
+    config = Config(network=NetworkConfig(image_size=(32, 48)), frame="cameras")
+    dataset = KeyframeDataset(reader, config, training=True)
+    grids = reader.read("grid_from_ego", 1)
+    masked = dataset.batch([(epoch, 1) for epoch in range(40)])
+    assert dataset.frames == tuple(SIZES)
+    expected = [reader.read("cam_from_ego", 1)[0] @ inverse_rigid(grids[1 + c].astype(np.float64)) for c in (0, 1)]
+    used = [int(np.argmin([np.abs(found[0].numpy() - e).max() for e in expected])) for found in masked.cam_from_grid]
+    assert set(used) == {0, 1}
+    for found, frame in zip(masked.cam_from_grid, used, strict=True):
+        np.testing.assert_allclose(found[0], expected[frame], atol=1e-6)

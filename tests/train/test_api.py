@@ -30,7 +30,7 @@ from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
 from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
 
-CALIBRATION = ("intrinsics", "cam_from_ego", "grid_from_ego")
+CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
 # A machine may have a single core, and a process that has threads is forked.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
 
