@@ -65,9 +65,10 @@ class TeacherSpec:
 
     name: hub id, local folder, or ``random:<hub id>`` for seeded random weights of that architecture. It says where the
     weights were found and does not count when specs are compared. digest: digest of the loaded weights.
-    layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens), or ``pre-norm``, its input (as ScaLR).
+    layer: ``post-norm``, the output of the final LayerNorm (x_norm_patchtokens; of the last layer, if the model has no final
+    norm), or ``pre-norm``, its input (as ScaLR).
     input_size: (height, width) [px], exact multiples of patch_size. dim: channels N_y. dtype: of the computation.
-    mean, std: normalisation of RGB in [0, 1] (ImageNet's, unless the model's processor has others).
+    mean, std: normalisation of RGB in [0, 1]; the family's, unless the model's image processor has others.
     """
 
     name: str = field(compare=False)
@@ -245,6 +246,14 @@ class TargetSpec:
         small = {"per_keyframe": False}
         specs = [
             ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
+            ArraySpec(
+                "camera_valid", (cams,), ("camera",), "bool",
+                "false: the camera was masked, its image is black, its features and calibration are zero", **small,
+            ),
+            ArraySpec(
+                "image_area", (cams, 4), ("camera", "side"), "int32",
+                "(top, left, bottom, right) of the part of the cached image that the camera fills [px]; the rest is black", **small,
+            ),
             ArraySpec(
                 "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
                 "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,

@@ -113,8 +113,25 @@ class Checkpoint:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
             raise CheckpointError(
-                f"{file} holds no trainer state that can be loaded safely ({_first_line(err)}): {_advice(self.path)}"
+                f"{file} holds no trainer state that can be loaded safely ({first_line(err)}): {_advice(self.path)}"
             ) from err
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Checkpoint folders, intact or not, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def first_line(err: BaseException) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _sound_file(folder: Path, name: str) -> Path:
 
 def _advice(folder: Path) -> str:
     """What to do about a damaged checkpoint: names the newest intact checkpoint of its run."""
-    for older in [p for p in _steps(folder.parent.parent)[::-1] if p.name < folder.name]:
+    for older in [p for p in checkpoint_folders(folder.parent.parent)[::-1] if p.name < folder.name]:
         try:
             for name in (WEIGHTS, INFO, STATE):
                 _sound_file(older, name)
@@ -174,8 +191,8 @@ def save_checkpoint(
     write_record(draft / RECORD, {"step": step, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
-    _flush(folder)
-    for old in _steps(run)[:-KEEP]:
+    flush(folder)
+    for old in checkpoint_folders(run)[:-KEEP]:
         shutil.rmtree(old)
     return final
 
@@ -191,7 +208,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
             f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {INFO})"
         )
     is_checkpoint = (path / RECORD).is_file() or (path / WEIGHTS).is_file()
-    folders = [path] if is_checkpoint else _steps(path)[::-1]
+    folders = [path] if is_checkpoint else checkpoint_folders(path)[::-1]
     if not folders:
         raise CheckpointError(
             f"no checkpoint in {path}: a run directory of occfeat-train pretrain or finetune is expected"
@@ -200,13 +217,8 @@ def find_checkpoint(path: Path) -> Checkpoint:
     try:
         info = RunInfo.from_dict(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(f"{file} can't be used ({_first_line(err)}): use another checkpoint") from err
+        raise CheckpointError(f"{file} can't be used ({first_line(err)}): use another checkpoint") from err
     return Checkpoint(folders[0], info)
-
-
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None."""
-    return find_checkpoint(run) if _steps(run) else None
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path, *, only: str = "") -> None:
@@ -239,61 +251,3 @@ def require_finite(weights: Mapping[str, Tensor], what: str, remedy: str) -> Non
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise CheckpointError(f"{what}: {shown} of {len(weights)} tensors are not finite: {remedy}")
-
-
-def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
-    """Create RUN for this config, or continue the existing run if its config is the same.
-
-    A run that has not begun training (it has no log) is overwritten. Returns the checkpoint to continue from, or None at the
-    beginning. Raises CheckpointError that lists every difference.
-    """
-    file = run / INFO
-    if file.is_file():
-        try:
-            found = RunInfo.from_dict(json.loads(file.read_text()))
-        except (ValueError, KeyError, TypeError) as err:
-            raise CheckpointError(f"{file} can't be used ({_first_line(err)}): choose another --out") from err
-        differences = found.config.differences(info.config)
-        if found.cache != info.cache:
-            differences.append(f"cache fingerprint: {found.cache} != {info.cache}")
-        if found.grid != info.grid:
-            differences.append(f"grid: {found.grid} != {info.grid}")
-        if found.num_samples != info.num_samples:
-            differences.append(f"training samples: {found.num_samples} != {info.num_samples}")
-        elif found.keyframes != info.keyframes:
-            differences.append("keyframes: the cache holds others, or has skipped others")
-        if found.scenes != info.scenes:
-            differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
-        if found.initial != info.initial:
-            differences.append(f"initial weights: {found.initial} != {info.initial}")
-        if differences and ((run / "log.jsonl").exists() or _steps(run)):
-            raise CheckpointError(
-                f"{run} holds another run ({'; '.join(differences)} [there != here]): choose another --out, or delete it"
-            )
-        if not differences:
-            return latest_checkpoint(run)
-    elif run.exists() and any(run.iterdir()):
-        raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(info.to_dict(), indent=1))
-    _flush(partial)
-    partial.rename(file)
-    return None
-
-
-def _steps(run: Path) -> list[Path]:
-    """Checkpoint folders, intact or not, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]

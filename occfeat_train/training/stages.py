@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -22,12 +20,13 @@ from occfeat_train.data.label_scenes import label_scenes, read_scenes
 from occfeat_train.distributed import Process, prepare_together
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, count_parameters
-from occfeat_train.training.checkpoint import Checkpoint, RunInfo, begin_run, find_checkpoint
+from occfeat_train.training.checkpoint import Checkpoint, RunInfo, find_checkpoint
 from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.paper import DATA, describe_data
+from occfeat_train.training.run_directory import begin_or_resume
 
 
 @dataclass(frozen=True)
@@ -163,16 +162,6 @@ def summary(
             f"finished already, at step {steps}" if is_finished else f"continuing at step {resume.step} of {steps}"
         )
     return lines
-
-
-def begin_or_resume(out: Path, info: RunInfo, process: Process) -> Checkpoint | None:
-    """`begin_run` on rank 0; returns the same checkpoint on all ranks."""
-    found = prepare_together(lambda: begin_run(out, info) if process.is_main else None)
-    if process.world == 1:
-        return found
-    message = [None if found is None else str(found.path)]
-    dist.broadcast_object_list(message)
-    return None if message[0] is None else find_checkpoint(Path(message[0]))
 
 
 def run_evaluation(

@@ -27,7 +27,7 @@ from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
 from occfeat_train.tasks.build import build_task, move_to_device
-from occfeat_train.training.checkpoint import latest_checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import read_log
 from occfeat_train.training.loop import forward_backward, set_training
 from occfeat_train.training.optim import build_optimizer
@@ -88,8 +88,7 @@ def main() -> None:
         cache, _ = write(Path(directory), options.keyframes)
         run = Path(directory) / "run"
         records = train(cache, run, options)
-        checkpoint = latest_checkpoint(run)
-        assert checkpoint is not None, "a finished run has a checkpoint"
+        checkpoint = find_checkpoint(run)
         limits = [
             resident_samples_per_second(cache, checkpoint.info.config, device, options.steps // 2) for _ in range(2)
         ]

@@ -13,7 +13,7 @@ from _inputs import find_dataroot, find_images
 from _timing import machine
 
 from occfeat_targets.targets.images import load_image
-from occfeat_targets.targets.teacher import Teacher, teacher_spec
+from occfeat_targets.targets.teacher import LoadedTeacher, teacher_spec
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
           f"{arguments.batches[0]}\n\n| dtype | threads | batch | equal values | largest difference | worst cosine |\n"
           "| --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for dtype in ("float32", "bfloat16"):
-        teacher = Teacher(teacher_spec(arguments.teacher, dtype=dtype), "cpu")
+        teacher = LoadedTeacher(teacher_spec(arguments.teacher, dtype=dtype), "cpu")
         images = np.stack([load_image(f, [teacher.spec.input_size])[0] for f in (files * 12)[:12]])
         expected = None
         for threads in arguments.threads:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from _timing import compare, machine, table
 
-from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
+from occfeat_targets.targets.teacher import LoadedTeacher, flops_per_image, teacher_spec
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     contenders, work = {}, {}
     for dtype in dtypes:
         square = torch.randn(2048, 2048, device=device).to(getattr(torch, dtype))
-        teacher = Teacher(replace(spec, dtype=dtype), device)
+        teacher = LoadedTeacher(replace(spec, dtype=dtype), device)
         contenders[f"matmul 2048, {dtype}"] = lambda a=square: float((a @ a)[0, 0])
         contenders[f"teacher, {dtype}"] = lambda t=teacher: t(images)
         work[f"matmul 2048, {dtype}"] = 2 * 2048.0**3

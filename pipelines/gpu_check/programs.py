@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from occfeat_targets.targets.teacher import Teacher, flops_per_image, teacher_spec
+from occfeat_targets.targets.teacher import LoadedTeacher, flops_per_image, teacher_spec
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -108,7 +108,7 @@ def gradient(check: Check, lifting: str, wrap: bool) -> Tensor:
 def teacher(check: Check) -> None:
     """Images/s of the teacher as the build calls it, with its copies, and of the model alone."""
     spec = teacher_spec("random:facebook/dinov2-small", input_size=(56, 56) if check.small else None)
-    model = Teacher(spec, check.device.type)
+    model = LoadedTeacher(spec, check.device.type)
     for count in (6,) if check.small else (6, 48, 192):
         images = np.random.default_rng(0).integers(0, 256, (count, *spec.input_size, 3), np.uint8)
         pixels = torch.randn(count, 3, *spec.input_size, device=check.device)

@@ -1,18 +1,20 @@
 """The table of label kinds: what a row must say, and that one row is enough for a new kind."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import zarr
+from PIL import Image
 
 import occfeat_train
 from occfeat_targets.cache.geometry import inverse_rigid, transform
 from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.pictures import sheet
 from tests.conftest import SMALL_GRID
 from tests.targets.command_line import build_arguments, run
+from tests.train.runs import evaluate, finetune, succeed
 
 RADIUS = 5.0  # [m]
 
@@ -47,8 +49,7 @@ def draw_ring_with_a_wrong_cell(*arguments):
 RING = LabelKind(
     name="ring",
     classes=("near", "far"),
-    dark={"far": (10, 20, 30), "near": (200, 255, 0)},
-    light={"far": (240, 240, 240), "near": (90, 120, 0)},
+    colors={"far": (240, 240, 240), "near": (90, 120, 0)},
     draw=f"{__name__}:draw_ring",
     reference=f"{__name__}:reference_ring",
     description="cells near the ego vehicle and far from it",
@@ -62,7 +63,7 @@ def ring(monkeypatch) -> LabelKind:
     return RING
 
 
-def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path, monkeypatch):
+def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path):
     options = ["--cache", tmp_path, "--split", "mini_train"]
     output = run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--labels", "vehicles,ring")).stdout
     assert "labels: vehicles, ring" in output
@@ -78,10 +79,14 @@ def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path, monkey
     assert sample["ring_valid"][0].float().mean() == 0.5
     assert zarr.open_group(path)["labels/ring"].metadata.dimension_names[2] == "ring_class"
 
-    keys = []
-    monkeypatch.setattr(sheet, "draw_key", lambda picture, left, top, width, key: keys.append(key) or top)
     run("preview", *options, "--samples", "1", "--out", tmp_path / "preview")
-    assert keys[1].items() >= (dict(RING.dark) | {"behind the ego vehicle, not scored": sheet.HATCH}).items()
+    picture = np.asarray(Image.open(next((tmp_path / "preview").glob("*.png"))).convert("RGB"))
+    assert (picture == ring.colors["near"]).all(axis=-1).sum() > 1000
+
+    trained = tmp_path / "run"
+    succeed(*finetune(tmp_path, trained, "--split", "mini_train", "--task", "ring", "--epochs", "0.2"))
+    succeed(*evaluate(trained, tmp_path, "--split", "mini_train"))
+    assert list(json.loads((trained / "evaluation" / "mini_train.json").read_text())["per_class"]) == ["near", "far"]
 
 
 def test_the_reference_of_a_new_kind_finds_a_wrong_cell(city, ring, tmp_path, monkeypatch):
@@ -108,4 +113,4 @@ def test_a_spec_has_the_arrays_of_its_kinds_in_the_tables_order(ring):
 
 def test_a_kind_needs_a_colour_for_each_class():
     with pytest.raises(ValueError, match="expected one colour for each class"):
-        dataclasses.replace(RING, light={"near": (0, 0, 0)})
+        dataclasses.replace(RING, colors={"near": (0, 0, 0)})

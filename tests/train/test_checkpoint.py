@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from occfeat_train.config import Config
-from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint, latest_checkpoint, save_checkpoint
+from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
 from tests.train.runs import (
     GRID,
@@ -74,12 +74,8 @@ def test_safetensors_alone_opens_the_complete_weights(trained):
 
 def test_the_two_newest_checkpoints_are_kept_with_their_config(trained, cache):
     assert sorted(os.listdir(trained / "checkpoints")) == ["step-00000003", "step-00000004"]
-    found = latest_checkpoint(trained)
-    assert (
-        found is not None
-        and found.step == 4
-        and found.path == find_checkpoint(trained / "checkpoints" / "step-00000004").path
-    )
+    found = find_checkpoint(trained)
+    assert found.step == 4 and found.path == find_checkpoint(trained / "checkpoints" / "step-00000004").path
     info = json.loads((found.path / "config.json").read_text())
     assert info == json.loads((trained / "config.json").read_text())
     assert Config.from_dict(info["config"]) == found.info.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -82,6 +83,16 @@ def test_one_class_and_one_row_are_a_pretext_task(tmp_path, monkeypatch):
     name = next(name for name in theirs if name.startswith("network.decoder") and name.endswith("weight"))
     torch.testing.assert_close(ours[name], theirs[name], atol=1e-12, rtol=0)
 
+    page = report(cache, tmp_path / "vehicles", run)
+    assert ">Height<" in page and ">Vehicles<" in page and "validation: loss" in page
+    assert "pretrained: run, step 2" in page
+
+
+def report(cache: Path, *runs: Path) -> str:
+    out = runs[0] / "report.html"
+    succeed("report", *runs, "--cache", cache, "--split", "val", "--samples", "1", "--device", "cpu", "--out", out)
+    return out.read_text()
+
 
 def test_a_pretext_task_names_what_the_cache_lacks(tmp_path, monkeypatch):
     monkeypatch.setitem(PRETEXTS, "sounds", f"{__name__}:Sounds")
@@ -103,4 +114,6 @@ def test_one_row_is_a_segmentation_task(tmp_path, monkeypatch):
     succeed(*evaluate(run, cache))
     results = json.loads((run / "evaluation" / "val.json").read_text())
     assert list(results["per_class"]) == ["near", "far_away"] and 0 <= results["iou"] <= 100
+    page = report(cache, run)
+    assert ">Ring<" in page and "far away" in page and "behind the ego vehicle, not scored" in page
     assert "has no map labels (it has: ring)" in refuse(*finetune(cache, tmp_path / "map", "--task", "map"))
