@@ -102,13 +102,16 @@ def small_identity(n: int = 7) -> Identity:
 
 
 def random_arrays(cache: Cache, shard: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random contents of a shard, determined by its number and the seed."""
+    """Random contents of a shard, determined by its number and the seed; all keyframes and cameras are valid."""
     rng = np.random.default_rng((seed, shard))
     n = len(cache.shard_range(shard))
     arrays = {}
+    always = {"is_valid": True, "camera_valid": True, "image_area": (0, 0, *cache.spec.image_size)}
     for array in cache.spec.arrays():
         values = rng.integers(0, 100, (n, *array.shape)).astype(array.dtype)
-        arrays[array.name] = np.ones(n, np.bool_) if array.name == "is_valid" else values
+        if array.name in always:
+            values[:] = always[array.name]
+        arrays[array.name] = values
     return arrays
 
 
