@@ -23,7 +23,7 @@ __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_ca
 
 Frames = Literal["ego", "cameras", "both"]
 TeacherDtype = Literal["auto", "float32", "bfloat16"]
-OnError = Literal["fail", "skip"]
+OnError = Literal["fail", "skip", "mask-camera"]
 
 
 def build_cache(

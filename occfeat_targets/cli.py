@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3 the cache is sound, but keyframes were
-skipped or shards are missing.
+skipped, cameras masked, or shards are missing.
 """
 
 from __future__ import annotations
@@ -162,9 +162,13 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     "--shard", type=ShardOf(), default=None, help="Build every N-th shard, starting with the K-th, in this process."
 )
 @click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes per shard.")
-@click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="If a keyframe cannot be built: stop, or record and mask it and exit with 3.")  # fmt: skip
-@click.option("--retry-skipped", is_flag=True, help="Rebuild the skipped keyframes of finished shards.")
+@click.option("--on-error", type=click.Choice(["fail", "skip", "mask-camera"]), default="fail", show_default=True,
+              help="If a keyframe cannot be built: stop; mask it; or mask only its unusable cameras. The last two record it and exit with 3.")  # fmt: skip
+@click.option(
+    "--retry-skipped",
+    is_flag=True,
+    help="Rebuild skipped keyframes, and those with masked cameras, of finished shards.",
+)
 @click.option("--device", default="auto", show_default=True, help="Device of the teacher: auto, cpu, cuda, cuda:1.")
 @reports_errors
 def build(
@@ -178,6 +182,7 @@ def build(
     """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import default_workers, run
+    from occfeat_targets.cache.store import is_whole
     from occfeat_targets.messages import describe_outcome, describe_plan
     from occfeat_targets.sources.scenes import parse_scenes
 
@@ -209,7 +214,7 @@ def build(
     click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)
-    if any(record["skipped"] for record in plan.cache.finished_shards().values()):
+    if not all(is_whole(record) for record in plan.cache.finished_shards().values()):
         sys.exit(EXIT_INCOMPLETE)
 
 

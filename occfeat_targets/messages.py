@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.build.plan import Plan, estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.estimate import estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
-from occfeat_targets.cache.store import Cache
-from occfeat_targets.sources.scenes import describe_problems
+from occfeat_targets.cache.store import Cache, is_whole
+from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
 
 def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
@@ -31,6 +32,9 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
     if problems is not None:
         lines.append(f"  {problems} cannot be built and are skipped")
+    masked = describe_masked([split.keyframes[i] for i in plan.left_to_build])
+    if masked is not None:
+        lines.append(f"  {masked} are built with masked cameras")
     lines += [f"  no {name} labels: {why}" for name, why in plan.missing_labels.items()]
     lines += [f"  {line}" for line in spec.describe()]
     lines += cache.warnings
@@ -42,10 +46,11 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     if plan.shards:
         size = spec.bytes_per_keyframe * plan.num_keyframes
         where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
+        seconds = estimate_seconds(spec, plan.num_keyframes, device=plan.options.device, workers=max(workers, 1))
         lines.append(
             f"size: {format_bytes(spec.bytes_per_keyframe)} per keyframe, {format_bytes(size)} in total "
             f"({format_bytes(free_bytes(cache.path))} free); "
-            f"time: about {format_seconds(estimate_seconds(plan, max(workers, 1)))} {where}"
+            f"time: about {format_seconds(seconds)} {where}"
             + (" (estimated with the speed of this machine)" if scheduler else "")
         )
     return lines
@@ -75,6 +80,11 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         lines.append(
             f"  skipped {len(outcome.skipped)} keyframes: 'occfeat-targets status' lists them; --retry-skipped tries again"
         )
+    if outcome.masked:
+        lines.append(
+            f"  masked {sum(map(len, outcome.masked.values()))} cameras of {len(outcome.masked)} keyframes: "
+            "'occfeat-targets status' lists them; --retry-skipped tries again"
+        )
     pending = cache.pending_shards()
     lines += cache.warnings
     if outcome.failed:
@@ -90,7 +100,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
 
 
 def describe_status(cache: Cache) -> list[str]:
-    """Finished, failed, skipped and missing parts."""
+    """Finished, failed, skipped, masked and missing parts."""
     finished, failed = cache.finished_shards(), cache.failed_shards()
     keyframes = sum(len(cache.shard_range(shard)) for shard in finished)
     lines = [
@@ -104,13 +114,19 @@ def describe_status(cache: Cache) -> list[str]:
         lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build command again")
     lines += [f"failed: shard {shard}: {record['error']}" for shard, record in failed.items()]
     lines += [f"skipped: {why}" for record in finished.values() for why in record["skipped"].values()]
+    lines += [
+        f"masked: {camera} of sample {token}: {why}"
+        for record in finished.values()
+        for token, cameras in record["masked"].items()
+        for camera, why in cameras.items()
+    ]
     return lines
 
 
 def is_complete(cache: Cache) -> bool:
-    """Every shard is finished and no keyframe was skipped."""
+    """Every shard is finished, no keyframe was skipped, and no camera masked."""
     finished = cache.finished_shards()
-    return len(finished) == cache.num_shards and not any(record["skipped"] for record in finished.values())
+    return len(finished) == cache.num_shards and all(is_whole(record) for record in finished.values())
 
 
 def describe_info(cache: Cache) -> list[str]:
@@ -128,7 +144,11 @@ def describe_info(cache: Cache) -> list[str]:
     for array in spec.arrays():
         shape = "x".join(map(str, array.shape)) or "1"
         lines.append(f"  {array.name:22} {shape:>20} {array.dtype:8} {array.description}")
-    cosines = [record["cosine"] for record in cache.finished_shards().values() if record["cosine"]]
+    records = cache.finished_shards().values()
+    skipped, masked = sum(len(r["skipped"]) for r in records), sum(len(r["masked"]) for r in records)
+    if skipped or masked:
+        lines.append(f"{count(skipped, 'keyframe')} skipped, {count(masked, 'keyframe')} with masked cameras")
+    cosines = [record["cosine"] for record in records if record["cosine"]]
     if cosines:
         lines.append(f"int8 features: cosine to float16 {min(c[1] for c in cosines):.6f} at worst")
     lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))

@@ -20,7 +20,8 @@ from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
-from occfeat_train.data.augment import resample, transform_intrinsics
+from occfeat_train.data.augment import resample, transform_area, transform_intrinsics
+from occfeat_train.data.dataset import CALIBRATION
 from occfeat_train.data.frames import reference_frames
 from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.ops.mean_over_views import sample_voxel_features
@@ -66,7 +67,12 @@ class FeatureNetwork(nn.Module):
         self._allow_upsampling = config.allow_upsampling
 
     def features(
-        self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None = None
+        self,
+        images: Tensor,
+        intrinsics: Tensor,
+        cam_from_ego: Tensor,
+        grid_from_ego: Tensor | None = None,
+        image_area: Tensor | None = None,
     ) -> Tensor:
         """F_B of a batch of B samples seen by V cameras each.
 
@@ -79,21 +85,30 @@ class FeatureNetwork(nn.Module):
             `frame`. ego: the ego frame with its origin 0.5 m up. A camera: that camera's frame in `cam_from_ego`, with its
             origin 1 m below; the V cameras are then those of `cameras`, in that order. A cache's own `grid_from_ego` of a
             camera differs from that by the ego's motion between the LiDAR's timestamp and the camera's.
+        image_area: (B, V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene, of any type; the
+            whole images by default.
 
+        A camera whose cam_from_ego is all zeros is masked: nothing is read from its image.
         Returns (B, channels, grid height, grid width): rows forward, columns right, index 0 the rearmost and leftmost. It
         is float32, or what torch.autocast makes of it; 'evaluate' computes in bfloat16 on a GPU, unless told otherwise.
         Gradients reach the weights and float images, not the calibration.
         Raises ValueError on arguments of another shape or range or that are not finite, on images that would be enlarged (unless the run
         was trained with allow_upsampling), and where grid_from_ego is needed.
         """
-        features: Tensor = self(images, intrinsics, cam_from_ego, grid_from_ego)
+        features: Tensor = self(images, intrinsics, cam_from_ego, grid_from_ego, image_area)
         return features
 
     def forward(
-        self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None = None
+        self,
+        images: Tensor,
+        intrinsics: Tensor,
+        cam_from_ego: Tensor,
+        grid_from_ego: Tensor | None = None,
+        image_area: Tensor | None = None,
     ) -> Tensor:
         """The same as `features`."""
-        self._check(images, intrinsics, cam_from_ego, grid_from_ego)
+        area = None if image_area is None else image_area.detach().double()
+        self._check(images, intrinsics, cam_from_ego, grid_from_ego, area)
         cams = cam_from_ego.detach().cpu().double().numpy()
         grid = self._default_grid(cams) if grid_from_ego is None else grid_from_ego.detach().cpu().double().numpy()
         cam_from_grid = torch.from_numpy(cams @ inverse_rigid(grid)[:, None])
@@ -104,11 +119,14 @@ class FeatureNetwork(nn.Module):
         mirror = torch.zeros(batch, views, dtype=torch.bool, device=device)
         pixels = (images.float() * 255 if images.is_floating_point() else images).permute(0, 1, 3, 4, 2).contiguous()
         pinhole = intrinsics.detach().to(device, torch.float64)
+        if area is not None:
+            area = transform_area(area.to(device), source_size, resized, crop, mirror, self.image_size)
         features: Tensor = self.network(
             Views(
                 images=resample(pixels, resized, crop, mirror, self.image_size),
                 intrinsics=transform_intrinsics(pinhole, source_size, resized, crop, mirror, self.image_size),
                 cam_from_grid=cam_from_grid.to(device),
+                area=area,
             )
         )
         return features
@@ -124,7 +142,14 @@ class FeatureNetwork(nn.Module):
             )
         return GRID_FROM_CAMERA_AXES @ cam_from_ego[:, self.cameras.index(self.frame)]
 
-    def _check(self, images: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor | None) -> None:
+    def _check(
+        self,
+        images: Tensor,
+        intrinsics: Tensor,
+        cam_from_ego: Tensor,
+        grid_from_ego: Tensor | None,
+        image_area: Tensor | None,
+    ) -> None:
         if images.dim() != 5 or images.shape[2] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, V, 3, H, W)")
         batch, views, _, height, width = images.shape
@@ -134,6 +159,8 @@ class FeatureNetwork(nn.Module):
         }
         if grid_from_ego is not None:
             expected["grid_from_ego"] = (grid_from_ego, (batch, 4, 4))
+        if image_area is not None:
+            expected["image_area"] = (image_area, (batch, views, 4))
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
@@ -173,8 +200,11 @@ class CacheDataset(Dataset[dict[str, Any]]):
     collate_fn stacks:
 
         images: (V, 3, H, W) uint8 RGB.
+        camera_valid: (V,) bool; false for a masked camera, whose image is black and whose calibration and features are zero.
+        image_area: (V, 4) int32 (top, left, bottom, right) [px] of the part of each image that the camera fills.
         intrinsics: (V, 3, 3) float32 of these images [px]. cam_from_ego: (V, 4, 4) float32 [m].
-        grid_from_ego: (F, 4, 4) float32, to the (right, forward, up) of each reference frame's grid [m].
+        grid_from_ego: (F, 4, 4) float32, to the (right, forward, up) of each reference frame's grid [m]; zeros, like
+            everything in this frame, if it is a masked camera's.
         occupancy: (F, Z, H_B, W_B) bool. All volumes and maps start at the lowest, rearmost, leftmost cell.
         features: (V, h, w, N_y) float16 tokens of the teacher, channels last.
         vehicles, vehicles_valid: (F, H_B, W_B) bool; not valid: hardly visible vehicles.
@@ -198,7 +228,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
         missing = [key for key in self._keys if key not in has]
         if missing:
             raise CacheError(f"{path} has no {', '.join(missing)}: ask for some of {', '.join(has)}, or build it anew")
-        read = ["intrinsics", "cam_from_ego", "grid_from_ego", *(a for key in self._keys for a in has[key])]
+        read = [*CALIBRATION, *(a for key in self._keys for a in has[key])]
         cache.require_files(read)
         self._keyframes = np.flatnonzero(self._reader.is_valid)
         self.grid, self.frames, self.cameras = cache.spec.grid, cache.spec.frames, cache.spec.cameras
@@ -211,7 +241,7 @@ class CacheDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         keyframe = int(self._keyframes[index])
-        calibration = self._reader.read_all(("intrinsics", "cam_from_ego", "grid_from_ego"), keyframe)
+        calibration = self._reader.read_all(CALIBRATION, keyframe)
         sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in calibration.items()}
         sample |= {key: self._read(key, keyframe) for key in self._keys}
         return {**sample, "token": self.tokens[index]}
@@ -239,6 +269,7 @@ def voxel_features(
     cam_from_ego: Tensor,
     grid_from_ego: Tensor,
     image_size: tuple[int, int],
+    image_area: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y_v of paper 3.3: the mean, over the views that see a voxel's centre, of bilinearly sampled feature maps.
 
@@ -246,13 +277,14 @@ def voxel_features(
     features: (V, h, w, C) float16 or float32, channels last; token (i, j) is centred at ((j + 0.5) W / w, (i + 0.5) H / h).
     centers: (n, 3) points (right, forward, up) of the grid [m], such as those of the occupied voxels.
     intrinsics: (V, 3, 3) of an image of image_size, (H, W) [px]; cam_from_ego: (V, 4, 4); grid_from_ego: (4, 4),
-        all as in a sample of `open_cache`.
+        all as in a sample of `open_cache`. Zeros in cam_from_ego mask a camera.
+    image_area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; the whole images by default.
 
-    Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image, whatever may
+    Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image's area, whatever may
     hide the point. A point that no view sees has zeros. Gradients reach the features, if they require any.
     Raises ValueError on shapes that don't fit.
     """
     grid = inverse_rigid(grid_from_ego.detach().cpu().double().numpy())
     cam_from_grid = cam_from_ego.detach().to(torch.float64) @ torch.from_numpy(grid).to(cam_from_ego.device)
-    sampled, num_views = sample_voxel_features(features, cam_from_grid, intrinsics, image_size, centers)
+    sampled, num_views = sample_voxel_features(features, cam_from_grid, intrinsics, image_size, centers, image_area)
     return sampled.float(), num_views

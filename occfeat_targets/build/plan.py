@@ -1,13 +1,12 @@
 """Planning a build: from options to a spec, a cache and a list of independent tasks.
 
 Errors that can be found before the build are raised here: a missing version, a teacher that is not available, a cache with
-another fingerprint, a full disk. Size and time of the build are estimated here, too.
+another fingerprint, a full disk.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.build.estimate import check_disk
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
@@ -24,19 +24,15 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import digest
 from occfeat_targets.cache.spec import EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity
+from occfeat_targets.cache.store import Cache, Identity, is_whole
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.scenes import choose_scenes, note_missing_files, require_no_problems
+from occfeat_targets.sources.scenes import choose_scenes, note_problems, require_no_problems
 from occfeat_targets.sources.source import Source, open_source
 from occfeat_targets.targets.labels import map_window
 
 RANDOM_TEACHER = "the teacher's weights are random"
 SYNTHETIC_DATA = "the data set is a synthetic city"
-
-_READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
-_START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
-_TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.md)
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,8 @@ class Plan:
         for keyframe in keyframes:
             if keyframe.location in self.maps and keyframe.problem is None:
                 ego_from_global = inverse_rigid(keyframe.global_from_ego)
-                for frame in grids_from_ego(keyframe, spec):
+                frames = grids_from_ego(keyframe, spec)
+                for frame in frames[frames.any(axis=(1, 2))]:
                     window = map_window(
                         spec.grid, frame @ ego_from_global, keyframe.global_from_ego[2, 3], spec.divider_width
                     )
@@ -197,11 +194,11 @@ def make_plan(options: BuildOptions) -> Plan:
         cache = create()
         cache.require_files()
         left = _indices(cache, _rows_to_build(cache, options))
-    split = note_missing_files(split, left)
+    split = note_problems(split, left, mask_cameras=options.on_error == "mask-camera")
     if options.on_error == "fail":
         require_no_problems(split, left)
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
-        _check_disk(options.cache, spec, len(identity))
+        check_disk(options.cache, spec, len(identity))
         cache = create()
     return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
 
@@ -258,7 +255,10 @@ def _provenance(
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
-    """{shard: its keyframes left to build}: all, or with --retry-skipped only the skipped ones of a finished shard."""
+    """{shard: its keyframes left to build}.
+
+    All, or with --retry-skipped those keyframes of a finished shard that were skipped or have masked cameras.
+    """
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
     for shard in mine:
@@ -269,54 +269,11 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
         tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
         if shard not in finished:
             rows[shard] = tuple(range(len(tokens)))
-        elif options.retry_skipped and finished[shard]["skipped"]:
-            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in finished[shard]["skipped"])
+        elif options.retry_skipped and not is_whole(finished[shard]):
+            again = {*finished[shard]["skipped"], *finished[shard]["masked"]}
+            rows[shard] = tuple(i for i, token in enumerate(tokens) if token in again)
     return rows
 
 
 def _indices(cache: Cache, rows: dict[int, tuple[int, ...]]) -> list[int]:
     return [cache.shard_range(shard)[row] for shard, chosen in rows.items() for row in chosen]
-
-
-def _check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
-    needed, free = spec.bytes_per_keyframe * num_keyframes, free_bytes(directory)
-    if needed > free:
-        raise DatasetError(
-            f"the cache takes about {format_bytes(needed)}, {directory} has {format_bytes(free)} free: choose another "
-            "--cache, a smaller --image-size, --feature-dtype int8, or fewer --frames"
-        )
-
-
-def free_bytes(directory: Path) -> int:
-    """Free bytes on the disk of `directory`, which need not exist yet."""
-    there = next(p for p in [directory.absolute(), *directory.absolute().parents] if p.exists())
-    return shutil.disk_usage(there).free
-
-
-def format_bytes(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def estimate_seconds(plan: Plan, workers: int) -> float:
-    """Estimated seconds for the plan on this machine, from its matmul rate; workers: processes, at least 1."""
-    read = _READ_SECONDS / workers
-    spec = plan.cache.spec.teacher
-    if spec is None:
-        return _START_SECONDS + plan.num_keyframes * read
-    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, resolve_device
-
-    device = resolve_device(plan.options.device)
-    flops = flops_per_image(spec) * len(plan.cache.spec.cameras)
-    teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.dtype))
-    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
-    return _START_SECONDS + plan.num_keyframes * per_keyframe

@@ -15,7 +15,7 @@ from occfeat_targets.build.shard import ShardReport, ShardTask, stage_seconds
 
 @dataclass
 class Outcome:
-    """Results of a build. failed: {shard: error}. skipped: {sample token: reason}."""
+    """Results of a build. failed: {shard: error}. skipped: {sample token: reason}. masked: {sample token: {camera: reason}}."""
 
     reports: list[ShardReport] = field(default_factory=list)
 
@@ -26,6 +26,10 @@ class Outcome:
     @property
     def skipped(self) -> dict[str, str]:
         return {token: why for r in self.reports for token, why in r.skipped.items()}
+
+    @property
+    def masked(self) -> dict[str, dict[str, str]]:
+        return {token: cameras for r in self.reports for token, cameras in r.masked.items()}
 
     @property
     def num_keyframes(self) -> int:
@@ -76,5 +80,8 @@ def run(
                     print_line(f"shard {report.shard} failed: {report.error}")
                 for why in report.skipped.values():
                     print_line(f"skipped: {why}")
+                for token, cameras in report.masked.items():
+                    for camera, why in cameras.items():
+                        print_line(f"masked: {camera} of sample {token}: {why}")
             bar.update(report.num_keyframes if report.error is None else 0)
     return outcome

@@ -34,6 +34,7 @@ class ShardTask:
     rows: keyframes to build; the others are kept from the finished shard. teacher: its name is where the weights are now.
     keyframes_per_batch: keyframes per teacher batch. num_threads: torch threads, None to keep their number.
     on_error: if a keyframe cannot be built, ``fail`` the shard, or ``skip`` the keyframe (recorded, masked in `is_valid`, zeros).
+    ``mask-camera``: mask only its cameras that cannot be used (recorded, masked in `camera_valid`, zeros); skip it without any.
     """
 
     cache: Path
@@ -52,6 +53,7 @@ class ShardTask:
 class ShardReport:
     """Result of a task. error: why nothing was written, or None. skipped: {sample token: reason}.
 
+    masked: {sample token: {camera: reason}}.
     num_keyframes: number of keyframes to build.
     seconds: time by stage. ``wait`` is the time the teacher waited for keyframes. ``images``, ``occupancy`` and ``labels``
     run in parallel, so ``total`` is less than the sum.
@@ -62,6 +64,7 @@ class ShardReport:
     num_keyframes: int
     error: str | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    masked: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cosine: tuple[float, float] | None = None
 
@@ -75,7 +78,8 @@ def build_shard(task: ShardTask) -> ShardReport:
             cache = open_cache(task.cache)
             arrays = _shard_arrays(task, cache.spec, report)
             with timed(report.seconds, "write"):
-                notes = {"skipped": report.skipped, "cosine": _cosine_of_all(task, cache, report)}
+                cosine = _cosine_of_all(task, cache, report)
+                notes = {"skipped": report.skipped, "masked": report.masked, "cosine": cosine}
                 cache.write_shard(task.shard, arrays, notes)
     except (ValueError, OSError) as err:
         report.error = str(err)
@@ -105,14 +109,18 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
                 images = np.concatenate([targets.teacher_images for _, targets in batch])
                 features = teacher(images).reshape(len(batch), len(spec.cameras), *teacher.spec.map_size, -1)
             rows = [i for i, _ in batch]
+            is_seen = arrays["camera_valid"][rows]
+            features[~is_seen] = 0
             if spec.feature_dtype == "float16":
                 with np.errstate(over="ignore"):
                     arrays["features"][rows] = features
                 if not np.isfinite(arrays["features"][rows]).all():
                     raise ValueError("teacher features do not fit float16: build with --feature-dtype int8")
             else:
-                arrays["features"][rows], arrays["feature_scale"][rows] = quantize(features)
-                cosines.append(quantization_cosine(features, arrays["features"][rows]))
+                quantized, scale = quantize(features)
+                scale[~is_seen] = 0
+                arrays["features"][rows], arrays["feature_scale"][rows] = quantized, scale
+                cosines.append(quantization_cosine(features[is_seen], quantized[is_seen]))
     if cosines:
         mean, low = np.array(cosines).T
         report.cosine = (float(mean.mean()), float(low.min()))
@@ -165,12 +173,15 @@ def _build_or_skip(
 ) -> KeyframeTargets | None:
     seconds: Seconds = report.seconds
     try:
-        return build_keyframe(keyframe, spec, task.maps, seconds)
+        targets = build_keyframe(keyframe, spec, task.maps, seconds, mask_cameras=task.on_error == "mask-camera")
     except KeyframeError as err:
-        if task.on_error != "skip":
+        if task.on_error == "fail":
             raise
         report.skipped[keyframe.token] = str(err)
         return None
+    if targets.masked:
+        report.masked[keyframe.token] = dict(targets.masked)
+    return targets
 
 
 def stage_seconds(reports: Sequence[ShardReport]) -> dict[str, float]:

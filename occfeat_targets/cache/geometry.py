@@ -17,6 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
+Area = tuple[int, int, int, int]  # (top, left, bottom, right) [px]
+MAX_STRETCH = (
+    1.05  # ratio of two aspect ratios up to which an image is stretched instead of padded: 900x1600 -> 270x480, 224x392
+)
 
 # (right, forward, up) of a grid from the axes of its frame. nuScenes' ego frame (x forward, y left, z up): the grid's origin
 # is 0.5 m above the ego's. A camera (x right, y down, z forward): the origin is 1 m below it, as in Simple-BEV.
@@ -85,19 +89,50 @@ def crop_intrinsics(intrinsics: NDArray[Any], left: float, top: float) -> NDArra
     return cropped
 
 
+def fit(source_size: tuple[int, int], size: tuple[int, int]) -> Area:
+    """The part of an image of `size` that a source image fills: (top, left, bottom, right) [px]; the rest is black.
+
+    source_size, size: (height, width) [px]. If the aspect ratios differ by at most MAX_STRETCH, the part is the whole image
+    and the axes are scaled independently. Otherwise the source image is scaled to fit inside, centred.
+    """
+    (height, width), (source_height, source_width) = size, source_size
+    stretch = source_height * width / (source_width * height)
+    if max(stretch, 1 / stretch) <= MAX_STRETCH:
+        return 0, 0, height, width
+    scale = min(height / source_height, width / source_width)
+    used_height, used_width = max(round(source_height * scale), 1), max(round(source_width * scale), 1)
+    top, left = (height - used_height) // 2, (width - used_width) // 2
+    return top, left, top + used_height, left + used_width
+
+
+def scale_area(area: Area, size: tuple[int, int], to_size: tuple[int, int]) -> Area:
+    """The same part of an image of `to_size`, to the nearest pixel; at least one pixel along each axis."""
+    top, bottom = (round(area[i] * to_size[0] / size[0]) for i in (0, 2))
+    left, right = (round(area[i] * to_size[1] / size[1]) for i in (1, 3))
+    return top, left, max(bottom, top + 1), max(right, left + 1)
+
+
+def fit_intrinsics(intrinsics: NDArray[Any], source_size: tuple[int, int], area: Area) -> NDArray[Any]:
+    """(3, 3) intrinsics after the source image is resized to the part `area` of another image."""
+    top, left, bottom, right = area
+    scaled = scale_intrinsics(intrinsics, (right - left) / source_size[1], (bottom - top) / source_size[0])
+    return crop_intrinsics(scaled, -left, -top)
+
+
 def project(
-    intrinsics: NDArray[Any], points_cam: NDArray[Any], image_size: Sequence[int]
+    intrinsics: NDArray[Any], points_cam: NDArray[Any], image_size: Sequence[int], area: Sequence[int] | None = None
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Pinhole projection (paper 3.3: a projection is valid if it falls inside the image, in front of the camera).
 
     intrinsics: (3, 3) of the image; points_cam: (..., 3) in camera axes [m]; image_size: (height, width).
+    area: (top, left, bottom, right) [px] of the part of the image that shows the scene; the whole image by default.
     Returns pixels (..., 2) as (u, v), depth (...) [m], is_valid (...). Pixels of points behind the camera are 0.
     """
     depth = points_cam[..., 2]
     in_front = depth > 0
     homogeneous = points_cam @ intrinsics.T
     pixels = np.where(in_front[..., None], homogeneous[..., :2] / np.where(in_front, depth, 1)[..., None], 0)
-    height, width = image_size
+    top, left, bottom, right = (0, 0, *image_size) if area is None else area
     u, v = pixels[..., 0], pixels[..., 1]
-    is_valid = in_front & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    is_valid = in_front & (u >= left) & (u < right) & (v >= top) & (v < bottom)
     return pixels, depth, is_valid

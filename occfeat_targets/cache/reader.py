@@ -62,6 +62,11 @@ class CacheReader:
         """(N,) false for keyframes that were skipped after an error or are not built yet."""
         return self._whole("is_valid")
 
+    @property
+    def camera_valid(self) -> NDArray[np.bool_]:
+        """(N, V) false for masked cameras, and for all cameras of keyframes that were skipped or are not built yet."""
+        return self._whole("camera_valid")
+
     def read(self, name: str, keyframe: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One keyframe of an array, with the shape in its spec; read into `out` if given (C-contiguous, same shape and dtype).
 

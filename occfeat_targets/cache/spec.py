@@ -239,6 +239,14 @@ class TargetSpec:
         specs = [
             ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
             ArraySpec(
+                "camera_valid", (cams,), ("camera",), "bool",
+                "false: the camera was masked, its image is black, its features and calibration are zero", **small,
+            ),
+            ArraySpec(
+                "image_area", (cams, 4), ("camera", "side"), "int32",
+                "(top, left, bottom, right) of the part of the cached image that the camera fills [px]; the rest is black", **small,
+            ),
+            ArraySpec(
                 "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
                 "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
             ),

@@ -141,7 +141,8 @@ class Cache:
     def write_shard(self, shard: int, arrays: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> None:
         """Write one shard of every array, flush it, and then replace the earlier version of the shard, if any.
 
-        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: stored in the record.
+        arrays: {name: (keyframes of the shard, ...)} for every array of the spec. notes: stored in the record, such as
+        skipped {sample token: reason} and masked {sample token: {camera: reason}}.
         Raises CacheError if the disk is full or not writable; then an earlier version of the shard stays with its record.
         """
         keyframes = self.shard_range(shard)
@@ -166,7 +167,14 @@ class Cache:
                     files[shard_name(array, shard)] = sync_and_digest(file)
                     if array.per_keyframe:
                         chunks[array.name] = chunk_checksums(file, self.keyframes_per_shard)[: len(keyframes)]
-                record = {**self._record_head(shard), "files": files, "chunks": chunks, **notes}
+                record = {
+                    **self._record_head(shard),
+                    "files": files,
+                    "chunks": chunks,
+                    "skipped": {},
+                    "masked": {},
+                    **notes,
+                }
                 write_record(draft / _WHOLE, record)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -215,6 +223,11 @@ class Cache:
         """Record why a shard failed, for `status`. The next successful build of the shard removes the record."""
         with writing(f"the failure of shard {shard}"):
             write_record(self._failed_path(shard), {"shard": shard, "error": error})
+
+
+def is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether no keyframe of a finished shard was skipped and no camera masked."""
+    return not (record["skipped"] or record["masked"])
 
 
 def is_draft(name: str) -> bool:

@@ -13,10 +13,11 @@ from occfeat_targets.cache.geometry import transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
+from occfeat_targets.pictures.cameras import read_features
 from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
-from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, read_features, why_absent
+from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, why_absent
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
 
@@ -87,11 +88,10 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
 def fit_features(reader: CacheReader, keyframes: Sequence[int]) -> FeatureColors | None:
     """Feature colours for all sheets, fitted to up to MAX_FITTED of these keyframes; None without features."""
     valid = [k for k in keyframes if why_absent(reader, k) is None]
-    teacher = reader.cache.spec.teacher
-    if teacher is None or not valid:
+    if reader.cache.spec.teacher is None or not valid:
         return None
-    fitted = valid[:: -(-len(valid) // MAX_FITTED)]
-    return FeatureColors.fit(np.concatenate([read_features(reader, k).reshape(-1, teacher.dim) for k in fitted]))
+    fitted = [read_features(reader, k) for k in valid[:: -(-len(valid) // MAX_FITTED)]]
+    return FeatureColors.fit(np.concatenate([features[is_shown] for features, is_shown in fitted]))
 
 
 def write_preview(

@@ -28,7 +28,7 @@ from occfeat_targets.pictures.birdseye import (
     occupancy_colors,
     occupied_at_body_height,
 )
-from occfeat_targets.pictures.cameras import Tiles, arrange, draw_image, draw_points
+from occfeat_targets.pictures.cameras import RETURN, VOXEL, Cameras, Dot, read_features
 from occfeat_targets.pictures.canvas import DPI, place
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
@@ -67,8 +67,8 @@ def draw_keyframe(
     if absent is not None:
         bands += [_text(absent[0], 44, margin=60), _text(absent[1], 17, margin=40)]
     else:
-        bands += _cameras(reader, keyframe, index, returns, feature_colors)
-        bands.append(_maps(reader, keyframe, index))
+        scene = Scene(reader, keyframe, index)
+        bands += [*scene.views(returns, feature_colors), scene.maps()]
     heights = [height for height, _ in bands]
     sheet = Figure((WIDTH / DPI, sum(heights) / DPI), DPI, facecolor="white")
     parts = sheet.subfigures(len(bands), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
@@ -95,14 +95,6 @@ def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
         return None
     reason = record["skipped"].get(cache.identity.tokens[keyframe], "The cache does not say why.")
     return "SKIPPED: this keyframe has no targets", reason
-
-
-def read_features(reader: CacheReader, keyframe: int) -> NDArray[np.float32]:
-    """(cams, h, w, C) teacher features of a keyframe, int8 ones multiplied by their scale."""
-    features = reader.read("features", keyframe).astype(np.float32)
-    if reader.cache.spec.feature_dtype == "int8":
-        features *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
-    return features
 
 
 def _title(cache: Cache, keyframe: int, index: int) -> list[Band]:
@@ -151,60 +143,103 @@ def _color_bar(part: SubFigure, scale: ScalarMappable, left: float, top: float) 
     bar.tick_params(labelsize=10, pad=1, length=3)
 
 
-def _cameras(
-    reader: CacheReader,
-    keyframe: int,
-    index: int,
-    returns: NDArray[Any] | None,
-    feature_colors: FeatureColors | None,
-) -> list[Band]:
-    """The images of all cameras with voxels, with returns, and the teacher's features."""
-    spec = reader.cache.spec
-    grid_from_ego = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
-    cam_from_ego = reader.read("cam_from_ego", keyframe).astype(np.float64)
-    intrinsics, images = reader.read("intrinsics", keyframe).astype(np.float64), reader.read("images", keyframe)
-    tiles = Tiles(arrange(cam_from_ego), spec.image_size, WIDTH, MARGIN)
+class Scene:
+    """What a sheet shows of a keyframe: its cameras, and its grid in one reference frame. index: of that frame."""
 
-    def draw_voxels(part: SubFigure) -> None:
-        volume = spec.grid.unpack_volume(reader.read("occupancy", keyframe)[index])
-        centers = spec.grid.centers_of(np.flatnonzero(volume)).astype(np.float64)
-        points = transform(inverse_rigid(grid_from_ego), centers)
-        for camera, axes in tiles.axes(part).items():
-            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
-            draw_points(
-                axes, intrinsics[camera], transform(cam_from_ego[camera], points), centers[:, 2], height, spec.image_size,
-                radius=0.1, limits=(1.5, 6), rim=0.8,
-            )  # fmt: skip
+    def __init__(self, reader: CacheReader, keyframe: int, index: int) -> None:
+        self.reader, self.keyframe, self.index = reader, keyframe, index
+        self.grid, self.height = reader.cache.spec.grid, height_scale(reader.cache.spec.grid)
+        self.cameras = Cameras(reader, keyframe, WIDTH, MARGIN)
+        self.grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
+        self.volume = self.grid.unpack_volume(reader.read("occupancy", keyframe)[index])
 
-    def draw_returns(part: SubFigure) -> None:
-        for camera, axes in tiles.axes(part).items():
-            points = transform(cam_from_ego[camera], np.asarray(returns, np.float64))
-            draw_image(axes, images[camera], spec.cameras[camera], spec.image_size)
-            draw_points(
-                axes,
-                intrinsics[camera],
-                points,
-                points[:, 2],
-                depth_scale(),
-                spec.image_size,
-                radius=0.03,
-                limits=(0.8, 2.5),
-            )
+    def views(self, returns: NDArray[Any] | None, feature_colors: FeatureColors | None) -> list[Band]:
+        """The images of all cameras with voxels, with returns, and the teacher's features."""
+        cameras = self.cameras
+        centers = self.grid.centers_of(np.flatnonzero(self.volume)).astype(np.float64)
+        voxels = transform(inverse_rigid(self.grid_from_ego), centers)
 
-    def draw_features(part: SubFigure) -> None:
-        features = read_features(reader, keyframe)
-        colors = (feature_colors or FeatureColors.fit(features.reshape(-1, features.shape[-1])))(features)
-        for camera, axes in tiles.axes(part).items():
-            draw_image(axes, colors[camera], spec.cameras[camera], spec.image_size, smooth=False)
+        def dots(dot: Dot, points: NDArray[Any], scale: ScalarMappable, heights: NDArray[Any] | None = None) -> Band:
+            def draw(part: SubFigure) -> None:
+                for camera, axes in cameras.draw(part).items():
+                    cameras.draw_points(axes, camera, dot, points, scale, heights)
 
-    height = height_scale(spec.grid)
-    bands = [_heading("centres of occupied voxels, by height in the grid", height), (tiles.total_height, draw_voxels)]
-    if returns is not None:
-        bands += [_heading("LiDAR returns, by depth", depth_scale()), (tiles.total_height, draw_returns)]
-    if spec.teacher is not None:
-        heading = "teacher features: three principal components as red, green and blue"
-        bands += [_heading(heading), (tiles.total_height, draw_features)]
-    return bands
+            return cameras.height, draw
+
+        def draw_features(part: SubFigure) -> None:
+            features, is_shown = read_features(self.reader, self.keyframe)
+            colors = (feature_colors or FeatureColors.fit(features[is_shown]))(features)
+            cameras.draw(part, np.where(is_shown[..., None], colors, np.uint8(0)))
+
+        heading = _heading("centres of occupied voxels, by height in the grid", self.height)
+        bands = [heading, dots(VOXEL, voxels, self.height, centers[:, 2])]
+        if returns is not None:
+            bands += [_heading("LiDAR returns, by depth", depth_scale()), dots(RETURN, returns, depth_scale())]
+        if self.reader.cache.spec.teacher is not None:
+            heading = _heading("teacher features: three principal components as red, green and blue")
+            bands += [heading, (cameras.height, draw_features)]
+        return bands
+
+    def maps(self) -> Band:
+        """The bird's-eye pictures beside each other."""
+        grid, is_valid, panels = self.grid, self.cameras.is_valid, self.panels()
+        grid_from_cams = self.grid_from_ego @ inverse_rigid(self.cameras.cam_from_ego[is_valid])
+        names = [name for name, valid in zip(self.cameras.names, is_valid, strict=True) if valid]
+        spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
+        scale = PANEL / max(spans)  # [px/m]
+        cell = scale * min(grid.cell_size[1:])
+        scale *= int(cell) / cell if cell >= 1 else 1  # whole pixels per cell if they fit
+        height, width = (scale * span for span in spans)
+
+        def draw(part: SubFigure) -> None:
+            for column, panel in enumerate(panels):
+                left = MARGIN + RULER + column * (PANEL + RULER)
+                axes = place(part, left, 40, width, height)
+                draw_cells(axes, panel.colors, grid, self.grid_from_ego, hatched=panel.hatched)
+                axes.set_title(panel.title, loc="left", size=12)
+                if column == 0:
+                    draw_cameras(axes, grid_from_cams, names, PANEL / 8 / scale)
+                    _color_bar(part, self.height, left, height + 115)
+                else:
+                    axes.legend(
+                        handles=panel.key, loc="upper left", bbox_to_anchor=(0, -50 / height), ncols=panel.key_columns,
+                        frameon=False, borderaxespad=0, borderpad=0, fontsize=10,
+                    )  # fmt: skip
+
+        rows = max(-(-len(panel.key) // panel.key_columns) for panel in panels)
+        return height + 100 + 22 * max(rows, 2), draw
+
+    def panels(self) -> list[Panel]:
+        """Occupancy, labels, and the coincidence of both, as far as the cache has labels."""
+        title = f"{int(self.volume.sum())} occupied voxels, the highest of each column"
+        panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid))]
+        kinds = [LABEL_KINDS[name] for name in self.reader.cache.spec.labels]
+        masks, invalid = {}, {}
+        for kind in kinds:
+            labels, is_valid = self.reader.read_labels(kind, self.keyframe)
+            masks[kind.name] = labels[self.index]
+            if is_valid is not None:
+                invalid[f"{kind.invalid}, not scored"] = ~is_valid[self.index]
+        if kinds:
+            key = [swatch(color, name.replace("_", " ")) for kind in kinds for name, color in kind.colors.items()]
+            key += [Patch(facecolor="white", hatch="//////", label=name) for name in invalid]
+            hatched = np.any(list(invalid.values()), axis=0) if invalid else None
+            title = f"labels: {', '.join(masks)}"
+            panels.append(Panel(title, label_colors(masks, self.grid.map_shape), key, hatched))
+        solid = [kind.name for kind in kinds if kind.is_solid]
+        if solid:
+            names = ", ".join(solid)
+            cells = np.any([masks[name].any(axis=0) for name in solid], axis=0)
+            occupied = occupied_at_body_height(self.volume, self.grid, inverse_rigid(self.grid_from_ego))
+            shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (cells, ~cells)]
+            title = f"{names} and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
+            key = [
+                swatch(COINCIDENT, f"both ({shares[0]:.1f} % of the cells of {names})"),
+                swatch(SOLID, f"{names} alone"),
+                swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
+            ]
+            panels.append(Panel(title, coincidence_colors(cells, occupied), key))
+        return panels
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,67 +251,6 @@ class Panel:
     key: list[Patch] = field(default_factory=list)
     hatched: Mask | None = None
 
-
-def _panels(reader: CacheReader, keyframe: int, index: int, volume: Mask, grid_from_ego: Matrix) -> list[Panel]:
-    """Occupancy, labels, and the coincidence of both, as far as the cache has labels."""
-    spec, grid = reader.cache.spec, reader.cache.spec.grid
-    title = f"{int(volume.sum())} occupied voxels, the highest of each column"
-    panels = [Panel(title, occupancy_colors(volume, height_scale(grid), grid))]
-    kinds = [LABEL_KINDS[name] for name in spec.labels]
-    masks, invalid = {}, {}
-    for kind in kinds:
-        labels, is_valid = reader.read_labels(kind, keyframe)
-        masks[kind.name] = labels[index]
-        if is_valid is not None:
-            invalid[f"{kind.invalid}, not scored"] = ~is_valid[index]
-    if kinds:
-        key = [swatch(color, name.replace("_", " ")) for kind in kinds for name, color in kind.colors.items()]
-        key += [Patch(facecolor="white", hatch="//////", label=name) for name in invalid]
-        hatched = np.any(list(invalid.values()), axis=0) if invalid else None
-        panels.append(Panel(f"labels: {', '.join(spec.labels)}", label_colors(masks, grid.map_shape), key, hatched))
-    solid = [kind.name for kind in kinds if kind.is_solid]
-    if solid:
-        names = ", ".join(solid)
-        cells = np.any([masks[name].any(axis=0) for name in solid], axis=0)
-        occupied = occupied_at_body_height(volume, grid, inverse_rigid(grid_from_ego))
-        shares = [100 * float(occupied[m].mean()) if m.any() else 0.0 for m in (cells, ~cells)]
-        title = f"{names} and voxels {BODY_HEIGHT[0]:g}-{BODY_HEIGHT[1]:g} m above ground: they must coincide"
-        key = [
-            swatch(COINCIDENT, f"both ({shares[0]:.1f} % of the cells of {names})"),
-            swatch(SOLID, f"{names} alone"),
-            swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
-        ]
-        panels.append(Panel(title, coincidence_colors(cells, occupied), key))
-    return panels
-
-
-def _maps(reader: CacheReader, keyframe: int, index: int) -> Band:
-    """The bird's-eye pictures beside each other."""
-    grid = reader.cache.spec.grid
-    grid_from_ego: Matrix = reader.read("grid_from_ego", keyframe)[index].astype(np.float64)
-    grid_from_cams = grid_from_ego @ inverse_rigid(reader.read("cam_from_ego", keyframe).astype(np.float64))
-    volume = grid.unpack_volume(reader.read("occupancy", keyframe)[index])
-    panels = _panels(reader, keyframe, index, volume, grid_from_ego)
-    spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
-    scale = PANEL / max(spans)  # [px/m]
-    cell = scale * min(grid.cell_size[1:])
-    scale *= int(cell) / cell if cell >= 1 else 1  # whole pixels per cell if they fit
-    height, width = (scale * span for span in spans)
-
-    def draw(part: SubFigure) -> None:
-        for column, panel in enumerate(panels):
-            left = MARGIN + RULER + column * (PANEL + RULER)
-            axes = place(part, left, 40, width, height)
-            draw_cells(axes, panel.colors, grid, grid_from_ego, hatched=panel.hatched)
-            axes.set_title(panel.title, loc="left", size=12)
-            if column == 0:
-                draw_cameras(axes, grid_from_cams, reader.cache.spec.cameras, PANEL / 8 / scale)
-                _color_bar(part, height_scale(grid), left, height + 115)
-            else:
-                axes.legend(
-                    handles=panel.key, loc="upper left", bbox_to_anchor=(0, -50 / height), ncols=1 + (len(panel.key) > 3),
-                    frameon=False, borderaxespad=0, borderpad=0, fontsize=10,
-                )  # fmt: skip
-
-    rows = max(len(panel.key) if len(panel.key) <= 3 else -(-len(panel.key) // 2) for panel in panels)
-    return height + 100 + 22 * max(rows, 2), draw
+    @property
+    def key_columns(self) -> int:
+        return 1 if len(self.key) <= 3 else 2

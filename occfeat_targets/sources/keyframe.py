@@ -20,6 +20,7 @@ class CameraView:
     """One image of a keyframe. intrinsics: (3, 3) of the source image; source_size: (height, width) [px].
 
     ego_from_cam: the calibration. cam_from_ego: from the ego frame at LiDAR time to this camera at its own timestamp.
+    problem: why this view cannot be used; then the other values may be anything, see `broken_view`.
     """
 
     path: Path
@@ -27,6 +28,12 @@ class CameraView:
     intrinsics: Matrix
     ego_from_cam: Matrix
     cam_from_ego: Matrix
+    problem: str | None = None
+
+
+def broken_view(problem: str) -> CameraView:
+    """A view without a record or without a calibration. problem: why, and what to do."""
+    return CameraView(Path(), (1, 1), np.zeros((3, 3)), np.zeros((4, 4)), np.zeros((4, 4)), problem)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Keyframe:
 
     cameras: in the requested order. sweeps: the keyframe's own first, then backwards in time.
     vehicle_corners: (n, 8, 3) in the ego frame at LiDAR time [m], in the devkit's corner order; visibility: (n,) 1..4.
-    problem: why this keyframe cannot be built, if the tables show it; then cameras and sweeps are empty.
+    problem: why this keyframe cannot be built even with masked cameras, if the tables show it; then cameras and sweeps are empty.
     """
 
     token: str

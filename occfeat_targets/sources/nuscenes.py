@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
+from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.sweeps import read_sweep
 
@@ -82,7 +82,7 @@ def read_split(
 ) -> Split:
     """Load the tables and compute all keyframes of a split, in the split's scene order, then by time.
 
-    Problems of single keyframes (a camera without an image, a NaN in a pose) are recorded on the keyframe.
+    Problems of single keyframes (no sweep, a NaN in the LiDAR's pose) and views are recorded in them.
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
     from nuscenes.nuscenes import NuScenes
@@ -166,7 +166,7 @@ def _keyframe(
         lidar = _sample_data(nusc, sample, LIDAR)
         global_from_ego = _pose(nusc, "ego_pose", lidar)
         ego_from_global = inverse_rigid(global_from_ego)
-        views = tuple(_view(nusc, _sample_data(nusc, sample, name), global_from_ego) for name in cameras)
+        views = tuple(_view(nusc, sample, name, global_from_ego) for name in cameras)
         sweeps = []
         for record in _backwards(nusc, lidar, num_sweeps):
             sensor = _pose(nusc, "ego_pose", record) @ _pose(nusc, "calibrated_sensor", record)
@@ -208,7 +208,14 @@ def _pose(nusc: Any, table: str, sample_data: dict[str, Any]) -> Matrix:
         ) from err
 
 
-def _view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
+def _view(nusc: Any, sample: dict[str, Any], channel: str, global_from_ego: Matrix) -> CameraView:
+    try:
+        return _usable_view(nusc, _sample_data(nusc, sample, channel), global_from_ego)
+    except ValueError as err:
+        return broken_view(str(err))
+
+
+def _usable_view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
     ego_from_cam = _pose(nusc, "calibrated_sensor", record)
     global_from_cam = _pose(nusc, "ego_pose", record) @ ego_from_cam
     intrinsics = np.asarray(

@@ -1,4 +1,4 @@
-"""Selection of a split's scenes, and keyframes with missing files."""
+"""Selection of a split's scenes, and keyframes with missing files or unusable views."""
 
 from __future__ import annotations
 
@@ -40,26 +40,38 @@ def choose_scenes(split: Split, names: Sequence[str]) -> Split:
     )
 
 
-def note_missing_files(split: Split, wanted: Collection[int]) -> Split:
-    """The split with a `problem` set on the wanted keyframes with missing images or sweeps.
+def note_problems(split: Split, wanted: Collection[int], *, mask_cameras: bool) -> Split:
+    """The split with a `problem` set on the wanted keyframes that cannot be built: missing files, unusable views.
 
+    mask_cameras: unusable views are only noted in the view, unless the keyframe has no other.
     Each folder is listed once, which is much faster on a network file system than checking every file.
     """
     there: dict[Path, set[str]] = {}
 
-    def is_there(path: Path) -> bool:
+    def is_missing(path: Path) -> bool:
         if path.parent not in there:
             there[path.parent] = _files_in(path.parent)
-        return path.name in there[path.parent]
+        return path.name not in there[path.parent]
+
+    def noted(keyframe: Keyframe) -> Keyframe:
+        views = tuple(
+            replace(view, problem=f"{view.path} is missing") if view.problem is None and is_missing(view.path) else view
+            for view in keyframe.cameras
+        )
+        keyframe = replace(keyframe, cameras=views)
+        sweeps = [f"{sweep.path} is missing" for sweep in keyframe.sweeps if is_missing(sweep.path)]
+        broken = [view.problem for view in views if view.problem is not None]
+        if keyframe.problem is not None or not (sweeps or broken):
+            return keyframe
+        if mask_cameras and not sweeps and len(broken) < len(views):
+            return keyframe
+        first, *more = [*broken, *sweeps]
+        parts = len(views) + len(keyframe.sweeps)
+        return replace(keyframe, problem=first + (f", and {len(more)} more of its {parts} files" if more else ""))
 
     keyframes = list(split.keyframes)
     for index in wanted:
-        keyframe = keyframes[index]
-        paths = [view.path for view in keyframe.cameras] + [sweep.path for sweep in keyframe.sweeps]
-        missing = [path for path in paths if not is_there(path)]
-        if missing:
-            more = f", and {len(missing) - 1} more of its {len(paths)} files" if len(missing) > 1 else ""
-            keyframes[index] = replace(keyframe, problem=f"{missing[0]} is missing{more}")
+        keyframes[index] = noted(keyframes[index])
     return replace(split, keyframes=tuple(keyframes))
 
 
@@ -73,7 +85,17 @@ def _files_in(folder: Path) -> set[str]:
 
 def describe_problems(keyframes: Sequence[Keyframe]) -> str | None:
     """Numbers of keyframes that cannot be built, per scene; None if all can be built."""
-    bad = Counter(keyframe.scene for keyframe in keyframes if keyframe.problem is not None)
+    return _numbers(keyframes, [keyframe for keyframe in keyframes if keyframe.problem is not None])
+
+
+def describe_masked(keyframes: Sequence[Keyframe]) -> str | None:
+    """Numbers of keyframes with views that are already known to be unusable, per scene; None if there are none."""
+    can_build = [keyframe for keyframe in keyframes if keyframe.problem is None]
+    return _numbers(keyframes, [k for k in can_build if any(view.problem is not None for view in k.cameras)])
+
+
+def _numbers(keyframes: Sequence[Keyframe], chosen: Sequence[Keyframe]) -> str | None:
+    bad = Counter(keyframe.scene for keyframe in chosen)
     if not bad:
         return None
     total = Counter(keyframe.scene for keyframe in keyframes)
@@ -93,7 +115,7 @@ def require_no_problems(split: Split, wanted: Collection[int]) -> None:
     more = f"\n  ... and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise DatasetError(
         f"{describe_problems(keyframes)} cannot be built. Download what is missing{alone}; or leave these keyframes out with "
-        "--on-error skip:\n  " + "\n  ".join(problems[:3]) + more
+        "--on-error skip, or only their cameras with --on-error mask-camera:\n  " + "\n  ".join(problems[:3]) + more
     )
 
 

@@ -36,8 +36,8 @@ class Source(Protocol):
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         """All keyframes of a split, each with V views, sweeps (its own first, then backwards in time), and vehicle boxes.
 
-        version: a release of the data set; None for the usual one. A problem of a single keyframe is recorded in the
-        keyframe. Raises DatasetError if there is no such split or version, or its tables do not load.
+        version: a release of the data set; None for the usual one. A problem of a single keyframe or view is recorded in it.
+        Raises DatasetError if there is no such split or version, or its tables do not load.
         """
         ...
 

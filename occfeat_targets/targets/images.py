@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from occfeat_targets.cache.geometry import Area
+
 # The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
 # result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.
 _MIN_OVERSAMPLING = 1.6
@@ -58,6 +60,16 @@ def load_image_reference(
         _check_sizes(path, source, sizes, None)
         full = _decode(path, image, source)
     return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
+
+
+def letterbox(image: NDArray[np.uint8], area: Area, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(size, 3): black but for the image in `area`, (top, left, bottom, right) [px]; the image itself if it fills all."""
+    if image.shape[:2] == tuple(size):
+        return image
+    out = np.zeros((*size, 3), np.uint8)
+    top, left, bottom, right = area
+    out[top:bottom, left:right] = image
+    return out
 
 
 def _open(path: str | os.PathLike[str]) -> Image.Image:

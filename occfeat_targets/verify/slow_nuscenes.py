@@ -16,7 +16,7 @@ import numpy as np
 
 from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.verify.slow_targets import SlowSource
 
@@ -86,7 +86,10 @@ def read_keyframes(
             timestamp_us=sample["timestamp"],
             location=logs[scenes[sample["scene_token"]]["log_token"]]["location"],
             global_from_ego=global_from_ego,
-            cameras=tuple(view(channels[name], global_from_ego) for name in cameras),
+            cameras=tuple(
+                view(channels[name], global_from_ego) if name in channels else broken_view("no record")
+                for name in cameras
+            ),
             sweeps=tuple(
                 Sweep(
                     dataroot / record["filename"],

@@ -56,6 +56,22 @@ def grid_from_ego(keyframe: Keyframe, frame: str, cameras: Sequence[str]) -> Mat
     return np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 1], [0, 0, 0, 1]], np.float64) @ cam_from_ego
 
 
+def filled_part(source_size: tuple[int, int], size: tuple[int, int], student_size: tuple[int, int]) -> list[int]:
+    """[top, left, bottom, right] [px] of an image of `size` that a camera fills: the design's definition, written out.
+
+    The part is chosen in the student's image and covers the same fractions of any other, to the nearest pixel.
+    """
+    aspect, wanted = source_size[1] / source_size[0], student_size[1] / student_size[0]
+    part = [0, 0, *student_size]
+    if aspect > 1.05 * wanted:  # too wide: black above and below
+        used = round(student_size[1] / aspect)
+        part = [(student_size[0] - used) // 2, 0, (student_size[0] - used) // 2 + used, student_size[1]]
+    elif wanted > 1.05 * aspect:  # too narrow: black left and right
+        used = round(student_size[0] * aspect)
+        part = [0, (student_size[1] - used) // 2, student_size[0], (student_size[1] - used) // 2 + used]
+    return [round(side * size[i % 2] / student_size[i % 2]) for i, side in enumerate(part)]
+
+
 def occupancy_bounds(
     reference: SlowSource, keyframe: Keyframe, frame_from_ego: Matrix, grid: VoxelGrid, ego_box: float
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

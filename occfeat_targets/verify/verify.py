@@ -6,7 +6,7 @@ Checksums find changes after writing (a flipped bit, a lost file). Recomputing k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +14,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
-from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
-from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.source import open_source
-from occfeat_targets.targets.images import load_image_reference
-from occfeat_targets.verify.slow_labels import Reference
-from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source, grid_from_ego, occupancy_bounds
-
-MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
-MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
-MAX_CALIBRATION_ERROR = 1e-3  # [m, px]; float32 storage gives 1e-4
+from occfeat_targets.verify.recompute import CHECKS, without_masked
+from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source
 
 
 @dataclass
@@ -79,7 +70,8 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
             bar.update(there[name])
     findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
     if not findings.problems:
-        is_valid = CacheReader(cache, allow_incomplete=True).is_valid
+        reader = CacheReader(cache, allow_incomplete=True)
+        is_valid = reader.is_valid
         for shard, record in sound.items():
             masked = {cache.identity.tokens[i] for i in cache.shard_range(shard) if not is_valid[i]}
             if masked != record["skipped"].keys():
@@ -87,7 +79,27 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
                     f"the record of shard {shard} says that {sorted(record['skipped'])} were skipped, but the masked samples "
                     f"are {sorted(masked)}: delete this record and run the build again"
                 )
+            cameras = _masked_cameras(reader, shard)
+            if cameras != {token: sorted(why) for token, why in record["masked"].items()}:
+                findings.problems.append(
+                    f"the record of shard {shard} says that the cameras {record['masked']} were masked, but {cameras} are: "
+                    "delete this record and run the build again"
+                )
+    masked_cameras = [camera for record in sound.values() for why in record["masked"].values() for camera in why]
+    if masked_cameras:
+        findings.notes.append(f"{len(masked_cameras)} cameras are masked: 'occfeat-targets status' lists them")
     return findings
+
+
+def _masked_cameras(reader: CacheReader, shard: int) -> dict[str, list[str]]:
+    """{sample token: names of its masked cameras} of a shard's valid keyframes."""
+    cache, found = reader.cache, {}
+    for keyframe in cache.shard_range(shard):
+        is_seen = reader.read("camera_valid", keyframe)
+        if reader.is_valid[keyframe] and not is_seen.all():
+            names = [name for name, seen in zip(cache.spec.cameras, is_seen, strict=True) if not seen]
+            found[cache.identity.tokens[keyframe]] = sorted(names)
+    return found
 
 
 def _shard_of(name: str) -> str:
@@ -111,11 +123,8 @@ def verify_source(
     tokens = [cache.identity.tokens[i] for i in chosen]
     reference = _read_slow_source(cache, dataroot, tokens, progress)
     for keyframe, token in zip(chosen, tokens, strict=True):
-        found = [
-            finding
-            for check in (_calibration, _occupancy, _images, _features, _labels)
-            for finding in check(reader, keyframe, reference, reference.keyframes[token])
-        ]
+        source = without_masked(reference.keyframes[token], reader.read("camera_valid", keyframe))
+        found = [finding for check in CHECKS for finding in check(reader, keyframe, reference, source)]
         findings.problems += [f"sample {token}: {text}" for is_good, text in found if not is_good]
         line = f"sample {token}: " + "; ".join(text for _, text in found)
         findings.notes.append(line)
@@ -136,86 +145,3 @@ def _read_slow_source(
     if missing:
         raise ValueError(f"{dataroot} has no sample {missing[0]}: pass the --dataroot that {cache.path} was built from")
     return reference
-
-
-Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
-
-
-def _frames(spec: TargetSpec, source: Keyframe) -> list[NDArray[np.float64]]:
-    return [grid_from_ego(source, frame, spec.cameras) for frame in spec.frames]
-
-
-def _calibration(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    spec = reader.cache.spec
-    scaled = [
-        np.diag([spec.image_size[1] / view.source_size[1], spec.image_size[0] / view.source_size[0], 1])
-        @ view.intrinsics
-        for view in source.cameras
-    ]
-    cam_from_ego = [view.cam_from_ego for view in source.cameras]
-    expected = {"intrinsics": scaled, "cam_from_ego": cam_from_ego, "grid_from_ego": _frames(spec, source)}
-    worst = max(float(np.abs(reader.read(name, keyframe) - np.array(e)).max()) for name, e in expected.items())
-    yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
-
-
-def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    spec = reader.cache.spec
-    volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
-    wrong = 0
-    for volume, frame in zip(volumes, _frames(spec, source), strict=True):
-        try:
-            must, may = occupancy_bounds(reference, source, frame, spec.grid, spec.ego_box)
-        except ValueError as err:
-            yield False, str(err)
-            return
-        wrong += int((must & ~volume).sum() + (volume & ~may).sum())
-    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} voxels wrong"
-
-
-def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    cached = reader.read("images", keyframe)
-    worst = np.inf
-    for image, view in zip(cached, source.cameras, strict=True):
-        (full,) = load_image_reference(view.path, [reader.cache.spec.image_size])
-        error = float(np.mean((image.astype(np.float64) - full) ** 2))
-        worst = min(worst, 10 * np.log10(255**2 / error) if error else np.inf)
-    yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
-
-
-def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    spec = reader.cache.spec
-    if spec.teacher is None:
-        return
-    from dataclasses import replace
-
-    from occfeat_targets.targets.teacher import load_teacher
-
-    teacher = load_teacher(replace(spec.teacher, dtype="float32"))
-    images = np.stack([load_image_reference(view.path, [spec.teacher.input_size])[0] for view in source.cameras])
-    expected = np.concatenate([teacher(image[None]) for image in images])
-    cached = reader.read("features", keyframe).astype(np.float32)
-    cosine = (expected * cached).sum(-1) / (np.linalg.norm(expected, axis=-1) * np.linalg.norm(cached, axis=-1) + 1e-12)
-    mean = float(cosine.mean())
-    yield mean >= MIN_COSINE, f"features at cosine {mean:.5f} of float32 (worst token {float(cosine.min()):.5f})"
-    if spec.feature_dtype == "int8":
-        cached *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
-    ratio = float(np.linalg.norm(cached) / np.linalg.norm(expected))
-    yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
-
-
-def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
-    spec = reader.cache.spec
-    kinds = [LABEL_KINDS[name] for name in spec.labels]
-    needs_maps = any("maps" in kind.needs for kind in kinds)
-    geometry = reference.read_map(source.location) if needs_maps else None
-    wrong = 0
-    for kind in kinds:
-        draw: Reference = resolve_name(kind.reference)
-        cached_masks, cached_valid = reader.read_labels(kind, keyframe)
-        for i, frame in enumerate(_frames(spec, source)):
-            masks, is_valid, is_decided = draw(source, spec, frame, geometry)
-            wrong += int(((cached_masks[i] != masks) & is_decided).sum())
-            if cached_valid is not None:
-                wrong += int(((cached_valid[i] != is_valid) & is_decided).sum())
-    if spec.labels:
-        yield wrong == 0, f"{wrong} label cells wrong"

@@ -80,6 +80,31 @@ def transform_intrinsics(
     return matrix @ intrinsics
 
 
+def transform_area(
+    area: Tensor,
+    source_size: tuple[int, int],
+    resized: Tensor,
+    crop: Tensor,
+    mirror: Tensor,
+    size: tuple[int, int],
+) -> Tensor:
+    """(..., 4) float64 (top, left, bottom, right) [px] of the final image that show the scene, of (..., 4) in the source image.
+
+    A side at the border of the source image stays at the border of the final image, so black pixels around a resized image
+    count as image, as in Simple-BEV.
+    """
+    sides = []
+    for axis in (0, 1):
+        scale = resized[..., axis].double() / source_size[axis]
+        low, high = (area[..., i].double() for i in (axis, axis + 2))
+        first = torch.where(low <= 0, 0, low * scale - crop[..., axis]).clamp(0, size[axis])
+        last = torch.where(high >= source_size[axis], size[axis], high * scale - crop[..., axis]).clamp(0, size[axis])
+        sides.append((first, last))
+    (top, bottom), (left, right) = sides
+    left, right = torch.where(mirror, size[1] - right, left), torch.where(mirror, size[1] - left, right)
+    return torch.stack([top, left, bottom, right], -1)
+
+
 def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize, crop and mirror images, then normalise them with ImageNet's statistics.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.data.augment import resample, transform_intrinsics
+from occfeat_train.data.augment import resample, transform_area, transform_intrinsics
 from occfeat_train.ops.views import Views
 
 
@@ -28,7 +28,8 @@ class Sample:
 
     index: the sample's position in its batch. grid: of the packed arrays. image_size: (height, width) of the images [px].
     images: (V, height, width, 3) uint8. intrinsics: (V, 3, 3) float64 of these images [px].
-    cam_from_grid: (V, 4, 4) float64 [m], for the grid in the sampled reference frame.
+    cam_from_grid: (V, 4, 4) float64 [m], for the grid in the sampled reference frame; zeros for a masked camera.
+    area: (V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     arrays: the task's arrays (`Task.arrays`), as in the cache's spec; arrays with a frame axis are those of that frame.
     """
 
@@ -39,6 +40,7 @@ class Sample:
     intrinsics: NDArray[Any]
     cam_from_grid: NDArray[Any]
     arrays: Mapping[str, NDArray[Any]]
+    area: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Batch:
 
     tokens: sample tokens, for error messages. grid: the grid of the packed arrays.
     images: (B, V, h, w, 3) uint8. intrinsics: (B, V, 3, 3) float64 of these images [px].
-    cam_from_grid: (B, V, 4, 4) float64 [m], for the grid in the sampled reference frame.
+    cam_from_grid: (B, V, 4, 4) float64 [m], for the grid in the sampled reference frame; zeros for a masked camera.
+    area: (B, V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     resized, crop: (B, V, 2) int64; mirror: (B, V) bool; cameras: (B, n) int64; bev_flip: (B, 2) bool: see augment.Draw.
     arrays: the task's targets (`Task.targets`), with a leading batch axis, or concatenated if they are `Task.ragged`.
     """
@@ -63,6 +66,7 @@ class Batch:
     cameras: Tensor
     bev_flip: Tensor
     arrays: Mapping[str, Tensor]
+    area: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -100,10 +104,12 @@ class Batch:
             for t in (self.images, self.intrinsics, self.cam_from_grid, self.resized, self.crop, self.mirror)
         )
         source_size = (self.images.shape[2], self.images.shape[3])
+        area = None if self.area is None else self.area[rows, self.cameras]
         return Views(
             images=resample(images, resized, crop, mirror, size),
             intrinsics=transform_intrinsics(intrinsics, source_size, resized, crop, mirror, size),
             cam_from_grid=cam_from_grid,
+            area=None if area is None else transform_area(area, source_size, resized, crop, mirror, size),
         )
 
     def volume(self, name: str) -> Tensor:

@@ -16,12 +16,13 @@ from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 class Readiness:
     """Measurements of `check_cache`, as means over the keyframes read.
 
-    occupied: occupied voxels of the first reference frame; seen: fraction of them with a view, whose features are distilled.
+    num_masked: masked cameras of the cache's valid keyframes. occupied: occupied voxels of the first reference frame with a grid; seen: fraction of them with a view, whose features are distilled.
     views: views per seen voxel. read_seconds, target_seconds: time to read a keyframe, and to sample its target features.
     """
 
     num_keyframes: int
     num_skipped: int
+    num_masked: int
     occupied: float
     seen: float
     views: float
@@ -35,6 +36,8 @@ class Readiness:
             f"occupied voxels: {self.occupied:.0f} per keyframe",
             f"reading: {self.read_seconds * 1e3:.2f} ms and {self.megabytes:.2f} MB per keyframe, with checksums",
         ]
+        if self.num_masked:
+            lines[0] += f"; {self.num_masked} cameras of other keyframes are masked"
         if self.views:
             lines.insert(
                 2,
@@ -64,11 +67,12 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
         arrays = reader.read_all(names, int(keyframe))
         reading.append(time.perf_counter() - start)
         start = time.perf_counter()
-        volume = spec.grid.unpack_volume(arrays["occupancy"][0])
+        frame = int(arrays["grid_from_ego"].any(axis=(1, 2)).argmax())
+        volume = spec.grid.unpack_volume(arrays["occupancy"][frame])
         centers = spec.grid.centers_of(np.flatnonzero(volume))
         occupied.append(len(centers))
         if spec.teacher is not None:
-            ego_from_grid = inverse_rigid(arrays["grid_from_ego"][0].astype(np.float64))
+            ego_from_grid = inverse_rigid(arrays["grid_from_ego"][frame].astype(np.float64))
             targets, num_views = sample_voxel_features_numpy(
                 arrays["features"],
                 arrays.get("feature_scale"),
@@ -76,6 +80,7 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
                 arrays["intrinsics"],
                 spec.image_size,
                 centers,
+                area=arrays["image_area"].astype(np.float64),
             )
             if not np.isfinite(targets).all():
                 raise ValueError(
@@ -87,6 +92,7 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
     return Readiness(
         num_keyframes=len(chosen),
         num_skipped=len(reader) - len(valid),
+        num_masked=int((~reader.camera_valid[valid]).sum()),
         occupied=float(np.mean(occupied[1:])),
         seen=float(np.mean(seen[1:])) if seen else 0.0,
         views=float(np.mean(views[1:])) if views else 0.0,

@@ -24,13 +24,17 @@ from occfeat_targets.cache.records import CacheError
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Batch, Sample, collate
-from occfeat_train.data.frames import reference_frames
+from occfeat_train.data.frames import has_grid, reference_frames
+
+# Arrays of a cache that say where its cameras and grids are, and which parts of the images show the scene.
+CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
 
 
 class KeyframeDataset:
     """Samples of one cache for one task, with or without augmentation.
 
-    keyframes: (N,) indices into the cache, without skipped keyframes. arrays: names of the arrays read for each sample.
+    keyframes: (N,) indices into the cache, without skipped keyframes, and without those whose every possible reference frame
+    is a masked camera's (num_without_frame). arrays: names of the arrays read for each sample.
     """
 
     def __init__(
@@ -46,11 +50,13 @@ class KeyframeDataset:
         self._require_large_images()
         self.arrays = ("images", *self._task_arrays())
         # Before training, not hours into the first epoch.
-        reader.cache.require_files([*self.arrays, "intrinsics", "cam_from_ego", "grid_from_ego"])
+        reader.cache.require_files([*self.arrays, *CALIBRATION])
         cameras = len(spec.cameras)
         if training and config.augment.num_cameras > cameras:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
-        usable = reader.is_valid.copy()
+        self._has_grid = has_grid(reader)[:, self._frames]
+        usable = self._has_grid.any(axis=1)
+        self.num_without_frame = int((reader.is_valid & ~usable).sum())
         if scenes is not None:
             wanted = set(scenes)
             usable &= np.array([scene in wanted for scene in reader.cache.identity.scenes])
@@ -115,11 +121,12 @@ class KeyframeDataset:
         targets = []
         for index, (epoch, keyframe) in enumerate(samples):
             rng = np.random.default_rng((self.config.seed, epoch, keyframe))
-            drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], self._frames)
+            frames = [frame for frame, there in zip(self._frames, self._has_grid[keyframe], strict=True) if there]
+            drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], frames)
             sample = self._read(index, keyframe, drawn.frame, images[index])
             for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
                 columns[name].append(getattr(drawn, name))
-            for name in ("intrinsics", "cam_from_grid"):
+            for name in ("intrinsics", "cam_from_grid", "area"):
                 columns[name].append(getattr(sample, name))
             targets.append(task.targets(sample, self.config))
         return Batch(
@@ -138,14 +145,17 @@ class KeyframeDataset:
             return array[frame] if self._specs[name].dims[:1] == ("frame",) else array
 
         grid_from_ego = read("grid_from_ego").astype(np.float64)
+        cam_from_grid = read("cam_from_ego") @ inverse_rigid(grid_from_ego)
+        cam_from_grid[~read("camera_valid")] = 0
         return Sample(
             index=index,
             grid=self.grid,
             image_size=self.reader.cache.spec.image_size,
             images=self.reader.read("images", keyframe, out=images),
             intrinsics=read("intrinsics").astype(np.float64),
-            cam_from_grid=read("cam_from_ego") @ inverse_rigid(grid_from_ego),
+            cam_from_grid=cam_from_grid,
             arrays={name: read(name) for name in self.arrays if name != "images"},
+            area=read("image_area").astype(np.float64),
         )
 
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import EGO_FRAME
 
 EVALUATION_CAMERA = "CAM_FRONT"  # reference frame in evaluation (Simple-BEV)
 NEVER_REFERENCE = "CAM_FRONT_LEFT"  # Simple-BEV samples the reference camera from the other five
+
+
+def has_grid(reader: CacheReader) -> NDArray[np.bool_]:
+    """(N, F) whether a keyframe has a grid in a reference frame: not if it was skipped, or if the frame's camera is masked."""
+    spec = reader.cache.spec
+    is_seen = reader.camera_valid
+    columns = [reader.is_valid if name == EGO_FRAME else is_seen[:, spec.cameras.index(name)] for name in spec.frames]
+    return np.stack(columns, axis=1) & reader.is_valid[:, None]
 
 
 def resolve_frame(available: Sequence[str], wanted: str) -> str:

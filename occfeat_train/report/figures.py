@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import RGB
+from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.birdseye import Mask, draw_cells
-from occfeat_targets.pictures.cameras import Tiles, arrange, draw_image
+from occfeat_targets.pictures.cameras import Cameras
 from occfeat_targets.pictures.canvas import DPI, png
 from occfeat_targets.pictures.colors import EMPTY, RAMP, Colors, hex_color
 
@@ -108,13 +109,11 @@ def draw_from_behind(colors: Colors, grid: VoxelGrid, grid_from_ego: Matrix) -> 
     return png(figure)
 
 
-def draw_cameras(images: NDArray[np.uint8], cam_from_ego: Matrix, names: Sequence[str], width: int = 900) -> bytes:
-    """A PNG of (V, h, w, 3) images, arranged as around the vehicle."""
-    size = images.shape[1:3]
-    tiles = Tiles(arrange(cam_from_ego), size, width, 0)
-    figure = Figure((width / DPI, tiles.total_height / DPI), DPI)
-    for camera, axes in tiles.axes(figure).items():
-        draw_image(axes, images[camera], names[camera], size)
+def draw_cameras(reader: CacheReader, keyframe: int, width: int = 900) -> bytes:
+    """A PNG of a keyframe's images, `width` px wide."""
+    cameras = Cameras(reader, keyframe, width)
+    figure = Figure((width / DPI, cameras.height / DPI), DPI)
+    cameras.draw(figure)
     return png(figure)
 
 

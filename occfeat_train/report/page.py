@@ -58,9 +58,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         {
             "number": number,
             "name": f"{identity.tokens[number]}, {identity.scenes[number]}",
-            "cameras": figures.draw_cameras(
-                reader.read("images", number), reader.read("cam_from_ego", number), cache.spec.cameras
-            ),
+            "cameras": figures.draw_cameras(reader, number),
         }
         for number in chosen
     ]

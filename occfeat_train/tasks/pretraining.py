@@ -67,6 +67,7 @@ class Pretraining(Task):
             sample.intrinsics,
             sample.image_size,
             sample.grid.centers_of(voxels),
+            area=sample.area,
         )
         seen = num_views > 0
         voxels = voxels[seen] + sample.index * sample.grid.num_voxels

@@ -57,6 +57,14 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
         lines.append(
             f"{skipped} of {len(reader)} keyframes of {reader.cache.path} were skipped by its build and are left out"
         )
+    masked = int((~reader.camera_valid[dataset.keyframes]).sum())
+    if masked:
+        lines.append(f"{masked} cameras of the keyframes used are masked: no feature is read from them")
+    if dataset.num_without_frame:
+        frames = " or ".join(dataset.frames)
+        lines.append(
+            f"{dataset.num_without_frame} keyframes are left out: the camera of their grid, {frames}, is masked"
+        )
     if dataset.enlarges:
         size = "x".join(map(str, reader.cache.spec.image_size))
         lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")

@@ -56,8 +56,8 @@ def build_arguments(city: Path, cache: Path, teacher: str, *more: str) -> list[s
     return ["build", *where, "--teacher", teacher, *SMALL, *more]
 
 
-def contents(cache: Path) -> dict[str, np.ndarray]:
-    group = zarr.open_group(cache / "mini_train.zarr", mode="r")
+def contents(cache: Path, split: str = "mini_train") -> dict[str, np.ndarray]:
+    group = zarr.open_group(cache / f"{split}.zarr", mode="r")
     return {name: array[:] for name, array in group.members(max_depth=None) if isinstance(array, zarr.Array)}
 
 

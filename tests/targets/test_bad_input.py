@@ -115,6 +115,29 @@ def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(nam
     assert reason in status.stdout
 
 
+@pytest.mark.parametrize("name", ["missing image", "missing camera", "NaN pose"])
+def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(name, broken_city, tmp_path, expected):
+    damage, reason = BAD_INPUT[name]
+    damage(broken_city)
+    camera = CAMERAS.index("CAM_FRONT" if name == "NaN pose" else "CAM_BACK")
+    arguments = build_arguments(broken_city, tmp_path, "none", "--workers", "0", "--frames", "both")
+    assert run(*arguments, "--on-error", "mask-camera", check=False).returncode == 3
+    found = contents(tmp_path)
+    assert found["is_valid"].all() and np.argwhere(~found["camera_valid"]).tolist() == [[2, camera]]
+    for array, axis in (
+        ("images", camera),
+        ("cam_from_ego", camera),
+        ("occupancy", 1 + camera),
+        ("labels/map", 1 + camera),
+    ):
+        good = expected[array].copy()
+        good[2, axis] = 0
+        np.testing.assert_array_equal(found[array], good, array)
+    assert reason in run("status", "--cache", tmp_path, "--split", "mini_train", check=False).stdout
+    verified = run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "10").stdout
+    assert verified.count("1 masked cameras") == 1
+
+
 def test_a_repaired_file_is_built_with_retry_skipped(broken_city, city, tiny_teacher, tmp_path):
     file = remove_image(broken_city)
     cache = tmp_path / "cache"

@@ -8,10 +8,13 @@ from occfeat_targets.cache.geometry import (
     GRID_FROM_CAMERA_AXES,
     GRID_FROM_EGO_AXES,
     crop_intrinsics,
+    fit,
+    fit_intrinsics,
     inverse_rigid,
     project,
     rigid,
     rotation_matrix,
+    scale_area,
     scale_intrinsics,
     transform,
 )
@@ -74,3 +77,56 @@ def test_scaling_and_cropping_intrinsics_move_pixels_as_the_image_does():
     np.testing.assert_allclose(scaled, pixel * [0.5, 0.25])
     (cropped,), _, _ = project(crop_intrinsics(K, 7, -3), point, (60, 80))
     np.testing.assert_allclose(cropped, pixel - [7, -3])
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "area"),
+    [
+        ((900, 1600), (270, 480), (0, 0, 270, 480)),
+        ((900, 1600), (224, 392), (0, 0, 224, 392)),  # 1.6 % of stretch
+        ((100, 104), (50, 50), (0, 0, 50, 50)),
+        ((100, 106), (50, 50), (1, 0, 48, 50)),
+        ((1600, 900), (270, 480), (0, 164, 270, 316)),  # a portrait camera
+        ((400, 1600), (270, 480), (75, 0, 195, 480)),
+        ((10, 100_000), (16, 16), (7, 0, 8, 16)),  # at least one pixel
+    ],
+)
+def test_an_image_fills_the_size_or_fits_inside(source, size, area):
+    assert fit(source, size) == area
+
+
+@given(st.tuples(*[st.integers(16, 3000)] * 2), st.tuples(*[st.integers(16, 600)] * 2))
+def test_a_fitted_image_is_centred_touches_two_sides_and_keeps_its_shape(source, size):
+    top, left, bottom, right = fit(source, size)
+    assert 0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]
+    assert (top, bottom) == (0, size[0]) or (left, right) == (0, size[1])
+    assert abs(top + bottom - size[0]) <= 1 and abs(left + right - size[1]) <= 1
+    if (bottom - top, right - left) != size:
+        scale = min(size[0] / source[0], size[1] / source[1])
+        assert abs(bottom - top - source[0] * scale) < 1 and abs(right - left - source[1] * scale) < 1
+
+
+def test_a_point_keeps_its_place_in_the_scene_when_its_image_is_fitted():
+    source, area = (900, 1600), (10, 20, 100, 260)
+    intrinsics = np.array([[1000.0, 0, 800], [0, 1000, 450], [0, 0, 1]])
+    point = np.array([0.4, -0.2, 1.0])  # at (1200, 250): three quarters of the width, 250/900 of the height
+    pixels, _, _ = project(fit_intrinsics(intrinsics, source, area), point, (120, 300))
+    np.testing.assert_allclose(pixels, [20 + 0.75 * 240, 10 + 250 / 900 * 90])
+    assert (fit_intrinsics(K, (30, 40), (0, 0, 15, 20)) == scale_intrinsics(K, 0.5, 0.5)).all()
+
+
+def test_an_area_is_the_same_part_of_an_image_of_another_size():
+    assert scale_area((0, 0, 270, 480), (270, 480), (224, 392)) == (0, 0, 224, 392)
+    assert scale_area((0, 164, 270, 316), (270, 480), (224, 392)) == (0, 134, 224, 258)
+    assert scale_area((7, 0, 8, 16), (16, 16), (14, 14)) == (6, 0, 7, 14)
+    assert scale_area((3, 0, 4, 16), (16, 16), (1, 1)) == (0, 0, 1, 1)
+
+
+def test_a_point_outside_the_area_is_not_seen():
+    area = (5, 20, 50, 60)
+    uv = np.array([[19.9, 30], [20.1, 30], [59.9, 30], [60.1, 30], [40, 4.9], [40, 5.1], [40, 49.9], [40, 50.1]])
+    points = np.concatenate([(uv - K[:2, 2]) / K[[0, 1], [0, 1]], np.ones((8, 1))], axis=1)
+    pixels, _, is_valid = project(K, points, (60, 80), area)
+    np.testing.assert_allclose(pixels, uv)
+    assert is_valid.tolist() == [False, True, True, False, False, True, True, False]
+    assert project(K, points, (60, 80))[2].all()

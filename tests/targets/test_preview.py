@@ -12,10 +12,11 @@ from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid, pr
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.birdseye import occupied_at_body_height
+from occfeat_targets.pictures.cameras import read_features
 from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import height_scale
 from occfeat_targets.pictures.page import choose_keyframes, fit_features, read_returns, write_preview
-from occfeat_targets.pictures.sheet import WIDTH, draw_keyframe, read_features, why_absent
+from occfeat_targets.pictures.sheet import WIDTH, draw_keyframe, why_absent
 from tests.conftest import SMALL_GRID, random_arrays, small_identity, small_spec
 from tests.targets.command_line import run
 
@@ -43,6 +44,8 @@ def make_cache(tmp_path, occupied=(), *, spec=None, simulated=(), skipped=(), **
         volume[index] = True
     arrays = {a.name: np.zeros((3, *a.shape), a.dtype) for a in spec.arrays()}
     arrays["is_valid"][:] = [i not in skipped for i in range(3)]
+    arrays["camera_valid"][:] = True
+    arrays["image_area"][:] = (0, 0, *spec.image_size)
     arrays["images"][:] = GREY
     arrays["intrinsics"][:] = INTRINSICS
     arrays["cam_from_ego"][:] = np.resize([cam_from_ego(yaw) for yaw in YAWS], (len(spec.cameras), 4, 4))
@@ -200,11 +203,53 @@ def test_any_number_of_cameras_of_any_names_fits_on_the_sheet(tmp_path, count):
         )
 
 
+def test_the_nearer_of_two_voxels_is_drawn_last(tmp_path):
+    near, far = cells = [(3, 15, 6), (3, 18, 6)]  # 5.5 and 8.5 m ahead of CAM_FRONT
+    projected = {}
+    for index in cells:
+        ego = transform(inverse_rigid(GRID_FROM_EGO_AXES), SMALL_GRID.voxel_centers()[index])
+        projected[index], _, _ = project(INTRINSICS, transform(cam_from_ego(0), ego), (16, 24))
+    (axes,) = views(draw_keyframe(make_cache(tmp_path, cells), 0), "CAM_FRONT")
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [projected[far], projected[near]], atol=1e-4)
+
+
 def test_int8_features_are_multiplied_by_their_scale(tmp_path):
     spec = small_spec(feature_dtype="int8")
     scale = np.arange(36, dtype=np.float16).reshape(6, 2, 3)
     reader = make_cache(tmp_path, spec=spec, features=np.int8(-3), feature_scale=scale)
-    np.testing.assert_array_equal(read_features(reader, 0), np.broadcast_to(-3.0 * scale[..., None], (6, 2, 3, 8)))
+    features, _ = read_features(reader, 0)
+    np.testing.assert_array_equal(features, np.broadcast_to(-3.0 * scale[..., None], (6, 2, 3, 8)))
+
+
+def test_a_masked_camera_is_black_and_named_so(tmp_path):
+    valid = np.array([True, True, True, True, False, True])
+    pose = np.array([cam_from_ego(yaw) for yaw in YAWS]) * valid[:, None, None]
+    images = np.full((6, 16, 24, 3), GREY, np.uint8) * valid[:, None, None, None].astype(np.uint8)
+    intrinsics = INTRINSICS * valid[:, None, None]
+    contents = {"camera_valid": valid, "cam_from_ego": pose, "intrinsics": intrinsics, "images": images}
+    sheet = draw_keyframe(make_cache(tmp_path, [(3, 18, 6)], **contents), 0)
+    drawn = pixels(sheet)
+    for number, name in enumerate(small_spec().cameras):
+        (axes,) = views(sheet, name)
+        assert ("MASKED" in [text.get_text() for text in axes.texts]) == (not valid[number])
+        corner = color_at(axes, drawn, np.array([(22, 15)]))[0]
+        np.testing.assert_allclose(corner, GREY if valid[number] else (0, 0, 0), atol=2)
+    named = [text.get_text() for text in maps(sheet)[0].texts]
+    assert "CAM_BACK" not in named and "CAM_BACK_LEFT" in named
+
+
+def test_points_and_features_outside_of_the_area_that_a_camera_fills_are_not_shown(tmp_path):
+    voxels = [(z, h, w) for z in range(4) for h in range(12, 20) for w in range(12)]
+    area = (0, 8, 16, 16)  # of 16x24 pixels: the middle third, where the tokens of the middle column are
+    features = np.random.default_rng(0).normal(size=(6, 2, 3, 8))
+    reader = make_cache(tmp_path, voxels, spec=small_spec(), image_area=area, features=features)
+    view, shown = views(draw_keyframe(reader, 0), "CAM_FRONT")
+    u = view.collections[0].get_offsets()[:, 0]
+    assert len(u) > 20 and u.min() >= 8 and u.max() < 16
+    colors = shown.images[0].get_array()
+    assert not colors[:, [0, 2]].any() and colors[:, 1].any()
+    _, is_shown = read_features(reader, 0)
+    np.testing.assert_array_equal(is_shown, np.broadcast_to([False, True, False], (6, 2, 3)))
 
 
 def test_simulated_data_carries_a_banner_and_real_data_none(tmp_path):

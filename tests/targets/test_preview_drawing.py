@@ -12,9 +12,9 @@ from occfeat_targets.pictures.birdseye import (
     occupancy_colors,
     occupied_at_body_height,
 )
-from occfeat_targets.pictures.cameras import MAX_COLUMNS, arrange, draw_points
+from occfeat_targets.pictures.cameras import MAX_COLUMNS, arrange
 from occfeat_targets.pictures.canvas import png
-from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, SOLID, FeatureColors, depth_scale, height_scale, rgb
+from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, SOLID, FeatureColors, height_scale, rgb
 from tests.conftest import SMALL_GRID
 
 SCALE = height_scale(SMALL_GRID)
@@ -34,31 +34,19 @@ def looking(*degrees):
     return matrices
 
 
-def test_the_nearer_of_two_dots_covers_the_farther():
-    intrinsics = np.array([[50.0, 0, 50], [0, 50, 50], [0, 0, 1]])
-    for order in ([0, 1], [1, 0]):
-        figure, axes = square()
-        axes.set(xlim=(0, 100), ylim=(100, 0))
-        points = np.array([(0, 0, 3.0), (0, 0, 40.0), (0, 0, -5.0)])[[*order, 2]]
-        draw_points(
-            axes, intrinsics, points, points[:, 2], depth_scale(), (100, 100), radius=1, limits=(8, 8), rim=1
-        )  # fmt: skip
-        assert len(axes.collections[0].get_offsets()) == 2
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        found = np.asarray(canvas.buffer_rgba())[..., :3]
-        np.testing.assert_allclose(found[50, 50], rgb(depth_scale(), np.array(3.0)), atol=1)
-        assert not (found == rgb(depth_scale(), np.array(40.0))).all(axis=-1).any()
-
-
 def test_cameras_are_arranged_as_around_the_vehicle_whatever_their_names_and_order():
-    assert arrange(looking(55, 0, -55, 110, 180, -110)) == [[0, 1, 2], [3, 4, 5]]
-    assert arrange(looking(180, 0)) == [[1], [0]]
-    assert arrange(looking(-99, 0, 153, 45, -153, -45, 99)) == [[3, 1, 5], [6, 2, 4, 0]]  # seven cameras around
-    assert arrange(looking(0)) == [[0]]
-    rows = arrange(looking(*range(-80, 81, 20)))
-    assert [camera for row in rows for camera in row] == list(range(8, -1, -1))
-    assert max(map(len, rows)) <= MAX_COLUMNS
+    def rows(*degrees, masked=()):
+        return arrange(looking(*degrees), ~np.isin(np.arange(len(degrees)), masked))
+
+    assert rows(55, 0, -55, 110, 180, -110) == [[0, 1, 2], [3, 4, 5]]
+    assert rows(180, 0) == [[1], [0]]
+    assert rows(-99, 0, 153, 45, -153, -45, 99) == [[3, 1, 5], [6, 2, 4, 0]]  # seven cameras around
+    assert rows(0) == [[0]]
+    assert rows(55, 0, -55, 110, 180, -110, masked=(0, 4)) == [[1, 2], [3, 5], [0, 4]]
+    assert rows(0, masked=[0]) == [[0]]
+    many = rows(*range(-80, 81, 20))
+    assert [camera for row in many for camera in row] == list(range(8, -1, -1))
+    assert max(map(len, many)) <= MAX_COLUMNS
 
 
 def test_cells_are_drawn_at_their_metres():

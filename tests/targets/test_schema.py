@@ -19,6 +19,7 @@ def test_a_spec_survives_json_with_its_fingerprint():
 @pytest.mark.parametrize(
     "change",
     [
+        {"source": "other"},
         {"grid": VoxelGrid((4, 200, 200))},
         {"frames": ("CAM_FRONT",)},
         {"image_size": (448, 800)},
@@ -115,4 +116,5 @@ def test_a_spec_states_the_largest_network_that_needs_no_enlarged_images(cached,
 
 def test_a_spec_without_teacher_or_labels_has_no_such_arrays():
     names = [a.name for a in TargetSpec(labels=()).arrays()]
-    assert names == ["is_valid", "intrinsics", "cam_from_ego", "grid_from_ego", "images", "occupancy"]
+    expected = ["is_valid", "camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego", "images"]
+    assert names == [*expected, "occupancy"]

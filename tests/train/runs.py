@@ -69,6 +69,8 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
                 (np.cos(0.4 * frame), 0, 0, np.sin(0.4 * frame)), (0.2 * frame, 0, 0)
             )
     out["is_valid"][:] = True
+    out["camera_valid"][:] = True
+    out["image_area"][:] = (0, 0, *spec.image_size)
     return out
 
 

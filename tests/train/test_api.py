@@ -30,7 +30,7 @@ from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
 from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
 
-CALIBRATION = ("intrinsics", "cam_from_ego", "grid_from_ego")
+CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
 # A machine may have a single core, and a process that has threads is forked.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
 
@@ -209,6 +209,8 @@ def test_a_dataloader_with_workers_gives_a_caches_keyframes(cache):
     found = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0] if name != "token"}
     shapes = {name: (value.dtype, tuple(value.shape[1:])) for name, value in found.items()}
     assert shapes == {
+        "camera_valid": (torch.bool, (6,)),
+        "image_area": (torch.int32, (6, 4)),
         "images": (torch.uint8, (6, 3, 40, 60)),
         "intrinsics": (torch.float32, (6, 3, 3)),
         "cam_from_ego": (torch.float32, (6, 4, 4)),

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig
-from occfeat_train.data.augment import Draw, draw, filter_matrix, resample, transform_intrinsics
+from occfeat_train.data.augment import Draw, draw, filter_matrix, resample, transform_area, transform_intrinsics
 from occfeat_train.ops.views import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -274,3 +274,27 @@ def test_evaluation_only_resizes():
         assert not d.bev_flip.any()
         assert d.cameras.tolist() == list(range(6))
         assert d.frame == 3
+
+
+def test_an_area_follows_resize_crop_and_mirroring_and_its_border_stays_the_images():
+    """Of a 40x60 image resized to 20x120, whose crop of 24x100 starts 2 px above it and 10 px right of its left side."""
+    resized, crop = torch.tensor([20, 120]), torch.tensor([-2, 10])
+    areas = torch.tensor([[0.0, 0, 40, 60], [10, 15, 30, 45], [0, 15, 40, 60], [0, 0, 4, 3]])
+    plain = transform_area(areas, (40, 60), resized, crop, torch.tensor(False), (24, 100))
+    assert plain.tolist() == [[0, 0, 24, 100], [7, 20, 17, 80], [0, 20, 24, 100], [0, 0, 4, 0]]
+    mirrored = transform_area(areas, (40, 60), resized, crop, torch.tensor(True), (24, 100))
+    assert mirrored.tolist() == [[0, 0, 24, 100], [7, 20, 17, 80], [0, 0, 24, 80], [0, 100, 4, 100]]
+
+
+def test_the_corners_of_an_area_move_like_points_of_the_scene():
+    generator = torch.Generator().manual_seed(0)
+    area = torch.tensor([10.0, 12, 30, 50]).double()
+    intrinsics = torch.tensor([[30.0, 0, 31], [0, 33, 19], [0, 0, 1]]).double()
+    for mirror in (torch.tensor(False), torch.tensor(True)):
+        resized, crop = torch.tensor([44, 71]), torch.randint(-3, 8, (2,), generator=generator)
+        after = transform_intrinsics(intrinsics, (40, 60), resized, crop, mirror, (42, 64))
+        found = transform_area(area, (40, 60), resized, crop, mirror, (42, 64))
+        pixels = torch.stack([area[[1, 3]], area[[0, 2]], torch.ones(2)])
+        u, v, _ = after @ torch.linalg.inv(intrinsics) @ pixels
+        expected = torch.stack([v.min(), u.min(), v.max(), u.max()]).clamp(min=0)
+        torch.testing.assert_close(found, torch.minimum(expected, torch.tensor([42.0, 64, 42, 64]).double()))

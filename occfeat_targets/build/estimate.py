@@ -1,0 +1,57 @@
+"""Estimates of a build: its size on disk, and its time on this machine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.sources.keyframe import DatasetError
+
+_READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
+_START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
+_TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.md)
+
+
+def check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
+    """Raises DatasetError if the disk has too little free space for so many keyframes."""
+    needed, free = spec.bytes_per_keyframe * num_keyframes, free_bytes(directory)
+    if needed > free:
+        raise DatasetError(
+            f"the cache takes about {format_bytes(needed)}, {directory} has {format_bytes(free)} free: choose another "
+            "--cache, a smaller --image-size, --feature-dtype int8, or fewer --frames"
+        )
+
+
+def free_bytes(directory: Path) -> int:
+    """Free bytes on the disk of `directory`, which need not exist yet."""
+    there = next(p for p in [directory.absolute(), *directory.absolute().parents] if p.exists())
+    return shutil.disk_usage(there).free
+
+
+def format_bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}" if n < 100 else f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def estimate_seconds(spec: TargetSpec, num_keyframes: int, *, device: str, workers: int) -> float:
+    """Estimated seconds for these keyframes on this machine, from its matmul rate; workers: processes, at least 1."""
+    read = _READ_SECONDS / workers
+    if spec.teacher is None:
+        return _START_SECONDS + num_keyframes * read
+    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, resolve_device
+
+    device = resolve_device(device)
+    flops = flops_per_image(spec.teacher) * len(spec.cameras)
+    teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.teacher.dtype))
+    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
+    return _START_SECONDS + num_keyframes * per_keyframe

@@ -1,0 +1,82 @@
+"""A data set in a few lines: what a new source takes. Three cameras of different sizes, points from a function, no maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid
+from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
+from occfeat_targets.sources.map_geometry import MapGeometry
+
+SIZES = {"front": (96, 160), "tall": (160, 90), "wide": (60, 240)}  # (height, width)
+SWEEPS_S = (0.0, -0.05)
+
+
+def points_of(sensor_from_ego: Matrix) -> NDArray[np.float32]:
+    """(n, 4) returns of a wall of poles, 6 m around the ego, up to 2 m high."""
+    angle, up = (a.ravel() for a in np.meshgrid(np.arange(0, 2 * np.pi, 0.05), np.arange(0.1, 2, 0.3)))
+    points = np.stack([6.03 * np.cos(angle), 6.03 * np.sin(angle), up], 1)
+    points = points @ sensor_from_ego[:3, :3].T + sensor_from_ego[:3, 3]
+    return np.concatenate([points, angle[:, None]], 1).astype(np.float32)
+
+
+def ego_from_camera(yaw: float) -> Matrix:
+    """A level camera 1.5 m above the ego's origin that looks along `yaw`."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array([(np.sin(yaw), -np.cos(yaw), 0), (0, 0, -1), (np.cos(yaw), np.sin(yaw), 0)]).T
+    matrix[2, 3] = 1.5
+    return matrix
+
+
+def write_toy(root: Path) -> Path:
+    """Write the images: smooth colours, different in each."""
+    for name, (height, width) in SIZES.items():
+        for number in range(4):
+            y, x = np.mgrid[:height, :width] / 30
+            image = 128 + 100 * np.sin(np.stack([x + number, y + width, x + y], -1))
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.astype(np.uint8)).save(root / name / f"{number}.jpg", quality=95)
+    return root
+
+
+class ToySource:
+    cameras = tuple(SIZES)
+    slow_reader = None
+
+    def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
+        if split != "all":
+            raise DatasetError(f"no split {split!r}: there is only 'all'")
+        keyframes = []
+        for number in range(4):
+            views = []
+            for i, (name, size) in enumerate(SIZES.items()):
+                intrinsics = np.array([[80.0, 0, size[1] / 2], [0, 80, size[0] / 2], [0, 0, 1]])
+                ego_from_cam = ego_from_camera(2.1 * i)
+                views.append(
+                    CameraView(
+                        root / name / f"{number}.jpg", size, intrinsics, ego_from_cam, inverse_rigid(ego_from_cam)
+                    )
+                )
+            sweeps = [Sweep(root / "front" / f"{number}.jpg", np.eye(4)) for _ in SWEEPS_S[:num_sweeps]]
+            keyframes.append(
+                Keyframe(
+                    f"toy{number}", f"scene{number // 2}", number, "nowhere", cameras=tuple(views), sweeps=tuple(sweeps)
+                )
+            )
+        return Split(split, "1", root, tuple(keyframes), (), ("nowhere",), has_annotations=False, is_synthetic=True)
+
+    def read_sweep(self, path: Path) -> NDArray[np.float32]:
+        return points_of(np.eye(4))
+
+    def why_no_maps(self, split: Split) -> str:
+        return "the toy has no maps"
+
+    def map_file(self, split: Split, location: str) -> Path:
+        raise NotImplementedError
+
+    def read_map(self, split: Split, location: str, dividers: str) -> MapGeometry:
+        raise NotImplementedError
