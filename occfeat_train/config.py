@@ -6,17 +6,16 @@ path; derived values are properties.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pkgutil
-import typing
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_train.conversion import build, parse_value, require_one_of
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
 PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}
@@ -71,7 +70,7 @@ class NetworkConfig:
     compat: Literal["none", "simple-bev"] = "none"
 
     def __post_init__(self) -> None:
-        _one_of(self, "backbone", "compat")
+        require_one_of(self, "backbone", "compat")
         lifting_class(self.lifting, self.compat)
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
@@ -144,7 +143,7 @@ class OptimConfig:
     clip: float = 5.0
 
     def __post_init__(self) -> None:
-        _one_of(self, "optimizer", "schedule")
+        require_one_of(self, "optimizer", "schedule")
         for name in ("lr", "epochs", "batch", "accumulation", "clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"optim.{name}={getattr(self, name)}: a number above 0 expected")
@@ -204,7 +203,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of(self, "precision")
+        require_one_of(self, "precision")
         if self.task not in (*PRETEXTS, *LABEL_KINDS):
             raise ValueError(f"task={self.task!r}: one of {', '.join((*PRETEXTS, *LABEL_KINDS))} expected")
         if not 0 < self.labels <= 100:
@@ -226,7 +225,7 @@ class Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
         """Raises ValueError on an unknown field."""
-        return _build(cls, data, "")
+        return build(cls, data, "")
 
     def override(self, assignments: Iterable[str]) -> Config:
         """Change fields with ``key=value`` strings, such as ``optim.lr=1e-4``. Raises ValueError that names the invalid one."""
@@ -241,7 +240,7 @@ class Config:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
                 raise ValueError(f"--set {assignment}: no such field; there are {', '.join(self.flat())}")
-            target[name] = _parse(text.strip())
+            target[name] = parse_value(text.strip())
         return Config.from_dict(data)
 
     def flat(self) -> dict[str, Any]:
@@ -260,56 +259,3 @@ class Config:
         """One line for each field in which two configs differ."""
         mine, theirs = self.flat(), other.flat()
         return [f"{name}: {mine[name]} != {theirs[name]}" for name in mine if mine[name] != theirs[name]]
-
-
-def _one_of(value: Any, *names: str) -> None:
-    hints = typing.get_type_hints(type(value))
-    for name in names:
-        allowed = typing.get_args(hints[name])
-        if getattr(value, name) not in allowed:
-            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(allowed)} expected")
-
-
-def _parse(text: str) -> Any:
-    """JSON, a size AxB, or a plain word; also Python's True and False."""
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        parts = text.split("x")
-        return [int(p) for p in parts] if len(parts) > 1 and all(p.isdigit() for p in parts) else text
-
-
-def _build(cls: Any, data: Any, where: str) -> Any:
-    """A dataclass from nested dictionaries, with every value checked against its annotation."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ValueError(
-            f"unknown fields {', '.join(where + u for u in unknown)}: this config was written by another release"
-        )
-    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{where}.")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    fits = False
-    if origin is tuple:
-        fits = isinstance(value, list | tuple) and len(value) == len(args)
-        value = tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True)) if fits else value
-    elif origin is Literal:
-        return value  # the class checks it and lists the allowed values
-    elif hint is bool:
-        fits = isinstance(value, bool)
-    elif hint is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    elif hint is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    elif hint is str:
-        fits = isinstance(value, str)
-    if not fits:
-        wanted = str(hint) if args else hint.__name__
-        raise ValueError(f"{where}={value!r}: a value of type {wanted} expected")
-    return value

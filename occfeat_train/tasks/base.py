@@ -75,5 +75,5 @@ class Task(nn.Module):
 
     @staticmethod
     def columns(results: Mapping[str, Any]) -> dict[str, str]:
-        """{header: text} for the report's table, from `metric().results()`; by default every loss."""
+        """{name: text} for evaluation's table and the report's, from `metric().results()`; by default every loss."""
         return {name: f"{value:.4g}" for name, value in results.items() if isinstance(value, float)}

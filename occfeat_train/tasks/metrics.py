@@ -7,7 +7,7 @@ mean of per-batch IoUs is a different number (46.6 against 47.4 on one of their 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,26 +21,26 @@ HALF = THRESHOLDS.index(0.5)
 DISTANCES = ((0.0, 20.0), (20.0, 35.0), (35.0, float("inf")))  # [m] from the grid's origin
 
 
-class Metric(Protocol):
+class Metric:
     """A metric over a data set, which a task's `measure` updates."""
-
-    num_samples: int
-
-    def reduce(self) -> None:
-        """Sum over all ranks."""
-
-    def results(self) -> dict[str, Any]:
-        """{quantity: value}, as JSON."""
-
-    def lines(self) -> list[str]:
-        """The results as lines of a table."""
-
-
-class LossMetric:
-    """The mean of each loss over all samples."""
 
     def __init__(self) -> None:
         self.num_samples = 0
+
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
+
+    def results(self) -> dict[str, Any]:
+        """{quantity: value}, as JSON."""
+        raise NotImplementedError
+
+
+class LossMetric(Metric):
+    """The mean of each loss over all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.sums: dict[str, float] = {}
 
     def update(self, losses: Mapping[str, Tensor], num_samples: int) -> None:
@@ -50,27 +50,23 @@ class LossMetric:
         self.num_samples += num_samples
 
     def reduce(self) -> None:
+        super().reduce()
         sums = gather(list(self.sums.items()))  # a rank without samples has none
         self.sums = {name: sum(value for other, value in sums if other == name) for name, _ in sums}
-        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
 
     def results(self) -> dict[str, Any]:
         return {"samples": self.num_samples, **{name: total / self.num_samples for name, total in self.sums.items()}}
 
-    def lines(self) -> list[str]:
-        means = {name: value for name, value in self.results().items() if name != "samples"}
-        return [f"{self.num_samples} samples", *(f"{name:36} {value:6.4g}" for name, value in means.items())]
 
-
-class SegmentationMetric:
+class SegmentationMetric(Metric):
     """IoU per class, threshold and distance band.
 
     counts: (thresholds, classes, bands, 2) int64 intersections and unions on the CPU.
     """
 
     def __init__(self, classes: Sequence[str], grid: VoxelGrid) -> None:
+        super().__init__()
         self.classes = tuple(classes)
-        self.num_samples = 0
         self.counts = torch.zeros(len(THRESHOLDS), len(classes), len(DISTANCES), 2, dtype=torch.int64)
         centers = grid.voxel_centers()[0, ..., :2]
         distance = torch.from_numpy(np.linalg.norm(centers, axis=-1))
@@ -89,9 +85,8 @@ class SegmentationMetric:
         self.num_samples += len(logits)
 
     def reduce(self) -> None:
-        """Sum the counts over all ranks."""
+        super().reduce()
         self.counts = sum_over_processes(self.counts)
-        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
 
     def results(self) -> dict[str, Any]:
         """IoU in percent: mean over classes, per class, best threshold, by distance. None where a union is empty."""
@@ -116,20 +111,12 @@ class SegmentationMetric:
             },
         }
 
-    def lines(self) -> list[str]:
-        """The results as lines of a table."""
-        r = self.results()
-        rows = [("IoU at 0.5", r["iou"]), (f"IoU at the best threshold, {r['threshold_best']:g}", r["iou_best"])]
-        rows += [(f"  {name}", iou) for name, iou in r["per_class"].items()] if len(self.classes) > 1 else []
-        rows += [(f"  {band} away", iou) for band, iou in r["by_distance"].items()]
-        return [f"{self.num_samples} samples"] + [f"{name:36} {as_text(iou):>6}" for name, iou in rows]
 
-
-class PretrainingMetric:
+class PretrainingMetric(Metric):
     """Occupancy IoU at 0.5 and the mean cosine between predicted and target features over all distilled voxels."""
 
     def __init__(self) -> None:
-        self.num_samples = 0
+        super().__init__()
         self.counts = torch.zeros(3, dtype=torch.int64)  # intersection, union, distilled voxels
         self.cosine = torch.zeros((), dtype=torch.float64)
 
@@ -145,9 +132,8 @@ class PretrainingMetric:
         self.num_samples += len(occupied)
 
     def reduce(self) -> None:
-        """Sum over all ranks."""
+        super().reduce()
         self.counts, self.cosine = sum_over_processes(self.counts), sum_over_processes(self.cosine)
-        self.num_samples = int(sum_over_processes(torch.tensor(self.num_samples)))
 
     def results(self) -> dict[str, Any]:
         voxels = int(self.counts[2])
@@ -156,15 +142,6 @@ class PretrainingMetric:
             "occupancy_iou": _iou(self.counts[:2]),
             "cosine": float(self.cosine) / voxels if voxels else None,
         }
-
-    def lines(self) -> list[str]:
-        r = self.results()
-        cosine = as_text(r["cosine"], 3)
-        return [
-            f"{self.num_samples} samples",
-            f"{'occupancy IoU at 0.5':36} {as_text(r['occupancy_iou']):>6}",
-            f"{'mean cosine to the target features':36} {cosine:>6}",
-        ]
 
 
 def _iou(counts: Tensor) -> float | None:

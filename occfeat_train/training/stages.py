@@ -182,7 +182,9 @@ def run_evaluation(
         **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()), "simulated": warnings,
         **metric.results(),
     }  # fmt: skip
-    process.print(*metric.lines(), f"{len(dataset) / (time.perf_counter() - began):.3g} samples/s")
+    rate = len(dataset) / (time.perf_counter() - began)
+    table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]
+    process.print(f"{metric.num_samples} samples", *table, f"{rate:.3g} samples/s")
     if process.is_main:
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{options.split}.json"

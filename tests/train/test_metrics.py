@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.tasks.metrics import DISTANCES, THRESHOLDS, PretrainingMetric, SegmentationMetric
+from occfeat_train.tasks.metrics import DISTANCES, THRESHOLDS, LossMetric, PretrainingMetric, SegmentationMetric
+from occfeat_train.tasks.pretraining import Pretraining
+from occfeat_train.tasks.segmentation import Segmentation
 
 # 10 x 12 cells of 8 m, not centred, so that all three distance bands occur.
 GRID = VoxelGrid((1, 10, 12), (-1, -36, -52), (1, 44, 44))
@@ -75,7 +77,7 @@ def test_an_empty_union_has_no_iou():
     assert results["iou"] is results["iou_best"] is results["per_class"]["class0"] is None
     assert results["per_class_best"]["class1"]["iou"] is None
     assert set(results["by_distance"].values()) == {None}
-    assert any(line.startswith("IoU at 0.5") and line.endswith(" -") for line in metric.lines())
+    assert Segmentation.columns(results)["IoU at 0.5 [%]"] == "-"
 
 
 def test_a_class_with_an_empty_union_is_not_part_of_the_mean():
@@ -154,12 +156,12 @@ def test_counts_are_exact_under_autocast_and_on_a_map_of_the_papers_size():
     assert metric.counts[3, 0].sum(0).tolist() == [40_000 - 37, 40_000]
 
 
-def test_a_table_has_a_line_for_each_class_and_band():
-    metric = metric_of(*random_case(3))
-    text = "\n".join(metric.lines())
-    assert metric.lines()[0] == "3 samples"
-    assert all(name in text for name in ("IoU at 0.5", "best threshold", "class0", "class1", "0-20 m", "35-inf m"))
-    assert f"{metric.results()['iou']:.1f}" in text
+def test_a_table_has_a_column_for_each_class_and_band():
+    results = metric_of(*random_case(3)).results()
+    columns = Segmentation.columns(results)
+    assert list(columns)[2:] == ["class0", "class1", "0-20 m", "20-35 m", "over 35 m"]
+    assert columns["IoU at 0.5 [%]"] == f"{results['iou']:.1f}"
+    assert columns["at the best threshold"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
 
 
 # -- pretraining ------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def test_occupancy_iou_and_cosine_are_those_of_the_whole_split():
     metric.update(logits, torch.tensor([True, False, True, False]).view(1, 1, 2, 2), torch.tensor([1.0, 0.5, 0.0]))
     metric.update(-logits, torch.tensor([False, False, True, True]).view(1, 1, 2, 2), torch.tensor([-1.0]))
     assert metric.results() == {"samples": 2, "occupancy_iou": pytest.approx(60), "cosine": pytest.approx(0.5 / 4)}
-    assert [line.split()[-1] for line in metric.lines()] == ["samples", "60.0", "0.125"]
+    assert list(Pretraining.columns(metric.results()).values()) == ["60.0", "0.125"]
 
 
 def test_metrics_that_do_not_apply_are_none():
@@ -179,7 +181,18 @@ def test_metrics_that_do_not_apply_are_none():
     metric = PretrainingMetric()
     metric.update(None, occupied, torch.empty(0))
     assert metric.results() == {"samples": 3, "occupancy_iou": None, "cosine": None}
-    assert [line.split()[-1] for line in metric.lines()] == ["samples", "-", "-"]
+    assert list(Pretraining.columns(metric.results()).values()) == ["-", "-"]
     metric = PretrainingMetric()
     metric.update(torch.ones(3, 1, 2, 2), occupied, None)
     assert metric.results() == {"samples": 3, "occupancy_iou": 100, "cosine": None}
+
+
+# -- any other task ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_loss_weighs_samples_alike():
+    metric = LossMetric()
+    metric.update({"loss": torch.tensor(1.0), "part": torch.tensor(2.0)}, 3)
+    metric.update({"loss": torch.tensor(5.0), "part": torch.tensor(2.0)}, 1)
+    metric.reduce()
+    assert metric.results() == {"samples": 4, "loss": 2.0, "part": 2.0}

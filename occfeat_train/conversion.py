@@ -1,0 +1,61 @@
+"""Frozen dataclasses from dictionaries and from text, with every value checked against its annotation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any, Literal
+
+
+def build(cls: Any, data: Any, where: str) -> Any:
+    """A dataclass from nested dictionaries, with every value checked against its annotation."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ValueError(
+            f"unknown fields {', '.join(where + u for u in unknown)}: this config was written by another release"
+        )
+    return cls(**{name: _convert(hints[name], value, where + name) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, f"{where}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    fits = False
+    if origin is tuple:
+        fits = isinstance(value, list | tuple) and len(value) == len(args)
+        value = tuple(_convert(a, v, where) for a, v in zip(args, value, strict=True)) if fits else value
+    elif origin is Literal:
+        return value  # the class checks it and lists the allowed values
+    elif hint is bool:
+        fits = isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif hint is str:
+        fits = isinstance(value, str)
+    if not fits:
+        wanted = str(hint) if args else hint.__name__
+        raise ValueError(f"{where}={value!r}: a value of type {wanted} expected")
+    return value
+
+
+def require_one_of(value: Any, *names: str) -> None:
+    hints = typing.get_type_hints(type(value))
+    for name in names:
+        allowed = typing.get_args(hints[name])
+        if getattr(value, name) not in allowed:
+            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(allowed)} expected")
+
+
+def parse_value(text: str) -> Any:
+    """JSON, a size AxB, or a plain word; also Python's True and False."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        parts = text.split("x")
+        return [int(p) for p in parts] if len(parts) > 1 and all(p.isdigit() for p in parts) else text
