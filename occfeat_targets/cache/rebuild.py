@@ -23,11 +23,14 @@ def require_format(path: Path) -> None:
         version, options = attributes["spec"]["format_version"], set(attributes["spec"])
     except (ValueError, KeyError, TypeError):
         return  # not a cache at all, or damaged: other checks say so
-    if version == FORMAT_VERSION and options == {field.name for field in fields(TargetSpec)}:
+    others = sorted(options ^ {field.name for field in fields(TargetSpec)})
+    if version == FORMAT_VERSION and not others:
         return
+    reason = f"other options ({', '.join(others)})" if version == FORMAT_VERSION else f"format version {version}"
     raise CacheError(
-        f"{path / 'zarr.json'} says format version {version}, and this release reads {FORMAT_VERSION}: use the release that built "
-        f"it, or delete the cache and build it again:\n{rebuild_command(path, attributes)}"
+        f"{path / 'zarr.json'} was not written by this release of occfeat, which reads format version {FORMAT_VERSION}: it has "
+        f"{reason}. Use the release that built it, or delete the cache and build it again:\n"
+        + rebuild_command(path, attributes)
     )
 
 

@@ -184,7 +184,7 @@ def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
 def test_a_spec_of_another_release_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a["spec"].update(wings=2))
     update_digests(small_cache.path)
-    with pytest.raises(CacheError, match="was not written by this release of occfeat .*wings"):
+    with pytest.raises(CacheError, match="was not written by this release of occfeat, .*wings"):
         open_cache(small_cache.path)
 
 
