@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch is imported. One thread is as fast for such small models, does not compete with other tests for cores, and
@@ -13,6 +14,18 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+# Installed before these modules are imported: their functions check the annotated shapes at every call in the test run.
+# Left out are files of Triton and numba kernels, because a compiler reads their functions, and networks/network.py, because
+# tests give BEVNetwork simpler encoders and decoders than it annotates.
+SHAPED = [
+    *(f"occfeat_train.ops.{name}" for name in ("deformable", "instance_norm", "mean_over_views", "views")),
+    *(f"occfeat_train.networks.{name}" for name in ("bevformer", "decoder", "encoder", "lss", "simplebev")),
+    "occfeat_train.simple_bev.quirks",
+]
+install_import_hook(SHAPED, "beartype.beartype")
 
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.grid import VoxelGrid
@@ -24,6 +37,14 @@ REPOSITORY = Path(__file__).parents[1]
 # Tests must not fail on a busy machine, so the duration of examples is not limited.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked, as in use: for tests of our own error messages, and of torch.compile."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.hookimpl(tryfirst=True)

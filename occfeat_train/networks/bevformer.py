@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
@@ -19,13 +20,14 @@ from occfeat_train.ops.deformable import Reads, deformable
 from occfeat_train.ops.mean_over_views import every_voxel
 from occfeat_train.ops.views import Projection, Views, check_shapes
 
+ColumnReads = tuple[Float[Tensor, "HW Z V 2"], Bool[Tensor, "HW V"], Int[Tensor, "HW"]]  # HW: H * W cells
 HEADS = 4
 _LAYERS, _POINTS, _DROPOUT = 6, 8, 0.1
 _OUTSIDE = -1e6  # a point so far outside that no offset returns to the map
 
 
 class BEVFormer(nn.Module):
-    """(B, V, C, h, w) features -> (B, C, H, W) map.
+    """Image features -> BEV map.
 
     channels: C, a multiple of 4 heads.
     recompute: activation checkpointing of each layer, which saves 0.5 GB of activations per sample at 200 x 200 cells.
@@ -44,7 +46,7 @@ class BEVFormer(nn.Module):
         self.positions = nn.Parameter(0.1 * torch.randn(channels, *grid.map_shape))
         self.layers = nn.ModuleList([Layer(channels, grid.shape[0]) for _ in range(_LAYERS)])
 
-    def forward(self, features: Tensor, views: Views) -> Tensor:
+    def forward(self, features: Float[Tensor, "B V C h w"], views: Views) -> Float[Tensor, "B C H W"]:
         check_shapes(features, views)
         batch, _, channels, h, w = features.shape
         height, width = self.grid.map_shape
@@ -59,18 +61,18 @@ class BEVFormer(nn.Module):
             query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
         return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
-    def cell_anchors(self, device: torch.device) -> Tensor:
-        """(H * W, 2) position (column, row) [cells] around which each cell attends to the map of queries: its own."""
+    def cell_anchors(self, device: torch.device) -> Float[Tensor, "HW 2"]:
+        """Position (column, row) [cells] around which each cell attends to the map of queries: its own."""
         height, width = self.grid.map_shape
         rows, columns = (torch.arange(n, device=device) for n in (height, width))
         return torch.cartesian_prod(rows, columns).flip(1).float()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def camera_reads(self, views: Views, feature_size: tuple[int, int]) -> tuple[Reads, Tensor]:
+    def camera_reads(self, views: Views, feature_size: tuple[int, int]) -> tuple[Reads, Int[Tensor, "B HW"]]:
         """Every cell reads the cameras that see a voxel centre of its column, around the projections of all its voxel centres.
 
         A centre behind a camera is not read. Learned offsets may read tokens outside of the area that shows the scene.
-        Returns the reads and (B, H * W) the number of cameras in a cell's mean.
+        Returns the reads and the number of cameras in a cell's mean.
         """
         maps, anchors, counts, num_views = [], [], [], []
         for sample, (placed, is_read, number) in enumerate(self.column_reads(views, feature_size)):
@@ -82,8 +84,8 @@ class BEVFormer(nn.Module):
         starts = nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
         return Reads(len(maps), torch.cat(maps), starts, torch.cat(anchors)), torch.stack(num_views)
 
-    def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each sample: (H * W, Z, V, 2) projections [tokens], (H * W, V) whether a cell reads a camera, (H * W,) their number."""
+    def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[ColumnReads]:
+        """Of each sample: projections [tokens], whether a cell reads a camera, and the number of cameras in its mean."""
         for sample in range(len(views.images)):
             u, v, depth, is_seen = self.project(views, sample)
             placed = torch.stack(views.cameras.to_tokens(u, v, feature_size), -1)
@@ -92,7 +94,7 @@ class BEVFormer(nn.Module):
             yield placed, is_read, is_read.sum(1)
 
     def project(self, views: Views, sample: int) -> Projection:
-        """Of a sample's voxel centres: (H * W, Z, V)."""
+        """Of a sample's voxel centres: (HW, Z, V)."""
         cameras = views.cameras[sample]
         return Projection(*(t.flatten(0, 1) for t in cameras.project(*every_voxel(self.grid, cameras.area.device))))
 
@@ -112,14 +114,14 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        query: Tensor,  # (B * H * W, C), the same for positions
-        positions: Tensor,
-        tokens: Tensor,  # (B * V, h, w, C)
+        query: Float[Tensor, "BHW C"],
+        positions: Float[Tensor, "BHW C"],
+        tokens: Float[Tensor, "BV h w C"],
         cells: Reads,
         cameras: Reads,
-        num_views: Tensor,  # (B * H * W,)
+        num_views: Int[Tensor, BHW],
         map_shape: tuple[int, int],
-    ) -> Tensor:
+    ) -> Float[Tensor, "BHW C"]:
         query = self.norm1(query + self.self_attention(query + positions, cells, map_shape))
         query = self.norm2(query + self.cross_attention(query + positions, tokens, cameras, num_views))
         normed: Tensor = self.norm3(query + self.feed_forward(query))
@@ -137,8 +139,10 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(_DROPOUT)
 
-    def forward(self, query: Tensor, cells: Reads, map_shape: tuple[int, int]) -> Tensor:
-        """query: (B * H * W, C), positions added."""
+    def forward(
+        self, query: Float[Tensor, "BHW C"], cells: Reads, map_shape: tuple[int, int]
+    ) -> Float[Tensor, "BHW C"]:
+        """query: positions added."""
         values = self.value(query).unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
         read = deformable(values, self.places(query), cells).flatten(1)
         dropped: Tensor = self.dropout(self.output(self.inner(read)))
@@ -160,8 +164,14 @@ class CrossAttention(nn.Module):
         self.output = nn.Linear(channels, channels)
         self.dropout = nn.Dropout(_DROPOUT)
 
-    def forward(self, query: Tensor, tokens: Tensor, cameras: Reads, num_views: Tensor) -> Tensor:
-        """query: (B * H * W, C), positions added; tokens: (B * V, h, w, C); num_views: (B * H * W,)."""
+    def forward(
+        self,
+        query: Float[Tensor, "BHW C"],
+        tokens: Float[Tensor, "BV h w C"],
+        cameras: Reads,
+        num_views: Int[Tensor, BHW],
+    ) -> Float[Tensor, "BHW C"]:
+        """query: positions added."""
         values = self.value(tokens).unflatten(-1, (HEADS, -1))
         read = deformable(values, self.places(query), cameras).flatten(1)
         dropped: Tensor = self.dropout(self.output(read / num_views.clamp(min=1)[:, None]))
@@ -169,7 +179,7 @@ class CrossAttention(nn.Module):
 
 
 class SamplingPoints(nn.Module):
-    """Queries (B, N, C) -> sampling points (B * N, heads, P, 3): offsets (column, row) [tokens] and scores.
+    """Queries -> sampling points of P per head: offsets (column, row) [tokens] and scores.
 
     At initialisation all queries have the same points: the heads point right, up, left and down, point i at i + 1 tokens.
     levels: number of anchors to which the points are assigned in turn; the point of the highest level starts nearest.
@@ -188,7 +198,7 @@ class SamplingPoints(nn.Module):
         for tensor in (self.offsets.weight, self.weights.weight, self.weights.bias):
             nn.init.zeros_(tensor)
 
-    def forward(self, query: Tensor) -> Tensor:
+    def forward(self, query: Float[Tensor, "BHW C"]) -> Float[Tensor, "BHW heads P 3"]:
         """float32 also under autocast: bfloat16 has a resolution of only 1/32 token at an offset of 8 tokens."""
         with torch.autocast(query.device.type, enabled=False):
             exact = torch.promote_types(query.dtype, self.offsets.weight.dtype)
@@ -204,8 +214,8 @@ def _linear(channels: int) -> nn.Linear:
     return linear
 
 
-def neighbour_reads(batch: int, anchors: Tensor) -> Reads:
-    """Every cell reads its own sample's map of queries, around its (column, row) of anchors (H * W, 2)."""
+def neighbour_reads(batch: int, anchors: Float[Tensor, "HW 2"]) -> Reads:
+    """Every cell reads its own sample's map of queries, around its anchor (column, row)."""
     cells = len(anchors)
     return Reads(
         batch=batch,

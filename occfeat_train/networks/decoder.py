@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import nn
 from torch.nn import functional
 
@@ -10,7 +11,7 @@ from occfeat_train.ops.instance_norm import InstanceNorm
 
 
 class BEVDecoder(nn.Module):
-    """(B, channels, H, W) lifted map -> (B, channels, H, W) F_B, without activation after the last addition.
+    """Lifted map -> F_B of the same shape, without activation after the last addition.
 
     Three levels with strides 2, 4, 8 and widths channels/2, channels, 2*channels. Each is resized to the level above and
     added to it. H and W are arbitrary; odd sides are rounded up when halved.
@@ -32,7 +33,7 @@ class BEVDecoder(nn.Module):
         self.up2 = UpAdd(channels, narrow)
         self.up1 = UpAdd(narrow, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[torch.Tensor, "B C H W"]) -> Float[torch.Tensor, "B C H W"]:
         level1 = self.layer1(self.stem(x))
         level2 = self.layer2(level1)
         level3 = self.layer3(level2)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float
 from torch import nn
 from torch.nn import functional
 
@@ -43,13 +44,13 @@ RESNET_DEPTHS = {"resnet-50": [3, 4, 6], "resnet-101": [3, 4, 23]}
 
 
 class ImageEncoder(nn.Module):
-    """(N, 3, H, W) ImageNet-normalised images -> (N, extra_channels + channels, H/8, W/8) features.
+    """ImageNet-normalised images -> features of C = extra_channels + channels, an eighth as high and wide.
 
     backbone: one of BACKBONES, with random weights until `encoder_weights.load_backbone_weights`.
     extra_channels: additional output channels of the last convolution for the lifting.
     drop_connect: EfficientNet's stochastic depth; the rate grows linearly with depth up to this value at block 11 (absent).
     recompute: activation checkpointing of the first blocks, which have the largest maps.
-    Raises ValueError on an unknown backbone, and in `forward` if H or W is no multiple of 16.
+    Raises ValueError on an unknown backbone, and in `forward` if height or width is no multiple of 16.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ImageEncoder(nn.Module):
             nn.Conv2d(width, extra_channels + channels, 1),
         )  # fmt: skip
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Float[torch.Tensor, "N 3 height width"]) -> Float[torch.Tensor, "N C h w"]:
         height, width = images.shape[-2:]
         if height % _STRIDE or width % _STRIDE:
             nearest = [max(_STRIDE, round(side / _STRIDE) * _STRIDE) for side in (height, width)]

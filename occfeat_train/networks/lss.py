@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
@@ -22,8 +23,8 @@ from occfeat_train.ops.views import Views, check_shapes
 NEAREST = 2.0  # m
 
 
-def depth_bins(grid: VoxelGrid) -> Tensor:
-    """(D,) float64 depths [m] from 2 m to 0.9 of the distance of the map's corner; D is half the cells of its longer side."""
+def depth_bins(grid: VoxelGrid) -> Float[Tensor, D]:
+    """float64 depths [m] from 2 m to 0.9 of the distance of the map's corner; D is half the cells of its longer side."""
     farthest = math.hypot(*(max(abs(grid.lower[i]), abs(grid.upper[i])) for i in (1, 2)))
     # The reference rounds the range to whole metres.
     return torch.linspace(
@@ -35,17 +36,17 @@ def depth_bins(grid: VoxelGrid) -> Tensor:
 class Points:
     """The points of one sample inside the grid, sorted by the map's cells.
 
-    places: (n,) int64 index into (V, h, w, D). shares: (n,) float64, weight of each in its voxel's mean.
-    starts: (H * W + 1,) int64 index of each cell's first point.
+    places: index into (V, h, w, D). shares: float64, weight of each in its voxel's mean.
+    starts: index of each of H * W cells' first point, and n.
     """
 
-    places: Tensor
-    shares: Tensor
-    starts: Tensor
+    places: Int[Tensor, n]
+    shares: Float[Tensor, n]
+    starts: Int[Tensor, HW_plus_1]
 
 
 class LSS(nn.Module):
-    """(B, V, D + C, h, w), D depth logits and C features -> (B, C, H, W) map. It has no parameters of its own.
+    """D depth logits and C features of each token -> BEV map. It has no parameters of its own.
 
     The encoder's last 1x1 convolution outputs both, as in the reference and Lift-Splat. channels: C.
     """
@@ -59,7 +60,7 @@ class LSS(nn.Module):
         self.num_depths = len(depth_bins(grid))
         self.feature_channels = self.num_depths + channels
 
-    def forward(self, features: Tensor, views: Views) -> Tensor:
+    def forward(self, features: Float[Tensor, "B V D_plus_C h w"], views: Views) -> Float[Tensor, "B C H W"]:
         check_shapes(features, views)
         if features.shape[2] != self.feature_channels:
             raise ValueError(
@@ -110,8 +111,8 @@ class LSS(nn.Module):
         per_cell = torch.bincount(cell, minlength=cells)
         return Points(places, share, nn.functional.pad(per_cell.cumsum(0), (1, 0)))
 
-    def voxels(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, 3) points (right, forward, up) -> (n,) flat indices into (Z, H, W), and whether they are inside."""
+    def voxels(self, points: Float[Tensor, "n 3"]) -> tuple[Int[Tensor, n], Bool[Tensor, n]]:
+        """Points (right, forward, up) -> flat indices into (Z, H, W), and whether they are inside."""
         grid = self.grid
         index = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         is_inside = torch.ones_like(index, dtype=torch.bool)
@@ -121,6 +122,6 @@ class LSS(nn.Module):
             index = index * size + i.nan_to_num().clamp(0, size - 1).long()
         return index, is_inside
 
-    def cells(self, along: Tensor, axis: int) -> Tensor:
-        """(n,) positions along an axis of the grid (0 up, 1 forward, 2 right), in cells from its lower bound -> float indices."""
+    def cells(self, along: Float[Tensor, n], axis: int) -> Float[Tensor, n]:
+        """Positions along an axis of the grid (0 up, 1 forward, 2 right), in cells from its lower bound -> indices."""
         return along.floor()

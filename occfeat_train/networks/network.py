@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float
 from torch import nn
 
 from occfeat_targets.cache.grid import VoxelGrid
@@ -30,13 +31,13 @@ class Lifting(Protocol):
     mirrors_grid: bool
     recompute: bool
 
-    def __call__(self, features: torch.Tensor, views: Views) -> torch.Tensor:
-        """Features (B, V, feature_channels, h, w) -> (B, channels, H, W), zeros where no camera sees a cell."""
-        ...
+    def __call__(
+        self, features: Float[torch.Tensor, "B V feature_channels h w"], views: Views
+    ) -> Float[torch.Tensor, "B C H W"]: ...
 
 
 class BEVNetwork(nn.Module):
-    """Surround images -> F_B (B, channels, H, W), rows forward, columns right, index 0 the rearmost and leftmost."""
+    """Surround images -> F_B, rows forward, columns right, index 0 the rearmost and leftmost."""
 
     def __init__(self, encoder: ImageEncoder, lifting: Lifting, decoder: BEVDecoder) -> None:
         super().__init__()
@@ -44,8 +45,10 @@ class BEVNetwork(nn.Module):
         self.lifting = lifting
         self.decoder = decoder
 
-    def forward(self, views: Views, bev_flip: torch.Tensor | None = None) -> torch.Tensor:
-        """bev_flip: (B, 2) bool, whether to mirror a sample's (forward, right) axis between lifting and decoder.
+    def forward(
+        self, views: Views, bev_flip: Bool[torch.Tensor, "B 2"] | None = None
+    ) -> Float[torch.Tensor, "B C H W"]:
+        """bev_flip: whether to mirror a sample's (forward, right) axis between lifting and decoder.
 
         This is Simple-BEV's augmentation of the decoder: the lifted volume is mirrored and F_B is mirrored back, so F_B
         and all targets keep their positions. For liftings with `mirrors_grid`, mirroring the grid before the lifting gives
@@ -64,8 +67,10 @@ class BEVNetwork(nn.Module):
         return bev if bev_flip is None else _flip(bev, bev_flip)
 
 
-def unmirror(features: torch.Tensor, views: Views) -> tuple[torch.Tensor, Views]:
-    """Mirror the features (B, V, C, h, w) and intrinsics of mirrored views (fx < 0) back, as Simple-BEV does.
+def unmirror(
+    features: Float[torch.Tensor, "B V C h w"], views: Views
+) -> tuple[Float[torch.Tensor, "B V C h w"], Views]:
+    """Mirror the features, intrinsics and areas of mirrored views (fx < 0) back, as Simple-BEV does.
 
     Liftings then need no special case for mirrored images: learned offsets are in image columns, and the conventions of
     the reference (`simple_bev.quirks`) are not symmetric. views.images are not changed, because liftings read only their size.
@@ -98,8 +103,8 @@ def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     return flipped.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def grid_mirror(grid: VoxelGrid, bev_flip: torch.Tensor) -> torch.Tensor:
-    """(B, 2) bool, (forward, right) -> (B, 4, 4) float64 transforms of the grid's points that mirror it onto itself [m].
+def grid_mirror(grid: VoxelGrid, bev_flip: Bool[torch.Tensor, "B 2"]) -> Float[torch.Tensor, "B 4 4"]:
+    """Whether to mirror (forward, right) -> float64 transforms of the grid's points that mirror it onto itself [m].
 
     A coordinate x on a mirrored axis becomes lower + upper - x, so cell i and cell n - 1 - i are swapped.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
@@ -23,11 +24,10 @@ class SimpleBEV(nn.Module):
             nn.Conv2d(grid.shape[0] * channels, channels, 3, padding=1, bias=False), InstanceNorm(), nn.GELU()
         )
 
-    def lift(self, features: Tensor, views: Views) -> Tensor:
-        """(B, V, C, h, w) -> (B, Z * C, H, W): `mean_over_views.lift` on this module's grid."""
+    def lift(self, features: Float[Tensor, "B V C h w"], views: Views) -> Float[Tensor, "B ZC H W"]:
+        """`mean_over_views.lift` on this module's grid."""
         return lift(features, views, self.grid)
 
-    def forward(self, features: Tensor, views: Views) -> Tensor:
-        """(B, V, C, h, w) -> (B, C, H, W)."""
+    def forward(self, features: Float[Tensor, "B V C h w"], views: Views) -> Float[Tensor, "B C H W"]:
         compressed: Tensor = self.compressor(self.lift(features, views))
         return compressed

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -25,30 +26,31 @@ _CHUNK = 2048  # queries per task
 class Reads:
     """Which query reads which map, around which points: n (query, map) pairs sorted by query; B samples one after another.
 
-    maps: (n,) int64 index of a pair's map; samples share no map. starts: (Q + 1,) int64 index of each query's first pair.
-    anchors: (n, A, 2) float reference points (column, row) of a pair, in tokens; 0 is the centre of the first token.
+    maps: index of a pair's map; samples share no map. starts: index of each of Q queries' first pair, and n.
+    anchors: reference points (column, row) of a pair, in tokens; 0 is the centre of the first token.
     """
 
     batch: int
-    maps: Tensor
-    starts: Tensor
-    anchors: Tensor
+    maps: Int[Tensor, n]
+    starts: Int[Tensor, Q_plus_1]
+    anchors: Float[Tensor, "n A 2"]
 
     @property
-    def queries(self) -> Tensor:
-        """(n,) int64 index of a pair's query."""
+    def queries(self) -> Int[Tensor, n]:
+        """Index of a pair's query."""
         every = torch.arange(len(self.starts) - 1, device=self.starts.device)
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.maps))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+def deformable(
+    values: Float[Tensor, "M h w heads d"], places: Float[Tensor, "Q heads P 3"], reads: Reads
+) -> Float[Tensor, "Q heads d"]:
     """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
 
-    values: (M, h, w, heads, d) maps, bilinearly sampled, 0 outside. places: (Q, heads, P, 3) sampling points, each an offset
-    (column, row) in tokens and a score. The weights are the softmax of the scores over the points of a query and head. P is a
+    values: maps, bilinearly sampled, 0 outside. places: sampling points, each an offset (column, row) in tokens and a score. The weights are the softmax of the scores over the points of a query and head. P is a
     multiple of A.
-    Returns (Q, heads, d) in float32, or float64 if values are; gradients reach values and places.
+    Returns float32, or float64 if values are; gradients reach values and places.
     """
     if values.dtype == torch.float64:
         return deformable_torch(values, places, reads)
@@ -60,7 +62,9 @@ def deformable(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     return deformable_torch(values, places, reads)
 
 
-def deformable_triton(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+def deformable_triton(
+    values: Float[Tensor, "M h w heads d"], places: Float[Tensor, "Q heads P 3"], reads: Reads
+) -> Float[Tensor, "Q heads d"]:
     """`deformable` with the Triton kernels, for a GPU and any floating-point type except float64.
 
     The last bits of gradients differ between runs.
@@ -70,7 +74,9 @@ def deformable_triton(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
     return found
 
 
-def deformable_torch(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+def deformable_torch(
+    values: Float[Tensor, "M h w heads d"], places: Float[Tensor, "Q heads P 3"], reads: Reads
+) -> Float[Tensor, "Q heads d"]:
     """`deformable` in plain torch, for any device, one sample at a time.
 
     A whole batch can have more elements than embedding_bag's gradient can index on a GPU (2^31).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -14,7 +15,7 @@ _EPS = 1e-5
 
 
 class InstanceNorm(nn.Module):
-    """(N, C, H, W) -> same shape; normalises each channel of each map to mean 0 and variance 1, eps 1e-5, no parameters.
+    """Normalises each channel of each map to mean 0 and variance 1, eps 1e-5, no parameters.
 
     The result has the dtype and memory format of the input, also under autocast. torch's own modules are not suitable.
     `nn.InstanceNorm2d` copies to channels-first and back, and on a CPU torch 2.13 returns a wrong gradient for a single
@@ -23,7 +24,7 @@ class InstanceNorm(nn.Module):
     deviations. On a GPU, autocast computes group norm in float32, and it returns channels-first.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[torch.Tensor, "N C H W"]) -> Float[torch.Tensor, "N C H W"]:
         # torch.compile fuses the plain operations itself
         is_plain = torch.compiler.is_compiling() or x.dtype == torch.float64 or not runs_triton(x.device)
         normed: torch.Tensor = (_InstanceNorm if is_plain else _TritonInstanceNorm).apply(x)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -30,7 +31,7 @@ from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shape
 
 
 @lru_cache(maxsize=8)
-def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Float[Tensor, Z], Float[Tensor, H], Float[Tensor, W]]:
     """Voxel centres [m] along (up, forward, right): the grid's float32 values as float64."""
     centers = torch.from_numpy(grid.voxel_centers()).double()
     up, forward, right = (
@@ -39,7 +40,9 @@ def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, T
     return up, forward, right
 
 
-def every_voxel(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def every_voxel(
+    grid: VoxelGrid, device: torch.device
+) -> tuple[Float[Tensor, "W 1 1"], Float[Tensor, "H 1 1 1"], Float[Tensor, "Z 1"]]:
     """x, y, z [m] of all voxel centres, as `Cameras.project` takes them; they broadcast to (H, W, Z, 1)."""
     up, forward, right = voxel_axes(grid, device)
     return right[:, None, None], forward[:, None, None, None], up[:, None]
@@ -49,11 +52,11 @@ def every_voxel(grid: VoxelGrid, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def lift(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
+def lift(features: Float[Tensor, "B V C h w"], views: Views, grid: VoxelGrid) -> Float[Tensor, "B ZC H W"]:
     """Mean over the views of the features sampled at every voxel's centre; zeros without a view.
 
-    features: (B, V, C, h, w). Gradients reach the features only.
-    Returns (B, Z * C, H, W) of the same dtype, channels_last; channel z * C + c, z = 0 the lowest. Sums are float32, or
+    Gradients reach the features only.
+    Returns a map of the same dtype, channels_last; channel z * C + c of Z * C, z = 0 the lowest. Sums are float32, or
     float64 for float64 features.
     Raises ValueError on shapes that do not match.
     """
@@ -64,7 +67,7 @@ def lift(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def lift_torch(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
+def lift_torch(features: Float[Tensor, "B V C h w"], views: Views, grid: VoxelGrid) -> Float[Tensor, "B ZC H W"]:
     """`lift` in plain torch, for any device that has float64."""
     check_shapes(features, views)
     exact, feature_size = _exact(features.dtype), (features.shape[3], features.shape[4])
@@ -77,7 +80,7 @@ def lift_torch(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def lift_triton(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
+def lift_triton(features: Float[Tensor, "B V C h w"], views: Views, grid: VoxelGrid) -> Float[Tensor, "B ZC H W"]:
     """`lift` with the Triton kernels, for a GPU and any floating-point type except float64."""
     check_shapes(features, views)
     feature_size = features.shape[3], features.shape[4]
@@ -87,13 +90,13 @@ def lift_triton(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
     return to_map(volume, grid)
 
 
-def to_tokens(features: Tensor) -> Tensor:
-    """(B, V, C, h, w) -> (B, V * h * w, C)."""
+def to_tokens(features: Float[Tensor, "B V C h w"]) -> Float[Tensor, "B V*h*w C"]:
+    """Channels last."""
     return features.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
-def to_map(volume: Tensor, grid: VoxelGrid) -> Tensor:
-    """(B, voxels, C) in order (h, w, z) -> (B, Z * C, H, W)."""
+def to_map(volume: Float[Tensor, "B voxels C"], grid: VoxelGrid) -> Float[Tensor, "B ZC H W"]:
+    """volume: in order (h, w, z)."""
     levels, height, width = grid.shape
     return volume.reshape(len(volume), height, width, levels * volume.shape[-1]).permute(0, 3, 1, 2)
 
@@ -127,20 +130,21 @@ class _TritonLift(torch.autograd.Function):
 class Taps:
     """Bilinear samples of n points in V maps: the (point, camera) pairs in view, sorted by point.
 
-    starts: (n + 1,) index of each point's first pair.
-    tokens: (pairs, 4) index into V * h * w tokens. weights: (pairs, 4).
+    starts: index of each of n points' first pair, and the number of pairs. tokens: index into V * h * w tokens.
     """
 
-    starts: Tensor
-    tokens: Tensor
-    weights: Tensor
+    starts: Int[Tensor, n_plus_1]
+    tokens: Int[Tensor, "pairs 4"]
+    weights: Float[Tensor, "pairs 4"]
 
 
-def bilinear_taps(column: Tensor, row: Tensor, feature_size: tuple[int, int], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The four tokens around positions (...) [tokens] of an h x w map, as indices (..., 4), and their weights (..., 4).
+def bilinear_taps(
+    column: Float[Tensor, "*n"], row: Float[Tensor, "*n"], feature_size: tuple[int, int], weight: Float[Tensor, "*n"]
+) -> tuple[Int[Tensor, "*n 4"], Float[Tensor, "*n 4"]]:
+    """The four tokens around positions [tokens] of an h x w map, as indices, and their weights.
 
-    weight: (...) factor of a position's four weights, which have its dtype. Tokens outside the map have weight 0. Gradients
-    reach column, row and weight.
+    weight: factor of a position's four weights, which have its dtype. Tokens outside the map have weight 0. Gradients reach
+    column, row and weight.
     """
     h, w = feature_size
     x0, y0 = column.detach().floor(), row.detach().floor()
@@ -163,9 +167,14 @@ def find_taps(
 
 
 def taps_of(
-    column: Tensor, row: Tensor, is_seen: Tensor, share: Tensor, feature_size: tuple[int, int], dtype: torch.dtype
+    column: Float[Tensor, "*points V"],
+    row: Float[Tensor, "*points V"],
+    is_seen: Bool[Tensor, "*points V"],
+    share: Float[Tensor, n],
+    feature_size: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Taps:
-    """column, row, is_seen: (..., V) where each camera sees each of n points. share: (n,) weight of one view of a point."""
+    """column, row: where each camera sees each of n points. share: weight of one view of a point."""
     is_seen = is_seen.flatten(0, -2)  # (n, V)
     point, cam = is_seen.nonzero(as_tuple=True)
     column, row = (t.flatten(0, -2)[point, cam] for t in (column, row))
@@ -174,8 +183,8 @@ def taps_of(
     return Taps(nn.functional.pad(is_seen.sum(1).cumsum(0), (1, 0)), tokens, weights)
 
 
-def sum_taps(tokens: Tensor, taps: Taps) -> Tensor:
-    """(T, C) tokens -> (n, C) weighted sums."""
+def sum_taps(tokens: Float[Tensor, "T C"], taps: Taps) -> Float[Tensor, "n C"]:
+    """Weighted sums at n points."""
     return nn.functional.embedding_bag(
         taps.tokens.view(-1), tokens, taps.starts * 4, mode="sum", per_sample_weights=taps.weights.view(-1),
         include_last_offset=True,
@@ -190,22 +199,21 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def sample_voxel_features(
-    features: Tensor,
-    cam_from_grid: Tensor,
-    intrinsics: Tensor,
+    features: Float[Tensor, "V h w C"],
+    cam_from_grid: Float[Tensor, "V 4 4"],
+    intrinsics: Float[Tensor, "V 3 3"],
     image_size: tuple[int, int],
-    centers: Tensor,
-    area: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    centers: Float[Tensor, "n 3"],
+    area: Shaped[Tensor, "V 4"] | None = None,
+) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, n]]:
     """Mean over the views of one sample's features at given points, on any device; zeros without a view.
 
-    features: (V, h, w, C) of any float type.
-    cam_from_grid: (V, 4, 4), that is cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
-    intrinsics: (V, 3, 3) of an image of image_size, (height, width) [px].
-    centers: (n, 3) points (right, forward, up) in the grid [m].
-    area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    cam_from_grid: cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
+    intrinsics: of an image of image_size, (height, width) [px].
+    centers: points (right, forward, up) in the grid [m].
+    area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
 
-    Returns (n, C) float32, or float64 for float64 features, and num_views (n,) uint8. Gradients reach the features.
+    Returns float32, or float64 for float64 features, and the number of views. Gradients reach the features.
     Raises ValueError on shapes that don't fit.
     """
     check_arguments(features, None, cam_from_grid, intrinsics, centers, area)
@@ -217,20 +225,20 @@ def sample_voxel_features(
 
 
 def sample_voxel_features_numpy(
-    features: NDArray[Any],
-    feature_scale: NDArray[np.float16] | None,
-    cam_from_grid: NDArray[Any],
-    intrinsics: NDArray[Any],
+    features: Shaped[NDArray[Any], "V h w C"],
+    feature_scale: Float[NDArray[Any], "V h w"] | None,
+    cam_from_grid: Float[NDArray[Any], "V 4 4"],
+    intrinsics: Float[NDArray[Any], "V 3 3"],
     image_size: tuple[int, int],
-    centers: NDArray[Any],
+    centers: Float[NDArray[Any], "n 3"],
     *,
-    area: NDArray[Any] | None = None,
+    area: Shaped[NDArray[Any], "V 4"] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
-) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], n]]:
     """`sample_voxel_features` on NumPy arrays with a numba kernel, for the teacher's features (paper 3.3).
 
-    features: (V, h, w, C) float16 or float32; or int8, with
-    feature_scale: (V, h, w) float16, the factor of each token's int8 values; None otherwise.
+    features: float16 or float32; or int8, with
+    feature_scale: float16, the factor of each token's int8 values; None otherwise.
     dtype: of the result. Arithmetic is float32, the projection float64.
 
     A NaN or infinity in one of the four tokens around a projection propagates to the channel.

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 # Mean and standard deviation of RGB in [0, 1]; all pretrained backbones here were trained with these values.
@@ -30,10 +31,10 @@ class Views:
     area: (B, V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     """
 
-    images: Tensor
-    intrinsics: Tensor
-    cam_from_grid: Tensor
-    area: Tensor | None = None
+    images: Float[Tensor, "B V 3 height width"]
+    intrinsics: Float[Tensor, "B V 3 3"]
+    cam_from_grid: Float[Tensor, "B V 4 4"]
+    area: Float[Tensor, "B V 4"] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -50,10 +51,10 @@ class Views:
 class Projection(NamedTuple):
     """Pixel (u, v) and depth [m] of points in each camera, and whether the camera sees the point. u, v and depth are arbitrary elsewhere."""
 
-    u: Tensor
-    v: Tensor
-    depth: Tensor
-    is_seen: Tensor
+    u: Float[Tensor, "... V"]
+    v: Float[Tensor, "... V"]
+    depth: Float[Tensor, "... V"]
+    is_seen: Bool[Tensor, "... V"]
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,29 @@ class Cameras:
     image_size: (height, width) [px].
     """
 
-    pixels_from_grid: Tensor
-    area: Tensor
+    pixels_from_grid: Float[Tensor, "*B V 3 4"]
+    area: Float[Tensor, "*B V 4"]
     image_size: tuple[int, int]
 
     @classmethod
     def of(
-        cls, intrinsics: Tensor, cam_from_grid: Tensor, image_size: tuple[int, int], area: Tensor | None = None
+        cls,
+        intrinsics: Float[Tensor, "*B V 3 3"],
+        cam_from_grid: Float[Tensor, "*B V 4 4"],
+        image_size: tuple[int, int],
+        area: Shaped[Tensor, "*B V 4"] | None = None,
     ) -> Cameras:
-        """intrinsics: (..., V, 3, 3). cam_from_grid: (..., V, 4, 4). area: (..., V, 4), or None for whole images."""
+        """area: None for whole images."""
         return cls.from_matrices(intrinsics.double() @ cam_from_grid[..., :3, :].double(), image_size, area)
 
     @classmethod
     def from_matrices(
-        cls, pixels_from_grid: Tensor, image_size: tuple[int, int], area: Tensor | None = None
+        cls,
+        pixels_from_grid: Float[Tensor, "*B V 3 4"],
+        image_size: tuple[int, int],
+        area: Shaped[Tensor, "*B V 4"] | None = None,
     ) -> Cameras:
-        """pixels_from_grid: (..., V, 3, 4) float64. area: (..., V, 4), or None for whole images."""
+        """pixels_from_grid: float64. area: None for whole images."""
         if area is None:
             area = pixels_from_grid.new_zeros((*pixels_from_grid.shape[:-2], 4))
             area[..., 2], area[..., 3] = image_size  # filled on the device, so that the host does not wait
@@ -94,7 +102,9 @@ class Cameras:
         matrices, area = (t.to(device, non_blocking=asynchronous) for t in (self.pixels_from_grid, self.area))
         return Cameras(matrices, area, self.image_size)
 
-    def homogeneous(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def homogeneous(
+        self, x: Float[Tensor, "... 1"], y: Float[Tensor, "... 1"], z: Float[Tensor, "... 1"]
+    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
         """(u * depth, v * depth, depth) of points (right, forward, up) [m]; the last axis of x, y, z has size 1, for the cameras.
 
         Sums in this order everywhere, also in the kernels, so that every path finds the same cameras for a point.
@@ -105,19 +115,33 @@ class Cameras:
         )
         return u, v, depth
 
-    def project(self, x: Tensor, y: Tensor, z: Tensor) -> Projection:
-        """Of points as in `homogeneous`; shapes (..., V)."""
+    def project(self, x: Float[Tensor, "... 1"], y: Float[Tensor, "... 1"], z: Float[Tensor, "... 1"]) -> Projection:
+        """Of points as in `homogeneous`."""
         u, v, depth = self.homogeneous(x, y, z)
         u, v = u / depth, v / depth
         return Projection(u, v, depth, (depth > 0) & self.is_inside(u, v))
 
-    def is_inside(self, u: Tensor, v: Tensor) -> Tensor:
+    def is_inside(
+        self,
+        u: Float[
+            Tensor,
+            (
+                ...  # V
+            ),
+        ],
+        v: Float[
+            Tensor,
+            (
+                ...  # V
+            ),
+        ],
+    ) -> Bool[Tensor, "... V"]:
         """Whether a pixel is inside the area, which includes its upper and left border only."""
         top, left, bottom, right = self.area.unbind(-1)
         return (u >= left) & (u < right) & (v >= top) & (v < bottom)
 
-    def token_area(self, feature_size: tuple[int, int]) -> Tensor:
-        """(..., V, 4) first and last (row, column, row, column) at which maps of (h, w) tokens are read in view.
+    def token_area(self, feature_size: tuple[int, int]) -> Float[Tensor, "*B V 4"]:
+        """First and last (row, column, row, column) at which maps of (h, w) tokens are read in view.
 
         These are the centres of the area's outermost tokens, 0 and h - 1 or w - 1 for a whole image. In an area narrower
         than a token, both are at its upper or left border.
@@ -128,11 +152,13 @@ class Cameras:
         last = [(bottom * h / height - 1).clamp(max=h - 1), (right * w / width - 1).clamp(max=w - 1)]
         return torch.stack([*first, *(torch.maximum(a, b) for a, b in zip(first, last, strict=True))], -1)
 
-    def packed(self, feature_size: tuple[int, int]) -> Tensor:
-        """(..., V, 20) for the kernels: pixels_from_grid (12), area (4), token_area (4)."""
+    def packed(self, feature_size: tuple[int, int]) -> Float[Tensor, "*B V 20"]:
+        """For the kernels: pixels_from_grid (12), area (4), token_area (4)."""
         return torch.cat([self.pixels_from_grid.flatten(-2), self.area, self.token_area(feature_size)], -1)
 
-    def to_tokens(self, u: Tensor, v: Tensor, feature_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def to_tokens(
+        self, u: Float[Tensor, "*points V"], v: Float[Tensor, "*points V"], feature_size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
         """Pixels -> (column, row) in tokens of maps of (h, w) tokens; 0 is the centre of the first token.
 
         The centre of token (row i, column j) is at ((j + 0.5) * W / w, (i + 0.5) * H / h) pixels.
@@ -140,7 +166,9 @@ class Cameras:
         (height, width), (h, w) = self.image_size, feature_size
         return u * (w / width) - 0.5, v * (h / height) - 0.5
 
-    def to_tokens_in_view(self, u: Tensor, v: Tensor, feature_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def to_tokens_in_view(
+        self, u: Float[Tensor, "*points V"], v: Float[Tensor, "*points V"], feature_size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
         """`to_tokens`, but beyond the outermost centres in the area the border token is read: a point in view is never attenuated."""
         column, row = self.to_tokens(u, v, feature_size)
         top, left, bottom, right = self.token_area(feature_size).unbind(-1)

@@ -47,10 +47,6 @@ class Run:
     predictions: list[Prediction]
 
     @property
-    def task(self) -> str:
-        return self.config.task
-
-    @property
     def config(self) -> Config:
         return self.checkpoint.info.config
 

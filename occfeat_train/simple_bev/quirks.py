@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from occfeat_train.networks.bevformer import BEVFormer
+from occfeat_train.networks.bevformer import BEVFormer, ColumnReads
 from occfeat_train.networks.lss import LSS, Points
 from occfeat_train.networks.simplebev import SimpleBEV
 from occfeat_train.ops.mean_over_views import every_voxel, sum_taps, taps_of, to_map, to_tokens
@@ -23,7 +24,7 @@ class ReferenceSimpleBEV(SimpleBEV):
     """Stretches the map by w / (w - 1), accepts views up to half a token outside the image, and fades them out there."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def lift(self, features: Tensor, views: Views) -> Tensor:
+    def lift(self, features: Float[Tensor, "B V C h w"], views: Views) -> Float[Tensor, "B ZC H W"]:
         """Raises ValueError on maps of fewer than 2x2 tokens."""
         check_shapes(features, views)
         size = h, w = features.shape[3], features.shape[4]
@@ -38,8 +39,10 @@ class ReferenceSimpleBEV(SimpleBEV):
             volumes.append(sum_taps(tokens.to(exact), taps_of(column, row, is_seen, share, size, exact)))
         return to_map(torch.stack(volumes).to(features.dtype), self.grid)
 
-    def _stretched(self, cameras: Cameras, feature_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(H, W, Z, V) columns and rows [tokens], and whether the camera counts as a view."""
+    def _stretched(
+        self, cameras: Cameras, feature_size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "H W Z V"], Float[Tensor, "H W Z V"], Bool[Tensor, "H W Z V"]]:
+        """Columns and rows [tokens], and whether the camera counts as a view."""
         (height, width), (h, w) = cameras.image_size, feature_size
         u, v, depth = cameras.homogeneous(*every_voxel(self.grid, cameras.area.device))
         clamped = depth.clamp(min=1e-6)
@@ -56,12 +59,12 @@ class ReferenceBEVFormer(BEVFormer):
     In training the reference also flips channels where it should flip the map forward; this is not reproduced.
     """
 
-    def cell_anchors(self, device: torch.device) -> Tensor:
+    def cell_anchors(self, device: torch.device) -> Float[Tensor, "HW 2"]:
         height, width = self.grid.map_shape
         columns, rows = super().cell_anchors(device).unbind(-1)
         return torch.stack([(rows + 0.5) / height * width - 0.5, (columns + 0.5) / width * height - 0.5], -1)
 
-    def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[ColumnReads]:
         first = None
         for placed, is_read, num_views in super().column_reads(views, feature_size):
             first = is_read if first is None else first
@@ -86,7 +89,7 @@ class ReferenceLSS(LSS):
 
     token_center = 0.0
 
-    def cells(self, along: Tensor, axis: int) -> Tensor:
+    def cells(self, along: Float[Tensor, n], axis: int) -> Float[Tensor, n]:
         """Rounds towards zero; the reference's index is whole at cell centres, and along up it counts down from the top."""
         size = self.grid.shape[axis]
         return (along - 0.5).trunc() if axis else size - 1 - (size - 0.5 - along).trunc()

@@ -379,6 +379,7 @@ def test_autocast_keeps_the_encoders_bfloat16() -> None:
     assert features.grad is not None and features.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where it hides warnings by a filter
 @pytest.mark.parametrize("function", BACKENDS)
 def test_a_compiled_network_lifts_outside_the_graph(function: Lift) -> None:
@@ -408,6 +409,7 @@ def test_a_gpu_equals_the_cpu(function: Lift) -> None:
     torch.testing.assert_close(copy.grad.cpu(), leaf.grad, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("function", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "message"),

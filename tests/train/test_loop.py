@@ -169,6 +169,7 @@ def test_bfloat16_trains_close_to_float32_with_float32_weights(run, cache, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 # TorchDynamo instantiates every autograd function and reads the gradient of every tensor that it traces.
 # TorchInductor imports torch.jit.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

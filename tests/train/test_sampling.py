@@ -218,6 +218,7 @@ def test_a_gpu_equals_the_cpu() -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("changes", "message"),
