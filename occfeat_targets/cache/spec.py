@@ -22,15 +22,7 @@ FORMAT_VERSION = 2
 # Cameras of nuScenes in Simple-BEV's order, which is the order of the camera axis of every array.
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 EGO_FRAME = "ego"
-# nuScenes' layers of each map class, which the paper does not name; BEVFusion's. BEVFusion's "divider" contains both kinds
-# of line, hence the second option.
-MAP_LAYERS: dict[str, tuple[str, ...]] = {
-    "road": ("drivable_area",),
-    "sidewalk": ("walkway",),
-    "crosswalk": ("ped_crossing",),
-    "parking_area": ("carpark_area",),
-    "road_divider": ("road_divider",),
-}
+# Map layers of the divider class. BEVFusion's "divider" contains both kinds of line.
 DIVIDERS = {"road": ("road_divider",), "road+lane": ("road_divider", "lane_divider")}
 # BEVFusion draws lines of 2 pixels of 0.5 m with OpenCV, which paints 3 to 5 pixels per row, depending on the slope. We
 # draw the nominal metre.

@@ -100,18 +100,19 @@ def _steps(mask: Mask, grid: VoxelGrid) -> tuple[NDArray[Any], NDArray[Any], NDA
 
 
 def draw_cameras(axes: Axes, grid_from_cams: Matrix, names: Sequence[str], length: float) -> None:
-    """A line of `length` [m] along every camera's optical axis, with its name. grid_from_cams: (cams, 4, 4)."""
-    for grid_from_cam, name in zip(grid_from_cams, names, strict=True):
-        ends = transform(grid_from_cam, np.array([(0, 0, 0), (0, 0, length), (0, 0, 1.1 * length)], np.float64))[:, :2]
-        axes.plot(*ends[:2].T, color=hex_color(CAMERA), linewidth=1.2)
-        right, forward = (ends[1] - ends[0]) / length
+    """A line of `length` [m] along every camera's optical axis, with its name. grid_from_cams: (cams, 4, 4).
+
+    Names of cameras that look in about the same direction stand one behind the other.
+    """
+    directions = grid_from_cams[:, :2, 2]  # of the optical axes
+    for number, (grid_from_cam, name) in enumerate(zip(grid_from_cams, names, strict=True)):
+        before = int((directions[:number] @ directions[number] > np.cos(np.deg2rad(12))).sum())
+        ray = np.array([(0, 0, 0), (0, 0, length), (0, 0, (1.1 + 0.25 * before) * length)])
+        start, end, label = transform(grid_from_cam, ray)[:, :2]
+        axes.plot(*np.transpose([start, end]), color=hex_color(CAMERA), linewidth=1.2)
+        right, forward = directions[number]
         axes.annotate(
-            name,
-            ends[2],
-            color=hex_color(CAMERA),
-            fontsize=8,
+            name, label, color=hex_color(CAMERA), fontsize=8, parse_math=False, path_effects=_HALO,
             ha="center" if abs(right) < 0.3 else "left" if right > 0 else "right",
             va="center" if abs(forward) < 0.3 else "bottom" if forward > 0 else "top",
-            parse_math=False,
-            path_effects=_HALO,
-        )
+        )  # fmt: skip

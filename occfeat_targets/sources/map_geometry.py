@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from occfeat_targets.cache.spec import DIVIDERS, MAP_LAYERS
+from occfeat_targets.cache.labels import MAP_CLASSES
+from occfeat_targets.cache.spec import DIVIDERS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+# nuScenes' layers of each map class, which the paper does not name; BEVFusion's.
+MAP_LAYERS: dict[str, tuple[str, ...]] = {
+    "road": ("drivable_area",),
+    "sidewalk": ("walkway",),
+    "crosswalk": ("ped_crossing",),
+    "parking_area": ("carpark_area",),
+    "road_divider": DIVIDERS["road"],
+}
+assert tuple(MAP_LAYERS) == MAP_CLASSES
 
 
 def map_classes(dividers: str = "road") -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ is up to `Task.heading`, `columns` and `pictures`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,11 @@ def write_report(
 
 
 def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int]) -> str:
+    """The page as HTML, without links to other files."""
     cache, identity = reader.cache, reader.cache.identity
-    tasks = {name: [run for run in runs if run.task == name] for name in (*PRETEXTS, *LABEL_KINDS)}
-    keyframes = [
-        {
-            "number": number,
-            "name": f"{identity.tokens[number]}, {identity.scenes[number]}",
-            "cameras": figures.draw_cameras(reader, number),
-        }
-        for number in chosen
-    ]
+    groups = [[run for run in runs if run.config.task == name] for name in (*PRETEXTS, *LABEL_KINDS)]
+    names = [f"{identity.tokens[keyframe]}, {identity.scenes[keyframe]}" for keyframe in chosen]
+    cameras = [figures.draw_cameras(reader, keyframe) for keyframe in chosen]
     return render(
         Path(__file__).with_name("report.html"),
         title=f"OccFeat: {len(runs)} run{'s' * (len(runs) > 1)} on {split}",
@@ -69,14 +65,22 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         num_evaluated=len(runs[0].dataset),
         rows_of_paper=[(run, nearest_row(run.checkpoint.info)) for run in runs],
         differences=paper_differences(runs, describe_data(cache.provenance, int(reader.is_valid.sum()))),
-        tasks=[
-            {"heading": group[0].config.task_class.heading(group[0].config), "runs": group, "results": results_table(group), "curves": draw_curves(group),
-             "speeds": speed_table(group)}
-            for name, group in tasks.items() if group
-        ],
+        tasks=[task_values(group) for group in groups if group],
+        keyframes=list(zip(chosen, names, cameras, strict=True)),
         camera_names=", ".join(cache.spec.cameras),
-        keyframes=keyframes,
-    )  # fmt: skip
+    )
+
+
+def task_values(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page shows of the runs of one task."""
+    config = runs[0].config
+    return {
+        "heading": config.task_class.heading(config),
+        "runs": runs,
+        "results": results_table(runs),
+        "curves": draw_curves(runs),
+        "speeds": speed_table(runs),
+    }
 
 
 def paper_differences(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> list[list[str]]:
@@ -97,9 +101,10 @@ def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         info = run.checkpoint.info
         row = {} if run.config.is_pretext else {"labels": f"{info.config.labels:g} % ({info.num_samples} keyframes)"}
         row["initial weights"] = initial_weights(info.initial)
-        rows.append({**row, **run.config.task_class.columns(run.results), "source": run.source})
-    header = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    return header, [[row[name] for name in header] for row in rows]
+        rows.append({**row, **run.config.task_class.columns(run.results)})
+    header = [name for name in dict.fromkeys(chain(*rows)) if any(row.get(name, "-") != "-" for row in rows)]
+    texts = [[row.get(name, "-") for name in header] for row in rows]
+    return [*header, "source"], [[*row, run.source] for row, run in zip(texts, runs, strict=True)]
 
 
 def initial_weights(initial: str) -> str:

@@ -25,7 +25,7 @@ from occfeat_train.training.compatibility import changes_of_meaning, measured, n
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
-from occfeat_train.training.loop import autocast
+from occfeat_train.training.step import autocast
 
 RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 
@@ -45,10 +45,6 @@ class Run:
     results: dict[str, Any]
     source: str
     predictions: list[Prediction]
-
-    @property
-    def task(self) -> str:
-        return self.config.task
 
     @property
     def config(self) -> Config:

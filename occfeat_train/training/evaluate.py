@@ -12,7 +12,7 @@ from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
-from occfeat_train.training.loop import autocast
+from occfeat_train.training.step import autocast
 
 
 @torch.no_grad()

@@ -26,11 +26,10 @@ from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.tasks.build import build_task, move_to_device
+from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import read_log
-from occfeat_train.training.loop import forward_backward, set_training
-from occfeat_train.training.optim import build_optimizer
+from occfeat_train.training.step import Trainer
 
 
 def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -50,22 +49,12 @@ def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str
 def resident_samples_per_second(cache: Cache, config: Config, device: torch.device, steps: int) -> float:
     """From the median time of complete optimiser steps on one batch."""
     dataset = KeyframeDataset(CacheReader(cache), config, training=True)
-    task = build_task(config, cache.spec.grid, 384)
-    move_to_device(task, device)
-    if config.compile:
-        task.network.compile()
-    optimizer, schedule = build_optimizer(task.parameters(), config.optim, steps + 2, fused=device.type == "cuda")
+    task, process = build_task(config, cache.spec.grid, 384), Process(0, 1, device)
+    trainer, times = Trainer(task, config, process, steps + 2), []
     batch = dataset.batch([dataset.stream(i) for i in range(config.optim.batch)]).to(device)
-    process, times = Process(0, 1, device), []
-    for step in range(steps + 2):
+    for _ in range(steps + 2):
         start = time.perf_counter()
-        set_training(task, config)
-        losses, _ = forward_backward(task, itertools.repeat(batch), config, process, step)
-        norm = torch.nn.utils.clip_grad_norm_(task.parameters(), config.optim.clip)
-        torch.stack([losses["loss"], norm]).tolist()  # the loop also waits for the device here
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+        trainer.take_step(itertools.repeat(batch))
         times.append(time.perf_counter() - start)
     return config.optim.samples_per_step / statistics.median(times[2:])
 

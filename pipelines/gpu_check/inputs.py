@@ -24,8 +24,7 @@ from occfeat_train.distributed import Process
 from occfeat_train.ops.views import Views
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, move_to_device
-from occfeat_train.training.loop import forward_backward, reduce_losses
-from occfeat_train.training.optim import build_optimizer
+from occfeat_train.training.step import Trainer
 from pipelines.gpu_check.measure import Check
 
 CAMERAS = 6
@@ -114,17 +113,10 @@ class Step:
         self.config = config
         self.task = task_on(config, check.small, check.device)
         self.batch = random_batch(config, batch or check.batch, check.small).to(check.device)
-        self.optimizer, _ = build_optimizer(self.task.parameters(), config.optim, 10_000, fused=check.is_cuda)
-        self._process, self._numbers = Process(0, 1, check.device), itertools.count()
+        self.trainer = Trainer(self.task, config, Process(0, 1, check.device), 10_000)
 
     def __call__(self) -> float:
-        batches, number = itertools.repeat(self.batch), next(self._numbers)
-        losses, _ = forward_backward(self.task, batches, self.config, self._process, number)
-        norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.optim.clip)
-        record = reduce_losses({**losses, "grad_norm": norm})
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return record["loss"]
+        return self.trainer.take_step(itertools.repeat(self.batch))["loss"]
 
 
 def random_cache(check: Check) -> CacheReader:

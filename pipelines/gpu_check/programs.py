@@ -115,7 +115,7 @@ def teacher(check: Check) -> None:
 
         def alone(pixels: Tensor = pixels) -> None:
             with torch.inference_mode(), check.autocast(spec.dtype == "bfloat16"):
-                model._model(pixel_values=pixels)
+                model.teacher.dense_tokens(pixels)
 
         whole, bare = check.ms(lambda i=images: model(i), rounds=3), check.ms(alone, rounds=3)
         rate = flops_per_image(spec) * count / bare / 1e9

@@ -182,8 +182,10 @@ def parts(check: Check, whole: Step) -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     clip = torch.nn.utils.clip_grad_norm_
-    check.record("part: clipping and optimiser", ms=check.ms(lambda: (clip(parameters, 5.0), whole.optimizer.step())))
-    whole.optimizer.zero_grad(set_to_none=True)
+    check.record(
+        "part: clipping and optimiser", ms=check.ms(lambda: (clip(parameters, 5.0), whole.trainer.optimizer.step()))
+    )
+    whole.trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def kernel_table(check: Check, whole: Step) -> None:

@@ -14,8 +14,7 @@ from occfeat_targets.cache.geometry import (
     rigid,
 )
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import MAP_LAYERS
-from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
+from occfeat_targets.sources.map_geometry import MAP_LAYERS, MapGeometry, map_classes
 from occfeat_targets.targets.labels import draw_map, map_window
 from occfeat_targets.verify.slow_labels import reference_map
 from tests.targets.label_inputs import (

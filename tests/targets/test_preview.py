@@ -1,4 +1,5 @@
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,9 +182,11 @@ def test_colours_in_a_legend_are_those_in_the_map(tmp_path):
     np.testing.assert_array_equal(color_at(axes, drawn, np.array([(-5.5, 8.5)]))[0], found["vehicles"])
 
 
-def test_the_same_keyframe_gives_the_same_bytes(tmp_path):
+def test_the_same_keyframe_gives_the_same_bytes_also_in_threads(tmp_path):
     reader = make_cache(tmp_path, [(3, 18, 6)])
-    assert png(draw_keyframe(reader, 0)) == png(draw_keyframe(reader, 0))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda keyframe: png(draw_keyframe(reader, keyframe)), [0, 0])
+    assert first == second == png(draw_keyframe(reader, 0))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 11])

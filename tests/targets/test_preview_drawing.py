@@ -7,6 +7,7 @@ from occfeat_targets.cache.geometry import GRID_FROM_EGO_AXES, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS, MAP_CLASSES
 from occfeat_targets.pictures.birdseye import (
     coincidence_colors,
+    draw_cameras,
     draw_cells,
     label_colors,
     occupancy_colors,
@@ -70,6 +71,17 @@ def test_the_nose_of_the_ego_points_ahead_in_any_frame(turn, nose):
     draw_cells(axes, np.zeros((20, 12, 3), np.uint8), SMALL_GRID, turned @ GRID_FROM_EGO_AXES)
     corners = axes.patches[-1].get_xy()
     np.testing.assert_allclose(corners[np.linalg.norm(corners, axis=1).argmax()], nose, atol=1e-9)
+
+
+def test_names_of_cameras_that_look_in_the_same_direction_do_not_cover_each_other():
+    _, axes = square()
+    axes.set(xlim=(-6, 6), ylim=(-10, 10))
+    names = ("$a$", "b", "c", "d")
+    draw_cameras(axes, GRID_FROM_EGO_AXES @ inverse_rigid(looking(0, 5, 90, -5)), names, 2)
+    at = {text.get_text(): text.xy for text in axes.texts}
+    assert list(at) == [*names]
+    assert at["b"][1] - at["$a$"][1] > 0.3 and at["d"][1] - at["b"][1] > 0.3
+    assert at["c"] == pytest.approx((-2.2, 0), abs=1e-9)
 
 
 def test_a_column_has_the_colour_of_its_highest_voxel():

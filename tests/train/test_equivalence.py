@@ -17,7 +17,8 @@ from occfeat_train.distributed import Process
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import find_checkpoint
-from occfeat_train.training.loop import TrainingError, forward_backward, set_training, stream_of_batches, train
+from occfeat_train.training.loop import stream_of_batches, train
+from occfeat_train.training.step import TrainingError, forward_backward, set_training
 from tests.train.runs import (
     VAL_SCENES,
     evaluate,

@@ -13,7 +13,7 @@ import torch
 
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
-from occfeat_train.training import loop
+from occfeat_train.training import step
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
@@ -129,7 +129,7 @@ def test_a_nan_loss_names_the_samples_and_stops_the_run_without_saving(tmp_path)
 
 
 def test_an_infinite_gradient_stops_the_run(cache, tmp_path, monkeypatch):
-    passes = loop.forward_backward
+    passes = step.forward_backward
 
     def damaged(model, batches, config, process, step):
         result = passes(model, batches, config, process, step)
@@ -137,7 +137,7 @@ def test_an_infinite_gradient_stops_the_run(cache, tmp_path, monkeypatch):
             next(iter(model.parameters())).grad[:] = torch.inf
         return result
 
-    monkeypatch.setattr(loop, "forward_backward", damaged)
+    monkeypatch.setattr(step, "forward_backward", damaged)
     result = invoke(*pretrain(cache, tmp_path / "run", *steps(6), "--save-every", "1"))
     assert result.exit_code == 1
     assert "step 2: loss 0." in result.output and "gradient norm inf" in result.output
