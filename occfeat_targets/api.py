@@ -47,6 +47,7 @@ def build_cache(
     labels: Sequence[str] | None = None,
     dividers: str = "road",
     compat: str | None = None,
+    points: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
     shard: tuple[int, int] | None = None,
@@ -98,7 +99,7 @@ def build_cache(
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
-        labels=None if labels is None else tuple(labels), dividers=dividers, compat=compat,
+        labels=None if labels is None else tuple(labels), dividers=dividers, compat=compat, points=points,
         keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip

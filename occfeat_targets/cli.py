@@ -155,6 +155,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option(
     "--compat", type=click.Choice(["simple-bev"]), default=None, help="Draw vehicle labels as Simple-BEV does."
 )
+@click.option("--points", is_flag=True, help="Also store the LiDAR returns of each keyframe.")
 @click.option("--workers", type=click.IntRange(0), default=None,
               help="Local worker processes; one per core by default, 0 builds in this process.")  # fmt: skip
 @click.option("--scheduler", default=None, metavar="TCP://...", help="Address of an existing Dask cluster.")
@@ -175,7 +176,7 @@ def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
-    feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, workers: int | None,
+    feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
     scheduler: str | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
     device: str,
 ) -> None:  # fmt: skip
@@ -201,7 +202,7 @@ def build(
             frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
             teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
             feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(labels), dividers=dividers,
-            compat=compat, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
+            compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
             device=device, keyframes_per_batch=teacher_batch,
         )
     )  # fmt: skip
@@ -314,7 +315,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     "--samples", type=click.IntRange(1), default=4, show_default=True, help="Number of evenly spread keyframes to draw."
 )
 @click.option("--frame", default=None, help="Reference frame of the grid; the cache's first by default.")
-@click.option("--points", is_flag=True, help="Also draw the LiDAR returns, read from the data set.")
+@click.option("--points", is_flag=True, help="Also draw the LiDAR returns, from the cache or the data set.")
 @click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
               help="The data set; the one the cache was built from by default.")  # fmt: skip
 @reports_errors

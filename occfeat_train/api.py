@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
@@ -212,7 +213,8 @@ class CacheDataset(Dataset[dict[str, Any]]):
         Other kinds of labels: likewise, under their names.
         token: the sample's, a string.
 
-    Features and labels are there if the cache has them. Reading raises CacheError where a chunk is damaged.
+    Features and labels are there if the cache has them. LiDAR points differ in number, so they are not part of a sample; see
+    `points`. Reading raises CacheError where a chunk is damaged.
     grid: the VoxelGrid. frames: names of the F reference frames. cameras: names of the V cameras. tokens, scenes: of each
     sample. simulated: what in the cache is not real, one phrase each.
     """
@@ -245,6 +247,10 @@ class CacheDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any] = {name: torch.from_numpy(array) for name, array in calibration.items()}
         sample |= {key: self._read(key, keyframe) for key in self._keys}
         return {**sample, "token": self.tokens[index]}
+
+    def points(self, index: int) -> Points:
+        """The LiDAR returns of a sample, as NumPy arrays; CacheError if the cache was built without --points."""
+        return self._reader.points(int(self._keyframes[index]))
 
     def _read(self, key: str, keyframe: int) -> Tensor:
         array = self._reader.read(key if key in _CONTENTS else f"labels/{key}", keyframe)

@@ -23,8 +23,10 @@ from occfeat_targets.cache.geometry import (
     fit_intrinsics,
     inverse_rigid,
     scale_area,
+    transform,
 )
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
 from occfeat_targets.sources.keyframe import CameraView, Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
@@ -97,7 +99,13 @@ def build_keyframe(
         frames = grids_from_ego(keyframe, spec)
         has_grid = frames.any(axis=(1, 2))
         with timed(seconds, "occupancy"):
-            occupancy = _occupancy(keyframe, spec, frames[has_grid])
+            source = open_source(spec.source)
+            returns = [source.read_sweep(sweep.path) for sweep in keyframe.sweeps]
+            occupancy = _occupancy(keyframe, returns, spec, frames[has_grid])
+            points = {}
+            if spec.max_points:
+                of_all = points_of(keyframe, returns, spec.ego_box)
+                points = of_all.to_arrays(spec.max_points, spec.num_sweeps)
         with timed(seconds, "labels"):
             labels = _labels(keyframe, spec, frames[has_grid], maps)
     except (ValueError, OSError) as err:
@@ -109,6 +117,7 @@ def build_keyframe(
         **_calibration(keyframe, spec),
         "images": np.stack([sizes[0] for sizes in images]),
         **{name: _in_all_frames(values, has_grid) for name, values in in_grids.items()},
+        **points,
     }
     teacher_images = None if spec.teacher is None else np.stack([sizes[1] for sizes in images])
     problems = zip(spec.cameras, (view.problem for view in keyframe.cameras), strict=True)
@@ -172,18 +181,33 @@ def _in_all_frames(values: NDArray[np.uint8], has_grid: NDArray[np.bool_]) -> ND
     return out
 
 
-def _occupancy(keyframe: Keyframe, spec: TargetSpec, frames: Matrix) -> NDArray[np.uint8]:
+def _occupancy(
+    keyframe: Keyframe, returns: Sequence[NDArray[np.float32]], spec: TargetSpec, frames: Matrix
+) -> NDArray[np.uint8]:
     packed = np.zeros((len(frames), spec.grid.packed_bytes), np.uint8)
-    source = open_source(spec.source)
-    for sweep in keyframe.sweeps:
+    for sweep, values in zip(keyframe.sweeps, returns, strict=True):
         grids_from_sensor = frames @ sweep.ego_from_sensor
-        voxelize(source.read_sweep(sweep.path), grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
+        voxelize(values, grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
     if not packed.any():
         raise ValueError(
             f"none of the returns of {keyframe.sweeps[0].path} are inside the grid {spec.grid}: "
             "restore the sweep if it is damaged, or correct --range"
         )
     return packed
+
+
+def points_of(keyframe: Keyframe, returns: Sequence[NDArray[np.float32]], ego_box: float) -> Points:
+    """The returns (n, 4 or more) of each sweep of a keyframe in its ego frame, without those from the ego vehicle."""
+    kept = [values[(np.abs(values[:, :2]) >= ego_box).any(axis=1), :4] for values in returns]
+    sensors = np.stack([sweep.ego_from_sensor for sweep in keyframe.sweeps])
+    xyz = [transform(sensor, values[:, :3].astype(np.float64)) for sensor, values in zip(sensors, kept, strict=True)]
+    return Points(
+        xyz=np.concatenate(xyz).astype(np.float32),
+        intensity=np.concatenate([values[:, 3] for values in kept]),
+        sweep=np.repeat(np.arange(len(kept)), [len(values) for values in kept]),
+        origins=sensors[:, :3, 3].astype(np.float32),
+        times=np.array([sweep.seconds for sweep in keyframe.sweeps], np.float32),
+    )
 
 
 def _labels(

@@ -64,6 +64,7 @@ class BuildOptions:
     keyframes_per_shard: int = 16
     on_error: str = "fail"
     shard: tuple[int, int] | None = None
+    points: bool = False
     retry_skipped: bool = False
     device: str = "auto"
     keyframes_per_batch: int | None = None
@@ -168,6 +169,7 @@ def make_plan(options: BuildOptions) -> Plan:
         teacher=teacher,
         feature_dtype=options.feature_dtype,
         num_sweeps=options.num_sweeps,
+        max_points=source.max_returns * options.num_sweeps if options.points else 0,
         labels=labels,
         dividers=options.dividers,
         compat=options.compat,

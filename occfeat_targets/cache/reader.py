@@ -19,9 +19,10 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from occfeat_targets.cache.arrays import ArraySpec
 from occfeat_targets.cache.labels import LabelKind
+from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.spec import ArraySpec
 from occfeat_targets.cache.store import ABSENT, Cache, open_cache, shard_file, shard_name
 
 Check = Literal["first", "always", "never"]
@@ -103,6 +104,10 @@ class CacheReader:
         masks = grid.unpack_map(self.read(kind.array, keyframe))
         is_valid = None if kind.valid_array is None else grid.unpack_map(self.read(kind.valid_array, keyframe))
         return masks.reshape(len(masks), -1, *grid.map_shape), is_valid
+
+    def points(self, keyframe: int) -> Points:
+        """The LiDAR returns of a keyframe. Raises CacheError if the cache was built without --points, and as `read`."""
+        return Points.from_arrays(self.read_all(("points", "num_points", "sweep_origins", "sweep_times"), keyframe))
 
     def _array(self, name: str) -> ArraySpec:
         if name not in self._arrays:

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
+from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
+from occfeat_targets.cache.labels import LABEL_KINDS
 
 FORMAT_VERSION = 2
 
@@ -98,39 +97,6 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
-class ArraySpec:
-    """One Zarr array of N keyframes. shape, dims: of one keyframe. compress: use zstd, for bits that are mostly zero.
-
-    per_keyframe: one inner chunk per keyframe (random reads); otherwise one chunk per shard (small arrays).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dims: tuple[str, ...]
-    dtype: str
-    description: str
-    compress: bool = False
-    per_keyframe: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        """Uncompressed bytes of one keyframe."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-def _label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[ArraySpec]:
-    dims, shape = ("grid_forward", "packed_right"), (grid.map_shape[0], grid.map_row_bytes)
-    class_dims = (f"{kind.name}_class",) if kind.class_shape else ()
-    arrays = [(kind.array, kind.class_shape, class_dims, kind.description)]
-    if kind.valid_array is not None:
-        arrays.append((kind.valid_array, (), (), f"0: {kind.invalid}, not scored"))
-    return [
-        ArraySpec(name, (num_frames, *classes, *shape), ("frame", *named, *dims), "uint8", text, compress=True)
-        for name, classes, named, text in arrays
-    ]
-
-
-@dataclass(frozen=True)
 class TargetSpec:
     """Everything that determines a cache's bytes, given the data set.
 
@@ -138,6 +104,7 @@ class TargetSpec:
     frames: reference frames with a grid: ``ego`` and/or camera channels.
     num_sweeps: LiDAR sweeps accumulated in the occupancy, including the keyframe's own.
     ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle and dropped.
+    max_points: LiDAR returns stored of each keyframe at most, of all its sweeps; 0 for none.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
     """
 
@@ -154,6 +121,7 @@ class TargetSpec:
     dividers: str = "road"
     divider_width: float = DIVIDER_WIDTH
     compat: str | None = None
+    max_points: int = 0
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -229,6 +197,8 @@ class TargetSpec:
                 f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
             )
         lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
+        if self.max_points:
+            lines.append(f"LiDAR points of each keyframe, at most {self.max_points}")
         return lines
 
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -286,10 +256,12 @@ class TargetSpec:
         )  # fmt: skip
         for name, kind in LABEL_KINDS.items():
             if name in self.labels:
-                specs += _label_arrays(kind, frames, grid)
+                specs += label_arrays(kind, frames, grid)
+        if self.max_points:
+            specs += point_arrays(self.max_points, self.num_sweeps)
         return tuple(specs)
 
     @property
     def bytes_per_keyframe(self) -> int:
-        """Estimated bytes on disk of one keyframe; compressed arrays count a tenth."""
-        return sum(a.nbytes // 10 if a.compress else a.nbytes for a in self.arrays())
+        """Estimated bytes on disk of one keyframe."""
+        return sum(array.bytes_on_disk for array in self.arrays())

@@ -23,8 +23,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from occfeat_targets.cache.arrays import ArraySpec
+from occfeat_targets.cache.rebuild import require_format
 from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
-from occfeat_targets.cache.spec import ArraySpec, TargetSpec
+from occfeat_targets.cache.spec import TargetSpec
 
 PROGRESS = "progress"
 CREATED = "created"
@@ -260,7 +262,7 @@ def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 
 def open_cache(path: Path) -> Cache:
-    """Open a cache, finished or not. Raises CacheError if there is none or its metadata are damaged."""
+    """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
         there = sorted(p.name for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
@@ -268,6 +270,7 @@ def open_cache(path: Path) -> Cache:
             f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
             + ": build it with 'occfeat-targets build', or correct --cache and --split"
         )  # fmt: skip
+    require_format(path)
     record = path / PROGRESS / f"{CREATED}.json"
     created = read_record(record)
     for name, sha256 in created["files"].items():
@@ -282,12 +285,7 @@ def open_cache(path: Path) -> Cache:
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),
         tuple(int(t) for t in np.asarray(_zarr_array(group, "timestamp_us")[:])),
     )
-    try:
-        spec = TargetSpec.from_dict(attributes["spec"])
-    except (KeyError, TypeError) as err:
-        raise CacheError(
-            f"{path} was not written by this release of occfeat ({err}): use the release that built it"
-        ) from err
+    spec = TargetSpec.from_dict(attributes["spec"])
     if spec.fingerprint != attributes["fingerprint"]:
         raise CacheError(
             f"{path / 'zarr.json'} says fingerprint {attributes['fingerprint']}, its spec has {spec.fingerprint}: it was edited; "

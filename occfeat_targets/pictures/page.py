@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from occfeat_targets.cache.geometry import transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
@@ -57,15 +56,20 @@ def _check_keyframes(cache: Cache, keyframes: Sequence[int]) -> None:
 def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) -> dict[int, NDArray[np.float64]]:
     """{keyframe: (n, 3) LiDAR returns in the ego frame at LiDAR time [m], all sweeps, without returns from the ego vehicle}.
 
-    They are read by the cache's source. dataroot: by default the one the cache was built from. Raises ValueError if the data
-    set is missing or lacks a keyframe.
+    They are read from the cache, or from the data set if the cache was built without --points. dataroot: by default the one
+    the cache was built from. Raises ValueError if the data set is missing or lacks a keyframe.
     """
+    spec = cache.spec
+    if spec.max_points:
+        reader = CacheReader(cache, allow_incomplete=True)
+        return {keyframe: reader.points(keyframe).xyz.astype(np.float64) for keyframe in keyframes}
+    from occfeat_targets.build.assemble import points_of
     from occfeat_targets.sources.source import open_source
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():
         raise ValueError(f"there is no data set at {origin}: pass --dataroot, or leave --points out")
-    source, spec = open_source(cache.spec.source), cache.spec
+    source = open_source(spec.source)
     version = cache.provenance.get("version")
     split = source.read_split(
         Path(origin), cache.path.stem, version=version, num_sweeps=spec.num_sweeps, with_boxes=False
@@ -76,12 +80,8 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
         token = cache.identity.tokens[number]
         if token not in there:
             raise ValueError(f"{origin} lacks sample {token}: pass the --dataroot that {cache.path} was built from")
-        clouds = []
-        for sweep in there[token].sweeps:
-            points = source.read_sweep(sweep.path)[:, :3].astype(np.float64)
-            is_own = (np.abs(points[:, :2]) < spec.ego_box).all(axis=1)
-            clouds.append(transform(sweep.ego_from_sensor, points[~is_own]))
-        returns[number] = np.concatenate(clouds)
+        sweeps = [source.read_sweep(sweep.path) for sweep in there[token].sweeps]
+        returns[number] = points_of(there[token], sweeps, spec.ego_box).xyz.astype(np.float64)
     return returns
 
 

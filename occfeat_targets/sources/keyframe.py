@@ -38,10 +38,14 @@ def broken_view(problem: str) -> CameraView:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One LiDAR sweep. ego_from_sensor: to the ego frame of the keyframe, through the global frame."""
+    """One LiDAR sweep. ego_from_sensor: to the ego frame of the keyframe, through the global frame.
+
+    seconds: time of the sweep relative to the keyframe's own sweep; negative for earlier ones.
+    """
 
     path: Path
     ego_from_sensor: Matrix
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

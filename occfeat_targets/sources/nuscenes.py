@@ -30,6 +30,7 @@ class NuScenes:
 
     cameras = CAMERAS
     slow_reader = "occfeat_targets.verify.slow_nuscenes:read_slow_source"
+    max_returns = 40_000  # nuScenes' sweeps have about 34,700
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         return read_split(
@@ -170,7 +171,8 @@ def _keyframe(
         sweeps = []
         for record in _backwards(nusc, lidar, num_sweeps):
             sensor = _pose(nusc, "ego_pose", record) @ _pose(nusc, "calibrated_sensor", record)
-            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ sensor))
+            seconds = (record["timestamp"] - lidar["timestamp"]) / 1e6
+            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ sensor, seconds))
         corners, visibility = _vehicles(nusc, sample, ego_from_global) if with_boxes else (np.zeros((0, 8, 3)), [])
     except ValueError as err:
         return Keyframe(**identity, problem=str(err))

@@ -25,6 +25,7 @@ class Source(Protocol):
     cameras: names of V cameras, in the order of the camera axis of every array.
     slow_reader: "package.module:function" with the signature of `verify.slow_nuscenes.read_slow_source`: an independent
     reader for `verify`, which shares no code with this class. None: `verify` uses this class's own keyframes.
+    max_returns: the most returns of a sweep.
     """
 
     @property
@@ -32,6 +33,9 @@ class Source(Protocol):
 
     @property
     def slow_reader(self) -> str | None: ...
+
+    @property
+    def max_returns(self) -> int: ...
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         """All keyframes of a split, each with V views, sweeps (its own first, then backwards in time), and vehicle boxes.

@@ -157,4 +157,25 @@ def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
         yield wrong == 0, f"{wrong} label cells wrong"
 
 
-CHECKS = (_masked, _calibration, _occupancy, _images, _features, _labels)
+def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
+    spec = reader.cache.spec
+    if not spec.max_points:
+        return
+    points = reader.points(keyframe)
+    expected = []
+    for number, sweep in enumerate(source.sweeps):
+        for x, y, z, intensity, *_ in reference.read_returns(sweep.path).tolist():
+            if max(abs(x), abs(y)) >= spec.ego_box:
+                expected.append([*(sweep.ego_from_sensor @ [x, y, z, 1])[:3], intensity, number])
+    found = np.column_stack([points.xyz, points.intensity, points.sweep])
+    if found.shape != np.shape(expected):
+        yield False, f"{len(found)} LiDAR points, {len(expected)} expected"
+        return
+    errors = [np.nan_to_num(found) - np.nan_to_num(expected)]
+    errors += [points.origins - [sweep.ego_from_sensor[:3, 3] for sweep in source.sweeps]]
+    errors += [points.times - [sweep.seconds for sweep in source.sweeps]]
+    worst = max(float(np.abs(error).max()) for error in errors)
+    yield worst <= MAX_CALIBRATION_ERROR, f"{len(found)} LiDAR points within {worst:.1e}"
+
+
+CHECKS = (_masked, _calibration, _occupancy, _points, _images, _features, _labels)

@@ -96,6 +96,7 @@ def read_keyframes(
                     np.linalg.inv(global_from_ego)
                     @ _matrix(poses[record["ego_pose_token"]])
                     @ _matrix(calibration[record["calibrated_sensor_token"]]),
+                    (record["timestamp"] - sample["timestamp"]) * 1e-6,
                 )
                 for record in sweeps
             ),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from click.testing import CliRunner
 
+import occfeat_train
+from occfeat_targets import voxelize
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.source import SOURCES
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_train.cli import main as train
@@ -19,7 +26,7 @@ from occfeat_train.config import Config, NetworkConfig
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.targets.command_line import Result, contents, run
-from tests.targets.toy_source import SIZES, write_toy
+from tests.targets.toy_source import SECONDS, SIZES, ego_from_lidar, returns, write_toy
 
 WHERE = ("--split", "all", "--cache")
 
@@ -101,7 +108,7 @@ def test_a_portrait_camera_beside_landscape_ones_is_scaled_to_fit_and_the_rest_i
 
 def test_features_cover_the_same_part_of_the_teachers_input(toy, tiny_teacher, tmp_path, monkeypatch):
     seen = []
-    call = "occfeat_targets.targets.teacher.Teacher.__call__"
+    call = "occfeat_targets.targets.teacher.LoadedTeacher.__call__"
     monkeypatch.setattr(call, lambda self, images: seen.append(images) or np.ones((len(images), 4, 7, 32), np.float32))
     build(toy, tmp_path, tiny_teacher)
     for image, (top, left, bottom, right) in zip(seen[0], AREAS.values(), strict=True):
@@ -216,3 +223,104 @@ def test_a_sample_never_lies_in_the_frame_of_a_masked_camera(toy, tiny_teacher, 
     assert set(used) == {0, 1}
     for found, frame in zip(masked.cam_from_grid, used, strict=True):
         np.testing.assert_allclose(found[0], expected[frame], atol=1e-6)
+
+
+def test_a_cache_of_another_format_is_refused_by_both_tools_with_the_command_that_rebuilds_it(
+    toy, tiny_teacher, tmp_path
+):
+    cache = tmp_path / "some where"
+    options = (
+        "--sweeps",
+        "2",
+        "--points",
+        "--feature-dtype",
+        "int8",
+        "--teacher-layer",
+        "pre-norm",
+        "--scenes",
+        "scene1",
+    )
+    build(toy, cache, tiny_teacher, *options)
+    expected = contents(cache, "all")
+    file = cache / "all.zarr" / "zarr.json"
+    metadata = json.loads(file.read_text())
+    spec = metadata["attributes"]["occfeat"]["spec"]
+    for change, reason in (({"wings": 2}, "other options (wings)"), ({"format_version": 1}, "format version 1")):
+        spec |= change
+        file.write_text(json.dumps(metadata))
+        messages = [run("info", *WHERE, cache, check=False).stderr]
+        messages.append(CliRunner().invoke(train, ["check", *WHERE, str(cache)]).output)
+        for message in messages:
+            assert f"which reads format version 2: it has {reason}. Use the release" in message
+            command = shlex.split(message.splitlines()[-1])
+            assert command[:2] == ["occfeat-targets", "build"]
+    shutil.rmtree(cache)
+    run(*command[1:], "--workers", "0")
+    for name, values in contents(cache, "all").items():
+        assert (values == expected[name]).all(), name
+    assert run("info", *WHERE, cache).stdout.count("scenes left out") == 1
+
+
+def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_path):
+    teacher = {
+        "name": "facebook/dinov2-small",
+        "revision": "abc",
+        "input_size": [224, 392],
+        "layer": "post-norm",
+        "dtype": "float32",
+    }
+    grid = {"shape": [8, 200, 200], "lower": [-5, -50, -50], "upper": [5, 50, 50]}
+    spec = {
+        "grid": grid, "frames": ["CAM_FRONT", "CAM_BACK"], "image_size": [540, 960], "teacher": teacher, "feature_dtype": "float16",
+        "num_sweeps": 1, "labels": [], "dividers": "road+lane", "compat": "simple-bev", "format_version": 1,
+    }  # fmt: skip
+    origin = {"split": "train", "version": "v1.0-trainval", "dataroot": "/data/nuscenes"}
+    attributes = {"occfeat": {"spec": spec, "keyframes_per_shard": 16, "provenance": origin}}
+    zarr.create_group(tmp_path / "train.zarr", attributes=attributes)
+    with pytest.raises(CacheError) as refused:
+        open_cache(tmp_path / "train.zarr")
+    assert str(refused.value).splitlines()[-1] == (
+        f"occfeat-targets build --dataroot /data/nuscenes --cache {tmp_path} --split train --version v1.0-trainval "
+        "--frames cameras --sweeps 1 --image-size 540x960 --feature-dtype float16 --dividers road+lane --compat simple-bev "
+        "--shard-size 16 --teacher facebook/dinov2-small --teacher-layer post-norm --teacher-dtype float32 "
+        "--feature-size 224x392 --no-labels"
+    )
+
+
+def test_cached_points_are_those_of_all_sweeps_and_fill_any_other_grid_as_the_sweeps_do(toy, tmp_path):
+    build(toy, tmp_path / "points", "none", "--sweeps", "2", "--points", "--frames", "cameras")
+    assert "LiDAR points of each keyframe, at most 2000" in run("info", *WHERE, tmp_path / "points").stdout
+    reader = CacheReader(tmp_path / "points" / "all.zarr")
+    points = reader.points(3)
+    each = len(returns()) - 3
+    assert points.xyz.shape == (2 * each, 3) and points.sweep.tolist() == [0] * each + [1] * each
+    np.testing.assert_array_equal(points.intensity, np.tile(returns()[:-3, 3], 2))
+    np.testing.assert_allclose(points.origins, [ego_from_lidar(i)[:3, 3] for i in (0, 1)], atol=1e-6)
+    np.testing.assert_array_equal(points.times, np.float32(SECONDS))
+    distances = np.linalg.norm((points.xyz - points.origins[points.sweep])[:, :2], axis=1)
+    np.testing.assert_allclose(distances, 6.03, atol=1e-5)
+
+    other = ("--grid", "5x30x20", "--range", "-1", "3", "-9", "9", "-7", "7", "--sweeps", "2")
+    build(toy, tmp_path / "other", "none", *other)
+    grids = CacheReader(tmp_path / "other" / "all.zarr")
+    grid = grids.cache.spec.grid
+    for packed, grid_from_ego in zip(grids.read("occupancy", 3), grids.read("grid_from_ego", 3), strict=True):
+        np.testing.assert_array_equal(
+            voxelize(points.xyz, grid, grid_from_points=grid_from_ego), grid.unpack_volume(packed)
+        )
+
+    verified = run("verify", *WHERE, tmp_path / "points", "--samples", "2").stdout
+    assert verified.count(f"{2 * each} LiDAR points within") == 2
+    shutil.rmtree(toy)
+    run("preview", *WHERE, tmp_path / "points", "--out", tmp_path / "preview", "--points", "--samples", "1")
+    dataset = occfeat_train.open_cache(tmp_path / "points" / "all.zarr")
+    np.testing.assert_array_equal(dataset.points(3).xyz, points.xyz)
+    with pytest.raises(CacheError, match="has no array 'points'"):
+        grids.points(0)
+
+
+def test_more_returns_than_a_source_says_there_can_be_are_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.targets.toy_source.ToySource.max_returns", 100)
+    refused = build(toy, tmp_path, "none", "--points", check=False)
+    assert refused.returncode == 1
+    assert "LiDAR returns, and the cache has room for 100: correct max_returns of the source" in refused.stdout

@@ -8,20 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from occfeat_targets.cache.geometry import Matrix, inverse_rigid
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
 from occfeat_targets.sources.map_geometry import MapGeometry
 
 SIZES = {"front": (96, 160), "tall": (160, 90), "wide": (60, 240)}  # (height, width)
-SWEEPS_S = (0.0, -0.05)
+SECONDS = (0.0, -0.05)  # of the sweeps
 
 
-def points_of(sensor_from_ego: Matrix) -> NDArray[np.float32]:
-    """(n, 4) returns of a wall of poles, 6 m around the ego, up to 2 m high."""
-    angle, up = (a.ravel() for a in np.meshgrid(np.arange(0, 2 * np.pi, 0.05), np.arange(0.1, 2, 0.3)))
-    points = np.stack([6.03 * np.cos(angle), 6.03 * np.sin(angle), up], 1)
-    points = points @ sensor_from_ego[:3, :3].T + sensor_from_ego[:3, 3]
-    return np.concatenate([points, angle[:, None]], 1).astype(np.float32)
+def ego_from_lidar(number: int) -> Matrix:
+    """(4, 4) of the sensor during sweep `number`: the ego moves forward by 0.4 m from sweep to sweep."""
+    return rigid((np.cos(0.2), 0, 0, np.sin(0.2)), (0.5 - 0.4 * number, 0.1, 1.7))
+
+
+def returns() -> NDArray[np.float32]:
+    """(n, 4) returns in the sensor's frame: poles around it at 6 m, and three from the ego vehicle."""
+    angle, up = (a.ravel() for a in np.meshgrid(np.arange(0, 2 * np.pi, 0.05), np.arange(-1.6, 0.3, 0.3)))
+    points = np.stack([6.03 * np.cos(angle), 6.03 * np.sin(angle), up, angle], 1)
+    return np.concatenate([points, [[0.5, 0.5, -1, 9], [-2.1, 2.1, -1, 9], [0, 0, 0, 9]]]).astype(np.float32)
 
 
 def ego_from_camera(yaw: float) -> Matrix:
@@ -46,6 +50,7 @@ def write_toy(root: Path) -> Path:
 class ToySource:
     cameras = tuple(SIZES)
     slow_reader = None
+    max_returns = 1000
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         if split != "all":
@@ -61,7 +66,8 @@ class ToySource:
                         root / name / f"{number}.jpg", size, intrinsics, ego_from_cam, inverse_rigid(ego_from_cam)
                     )
                 )
-            sweeps = [Sweep(root / "front" / f"{number}.jpg", np.eye(4)) for _ in SWEEPS_S[:num_sweeps]]
+            path = root / "front" / f"{number}.jpg"
+            sweeps = [Sweep(path, ego_from_lidar(i), seconds) for i, seconds in enumerate(SECONDS[:num_sweeps])]
             keyframes.append(
                 Keyframe(
                     f"toy{number}", f"scene{number // 2}", number, "nowhere", cameras=tuple(views), sweeps=tuple(sweeps)
@@ -70,7 +76,7 @@ class ToySource:
         return Split(split, "1", root, tuple(keyframes), (), ("nowhere",), has_annotations=False, is_synthetic=True)
 
     def read_sweep(self, path: Path) -> NDArray[np.float32]:
-        return points_of(np.eye(4))
+        return returns()
 
     def why_no_maps(self, split: Split) -> str:
         return "the toy has no maps"

@@ -110,6 +110,7 @@ def test_a_token_that_nobody_sees_gets_no_gradient() -> None:
     ("runs_triton", "deterministic", "expected"),
     [(True, False, "lift_triton"), (True, True, "lift_torch"), (False, False, "lift_torch")],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
     runs_triton: bool, deterministic: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
