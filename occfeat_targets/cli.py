@@ -148,7 +148,9 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
               help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
 @click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
-@click.option("--label-kinds", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default.")
+@click.option(
+    "--label-kinds", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default."
+)
 @click.option("--no-labels", is_flag=True, help="Build no label arrays.")
 @click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
               help="Map layers used for the divider class.")  # fmt: skip
@@ -224,7 +226,9 @@ def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
         return None
     kinds = tuple(kind.strip() for kind in labels.split(","))
     if not set(kinds) <= set(LABEL_KINDS):
-        raise click.UsageError(f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas")
+        raise click.UsageError(
+            f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas"
+        )
     return kinds
 
 
