@@ -37,7 +37,7 @@ class Segmentation(Task):
         kind = config.task
         if kind not in spec.labels:
             raise ValueError(
-                f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --labels {kind}, from a data "
+                f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --label-kinds {kind}, from a data "
                 "set that has them"
             )
         return list(LABEL_KINDS[kind].arrays)

@@ -89,7 +89,7 @@ def waiting(cache: Cache, run: Path, steps: int, batch: int, workers: int) -> li
         "--epochs",
         epochs,
     ]
-    arguments += ["--workers", workers, "--device", "cpu", "--no-progress", "--no-tensorboard"]
+    arguments += ["--loader-threads", workers, "--device", "cpu", "--no-progress", "--no-tensorboard"]
     occfeat_train([str(a) for a in arguments], standalone_mode=False)
     return read_log(run)[1:]
 
