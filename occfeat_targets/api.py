@@ -44,7 +44,7 @@ def build_cache(
     teacher_batch: int | None = None,
     feature_size: tuple[int, int] | None = None,
     feature_dtype: str = "float16",
-    labels: Sequence[str] | None = None,
+    label_kinds: Sequence[str] | None = None,
     dividers: str = "road",
     compat: str | None = None,
     points: bool = False,
@@ -61,7 +61,7 @@ def build_cache(
     """Build the cache of a split, or continue it, as 'occfeat-targets build' does; returns its path, CACHE/SPLIT.zarr.
 
     Options and defaults are the command's; environment variables are not read. What differs from the command:
-    grid: its --grid and --range. teacher: None for none. labels: some of the kinds "vehicles" and "map", () for none
+    grid: its --grid and --range. teacher: None for none. label_kinds: some of "vehicles" and "map", () for none
     (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
     workers: local processes, one a core by default, 0 for this process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
@@ -75,8 +75,8 @@ def build_cache(
     dtypes = get_args(TeacherDtype)
     _require(teacher_dtype in dtypes, f"teacher_dtype={teacher_dtype!r}: one of {', '.join(dtypes)} expected")
     _require(
-        labels is None or (not isinstance(labels, str) and set(labels) <= set(LABEL_KINDS)),
-        f"labels={labels!r}: a list of some of {', '.join(LABEL_KINDS)} expected",
+        label_kinds is None or (not isinstance(label_kinds, str) and set(label_kinds) <= set(LABEL_KINDS)),
+        f"label_kinds={label_kinds!r}: a list of some of {', '.join(LABEL_KINDS)} expected",
     )
     _require(scenes is None or not isinstance(scenes, str), f"scenes={scenes!r}: a list of names expected")
     _require(workers is None or workers >= 0, f"workers={workers}: at least 0 expected")
@@ -99,7 +99,7 @@ def build_cache(
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
-        labels=None if labels is None else tuple(labels), dividers=dividers, compat=compat, points=points,
+        labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat, points=points,
         keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip

@@ -148,7 +148,9 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
               help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
 @click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
-@click.option("--labels", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default.")
+@click.option(
+    "--label-kinds", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default."
+)
 @click.option("--no-labels", is_flag=True, help="Build no label arrays.")
 @click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
               help="Map layers used for the divider class.")  # fmt: skip
@@ -176,7 +178,7 @@ def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
-    feature_dtype: str, labels: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
+    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
     scheduler: str | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
     device: str,
 ) -> None:  # fmt: skip
@@ -189,8 +191,8 @@ def build(
 
     if sum(x is not None for x in (workers, scheduler, shard)) > 1:
         raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one of them")
-    if no_labels and labels is not None:
-        raise click.UsageError("--labels and --no-labels contradict each other: pass one of them")
+    if no_labels and label_kinds is not None:
+        raise click.UsageError("--label-kinds and --no-labels contradict each other: pass one of them")
     started = time.monotonic()
     weights = "" if teacher == "none" else f" and the weights of {teacher}"
     click.echo(f"reading the tables of {dataroot}{weights} ...")
@@ -201,7 +203,7 @@ def build(
             grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
             frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
             teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
-            feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(labels), dividers=dividers,
+            feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(label_kinds), dividers=dividers,
             compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
             device=device, keyframes_per_batch=teacher_batch,
         )
@@ -224,7 +226,9 @@ def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
         return None
     kinds = tuple(kind.strip() for kind in labels.split(","))
     if not set(kinds) <= set(LABEL_KINDS):
-        raise click.UsageError(f"--labels {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas")
+        raise click.UsageError(
+            f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas"
+        )
     return kinds
 
 

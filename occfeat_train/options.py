@@ -63,7 +63,12 @@ set_option = functools.partial(click.option, "--set", "overrides", multiple=True
 machine_options = options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
     click.option(
-        "--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that prefetch samples."
+        "--loader-threads",
+        "workers",
+        type=click.IntRange(1),
+        default=2,
+        show_default=True,
+        help="Threads that load batches ahead.",
     ),
     click.option("--progress/--no-progress", default=True, help="Progress bars."),
 )

@@ -222,7 +222,7 @@ def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tupl
         return tuple(there), missing
     for name in asked:
         if name in missing:
-            options = f"--labels {','.join(there)} or --no-labels" if there else "--no-labels"
+            options = f"--label-kinds {','.join(there)} or --no-labels" if there else "--no-labels"
             raise DatasetError(f"no {name} labels: {missing[name]}; or build with {options}")
     return tuple(name for name in LABEL_KINDS if name in asked), {}
 

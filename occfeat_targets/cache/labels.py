@@ -16,7 +16,7 @@ RGB = tuple[int, int, int]
 class LabelKind:
     """One kind of bird's-eye labels: binary masks of some classes on the grid's plane.
 
-    name: as in ``--labels`` and ``--task``, and of the array ``labels/<name>``.
+    name: as in ``--label-kinds`` and ``--task``, and of the array ``labels/<name>``.
     classes: names of the K classes, in the order of the masks. An array of one class has no class axis.
     colors: colour of each class, in drawing order (later ones cover earlier ones).
     draw: function that draws the masks of a keyframe, a `Draw` of `targets/labels.py`.

@@ -54,7 +54,7 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
         "dividers": spec["dividers"],
         "compat": spec["compat"],
         "shard-size": attributes["keyframes_per_shard"],
-        "labels": ",".join(spec["labels"]) or None,
+        "label-kinds": ",".join(spec["labels"]) or None,
         "teacher": "none" if teacher is None else teacher["name"],
     }
     if teacher is not None:

@@ -135,7 +135,7 @@ def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
     except FileNotFoundError as err:
         raise DatasetError(
             f"no map expansion {map_file(dataroot, location)}: unpack nuScenes-map-expansion-v1.3.zip into "
-            f"{dataroot / 'maps'}, or build without map labels (--labels vehicles)"
+            f"{dataroot / 'maps'}, or build without map labels (--label-kinds vehicles)"
         ) from err
     except Exception as err:  # the devkit raises bare Exception for an old map
         raise DatasetError(f"the map expansion {map_file(dataroot, location)} does not load: {err}") from err

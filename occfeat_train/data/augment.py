@@ -8,9 +8,11 @@ cx, a crop shifts cx, and mirroring makes fx negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,11 +29,11 @@ class Draw:
     bev_flip: (2,) bool (forward, right); frame: index of the grid's reference frame.
     """
 
-    resized: NDArray[np.int64]
-    crop: NDArray[np.int64]
-    mirror: NDArray[np.bool_]
-    cameras: NDArray[np.int64]
-    bev_flip: NDArray[np.bool_]
+    resized: Int64[NDArray[Any], "V 2"]
+    crop: Int64[NDArray[Any], "V 2"]
+    mirror: Bool[NDArray[Any], " V"]
+    cameras: Int64[NDArray[Any], " n"]
+    bev_flip: Bool[NDArray[Any], 2]
     frame: int
 
 
@@ -62,14 +64,14 @@ def draw(
 
 
 def transform_intrinsics(
-    intrinsics: Tensor,
+    intrinsics: Float[Tensor, "*n 3 3"],
     source_size: tuple[int, int],
-    resized: Tensor,
-    crop: Tensor,
-    mirror: Tensor,
+    resized: Int64[Tensor, "*n 2"],
+    crop: Int64[Tensor, "*n 2"],
+    mirror: Bool[Tensor, "*n"],
     size: tuple[int, int],
-) -> Tensor:
-    """(..., 3, 3) intrinsics after resizing to `resized` (..., 2), cropping at `crop` (..., 2) and mirroring (...)."""
+) -> Float[Tensor, "*n 3 3"]:
+    """Intrinsics after resizing to `resized`, cropping at `crop` and mirroring."""
     matrix = torch.zeros_like(intrinsics)
     matrix[..., 2, 2] = 1
     sign, resized, crop = 1 - 2 * mirror.to(matrix), resized.to(matrix), crop.to(matrix)
@@ -81,14 +83,14 @@ def transform_intrinsics(
 
 
 def transform_area(
-    area: Tensor,
+    area: Float[Tensor, "*n 4"],
     source_size: tuple[int, int],
-    resized: Tensor,
-    crop: Tensor,
-    mirror: Tensor,
+    resized: Int64[Tensor, "*n 2"],
+    crop: Int64[Tensor, "*n 2"],
+    mirror: Bool[Tensor, "*n"],
     size: tuple[int, int],
-) -> Tensor:
-    """(..., 4) float64 (top, left, bottom, right) [px] of the final image that show the scene, of (..., 4) in the source image.
+) -> Float64[Tensor, "*n 4"]:
+    """(top, left, bottom, right) [px] of the part of the final image that shows the scene, from that of the source image.
 
     A side at the border of the source image stays at the border of the final image, so black pixels around a resized image
     count as image, as in Simple-BEV.
@@ -105,7 +107,13 @@ def transform_area(
     return torch.stack([top, left, bottom, right], -1)
 
 
-def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size: tuple[int, int]) -> Tensor:
+def resample(
+    images: Shaped[Tensor, "B V h w 3"],
+    resized: Int64[Tensor, "B V 2"],
+    crop: Int64[Tensor, "B V 2"],
+    mirror: Bool[Tensor, "B V"],
+    size: tuple[int, int],
+) -> Float[Tensor, "B V 3 H W"]:
     """Resize, crop and mirror images, then normalise them with ImageNet's statistics.
 
     images: (B, V, h, w, 3) uint8; resized, crop: (B, V, 2) int64; mirror: (B, V) bool; size: final (height, width).
@@ -123,7 +131,9 @@ def resample(images: Tensor, resized: Tensor, crop: Tensor, mirror: Tensor, size
     )  # fmt: skip
 
 
-def filter_matrix(source: int, resized: Tensor, crop: Tensor, size: int) -> Tensor:
+def filter_matrix(
+    source: int, resized: Int64[Tensor, "*n"], crop: Int64[Tensor, "*n"], size: int
+) -> Float[Tensor, "*n {size} {source}"]:
     """(..., size, source) filter weights of one axis: antialiased bilinear, as in Pillow and torch's `antialias=True`.
 
     Row j belongs to output pixel j. It is a triangle around the pixel's centre in the source, as wide as the larger of a

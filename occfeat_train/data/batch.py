@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float64, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,20 +28,20 @@ class Sample:
     """One keyframe with V cameras on the host, from which a task computes its targets (`Task.targets`).
 
     index: the sample's position in its batch. grid: of the packed arrays. image_size: (height, width) of the images [px].
-    images: (V, height, width, 3) uint8. intrinsics: (V, 3, 3) float64 of these images [px].
-    cam_from_grid: (V, 4, 4) float64 [m], for the grid in the sampled reference frame; zeros for a masked camera.
-    area: (V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    intrinsics: of these images [px].
+    cam_from_grid: [m], for the grid in the sampled reference frame; zeros for a masked camera.
+    area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     arrays: the task's arrays (`Task.arrays`), as in the cache's spec; arrays with a frame axis are those of that frame.
     """
 
     index: int
     grid: VoxelGrid
     image_size: tuple[int, int]
-    images: NDArray[Any]
-    intrinsics: NDArray[Any]
-    cam_from_grid: NDArray[Any]
+    images: UInt8[NDArray[Any], "V h w 3"]
+    intrinsics: Float64[NDArray[Any], "V 3 3"]
+    cam_from_grid: Float64[NDArray[Any], "V 4 4"]
     arrays: Mapping[str, NDArray[Any]]
-    area: NDArray[Any] | None = None
+    area: Float64[NDArray[Any], "V 4"] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,25 @@ class Batch:
     """B samples with V cameras, in the cache's camera order.
 
     tokens: sample tokens, for error messages. grid: the grid of the packed arrays.
-    images: (B, V, h, w, 3) uint8. intrinsics: (B, V, 3, 3) float64 of these images [px].
-    cam_from_grid: (B, V, 4, 4) float64 [m], for the grid in the sampled reference frame; zeros for a masked camera.
-    area: (B, V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
-    resized, crop: (B, V, 2) int64; mirror: (B, V) bool; cameras: (B, n) int64; bev_flip: (B, 2) bool: see augment.Draw.
+    intrinsics: of these images [px].
+    cam_from_grid: [m], for the grid in the sampled reference frame; zeros for a masked camera.
+    area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    resized, crop, mirror, cameras, bev_flip: see augment.Draw.
     arrays: the task's targets (`Task.targets`), with a leading batch axis, or concatenated if they are `Task.ragged`.
     """
 
     tokens: tuple[str, ...]
     grid: VoxelGrid
-    images: Tensor
-    intrinsics: Tensor
-    cam_from_grid: Tensor
-    resized: Tensor
-    crop: Tensor
-    mirror: Tensor
-    cameras: Tensor
-    bev_flip: Tensor
+    images: UInt8[Tensor, "B V h w 3"]
+    intrinsics: Float64[Tensor, "B V 3 3"]
+    cam_from_grid: Float64[Tensor, "B V 4 4"]
+    resized: Int64[Tensor, "B V 2"]
+    crop: Int64[Tensor, "B V 2"]
+    mirror: Bool[Tensor, "B V"]
+    cameras: Int64[Tensor, "B n"]
+    bev_flip: Bool[Tensor, "B 2"]
     arrays: Mapping[str, Tensor]
-    area: Tensor | None = None
+    area: Float64[Tensor, "B V 4"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -112,12 +113,12 @@ class Batch:
             area=None if area is None else transform_area(area, source_size, resized, crop, mirror, size),
         )
 
-    def volume(self, name: str) -> Tensor:
-        """A packed volume of `arrays` as (B, Z, H, W) bool."""
+    def volume(self, name: str) -> Bool[Tensor, "B Z H W"]:
+        """A packed volume of `arrays`, unpacked."""
         return unpack_bits(self.arrays[name])[..., : self.grid.num_voxels].unflatten(-1, self.grid.shape)
 
-    def maps(self, name: str) -> Tensor:
-        """Packed maps of `arrays` as (B, K, H, W) bool."""
+    def maps(self, name: str) -> Bool[Tensor, "B K H W"]:
+        """Packed maps of `arrays`, unpacked."""
         return unpack_bits(self.arrays[name])[..., : self.grid.shape[2]]
 
 
@@ -129,7 +130,7 @@ def collate(targets: Sequence[Mapping[str, NDArray[Any]]], ragged: Collection[st
     }
 
 
-def unpack_bits(packed: Tensor) -> Tensor:
+def unpack_bits(packed: UInt8[Tensor, "*shape n"]) -> Bool[Tensor, "*shape 8*n"]:
     """(..., n) uint8 -> (..., 8 n) bool, the lowest bit of a byte first; on the host, VoxelGrid unpacks."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & 1).flatten(-2).bool()

@@ -1,1 +1,1 @@
-"""Operations of the networks: lifting, sampling, deformable attention, norms. Each fast version has a plain PyTorch reference."""
+"""Operations of the networks: the mean over the views, deformable attention, norms. Fast ones have a plain PyTorch reference."""

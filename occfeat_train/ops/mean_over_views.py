@@ -106,12 +106,12 @@ class _TritonLift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-        from occfeat_train.ops.mean_over_views_triton import gather_tokens, scatter_voxels
+        from occfeat_train.ops.mean_over_views_triton import run_kernel
 
-        ctx.geometry, ctx.scatter, ctx.tokens = geometry, scatter_voxels, tokens.shape
+        ctx.geometry, ctx.kernel, ctx.tokens = geometry, run_kernel, tokens.shape
         z, h, w = map(len, geometry[-1])
         volume = tokens.new_empty((len(tokens), h, w, z, tokens.shape[-1]))
-        gather_tokens(tokens.detach(), *geometry, volume)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+        ctx.kernel(tokens.detach(), *geometry, volume, False)
         return volume.flatten(1, 3)
 
     @staticmethod
@@ -119,7 +119,7 @@ class _TritonLift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         z, h, w = map(len, ctx.geometry[-1])
         out = torch.zeros(ctx.tokens, dtype=torch.float32, device=grad.device)
-        ctx.scatter(grad.contiguous().unflatten(1, (h, w, z)), *ctx.geometry, out)
+        ctx.kernel(out, *ctx.geometry, grad.contiguous().unflatten(1, (h, w, z)), True)
         return out.to(grad.dtype), None
 
 

@@ -1,1 +1,1 @@
-"""report.html: curves, tables and pictures of runs."""
+"""report.html: curves, tables and pictures of runs. The only package that imports `occfeat_targets.pictures`."""

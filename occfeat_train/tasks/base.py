@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -51,12 +52,12 @@ class Task(nn.Module):
         """What a batch carries of a sample, by default its arrays. Called in the loader's threads."""
         return dict(sample.arrays)
 
-    def bev(self, batch: Batch) -> Tensor:
-        """F_B (B, N_B, H, W)."""
+    def bev(self, batch: Batch) -> Float[Tensor, "B C H W"]:
+        """F_B."""
         bev: Tensor = self.network(batch.views(self.config.network.image_size), batch.bev_flip)
         return bev
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """{"loss": the loss that is minimised, and its parts}, scalars. DDP and torch.compile see the whole step."""
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -45,10 +46,12 @@ class OccFeatHead(nn.Module):
         self.occupancy = nn.Linear(channels, 1) if occupancy else None
         self.features = nn.Linear(channels, feature_dim) if feature_dim else None
 
-    def forward(self, bev: Tensor, voxels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """bev: F_B (B, N_B, H, W). voxels: (n,) int64 flat indices into (B, Z_B, H, W) whose features are computed.
+    def forward(
+        self, bev: Float[Tensor, "B C H W"], voxels: Int64[Tensor, " n"] | None
+    ) -> tuple[Float[Tensor, "B Z H W"] | None, Float[Tensor, "n Y"] | None]:
+        """bev: F_B. voxels: flat indices into (B, Z_B, H, W) whose features are computed.
 
-        Returns occupancy logits (B, Z_B, H, W) or None without that projection, and features (n, N_y) or None without voxels.
+        Returns occupancy logits or None without that projection, and features or None without voxels.
         """
         batch, _, height, width = bev.shape
         hidden = F.relu(self.norm(self.conv(bev)))
@@ -94,10 +97,15 @@ def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor,
     return found.index_select(0, order.argsort())
 
 
-def softplus_logits(cells: Tensor, weight: Tensor, bias: Tensor, to_logit: Tensor) -> Tensor:
+def softplus_logits(
+    cells: Float[Tensor, "n C"],
+    weight: Float[Tensor, "ZK C"],
+    bias: Float[Tensor, " ZK"],
+    to_logit: Float[Tensor, " K"],
+) -> Float[Tensor, "n Z"]:
     """softplus(cells W^T + b), reshaped to rows of K channels, times `to_logit`.
 
-    cells: (n, C); weight: (Z * K, C); bias: (Z * K,); to_logit: (K,), all of one dtype. Returns (n, Z).
+    ZK is Z * K. All are of one dtype.
     For bfloat16 and float16 on a GPU this is one Triton kernel, which returns float32. Otherwise it is plain torch in blocks.
     """
     is_half = cells.dtype in (torch.bfloat16, torch.float16)

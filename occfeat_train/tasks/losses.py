@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def occupancy_loss(logits: Tensor, occupied: Tensor) -> Tensor:
-    """Eq. 2: binary cross-entropy averaged over all voxels. logits: (B, Z, H, W); occupied: the same shape, bool."""
+def occupancy_loss(logits: Float[Tensor, "B Z H W"], occupied: Bool[Tensor, "B Z H W"]) -> Float[Tensor, ""]:
+    """Eq. 2: binary cross-entropy averaged over all voxels."""
     logits = _exact(logits)
     return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
 
 
-def feature_loss(predicted: Tensor, target: Tensor, sample: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+def feature_loss(
+    predicted: Float[Tensor, "n C"], target: Float[Tensor, "n C"], sample: Int64[Tensor, " n"], num_samples: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
     """Eq. 3: negative cosine similarity, averaged over a sample's occupied and seen voxels, then over samples.
 
-    predicted, target: (n, N_y). sample: (n,) int64 index of each voxel's sample. The caller leaves out voxels without a
+    sample: index of each voxel's sample. The caller leaves out voxels without a
     valid view (end of 3.3). A sample without voxels adds 0 and counts in the mean.
-    Returns the loss and the cosines (n,).
+    Returns the loss and the cosines.
     """
     predicted = _exact(predicted)
     cosine = F.cosine_similarity(predicted, target.to(predicted), dim=1)
@@ -30,8 +33,10 @@ def feature_loss(predicted: Tensor, target: Tensor, sample: Tensor, num_samples:
     return -(cosine / (count[sample] * num_samples)).sum(), cosine.detach()
 
 
-def segmentation_loss(logits: Tensor, target: Tensor, valid: Tensor, pos_weight: float) -> Tensor:
-    """Binary cross-entropy over valid cells: logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool."""
+def segmentation_loss(
+    logits: Float[Tensor, "B K H W"], target: Bool[Tensor, "B K H W"], valid: Bool[Tensor, "B 1 H W"], pos_weight: float
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy over valid cells."""
     logits = _exact(logits)
     weight = torch.tensor(pos_weight, dtype=logits.dtype, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits), pos_weight=weight, reduction="none")

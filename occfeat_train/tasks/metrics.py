@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
@@ -73,8 +74,10 @@ class SegmentationMetric(Metric):
         self._bands = torch.stack([(distance >= low) & (distance < high) for low, high in DISTANCES])
         self._logits = torch.logit(torch.tensor(THRESHOLDS, dtype=torch.float64)).float()
 
-    def update(self, logits: Tensor, target: Tensor, valid: Tensor) -> None:
-        """logits, target (bool): (B, K, H, W); valid: (B, 1, H, W) bool, cells that are scored."""
+    def update(
+        self, logits: Float[Tensor, "B K H W"], target: Bool[Tensor, "B K H W"], valid: Bool[Tensor, "B 1 H W"]
+    ) -> None:
+        """valid: cells that are scored."""
         bands = self._bands.to(logits.device).flatten(1).double().T  # (cells, bands)
         target, valid = target.flatten(2), valid.flatten(2)
         for row, threshold in enumerate(self._logits.tolist()):
@@ -120,8 +123,13 @@ class PretrainingMetric(Metric):
         self.counts = torch.zeros(3, dtype=torch.int64)  # intersection, union, distilled voxels
         self.cosine = torch.zeros((), dtype=torch.float64)
 
-    def update(self, logits: Tensor | None, occupied: Tensor, cosine: Tensor | None) -> None:
-        """logits, occupied: (B, Z, H, W), None without occupancy head; cosine: (n,), None without feature head."""
+    def update(
+        self,
+        logits: Float[Tensor, "B Z H W"] | None,
+        occupied: Bool[Tensor, "B Z H W"],
+        cosine: Float[Tensor, " n"] | None,
+    ) -> None:
+        """logits: None without occupancy head. cosine: None without feature head."""
         if logits is not None:
             predicted = logits > 0
             self.counts[0] += (predicted & occupied).sum().cpu()

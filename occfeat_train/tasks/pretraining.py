@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class Pretraining(Task):
         voxels = voxels[seen] + sample.index * sample.grid.num_voxels
         return {"occupancy": occupancy, "voxels": voxels, "features": features[seen]}
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """{"loss": eq. 1, "occupancy": eq. 2, "features": eq. 3}, scalars."""
         logits, _, feat = self._outputs(batch)
         losses: dict[str, Tensor] = {}

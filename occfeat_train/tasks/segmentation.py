@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class Segmentation(Task):
         kind = config.task
         if kind not in spec.labels:
             raise ValueError(
-                f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --labels {kind}, from a data "
+                f"no {kind} labels (it has: {', '.join(spec.labels) or 'none'}): build it with --label-kinds {kind}, from a data "
                 "set that has them"
             )
         return list(LABEL_KINDS[kind].arrays)
@@ -48,18 +49,17 @@ class Segmentation(Task):
         names = zip(LABEL_KINDS[config.task].arrays, ("labels", "valid"), strict=False)
         return {name: sample.arrays[array].reshape(shape) for array, name in names}
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, classes, H, W)."""
+    def logits(self, batch: Batch) -> Float[Tensor, "B K H W"]:
         logits: Tensor = self.head(self.bev(batch))
         return logits
 
     @staticmethod
-    def labels(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Labels (B, classes, H, W) and validity (B, 1, H, W), both bool."""
+    def labels(batch: Batch) -> tuple[Bool[Tensor, "B K H W"], Bool[Tensor, "B 1 H W"]]:
+        """Labels and validity."""
         labels = batch.maps("labels")
         return labels, batch.maps("valid") if "valid" in batch.arrays else torch.ones_like(labels[:, :1])
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         return {"loss": segmentation_loss(self.logits(batch), *self.labels(batch), self.config.loss.pos_weight)}
 
     def metric(self) -> SegmentationMetric:

@@ -37,7 +37,7 @@ def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str
     epochs = (options.steps * options.batch + 0.5) / len(cache)
     arguments = [
         "pretrain", "--cache", cache.path.parent, "--out", run, "--batch", options.batch, "--epochs", epochs,
-        "--backbone-weights", "none", "--device", options.device, "--workers", options.workers, "--no-progress",
+        "--backbone-weights", "none", "--device", options.device, "--loader-threads", options.workers, "--no-progress",
         "--compile" if options.compile else "--no-compile",
     ]  # fmt: skip
     for assignment in options.overrides:

@@ -36,7 +36,7 @@ def cli(check: Check) -> None:
     batch, steps = check.batch, 2 if check.small else 30
     common = ["--cache", cache.cache.path.parent, "--device", check.device.type, "--no-progress"]
     pretrain = ["pretrain", *common, "--no-tensorboard", "--out", out, "--backbone-weights", "none", "--batch", batch]
-    pretrain += ["--epochs", (steps * batch + 0.5) / len(cache), "--save-every", steps // 2, "--workers", 6]
+    pretrain += ["--epochs", (steps * batch + 0.5) / len(cache), "--save-every", steps // 2, "--loader-threads", 6]
     if check.small:
         pretrain += ["--set", "network.image_size=32x64", "--set", "network.channels=32"]
 

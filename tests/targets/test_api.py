@@ -23,14 +23,14 @@ COMMAND_LINE = [
     *("--source", "other"), *("--version", "v1.0-mini"), *("--scenes", "a,b"), *("--grid", "4x20x12"), *("--range", "-2", "2", "-10", "10", "-6", "6"),
     *("--frames", "both"), *("--sweeps", "3"), *("--image-size", "96x160"), *("--teacher", "none"),
     *("--teacher-layer", "pre-norm"), *("--teacher-dtype", "float32"), *("--teacher-batch", "2"),
-    *("--feature-size", "56x98"), *("--feature-dtype", "int8"), *("--labels", "map"), *("--dividers", "road+lane"),
+    *("--feature-size", "56x98"), *("--feature-dtype", "int8"), *("--label-kinds", "map"), *("--dividers", "road+lane"),
     *("--compat", "simple-bev"), "--points", *("--shard", "1/3"), *("--shard-size", "2"), *("--on-error", "skip"),
     "--retry-skipped", *("--device", "cpu"),
 ]  # fmt: skip
 KEYWORDS = {
     "source": "other", "version": "v1.0-mini", "scenes": ["a", "b"], "grid": VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6)),
     "frames": "both", "sweeps": 3, "image_size": (96, 160), "teacher": None, "teacher_layer": "pre-norm",
-    "teacher_dtype": "float32", "teacher_batch": 2, "feature_size": (56, 98), "feature_dtype": "int8", "labels": ["map"],
+    "teacher_dtype": "float32", "teacher_batch": 2, "feature_size": (56, 98), "feature_dtype": "int8", "label_kinds": ["map"],
     "dividers": "road+lane", "compat": "simple-bev", "points": True, "shard": (1, 3), "shard_size": 2, "on_error": "skip",
     "retry_skipped": True, "device": "cpu",
 }  # fmt: skip
@@ -76,8 +76,8 @@ def test_build_cache_writes_the_bytes_of_the_command(city, tiny_teacher, tmp_pat
         ({"frames": "car"}, "frames='car': one of ego, cameras, both expected"),
         ({"on_error": "ignore"}, "on_error='ignore': one of fail, skip, mask-camera expected"),
         ({"teacher_dtype": "float16"}, "teacher_dtype='float16': one of auto, float32, bfloat16 expected"),
-        ({"labels": ["cars"]}, "labels=.'cars'.: a list of some of vehicles, map expected"),
-        ({"labels": "map"}, "labels='map': a list of some of vehicles, map expected"),
+        ({"label_kinds": ["cars"]}, "label_kinds=.'cars'.: a list of some of vehicles, map expected"),
+        ({"label_kinds": "map"}, "label_kinds='map': a list of some of vehicles, map expected"),
         ({"scenes": "scene-0061"}, "scenes='scene-0061': a list of names expected"),
         ({"workers": -1}, "workers=-1: at least 0 expected"),
         ({"teacher_batch": 0}, "teacher_batch=0: at least 1 expected"),

@@ -102,7 +102,7 @@ def test_local_workers_that_do_not_start_are_explained(city, tiny_teacher, tmp_p
 
 
 def test_labels_can_be_left_out_and_chosen(city, tiny_teacher, tmp_path):
-    for labels, names in [(["--no-labels"], set()), (["--labels", "map"], {"labels/map"})]:
+    for labels, names in [(["--no-labels"], set()), (["--label-kinds", "map"], {"labels/map"})]:
         cache = tmp_path / labels[0]
         run(*build_arguments(city, cache, "none", "--workers", "0", *labels))
         assert {name for name in contents(cache) if name.startswith("labels/")} == names
@@ -116,7 +116,7 @@ def test_without_annotations_only_map_labels_are_built(broken_city, tmp_path):
     output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
     assert "no vehicles labels: v1.0-mini has no annotations" in output
     assert {n for n in contents(tmp_path / "cache") if n.startswith("labels/")} == {"labels/map"}
-    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--labels", "vehicles"), check=False)
+    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--label-kinds", "vehicles"), check=False)
     assert asked.returncode == 1
     assert "no annotations" in asked.stderr
 
@@ -125,7 +125,7 @@ def test_a_missing_map_expansion_is_printed_or_refused(broken_city, tmp_path):
     shutil.rmtree(broken_city / "maps" / "expansion")
     output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0")).stdout
     assert "no map labels: no map expansion" in output
-    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--labels", "map"), check=False)
+    asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--label-kinds", "map"), check=False)
     assert asked.returncode == 1
     assert "nuScenes-map-expansion-v1.3.zip" in asked.stderr
 

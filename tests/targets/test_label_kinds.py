@@ -65,7 +65,7 @@ def ring(monkeypatch) -> LabelKind:
 
 def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path):
     options = ["--cache", tmp_path, "--split", "mini_train"]
-    output = run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--labels", "vehicles,ring")).stdout
+    output = run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--label-kinds", "vehicles,ring")).stdout
     assert "labels: vehicles, ring" in output
     info = run("info", *options).stdout
     assert "1x2x100x13 uint8    cells near the ego vehicle and far from it" in info
@@ -92,7 +92,7 @@ def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path):
 def test_the_reference_of_a_new_kind_finds_a_wrong_cell(city, ring, tmp_path, monkeypatch):
     wrong = dataclasses.replace(ring, draw=f"{__name__}:draw_ring_with_a_wrong_cell")
     monkeypatch.setitem(LABEL_KINDS, "ring", wrong)
-    run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--labels", "ring"))
+    run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--label-kinds", "ring"))
     found = run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "1", check=False)
     assert found.returncode == 1
     assert "1 label cells wrong" in found.stdout

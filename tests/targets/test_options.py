@@ -69,7 +69,7 @@ def test_environment_variables_replace_dataroot_and_cache(city, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "option", [["--grid", "8x200"], ["--image-size", "axb"], ["--labels", "boxes"], ["--shard", "1"]]
+    "option", [["--grid", "8x200"], ["--image-size", "axb"], ["--label-kinds", "boxes"], ["--shard", "1"]]
 )
 def test_malformed_options_are_refused(city, tmp_path, option):
     result = run(*build_arguments(city, tmp_path, "none", *option), check=False)

@@ -377,7 +377,7 @@ def test_the_returns_shown_are_those_in_the_occupied_voxels(serial):
 
 def test_on_the_real_keyframe_returns_voxels_and_vehicles_coincide(real_sample, tmp_path):
     arguments = ["--dataroot", real_sample, "--cache", tmp_path, "--split", "mini_train", "--teacher", "none"]
-    run("build", *arguments, "--labels", "vehicles", "--workers", "0")
+    run("build", *arguments, "--label-kinds", "vehicles", "--workers", "0")
     assert_every_return_lies_in_an_occupied_voxel(tmp_path / "mini_train.zarr")
     reader = CacheReader(tmp_path / "mini_train.zarr")
     grid = reader.cache.spec.grid

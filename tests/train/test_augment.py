@@ -278,11 +278,11 @@ def test_evaluation_only_resizes():
 
 def test_an_area_follows_resize_crop_and_mirroring_and_its_border_stays_the_images():
     """Of a 40x60 image resized to 20x120, whose crop of 24x100 starts 2 px above it and 10 px right of its left side."""
-    resized, crop = torch.tensor([20, 120]), torch.tensor([-2, 10])
+    resized, crop = torch.tensor([[20, 120]] * 4), torch.tensor([[-2, 10]] * 4)
     areas = torch.tensor([[0.0, 0, 40, 60], [10, 15, 30, 45], [0, 15, 40, 60], [0, 0, 4, 3]])
-    plain = transform_area(areas, (40, 60), resized, crop, torch.tensor(False), (24, 100))
+    plain = transform_area(areas, (40, 60), resized, crop, torch.tensor([False] * 4), (24, 100))
     assert plain.tolist() == [[0, 0, 24, 100], [7, 20, 17, 80], [0, 20, 24, 100], [0, 0, 4, 0]]
-    mirrored = transform_area(areas, (40, 60), resized, crop, torch.tensor(True), (24, 100))
+    mirrored = transform_area(areas, (40, 60), resized, crop, torch.tensor([True] * 4), (24, 100))
     assert mirrored.tolist() == [[0, 0, 24, 100], [7, 20, 17, 80], [0, 0, 24, 80], [0, 100, 4, 100]]
 
 

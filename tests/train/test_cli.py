@@ -378,13 +378,13 @@ def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pret
 
 def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pretrained, tmp_path):
     results = []
-    for more in (["--batch", "1", "--workers", "1"], ["--batch", "5", "--workers", "3"]):
+    for more in (["--batch", "1", "--loader-threads", "1"], ["--batch", "5", "--workers", "3"]):
         succeed(*evaluate(pretrained, cache, "--out", tmp_path, *more))
         results.append(json.loads((tmp_path / "val.json").read_text()))
     assert results[0]["occupancy_iou"] == results[1]["occupancy_iou"]
     assert results[0]["cosine"] == pytest.approx(results[1]["cosine"], rel=1e-4)
     for workers in ("1", "3"):
-        succeed(*pretrain(cache, tmp_path / workers, "--workers", workers, *steps(3)))
+        succeed(*pretrain(cache, tmp_path / workers, "--loader-threads", workers, *steps(3)))
     assert_same_run(tmp_path / "1", tmp_path / "3")
 
 
@@ -430,7 +430,7 @@ def test_a_missing_a_partial_and_a_mute_cache_are_refused(cache, tmp_path):
         "no teacher features, which lambda=0.01 needs: build it with --teacher, or pretrain with --occ-only" in message
     )
     message = refuse(*finetune(tmp_path / "mute", out, "--task", "map"), out=out)
-    assert "no map labels (it has: none): build it with --labels map" in message
+    assert "no map labels (it has: none): build it with --label-kinds map" in message
     assert not out.exists()
 
 

@@ -219,7 +219,7 @@ def test_occupancy_alone_needs_no_teacher_and_lambda_says_so(tmp_path):
 @pytest.mark.parametrize(("labels", "has"), [(("vehicles",), "vehicles"), ((), "none")])
 def test_missing_labels_are_named_with_the_remedy(tmp_path, labels, has):
     cache = write_cache(tmp_path, small_spec(labels=labels))
-    with pytest.raises(CacheError, match=rf"no map labels \(it has: {has}\): build it with --labels map"):
+    with pytest.raises(CacheError, match=rf"no map labels \(it has: {has}\): build it with --label-kinds map"):
         dataset_of(cache, MAP)
 
 

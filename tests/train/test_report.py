@@ -34,7 +34,7 @@ SMALL = [
     "--batch",
     "2",
 ]
-QUIET = ["--no-tensorboard", "--no-progress", "--workers", "1", "--device", "cpu"]
+QUIET = ["--no-tensorboard", "--no-progress", "--loader-threads", "1", "--device", "cpu"]
 
 
 def invoke(*arguments: str | Path):
