@@ -74,7 +74,7 @@ def test_build_cache_writes_the_bytes_of_the_command(city, tiny_teacher, tmp_pat
     ("options", "message"),
     [
         ({"frames": "car"}, "frames='car': one of ego, cameras, both expected"),
-        ({"on_error": "ignore"}, "on_error='ignore': one of fail, skip expected"),
+        ({"on_error": "ignore"}, "on_error='ignore': one of fail, skip, mask-camera expected"),
         ({"teacher_dtype": "float16"}, "teacher_dtype='float16': one of auto, float32, bfloat16 expected"),
         ({"label_kinds": ["cars"]}, "label_kinds=.'cars'.: a list of some of vehicles, map expected"),
         ({"label_kinds": "map"}, "label_kinds='map': a list of some of vehicles, map expected"),
