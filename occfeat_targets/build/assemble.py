@@ -23,10 +23,8 @@ from occfeat_targets.cache.geometry import (
     fit_intrinsics,
     inverse_rigid,
     scale_area,
-    transform,
 )
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
 from occfeat_targets.sources.keyframe import CameraView, Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
@@ -34,6 +32,7 @@ from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import letterbox, load_image
 from occfeat_targets.targets.labels import Draw
 from occfeat_targets.targets.occupancy import voxelize
+from occfeat_targets.targets.points import points_of
 
 Seconds = MutableMapping[str, float]
 
@@ -194,20 +193,6 @@ def _occupancy(
             "restore the sweep if it is damaged, or correct --range"
         )
     return packed
-
-
-def points_of(keyframe: Keyframe, returns: Sequence[NDArray[np.float32]], ego_box: float) -> Points:
-    """The returns (n, 4 or more) of each sweep of a keyframe in its ego frame, without those from the ego vehicle."""
-    kept = [values[(np.abs(values[:, :2]) >= ego_box).any(axis=1), :4] for values in returns]
-    sensors = np.stack([sweep.ego_from_sensor for sweep in keyframe.sweeps])
-    xyz = [transform(sensor, values[:, :3].astype(np.float64)) for sensor, values in zip(sensors, kept, strict=True)]
-    return Points(
-        xyz=np.concatenate(xyz).astype(np.float32),
-        intensity=np.concatenate([values[:, 3] for values in kept]),
-        sweep=np.repeat(np.arange(len(kept)), [len(values) for values in kept]),
-        origins=sensors[:, :3, 3].astype(np.float32),
-        times=np.array([sweep.seconds for sweep in keyframe.sweeps], np.float32),
-    )
 
 
 def _labels(

@@ -68,6 +68,12 @@ class CacheReader:
         """(N, V) false for masked cameras, and for all cameras of keyframes that were skipped or are not built yet."""
         return self._whole("camera_valid")
 
+    @property
+    def is_letterboxed(self) -> bool:
+        """Whether some camera fills only a part of its image."""
+        whole = np.array([0, 0, *self.cache.spec.image_size], np.int32)
+        return bool((self._whole("image_area")[self.camera_valid] != whole).any())
+
     def read(self, name: str, keyframe: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """One keyframe of an array, with the shape in its spec; read into `out` if given (C-contiguous, same shape and dtype).
 

@@ -63,8 +63,8 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
     if spec.max_points:
         reader = CacheReader(cache, allow_incomplete=True)
         return {keyframe: reader.points(keyframe).xyz.astype(np.float64) for keyframe in keyframes}
-    from occfeat_targets.build.assemble import points_of
     from occfeat_targets.sources.source import open_source
+    from occfeat_targets.targets.points import points_of
 
     origin = dataroot or cache.provenance.get("dataroot")
     if origin is None or not Path(origin).is_dir():

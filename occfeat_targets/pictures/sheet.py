@@ -63,7 +63,7 @@ def draw_keyframe(
     """
     index = frame_index(reader.cache, frame)
     bands = _title(reader.cache, keyframe, index)
-    absent = why_absent(reader, keyframe)
+    absent = why_absent(reader, keyframe) or _why_no_grid(reader, keyframe, index)
     if absent is not None:
         bands += [_text(absent[0], 44, margin=60), _text(absent[1], 17, margin=40)]
     else:
@@ -95,6 +95,14 @@ def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
         return None
     reason = record["skipped"].get(cache.identity.tokens[keyframe], "The cache does not say why.")
     return "SKIPPED: this keyframe has no targets", reason
+
+
+def _why_no_grid(reader: CacheReader, keyframe: int, index: int) -> tuple[str, str] | None:
+    """(headline, reason) if a keyframe has no grid in this reference frame, else None."""
+    if reader.read("grid_from_ego", keyframe)[index].any():
+        return None
+    name = reader.cache.spec.frames[index]
+    return f"NO GRID: {name} is masked", "'occfeat-targets status' says why. Choose another --frame."
 
 
 def _title(cache: Cache, keyframe: int, index: int) -> list[Band]:

@@ -56,6 +56,7 @@ class KeyframeDataset:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
         self._has_grid = has_grid(reader)[:, self._frames]
         usable = self._has_grid.any(axis=1)
+        self._is_letterboxed = reader.is_letterboxed  # otherwise no area is copied to a GPU and augmented there
         self.num_without_frame = int((reader.is_valid & ~usable).sum())
         if scenes is not None:
             wanted = set(scenes)
@@ -126,7 +127,7 @@ class KeyframeDataset:
             sample = self._read(index, keyframe, drawn.frame, images[index])
             for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
                 columns[name].append(getattr(drawn, name))
-            for name in ("intrinsics", "cam_from_grid", "area"):
+            for name in ("intrinsics", "cam_from_grid", *(["area"] if self._is_letterboxed else [])):
                 columns[name].append(getattr(sample, name))
             targets.append(task.targets(sample, self.config))
         return Batch(
@@ -155,7 +156,7 @@ class KeyframeDataset:
             intrinsics=read("intrinsics").astype(np.float64),
             cam_from_grid=cam_from_grid,
             arrays={name: read(name) for name in self.arrays if name != "images"},
-            area=read("image_area").astype(np.float64),
+            area=read("image_area").astype(np.float64) if self._is_letterboxed else None,
         )
 
 

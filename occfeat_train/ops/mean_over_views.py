@@ -31,7 +31,9 @@ from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shape
 
 
 @lru_cache(maxsize=8)
-def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Float[Tensor, Z], Float[Tensor, H], Float[Tensor, W]]:
+def voxel_axes(
+    grid: VoxelGrid, device: torch.device
+) -> tuple[Float[Tensor, " Z"], Float[Tensor, " H"], Float[Tensor, " W"]]:
     """Voxel centres [m] along (up, forward, right): the grid's float32 values as float64."""
     centers = torch.from_numpy(grid.voxel_centers()).double()
     up, forward, right = (
@@ -106,12 +108,12 @@ class _TritonLift(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, geometry: tuple[Any, ...]) -> Tensor:
-        from occfeat_train.ops.mean_over_views_triton import gather_tokens, scatter_voxels
+        from occfeat_train.ops.mean_over_views_triton import run_kernel
 
-        ctx.geometry, ctx.scatter, ctx.tokens = geometry, scatter_voxels, tokens.shape
+        ctx.geometry, ctx.kernel, ctx.tokens = geometry, run_kernel, tokens.shape
         z, h, w = map(len, geometry[-1])
         volume = tokens.new_empty((len(tokens), h, w, z, tokens.shape[-1]))
-        gather_tokens(tokens.detach(), *geometry, volume)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+        ctx.kernel(tokens.detach(), *geometry, volume, False)
         return volume.flatten(1, 3)
 
     @staticmethod
@@ -119,7 +121,7 @@ class _TritonLift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         z, h, w = map(len, ctx.geometry[-1])
         out = torch.zeros(ctx.tokens, dtype=torch.float32, device=grad.device)
-        ctx.scatter(grad.contiguous().unflatten(1, (h, w, z)), *ctx.geometry, out)
+        ctx.kernel(out, *ctx.geometry, grad.contiguous().unflatten(1, (h, w, z)), True)
         return out.to(grad.dtype), None
 
 
@@ -133,7 +135,7 @@ class Taps:
     starts: index of each of n points' first pair, and the number of pairs. tokens: index into V * h * w tokens.
     """
 
-    starts: Int[Tensor, n_plus_1]
+    starts: Int[Tensor, " n_plus_1"]
     tokens: Int[Tensor, "pairs 4"]
     weights: Float[Tensor, "pairs 4"]
 
@@ -170,7 +172,7 @@ def taps_of(
     column: Float[Tensor, "*points V"],
     row: Float[Tensor, "*points V"],
     is_seen: Bool[Tensor, "*points V"],
-    share: Float[Tensor, n],
+    share: Float[Tensor, " n"],
     feature_size: tuple[int, int],
     dtype: torch.dtype,
 ) -> Taps:
@@ -205,7 +207,7 @@ def sample_voxel_features(
     image_size: tuple[int, int],
     centers: Float[Tensor, "n 3"],
     area: Shaped[Tensor, "V 4"] | None = None,
-) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, n]]:
+) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, " n"]]:
     """Mean over the views of one sample's features at given points, on any device; zeros without a view.
 
     cam_from_grid: cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
@@ -234,7 +236,7 @@ def sample_voxel_features_numpy(
     *,
     area: Shaped[NDArray[Any], "V 4"] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
-) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], n]]:
+) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], " n"]]:
     """`sample_voxel_features` on NumPy arrays with a numba kernel, for the teacher's features (paper 3.3).
 
     features: float16 or float32; or int8, with

@@ -1,4 +1,4 @@
-"""Triton kernels of the lifting: the mean over the views at every voxel, and its gradient.
+"""Triton kernel of the lifting: the mean over the views at every voxel, and its gradient.
 
 A program processes a block of one sample's voxels with all channels, and projects the voxels into the cameras itself. No
 list of taps is stored, and the host is not synchronised. Projections are float64. They use the operations of
@@ -8,7 +8,7 @@ voxel. Sums are float32; tokens and volumes are float32, bfloat16 or float16 and
 The projections into all cameras are computed at once, and those of one camera are selected by a sum over the cameras. The
 sum keeps the compiler from recomputing them in every thread, which would multiply the float64 arithmetic.
 
-`scatter_voxels` uses atomic additions in any order, so the last bits of a gradient differ between runs.
+The backward pass uses atomic additions in any order, so the last bits of a gradient differ between runs.
 """
 
 from __future__ import annotations
@@ -25,52 +25,31 @@ _MAX_VOXELS = 128  # of a block, also with few channels
 _WARPS = 4
 
 
-def gather_tokens(
+def run_kernel(
     tokens: Tensor,  # (B, V * h * w, C)
     cameras: Tensor,  # (B, V, 20) float64, see `views.Cameras.packed`
     image_size: tuple[int, int],  # height, width [px]
     feature_size: tuple[int, int],  # h, w
     axes: tuple[Tensor, Tensor, Tensor],  # float64 centres up (Z,), forward (H,), right (W,) [m]
-    volume: Tensor,  # (B, H, W, Z, C) out
+    volume: Tensor,  # (B, H, W, Z, C)
+    is_backward: bool,
 ) -> None:
-    """volume[voxel] = sum of weight * tokens[token] over the voxel's taps. All tensors are contiguous and on one GPU."""
-    _launch(_gather, tokens, cameras, image_size, feature_size, axes, volume)
-
-
-def scatter_voxels(
-    grad: Tensor,  # (B, H, W, Z, C)
-    cameras: Tensor,  # (B, V, 20) float64
-    image_size: tuple[int, int],  # height, width [px]
-    feature_size: tuple[int, int],  # h, w
-    axes: tuple[Tensor, Tensor, Tensor],  # float64 centres up (Z,), forward (H,), right (W,) [m]
-    out: Tensor,  # (B, V * h * w, C) float32, added to
-) -> None:
-    """out[token] += weight * grad[voxel] over the taps of all voxels: the transpose of `gather_tokens`."""
-    _launch(_scatter, out, cameras, image_size, feature_size, axes, grad)
-
-
-def _launch(
-    kernel: Any,
-    tokens: Tensor,
-    cameras: Tensor,
-    image_size: tuple[int, int],
-    feature_size: tuple[int, int],
-    axes: tuple[Tensor, Tensor, Tensor],
-    volume: Tensor,
-) -> None:
+    """Forward: volume[voxel] = sum of weight * tokens[token] over the voxel's taps. Backward, the transpose: tokens[token] +=
+    weight * volume[voxel] over the taps of all voxels; tokens are float32. All tensors are contiguous and on one GPU.
+    """
     batch, rows, columns, levels, channels = volume.shape
     cams, voxels = cameras.shape[1], rows * columns * levels
     padded_channels, padded_cams = triton.next_power_of_2(channels), triton.next_power_of_2(cams)
     block = max(1, min(_BLOCK // padded_channels, _MAX_VOXELS))
     with torch.cuda.device_of(tokens):  # Triton launches on the current device
-        kernel[-(-voxels // block), batch](
-            tokens, volume, cameras, *axes, voxels, columns, levels, channels, padded_channels, cams,
-            padded_cams, *image_size, *feature_size, block, num_warps=_WARPS, enable_fp_fusion=False,
+        _lift[-(-voxels // block), batch](
+            tokens, volume, cameras, *axes, voxels, columns, levels, channels, padded_channels, cams, padded_cams,
+            *image_size, *feature_size, block, is_backward, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 @triton.jit
-def _gather(
+def _lift(
     tokens: tl.tensor,  # (B, T, C)
     volume: tl.tensor,  # (B, H, W, Z, C)
     cameras: tl.tensor,  # (B, V, 20)
@@ -89,6 +68,7 @@ def _gather(
     h: tl.constexpr,
     w: tl.constexpr,
     block: tl.constexpr,  # voxels of a program
+    is_backward: tl.constexpr,
 ) -> None:
     sample = tl.program_id(1).to(tl.int64)
     voxel = tl.program_id(0) * block + tl.arange(0, block)
@@ -99,76 +79,34 @@ def _gather(
     )  # fmt: skip
     channel = tl.arange(0, padded_channels)[None, :]
     is_channel = channel < channels
-    maps = tokens + sample * (cams * h * w * channels) + channel
+    rows = volume + (sample * voxels + voxel)[:, None] * channels + channel
+    is_row = (voxel < voxels)[:, None] & is_channel
     total = tl.full((block, padded_channels), 0, tl.float32)
+    if is_backward:
+        total = tl.load(rows, is_row, 0).to(tl.float32)
     for cam in range(cams):
         if tl.reduce(tl.where(every == cam, seen, 0), 0, _plus) != 0:
             i00, i01, i10, i11, m00, m01, m10, m11, w00, w01, w10, w11 = _taps(
                 x0, y0, dx, dy, share, every[None, :] == cam, h, w
             )
-            tokens_of = maps + cam * (h * w * channels)
-            t00 = tl.load(tokens_of + i00[:, None] * channels, m00[:, None] & is_channel, 0).to(tl.float32)
-            t01 = tl.load(tokens_of + i01[:, None] * channels, m01[:, None] & is_channel, 0).to(tl.float32)
-            t10 = tl.load(tokens_of + i10[:, None] * channels, m10[:, None] & is_channel, 0).to(tl.float32)
-            t11 = tl.load(tokens_of + i11[:, None] * channels, m11[:, None] & is_channel, 0).to(tl.float32)
-            upper = tl.fma(w00[:, None], t00, w01[:, None] * t01)
-            lower = tl.fma(w10[:, None], t10, w11[:, None] * t11)
-            total += upper + lower
-    rows = (sample * voxels + voxel)[:, None] * channels + channel
-    tl.store(volume + rows, total.to(volume.dtype.element_ty), (voxel < voxels)[:, None] & is_channel)
-
-
-@triton.jit
-def _scatter(
-    out: tl.tensor,  # (B, T, C)
-    grad: tl.tensor,  # (B, H, W, Z, C)
-    cameras: tl.tensor,  # (B, V, 20)
-    up: tl.tensor,  # (Z,)
-    forward: tl.tensor,  # (H,)
-    right: tl.tensor,  # (W,)
-    voxels: tl.constexpr,  # H * W * Z
-    columns: tl.constexpr,  # W
-    levels: tl.constexpr,  # Z
-    channels: tl.constexpr,  # C
-    padded_channels: tl.constexpr,  # next power of two, as Triton requires
-    cams: tl.constexpr,  # V
-    padded_cams: tl.constexpr,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    h: tl.constexpr,
-    w: tl.constexpr,
-    block: tl.constexpr,  # voxels of a program
-) -> None:
-    sample = tl.program_id(1).to(tl.int64)
-    voxel = tl.program_id(0) * block + tl.arange(0, block)
-    every = tl.arange(0, padded_cams)
-    x0, y0, dx, dy, share, seen = _views(
-        cameras + sample * (cams * 20), up, forward, right, voxel[:, None], every[None, :], voxels, columns,
-        levels, cams, height, width, h, w,
-    )  # fmt: skip
-    channel = tl.arange(0, padded_channels)[None, :]
-    is_channel = channel < channels
-    maps = out + sample * (cams * h * w * channels) + channel
-    rows = (sample * voxels + voxel)[:, None] * channels + channel
-    row = tl.load(grad + rows, (voxel < voxels)[:, None] & is_channel, 0).to(tl.float32)
-    for cam in range(cams):
-        if tl.reduce(tl.where(every == cam, seen, 0), 0, _plus) != 0:
-            i00, i01, i10, i11, m00, m01, m10, m11, w00, w01, w10, w11 = _taps(
-                x0, y0, dx, dy, share, every[None, :] == cam, h, w
-            )
-            tokens_of = maps + cam * (h * w * channels)
-            tl.atomic_add(
-                tokens_of + i00[:, None] * channels, w00[:, None] * row, m00[:, None] & is_channel, sem="relaxed"
-            )
-            tl.atomic_add(
-                tokens_of + i01[:, None] * channels, w01[:, None] * row, m01[:, None] & is_channel, sem="relaxed"
-            )
-            tl.atomic_add(
-                tokens_of + i10[:, None] * channels, w10[:, None] * row, m10[:, None] & is_channel, sem="relaxed"
-            )
-            tl.atomic_add(
-                tokens_of + i11[:, None] * channels, w11[:, None] * row, m11[:, None] & is_channel, sem="relaxed"
-            )
+            maps = tokens + (sample * cams + cam) * (h * w * channels) + channel
+            p00, p01 = maps + i00[:, None] * channels, maps + i01[:, None] * channels
+            p10, p11 = maps + i10[:, None] * channels, maps + i11[:, None] * channels
+            if is_backward:
+                tl.atomic_add(p00, w00[:, None] * total, m00[:, None] & is_channel, sem="relaxed")
+                tl.atomic_add(p01, w01[:, None] * total, m01[:, None] & is_channel, sem="relaxed")
+                tl.atomic_add(p10, w10[:, None] * total, m10[:, None] & is_channel, sem="relaxed")
+                tl.atomic_add(p11, w11[:, None] * total, m11[:, None] & is_channel, sem="relaxed")
+            else:
+                t00 = tl.load(p00, m00[:, None] & is_channel, 0).to(tl.float32)
+                t01 = tl.load(p01, m01[:, None] & is_channel, 0).to(tl.float32)
+                t10 = tl.load(p10, m10[:, None] & is_channel, 0).to(tl.float32)
+                t11 = tl.load(p11, m11[:, None] & is_channel, 0).to(tl.float32)
+                upper = tl.fma(w00[:, None], t00, w01[:, None] * t01)
+                lower = tl.fma(w10[:, None], t10, w11[:, None] * t11)
+                total += upper + lower
+    if not is_backward:
+        tl.store(rows, total.to(volume.dtype.element_ty), is_row)
 
 
 @triton.jit

@@ -60,7 +60,9 @@ def differences(info: RunInfo) -> list[Difference]:
     found = _config_differences(info.config, PRESETS[nearest_row(info)])
     targets, paper = _flat({"grid": info.grid.to_dict(), **info.targets}), _flat(TARGETS.to_dict())
     config = info.config
-    reads_teacher = config.is_pretext and "features" in config.task_class.arrays(config, TARGETS)
+    reads_teacher = config.is_pretext and "features" in config.task_class.arrays(
+        config, TargetSpec.from_dict(info.targets)
+    )
     left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
     found += _compare(
         {f"targets.{name}": value for name, value in targets.items() if name not in left_out},

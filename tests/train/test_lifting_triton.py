@@ -127,18 +127,19 @@ def test_a_gpu_takes_triton_unless_a_gradient_must_not_vary(
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gather_tokens", "scatter_voxels"])
+@pytest.mark.parametrize("is_backward", [False, True])
 @pytest.mark.parametrize(("dtype", "target"), [(torch.bfloat16, 90), (torch.float32, 80)])
 def test_it_compiles_for_a_gpu_and_fuses_no_float64(
-    name: str, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    is_backward: bool, dtype: torch.dtype, target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A fused product would put a voxel at an image's edge on another side than `views.Cameras` does."""
     volume = torch.empty(1, 4, 4, 2, 80, dtype=dtype)
-    tokens = torch.empty(1, 6 * 24, 80, dtype=dtype if name == "gather_tokens" else torch.float32)
+    tokens = torch.empty(1, 6 * 24, 80, dtype=torch.float32 if is_backward else dtype)
     axes = tuple(torch.empty(n, dtype=torch.float64) for n in (2, 4, 4))
     geometry = torch.empty(1, 6, 20, dtype=torch.float64), (40, 60), (4, 6), axes
-    given = (tokens, *geometry, volume) if name == "gather_tokens" else (volume, *geometry, tokens)
-    (ptx,) = compiled(LIFTING, target, lambda kernels: getattr(kernels, name)(*given), monkeypatch, tmp_path).values()
+    given = (tokens, *geometry, volume, is_backward)
+    (ptx,) = compiled(LIFTING, target, lambda kernels: kernels.run_kernel(*given), monkeypatch, tmp_path).values()
+    assert bool(re.search(r"\b(atom|red)\.\w+", ptx)) == is_backward  # atomic additions
     assert "mul.rn.f64" in ptx and not re.search(
         r"fma\.rn\.f64|mul\.f64", ptx
     )  # one that isn't marked .rn may be fused

@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
-from occfeat_train.config import PRETEXTS
+from occfeat_train.config import PRETEXTS, Config
 from occfeat_train.tasks.base import Task
 from occfeat_train.training.checkpoint import find_checkpoint
 from tests.train.runs import (
@@ -57,6 +58,13 @@ RING = LabelKind(
     description="cells near the ego vehicle and far from it",
     invalid="behind the ego vehicle",
 )
+
+
+@pytest.mark.parametrize("name", [*PRETEXTS, *LABEL_KINDS])
+def test_every_row_names_a_task(name):
+    config = Config(name)
+    assert issubclass(config.task_class, Task)
+    assert config.is_pretext == (name in PRETEXTS)
 
 
 def test_one_class_and_one_row_are_a_pretext_task(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from jaxtyping import TypeCheckError
 from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.ops.mean_over_views import lift, sample_voxel_features_numpy
 from occfeat_train.ops.views import Views
+from tests.conftest import REPOSITORY
 from tests.train.test_lifting import FORWARD, GRID, PINHOLE, SIZE, one_camera
 
 
@@ -39,3 +42,12 @@ def test_a_result_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(decoder.up1, "forward", lambda up, x: x[:, :4])
     with pytest.raises(TypeCheckError, match="B C H W"):
         decoder(torch.zeros(1, 8, 16, 16))
+
+
+def test_every_shape_is_a_string() -> None:
+    """ruff removes the quotes of a single name, so such a shape starts with a space; without quotes it would not be checked."""
+    annotation = re.compile(
+        r"\b(?:Bool|Float|Int|Shaped|UInt)\d*\[(?:torch\.)?(?:Tensor|NDArray\[\w+\]),\s*([^\"\s][^\]]*)\]"
+    )
+    files = sorted((REPOSITORY / "occfeat_train").rglob("*.py"))
+    assert [f"{file}: {shape}" for file in files for shape in annotation.findall(file.read_text())] == []
