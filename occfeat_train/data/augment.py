@@ -33,7 +33,7 @@ class Draw:
     crop: Int64[NDArray[Any], "V 2"]
     mirror: Bool[NDArray[Any], " V"]
     cameras: Int64[NDArray[Any], " n"]
-    bev_flip: Bool[NDArray[Any], 2]
+    bev_flip: Bool[NDArray[Any], " 2"]
     frame: int
 
 

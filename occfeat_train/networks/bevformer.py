@@ -119,7 +119,7 @@ class Layer(nn.Module):
         tokens: Float[Tensor, "BV h w C"],
         cells: Reads,
         cameras: Reads,
-        num_views: Int[Tensor, BHW],
+        num_views: Int[Tensor, " BHW"],
         map_shape: tuple[int, int],
     ) -> Float[Tensor, "BHW C"]:
         query = self.norm1(query + self.self_attention(query + positions, cells, map_shape))
@@ -169,7 +169,7 @@ class CrossAttention(nn.Module):
         query: Float[Tensor, "BHW C"],
         tokens: Float[Tensor, "BV h w C"],
         cameras: Reads,
-        num_views: Int[Tensor, BHW],
+        num_views: Int[Tensor, " BHW"],
     ) -> Float[Tensor, "BHW C"]:
         """query: positions added."""
         values = self.value(tokens).unflatten(-1, (HEADS, -1))

@@ -23,7 +23,7 @@ from occfeat_train.ops.views import Views, check_shapes
 NEAREST = 2.0  # m
 
 
-def depth_bins(grid: VoxelGrid) -> Float[Tensor, D]:
+def depth_bins(grid: VoxelGrid) -> Float[Tensor, " D"]:
     """float64 depths [m] from 2 m to 0.9 of the distance of the map's corner; D is half the cells of its longer side."""
     farthest = math.hypot(*(max(abs(grid.lower[i]), abs(grid.upper[i])) for i in (1, 2)))
     # The reference rounds the range to whole metres.
@@ -40,9 +40,9 @@ class Points:
     starts: index of each of H * W cells' first point, and n.
     """
 
-    places: Int[Tensor, n]
-    shares: Float[Tensor, n]
-    starts: Int[Tensor, HW_plus_1]
+    places: Int[Tensor, " n"]
+    shares: Float[Tensor, " n"]
+    starts: Int[Tensor, " HW_plus_1"]
 
 
 class LSS(nn.Module):
@@ -111,7 +111,7 @@ class LSS(nn.Module):
         per_cell = torch.bincount(cell, minlength=cells)
         return Points(places, share, nn.functional.pad(per_cell.cumsum(0), (1, 0)))
 
-    def voxels(self, points: Float[Tensor, "n 3"]) -> tuple[Int[Tensor, n], Bool[Tensor, n]]:
+    def voxels(self, points: Float[Tensor, "n 3"]) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
         """Points (right, forward, up) -> flat indices into (Z, H, W), and whether they are inside."""
         grid = self.grid
         index = torch.zeros(len(points), dtype=torch.int64, device=points.device)
@@ -122,6 +122,6 @@ class LSS(nn.Module):
             index = index * size + i.nan_to_num().clamp(0, size - 1).long()
         return index, is_inside
 
-    def cells(self, along: Float[Tensor, n], axis: int) -> Float[Tensor, n]:
+    def cells(self, along: Float[Tensor, " n"], axis: int) -> Float[Tensor, " n"]:
         """Positions along an axis of the grid (0 up, 1 forward, 2 right), in cells from its lower bound -> indices."""
         return along.floor()

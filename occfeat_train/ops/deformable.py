@@ -31,12 +31,12 @@ class Reads:
     """
 
     batch: int
-    maps: Int[Tensor, n]
-    starts: Int[Tensor, Q_plus_1]
+    maps: Int[Tensor, " n"]
+    starts: Int[Tensor, " Q_plus_1"]
     anchors: Float[Tensor, "n A 2"]
 
     @property
-    def queries(self) -> Int[Tensor, n]:
+    def queries(self) -> Int[Tensor, " n"]:
         """Index of a pair's query."""
         every = torch.arange(len(self.starts) - 1, device=self.starts.device)
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.maps))

@@ -31,7 +31,9 @@ from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shape
 
 
 @lru_cache(maxsize=8)
-def voxel_axes(grid: VoxelGrid, device: torch.device) -> tuple[Float[Tensor, Z], Float[Tensor, H], Float[Tensor, W]]:
+def voxel_axes(
+    grid: VoxelGrid, device: torch.device
+) -> tuple[Float[Tensor, " Z"], Float[Tensor, " H"], Float[Tensor, " W"]]:
     """Voxel centres [m] along (up, forward, right): the grid's float32 values as float64."""
     centers = torch.from_numpy(grid.voxel_centers()).double()
     up, forward, right = (
@@ -133,7 +135,7 @@ class Taps:
     starts: index of each of n points' first pair, and the number of pairs. tokens: index into V * h * w tokens.
     """
 
-    starts: Int[Tensor, n_plus_1]
+    starts: Int[Tensor, " n_plus_1"]
     tokens: Int[Tensor, "pairs 4"]
     weights: Float[Tensor, "pairs 4"]
 
@@ -170,7 +172,7 @@ def taps_of(
     column: Float[Tensor, "*points V"],
     row: Float[Tensor, "*points V"],
     is_seen: Bool[Tensor, "*points V"],
-    share: Float[Tensor, n],
+    share: Float[Tensor, " n"],
     feature_size: tuple[int, int],
     dtype: torch.dtype,
 ) -> Taps:
@@ -205,7 +207,7 @@ def sample_voxel_features(
     image_size: tuple[int, int],
     centers: Float[Tensor, "n 3"],
     area: Shaped[Tensor, "V 4"] | None = None,
-) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, n]]:
+) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, " n"]]:
     """Mean over the views of one sample's features at given points, on any device; zeros without a view.
 
     cam_from_grid: cam_from_ego @ inverse(grid_from_ego) [m]; zeros for a masked camera.
@@ -234,7 +236,7 @@ def sample_voxel_features_numpy(
     *,
     area: Shaped[NDArray[Any], "V 4"] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
-) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], n]]:
+) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], " n"]]:
     """`sample_voxel_features` on NumPy arrays with a numba kernel, for the teacher's features (paper 3.3).
 
     features: float16 or float32; or int8, with

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+Coordinate = Float[Tensor, "... 1"]  # of points; the last axis broadcasts to the cameras
+PerCamera = Float[Tensor, "*points V"]
+
 # Mean and standard deviation of RGB in [0, 1]; all pretrained backbones here were trained with these values.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,12 +26,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Views:
     """Images of B samples, V cameras each, all of one size.
 
-    images: (B, V, 3, H, W) float RGB, (value in [0, 1] - IMAGENET_MEAN) / IMAGENET_STD.
-    intrinsics: (B, V, 3, 3) float64 of exactly these images, after any resize, crop and mirroring [px]. fx is negative if
+    images: RGB, (value in [0, 1] - IMAGENET_MEAN) / IMAGENET_STD.
+    intrinsics: float64, of exactly these images, after any resize, crop and mirroring [px]. fx is negative if
     and only if the image is mirrored; the network mirrors the features of such a view back before the lifting.
-    cam_from_grid: (B, V, 4, 4) float64, from the grid's (right, forward, up) to each camera's axes [m]; zeros for a masked
-    camera.
-    area: (B, V, 4) float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    cam_from_grid: float64, from the grid's (right, forward, up) to each camera's axes [m]; zeros for a masked camera.
+    area: float64 (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     """
 
     images: Float[Tensor, "B V 3 height width"]
@@ -51,17 +53,17 @@ class Views:
 class Projection(NamedTuple):
     """Pixel (u, v) and depth [m] of points in each camera, and whether the camera sees the point. u, v and depth are arbitrary elsewhere."""
 
-    u: Float[Tensor, "... V"]
-    v: Float[Tensor, "... V"]
-    depth: Float[Tensor, "... V"]
-    is_seen: Bool[Tensor, "... V"]
+    u: PerCamera
+    v: PerCamera
+    depth: PerCamera
+    is_seen: Bool[Tensor, "*points V"]
 
 
 @dataclass(frozen=True)
 class Cameras:
     """Projections from the grid into V cameras; with a leading axis for the samples of a batch.
 
-    pixels_from_grid: (..., V, 3, 4) float64, intrinsics @ cam_from_grid. area: (..., V, 4) float64 (top, left, bottom, right) [px].
+    pixels_from_grid: float64, intrinsics @ cam_from_grid. area: float64 (top, left, bottom, right) [px].
     image_size: (height, width) [px].
     """
 
@@ -102,10 +104,8 @@ class Cameras:
         matrices, area = (t.to(device, non_blocking=asynchronous) for t in (self.pixels_from_grid, self.area))
         return Cameras(matrices, area, self.image_size)
 
-    def homogeneous(
-        self, x: Float[Tensor, "... 1"], y: Float[Tensor, "... 1"], z: Float[Tensor, "... 1"]
-    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
-        """(u * depth, v * depth, depth) of points (right, forward, up) [m]; the last axis of x, y, z has size 1, for the cameras.
+    def homogeneous(self, x: Coordinate, y: Coordinate, z: Coordinate) -> tuple[PerCamera, PerCamera, PerCamera]:
+        """(u * depth, v * depth, depth) of points (right, forward, up) [m].
 
         Sums in this order everywhere, also in the kernels, so that every path finds the same cameras for a point.
         """
@@ -115,27 +115,13 @@ class Cameras:
         )
         return u, v, depth
 
-    def project(self, x: Float[Tensor, "... 1"], y: Float[Tensor, "... 1"], z: Float[Tensor, "... 1"]) -> Projection:
+    def project(self, x: Coordinate, y: Coordinate, z: Coordinate) -> Projection:
         """Of points as in `homogeneous`."""
         u, v, depth = self.homogeneous(x, y, z)
         u, v = u / depth, v / depth
         return Projection(u, v, depth, (depth > 0) & self.is_inside(u, v))
 
-    def is_inside(
-        self,
-        u: Float[
-            Tensor,
-            (
-                ...  # V
-            ),
-        ],
-        v: Float[
-            Tensor,
-            (
-                ...  # V
-            ),
-        ],
-    ) -> Bool[Tensor, "... V"]:
+    def is_inside(self, u: Float[Tensor, " ..."], v: Float[Tensor, " ..."]) -> Bool[Tensor, "... V"]:
         """Whether a pixel is inside the area, which includes its upper and left border only."""
         top, left, bottom, right = self.area.unbind(-1)
         return (u >= left) & (u < right) & (v >= top) & (v < bottom)
@@ -156,19 +142,17 @@ class Cameras:
         """For the kernels: pixels_from_grid (12), area (4), token_area (4)."""
         return torch.cat([self.pixels_from_grid.flatten(-2), self.area, self.token_area(feature_size)], -1)
 
-    def to_tokens(
-        self, u: Float[Tensor, "*points V"], v: Float[Tensor, "*points V"], feature_size: tuple[int, int]
-    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
+    def to_tokens(self, u: PerCamera, v: PerCamera, feature_size: tuple[int, int]) -> tuple[PerCamera, PerCamera]:
         """Pixels -> (column, row) in tokens of maps of (h, w) tokens; 0 is the centre of the first token.
 
-        The centre of token (row i, column j) is at ((j + 0.5) * W / w, (i + 0.5) * H / h) pixels.
+        The centre of token (row i, column j) is at ((j + 0.5) * width / w, (i + 0.5) * height / h) pixels.
         """
         (height, width), (h, w) = self.image_size, feature_size
         return u * (w / width) - 0.5, v * (h / height) - 0.5
 
     def to_tokens_in_view(
-        self, u: Float[Tensor, "*points V"], v: Float[Tensor, "*points V"], feature_size: tuple[int, int]
-    ) -> tuple[Float[Tensor, "*points V"], Float[Tensor, "*points V"]]:
+        self, u: PerCamera, v: PerCamera, feature_size: tuple[int, int]
+    ) -> tuple[PerCamera, PerCamera]:
         """`to_tokens`, but beyond the outermost centres in the area the border token is read: a point in view is never attenuated."""
         column, row = self.to_tokens(u, v, feature_size)
         top, left, bottom, right = self.token_area(feature_size).unbind(-1)

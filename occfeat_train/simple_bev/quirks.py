@@ -89,7 +89,7 @@ class ReferenceLSS(LSS):
 
     token_center = 0.0
 
-    def cells(self, along: Float[Tensor, n], axis: int) -> Float[Tensor, n]:
+    def cells(self, along: Float[Tensor, " n"], axis: int) -> Float[Tensor, " n"]:
         """Rounds towards zero; the reference's index is whole at cell centres, and along up it counts down from the top."""
         size = self.grid.shape[axis]
         return (along - 0.5).trunc() if axis else size - 1 - (size - 0.5 - along).trunc()
