@@ -11,6 +11,7 @@ its first pixel is at 0.5. In this convention a resize scales intrinsics without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,10 @@ def fit(source_size: tuple[int, int], size: tuple[int, int]) -> Area:
     and the axes are scaled independently. Otherwise the source image is scaled to fit inside, centred.
     """
     (height, width), (source_height, source_width) = size, source_size
-    stretch = source_height * width / (source_width * height)
+    stretch = Fraction(source_height * width, source_width * height)  # exact, so that ties do not depend on rounding
     if max(stretch, 1 / stretch) <= MAX_STRETCH:
         return 0, 0, height, width
-    scale = min(height / source_height, width / source_width)
+    scale = min(Fraction(height, source_height), Fraction(width, source_width))
     used_height, used_width = max(round(source_height * scale), 1), max(round(source_width * scale), 1)
     top, left = (height - used_height) // 2, (width - used_width) // 2
     return top, left, top + used_height, left + used_width

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,12 @@ def filled_part(source_size: tuple[int, int], size: tuple[int, int], student_siz
 
     The part is chosen in the student's image and covers the same fractions of any other, to the nearest pixel.
     """
-    aspect, wanted = source_size[1] / source_size[0], student_size[1] / student_size[0]
+    aspect, wanted = Fraction(source_size[1], source_size[0]), Fraction(student_size[1], student_size[0])
     part = [0, 0, *student_size]
-    if aspect > 1.05 * wanted:  # too wide: black above and below
+    if 100 * aspect > 105 * wanted:  # too wide: black above and below
         used = round(student_size[1] / aspect)
         part = [(student_size[0] - used) // 2, 0, (student_size[0] - used) // 2 + used, student_size[1]]
-    elif wanted > 1.05 * aspect:  # too narrow: black left and right
+    elif 100 * wanted > 105 * aspect:  # too narrow: black left and right
         used = round(student_size[0] * aspect)
         part = [0, (student_size[1] - used) // 2, student_size[0], (student_size[1] - used) // 2 + used]
     return [round(side * size[i % 2] / student_size[i % 2]) for i, side in enumerate(part)]

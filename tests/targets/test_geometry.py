@@ -18,6 +18,7 @@ from occfeat_targets.cache.geometry import (
     scale_intrinsics,
     transform,
 )
+from occfeat_targets.verify.slow_targets import filled_part
 
 K = np.array([[100.0, 0, 40], [0, 110, 30], [0, 0, 1]])
 quaternions = st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: np.linalg.norm(q) > 1e-2)
@@ -85,7 +86,9 @@ def test_scaling_and_cropping_intrinsics_move_pixels_as_the_image_does():
         ((900, 1600), (270, 480), (0, 0, 270, 480)),
         ((900, 1600), (224, 392), (0, 0, 224, 392)),  # 1.6 % of stretch
         ((100, 104), (50, 50), (0, 0, 50, 50)),
+        ((100, 105), (50, 50), (0, 0, 50, 50)),  # exactly the limit
         ((100, 106), (50, 50), (1, 0, 48, 50)),
+        ((200, 100), (33, 50), (0, 17, 33, 33)),  # 16.5 columns: the even number
         ((1600, 900), (270, 480), (0, 164, 270, 316)),  # a portrait camera
         ((400, 1600), (270, 480), (75, 0, 195, 480)),
         ((10, 100_000), (16, 16), (7, 0, 8, 16)),  # at least one pixel
@@ -98,6 +101,8 @@ def test_an_image_fills_the_size_or_fits_inside(source, size, area):
 @given(st.tuples(*[st.integers(16, 3000)] * 2), st.tuples(*[st.integers(16, 600)] * 2))
 def test_a_fitted_image_is_centred_touches_two_sides_and_keeps_its_shape(source, size):
     top, left, bottom, right = fit(source, size)
+    if min(bottom - top, right - left) > 1:
+        assert [top, left, bottom, right] == filled_part(source, size, size)  # verify's own definition
     assert 0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]
     assert (top, bottom) == (0, size[0]) or (left, right) == (0, size[1])
     assert abs(top + bottom - size[0]) <= 1 and abs(left + right - size[1]) <= 1
