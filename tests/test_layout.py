@@ -98,6 +98,16 @@ def test_a_heavy_library_is_imported_only_where_it_is_needed(library, where):
     assert found == where
 
 
+def test_only_the_table_of_sources_names_a_data_set():
+    """The row in SOURCES is a string, and no other module imports a data set or lists its cameras."""
+    root = REPOSITORY / "occfeat_targets"
+    files = [
+        file for file in root.rglob("*.py") if "synth" not in file.parts and file.name not in ("nuscenes.py", "spec.py")
+    ]
+    assert not [file for file in files if "occfeat_targets.sources.nuscenes" in imports(file)]
+    assert not [file for file in files if "CAM_FRONT" in file.read_text()]
+
+
 def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for_reports_its_pictures():
     pictures: set[str] = set()
     for name, file in modules("occfeat_train").items():

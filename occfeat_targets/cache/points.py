@@ -50,7 +50,7 @@ class Points:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Points:
         counts = arrays["num_points"]
-        points, sweeps = arrays["points"][: counts.sum()], int((counts > 0).sum())
+        points, sweeps = arrays["points"][: counts.sum()], int(np.flatnonzero(counts).max(initial=-1)) + 1
         sweep = np.repeat(np.arange(len(counts)), counts)
         return cls(points[:, :3], points[:, 3], sweep, arrays["sweep_origins"][:sweeps], arrays["sweep_times"][:sweeps])
 

@@ -1,1 +1,1 @@
-"""Data sets: keyframes with all paths, transforms, boxes and maps that the targets need. Imports `cache`."""
+"""Data sets, one file and a row of `source.SOURCES` each: keyframes with paths, transforms, boxes and maps. Imports `cache`."""

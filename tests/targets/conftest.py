@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occfeat_targets.sources.source import SOURCES
 from tests.targets.command_line import build_arguments, contents, run
+from tests.targets.toy_source import write_toy
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,10 @@ def expected(serial: Path) -> dict[str, np.ndarray]:
 def broken_city(city, tmp_path) -> Path:
     """A copy of the city whose files a test may damage."""
     return Path(shutil.copytree(city, tmp_path / "city"))
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The dataroot of the toy source, which is in the table of sources during the test."""
+    monkeypatch.setitem(SOURCES, "toy", "tests.targets.toy_source:ToySource")
+    return write_toy(tmp_path / "toy")

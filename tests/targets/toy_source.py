@@ -1,17 +1,24 @@
-"""A data set in a few lines: what a new source takes. Three cameras of different sizes, points from a function, no maps."""
+"""A data set in a few lines: what a new source takes. Three cameras of different sizes, points from a function, no maps.
+
+And its way through the command lines.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep
 from occfeat_targets.sources.map_geometry import MapGeometry
+from occfeat_train.cli import main as train
+from tests.targets.command_line import Result, run
 
+WHERE = ("--split", "all", "--cache")
 SIZES = {"front": (96, 160), "tall": (160, 90), "wide": (60, 240)}  # (height, width)
 SECONDS = (0.0, -0.05)  # of the sweeps
 
@@ -86,3 +93,24 @@ class ToySource:
 
     def read_map(self, split: Split, location: str, dividers: str) -> MapGeometry:
         raise NotImplementedError
+
+
+def build(toy: Path, cache: Path, teacher: str, *more: str, check: bool = True) -> Result:
+    return run(
+        "build", "--source", "toy", "--dataroot", toy, *WHERE, cache, "--teacher", teacher, "--frames", "both",
+        "--grid", "4x16x16", "--range", "-1", "3", "-8", "8", "-8", "8", "--image-size", "48x80", "--feature-size", "56x98",
+        "--shard-size", "2", "--teacher-dtype", "float32", "--workers", "0", *more, check=check,
+    )  # fmt: skip
+
+
+def pretrain(cache: Path, run: Path, *more: str) -> str:
+    tiny = ["network.channels=8", "network.image_size=32x48", "optim.lr=1e-4"]
+    arguments = ["pretrain", *WHERE, cache, "--out", run, "--backbone-weights", "none", "--batch", "2", *more]
+    arguments += [part for change in tiny for part in ("--set", change)]
+    return invoke(train, *arguments, "--epochs", "1", "--device", "cpu", "--no-tensorboard", "--no-progress")
+
+
+def invoke(command, *arguments: object) -> str:
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output

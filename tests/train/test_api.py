@@ -98,6 +98,30 @@ def test_the_default_grid_lies_where_a_build_puts_it(cache, runs, frame):
     torch.testing.assert_close(seen[0].cam_from_grid, seen[1].cam_from_grid, rtol=0, atol=1e-12)
 
 
+def test_nothing_outside_of_an_area_is_read(cache, runs):
+    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    images, *calibration = inputs(sample)
+    part = sample["image_area"].clone()
+    part[0, :, 2:] = torch.tensor([20, 30])  # a quarter of 40x60
+    seen = views_of(network)
+    with torch.no_grad():
+        whole = network.features(images, *calibration)
+        assert torch.equal(network.features(images, *calibration, image_area=sample["image_area"]), whole)
+        assert not torch.equal(network.features(images, *calibration, image_area=part), whole)
+    assert seen[2].area.tolist() == [[[0, 0, 16, 24]] * 6]
+    with pytest.raises(ValueError, match=r"image_area is torch.float64 of shape \(1, 5, 4\)"):
+        network.features(images, *calibration, image_area=part[:, 1:])
+
+    centers = torch.from_numpy(network.grid.voxel_centers()).view(-1, 3)
+    given = {name: sample[name][0] for name in ("intrinsics", "cam_from_ego")}
+    given |= {"grid_from_ego": sample["grid_from_ego"][0, 0], "image_size": (40, 60)}
+    views = [
+        occfeat_train.voxel_features(sample["features"][0], centers, **given, image_area=area)[1].sum()
+        for area in (None, sample["image_area"][0], part[0], part[0] * 0)
+    ]
+    assert views[0] == views[1] > views[2] > views[3] == 0
+
+
 def test_float_images_are_the_same_as_bytes(cache, runs):
     network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
     images, *calibration = inputs(sample)

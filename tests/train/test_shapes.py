@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.ops.mean_over_views import lift, sample_voxel_features_numpy
 from occfeat_train.ops.views import Views
 from tests.conftest import REPOSITORY
+from tests.train.test_batch import make_batch
 from tests.train.test_lifting import FORWARD, GRID, PINHOLE, SIZE, one_camera
 
 
@@ -30,6 +32,11 @@ def test_a_size_that_differs_between_arguments_is_refused() -> None:
 def test_a_size_that_differs_between_fields_is_refused() -> None:
     with pytest.raises(TypeCheckError, match="B V 3 3"):
         Views(torch.zeros(1, 2, 3, *SIZE), torch.zeros(1, 1, 3, 3), torch.zeros(1, 2, 4, 4))
+
+
+def test_a_size_that_differs_within_a_batch_is_refused() -> None:
+    with pytest.raises(TypeCheckError, match="B V"):
+        dataclasses.replace(make_batch(2), mirror=torch.zeros(2, 2, dtype=torch.bool))
 
 
 def test_another_type_of_elements_is_refused() -> None:
