@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
-# Installed before these modules are imported: their functions check the annotated shapes at every call in the test run.
-# Left out are files of Triton and numba kernels, because a compiler reads their functions, and networks/network.py, because
-# tests give BEVNetwork simpler encoders and decoders than it annotates.
+# Installed before these modules are imported, so that their functions check the annotated shapes at every call. Excluded are
+# files with Triton and numba kernels, because a compiler reads their functions, and networks/network.py, because tests give
+# BEVNetwork simpler encoders and decoders than it annotates.
 SHAPED = [
     *(f"occfeat_train.ops.{name}" for name in ("deformable", "instance_norm", "mean_over_views", "views")),
     *(f"occfeat_train.networks.{name}" for name in ("bevformer", "decoder", "encoder", "lss", "simplebev")),
@@ -43,7 +43,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Shapes are not checked, as in use: for tests of our own error messages, and of torch.compile."""
+    """Shapes are not checked, as outside of tests. For tests of our own error messages and of torch.compile."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)

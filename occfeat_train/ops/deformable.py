@@ -48,8 +48,8 @@ def deformable(
 ) -> Float[Tensor, "Q heads d"]:
     """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
 
-    values: maps, bilinearly sampled, 0 outside. places: sampling points, each an offset (column, row) in tokens and a score. The weights are the softmax of the scores over the points of a query and head. P is a
-    multiple of A.
+    values: maps, bilinearly sampled, 0 outside. places: sampling points, each an offset (column, row) in tokens and a score.
+    The weights are the softmax of the scores over the points of a query and head. P is a multiple of A.
     Returns float32, or float64 if values are; gradients reach values and places.
     """
     if values.dtype == torch.float64:

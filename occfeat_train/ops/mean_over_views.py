@@ -258,6 +258,6 @@ def sample_voxel_features_numpy(
     matrices = torch.from_numpy(intrinsics.astype(np.float64) @ cam_from_grid[..., :3, :].astype(np.float64))
     cameras = Cameras.from_matrices(matrices, image_size, None if area is None else torch.from_numpy(area))
     out, num_views = np.empty((len(centers), channels), np.float32), np.empty(len(centers), np.uint8)
-    mean_over_views(maps, scale, (h, w), cameras.packed((h, w)).numpy(), float(image_size[1]), float(image_size[0]),
+    mean_over_views(maps, scale, (h, w), cameras.packed((h, w)).numpy(), (float(image_size[0]), float(image_size[1])),
             np.ascontiguousarray(centers, np.float32), out, num_views)  # fmt: skip
     return out if dtype == "float32" else torch.from_numpy(out).half().numpy(), num_views

@@ -36,13 +36,40 @@ def _blend(c: int, t00: Any, t01: Any, t10: Any, t11: Any, w00: Any, w01: Any, w
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
+def _project(
+    cameras: NDArray[np.float64],  # as in `mean_over_views`
+    size: tuple[int, int],
+    image_size: tuple[float, float],
+    points: NDArray[np.float64],  # (3, n)
+    count: int,  # of the points to project
+    column: NDArray[np.float64],  # (V, n) out, also row and is_seen
+    row: NDArray[np.float64],
+    is_seen: NDArray[np.uint8],
+) -> None:
+    """`views.Cameras.project` and `to_tokens_in_view`. Vectorised over points: pixels behind a camera are computed but not used."""
+    (h, w), (height, width) = size, image_size
+    for view in range(len(cameras)):
+        p, q, r = cameras[view, 0:4], cameras[view, 4:8], cameras[view, 8:12]
+        top, left, bottom, right = cameras[view, 12:16]
+        first_row, first_column, last_row, last_column = cameras[view, 16:20]
+        columns, rows, seen = column[view], row[view], is_seen[view]
+        for i in range(count):
+            x, y, z = points[0, i], points[1, i], points[2, i]
+            depth = r[0] * x + r[1] * y + r[2] * z + r[3]
+            u = (p[0] * x + p[1] * y + p[2] * z + p[3]) / depth
+            v = (q[0] * x + q[1] * y + q[2] * z + q[3]) / depth
+            seen[i] = (depth > 0) & (u >= left) & (u < right) & (v >= top) & (v < bottom)
+            columns[i] = min(max(u * (w / width) - 0.5, first_column), last_column)
+            rows[i] = min(max(v * (h / height) - 0.5, first_row), last_row)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def mean_over_views(
     maps: NDArray[Any],  # (V, h * w, C) float32 or int8; the channels of a token are contiguous
     scale: NDArray[np.float32] | None,  # (V, h * w)
     size: tuple[int, int],  # h, w
     cameras: NDArray[np.float64],  # (V, 20), see `views.Cameras.packed`
-    width: float,
-    height: float,
+    image_size: tuple[float, float],  # height, width [px]
     centers: NDArray[np.float32],  # (n, 3)
     out: NDArray[np.float32],  # (n, C) out
     num_views: NDArray[np.uint8],  # (n,) out
@@ -52,31 +79,17 @@ def mean_over_views(
     h, w = size
     points = np.empty((3, _BLOCK))
     column, row = np.empty((views, _BLOCK)), np.empty((views, _BLOCK))
-    is_valid = np.empty((views, _BLOCK), np.uint8)
+    is_seen = np.empty((views, _BLOCK), np.uint8)
     total = np.empty(channels, np.float32)
     for start in range(0, centers.shape[0], _BLOCK):
         count = min(_BLOCK, centers.shape[0] - start)
         for i in range(count):
             points[0, i], points[1, i], points[2, i] = centers[start + i]
-        for view in range(
-            views
-        ):  # vectorised over voxels: pixels of points behind the camera are computed but not used
-            p, q, r = cameras[view, 0:4], cameras[view, 4:8], cameras[view, 8:12]
-            top, left, bottom, right = cameras[view, 12:16]
-            first_row, first_column, last_row, last_column = cameras[view, 16:20]
-            columns, rows, valid = column[view], row[view], is_valid[view]
-            for i in range(count):
-                x, y, z = points[0, i], points[1, i], points[2, i]
-                depth = r[0] * x + r[1] * y + r[2] * z + r[3]
-                u = (p[0] * x + p[1] * y + p[2] * z + p[3]) / depth
-                v = (q[0] * x + q[1] * y + q[2] * z + q[3]) / depth
-                valid[i] = (depth > 0) & (u >= left) & (u < right) & (v >= top) & (v < bottom)
-                columns[i] = min(max(u * (w / width) - 0.5, first_column), last_column)
-                rows[i] = min(max(v * (h / height) - 0.5, first_row), last_row)
+        _project(cameras, size, image_size, points, count, column, row, is_seen)
         for i in range(count):
             num_seen = 0
             for view in range(views):
-                num_seen += is_valid[view, i]
+                num_seen += is_seen[view, i]
             num_views[start + i] = num_seen
             target = out[start + i]
             if num_seen == 0:
@@ -85,7 +98,7 @@ def mean_over_views(
             if num_seen > 1:
                 total[:] = 0
             for view in range(views):
-                if not is_valid[view, i]:
+                if not is_seen[view, i]:
                     continue
                 # all four are on the map, or have a weight of 0
                 tokens, weights, _ = bilinear_taps(column[view, i], row[view, i], h, w)

@@ -1,11 +1,11 @@
-"""The GPU check: is everything right on this GPU, how fast is it, and where does the time go?
+"""The GPU check: correctness, speed, memory, and where the time of a step is spent, on this GPU.
 
     bash pipelines/gpu_check/run.sh --minutes 7.5
     python -m pipelines.gpu_check --device cpu --small     # a dry run of every part, from the root of the checkout
 
-Worker processes do the parts, in the order of their value, and append each finding to OUT/results.jsonl at once. A part
-that raises, hangs, or ends its process or its CUDA context affects no other part: the next worker does the remaining
-parts. The other networks run in a process of their own each. Exit code 1 if a part failed or a finding is bad.
+Worker processes run the parts in the order of their value and append each finding to OUT/results.jsonl immediately. A part
+that raises, hangs, aborts its process or breaks its CUDA context does not affect other parts: the next worker runs the
+remaining parts. Each of the other networks runs in a separate process. Exit code 1 if a part failed or a finding is bad.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Part:
-    """module, function: what runs; options: keyword arguments of a function that returns the part.
+    """module, function: the code to run; options: keyword arguments of a function that returns this code.
 
-    seconds: after which it is ended. own_process: not in one process with other parts.
+    seconds: time limit. own_process: do not run other parts in the same process.
     """
 
     module: str
@@ -70,13 +70,13 @@ PARTS = {
     "loader": Part("programs", "loader", 60),
     "teacher": Part("programs", "teacher", 50),
 }
-_START_S = 120.0  # for a worker to reach its first part
-_LAST_S = 20.0  # no worker starts with less time left
+_START_S = 120.0  # time limit for a worker to reach its first part
+_LAST_S = 20.0  # no worker starts if less time is left
 FAULTS = {"raise": lambda: 1 / 0, "hang": lambda: time.sleep(10_000), "abort": os.abort}
 
 
 def work(options: argparse.Namespace) -> None:
-    """Do the parts in this process."""
+    """Run the parts in this process."""
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -99,11 +99,11 @@ def work(options: argparse.Namespace) -> None:
             check.synchronize()
             check.free()
         except RuntimeError:
-            os._exit(3)  # the CUDA context is broken: the next worker goes on
+            os._exit(3)  # the CUDA context is broken; the next worker continues
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The records so far."""
+    """All records up to now."""
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
@@ -113,7 +113,7 @@ def states(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def first_group(pending: list[str]) -> list[str]:
-    """The parts that the next worker does: one with a process of its own, or all before the next such part."""
+    """The parts for the next worker: one part with own_process, or all parts before the next such part."""
     if PARTS[pending[0]].own_process:
         return pending[:1]
     ends = [i for i, name in enumerate(pending) if PARTS[name].own_process]
@@ -121,13 +121,13 @@ def first_group(pending: list[str]) -> list[str]:
 
 
 def limit_of(part: str, options: argparse.Namespace) -> float:
-    """Seconds: --limit, else the part's own, and ten times as much in a dry run."""
+    """Time limit of a part [s]: --limit, else its own, times ten in a dry run."""
     given = dict(limit.split("=") for limit in options.limit)
     return float(given.get(part, PARTS[part].seconds * (10 if options.small else 1)))
 
 
 def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -> None:
-    """Run a worker to its end. A part over its limit, or the deadline, ends the worker and all its processes."""
+    """Run a worker. If a part exceeds its limit or the deadline is reached, kill the worker and all its processes."""
     command = [sys.executable, "-m", "pipelines.gpu_check", "--worker", "--device", options.device]
     command += ["--out", options.out, "--scratch", options.scratch, "--parts", *group]
     command += ["--small"] * options.small + ["--fault", *options.fault] * bool(options.fault)
@@ -161,7 +161,7 @@ def run_worker(options: argparse.Namespace, group: list[str], deadline: float) -
 
 
 def summarise(out: Path) -> bool:
-    """Print states, bad findings and times. Returns whether all is well."""
+    """Print states, bad findings and times. Returns true if there is no failed part and no bad finding."""
     records = read(out)
     is_bad = [r for r in records if "error" in r or r.get("ok") is False or r.get("state") == "not begun"]
     print("\n| part | state | seconds |\n|---|---|---|")
@@ -181,12 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a dry run")
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which whatever runs is ended")
+    parser.add_argument("--minutes", type=float, default=7.5, help="time limit of the whole check")
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS)
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check_out"))
-    parser.add_argument("--limit", nargs="+", default=[], metavar="PART=SECONDS", help="after which a part is ended")
+    parser.add_argument("--limit", nargs="+", default=[], metavar="PART=SECONDS", help="time limit of a part")
     parser.add_argument("--fault", nargs="+", default=[], metavar="PART=KIND", help=f"for tests; {', '.join(FAULTS)}")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

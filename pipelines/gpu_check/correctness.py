@@ -21,8 +21,8 @@ NETWORKS = {
     "bevformer": {"lifting": "bevformer"},
     "lss": {"lifting": "lss"},
 }
-# A float32 result of the device may be this many times as far from float64 as the host's float32 result is. The floor is
-# for results that the host happens to hit.
+# The error of the device's float32 result may be this many times the error of the host's float32 result. The floor is for
+# results that the host computes almost exactly by chance.
 _FACTOR, _FLOOR = 10, 1e-3
 
 
@@ -63,7 +63,7 @@ def loss_and_gradient(config: Config, device: torch.device, dtype: torch.dtype) 
     task, batch = task_on(config, True, device), random_batch(config, 2, True)
     for module in task.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # host and device have different random numbers
+            module.p = 0.0  # random numbers differ between host and device
     if dtype == torch.float64:
         task.double()
         batch = DoubleBatch(**{field.name: getattr(batch, field.name) for field in fields(batch)})

@@ -28,11 +28,11 @@ from occfeat_train.training.step import Trainer
 from pipelines.gpu_check.measure import Check
 
 CAMERAS = 6
-_OCCUPIED = 6000 / 320_000  # of the voxels of a nuScenes sweep
+_OCCUPIED = 6000 / 320_000  # share of the voxels that a nuScenes sweep occupies
 
 
 def config_of(small: bool, **network: Any) -> Config:
-    """The default pretraining config with random weights. network: changed fields of NetworkConfig."""
+    """The default pretraining config with random weights. network: fields of NetworkConfig to change."""
     tiny: dict[str, Any] = {"channels": 32, "image_size": (32, 64)} if small else {}
     return Config(network=NetworkConfig(**{"weights": "none", **tiny, **network}))
 
@@ -49,7 +49,7 @@ def rig(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Six cameras in a ring, 60 degrees apart: intrinsics (B, 6, 3, 3) of images of `size`, cam_from_grid (B, 6, 4, 4)."""
     height, width = size
     pinhole = np.array([[0.79 * width, 0, width / 2], [0, 0.79 * width, height / 2], [0, 0, 1]])
-    angles = np.pi * np.arange(CAMERAS) / CAMERAS  # half of the rotation
+    angles = np.pi * np.arange(CAMERAS) / CAMERAS  # half of the rotation angle
     turned = [rigid((np.cos(a), 0, np.sin(a), 0), (0, 0, 0)) @ inverse_rigid(GRID_FROM_CAMERA_AXES) for a in angles]
     stacked = np.stack([pinhole] * CAMERAS), np.stack(turned)
     intrinsics, cam_from_grid = (torch.from_numpy(m).repeat(batch, 1, 1, 1) for m in stacked)
@@ -62,7 +62,7 @@ def random_views(batch: int, size: tuple[int, int], device: torch.device) -> Vie
 
 
 def random_batch(config: Config, batch: int, small: bool) -> Batch:
-    """A batch as the cache would give it, with random content and random augmentation; on the host."""
+    """A batch on the host with random contents and random augmentation, in the format of a cache's batch."""
     grid, size = grid_of(small), config.network.image_size
     source = tuple(int(1.2 * n) for n in size)
     maps = (4, 8) if small else (16, 28)
@@ -107,7 +107,7 @@ def task_on(config: Config, small: bool, device: torch.device) -> Task:
 
 
 class Step:
-    """One optimiser step on a resident batch, as the training loop does it. Returns the loss."""
+    """One optimiser step of the training loop on a resident batch. Returns the loss."""
 
     def __init__(self, check: Check, config: Config, batch: int | None = None) -> None:
         self.config = config
@@ -130,7 +130,7 @@ def random_cache(check: Check) -> CacheReader:
         if check.small:
             teacher = TeacherSpec("random bytes", "none", (56, 112), 14, feature_dim(True))
             spec = TargetSpec(grid=grid_of(True), image_size=(40, 80), teacher=teacher, labels=())
-        unfinished = Path(tempfile.mkdtemp(dir=check.scratch))  # a part that is ended leaves no half cache
+        unfinished = Path(tempfile.mkdtemp(dir=check.scratch))  # an interrupted part leaves no incomplete cache
         write(unfinished, 16 if check.small else 128, spec)
         (unfinished / "val.zarr").symlink_to("train.zarr")
         unfinished.rename(path)

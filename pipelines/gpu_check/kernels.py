@@ -19,7 +19,7 @@ from pipelines.gpu_check.measure import Check, distance
 
 
 def kernels(check: Check) -> None:
-    """The Triton kernels against the plain functions: ms forward and backward, and distances from the plain float32 result."""
+    """The Triton kernels against the plain functions: forward and backward times, and errors relative to plain float32."""
     batch, channels, side = (2, 32, 12) if check.small else (16, 128, 200)
     grid, hidden = grid_of(check.small), 2 * channels
     size = (32, 64) if check.small else (224, 400)
@@ -65,7 +65,7 @@ def kernels(check: Check) -> None:
 def compare_kernel(
     check: Check, name: str, triton: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]
 ) -> None:
-    """Both functions on the same inputs, against the plain function of these inputs in float32."""
+    """Compare both functions with the plain function in float32 on the same inputs."""
 
     def leaves(dtype: torch.dtype | None) -> list[Tensor]:
         return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in inputs]

@@ -1,4 +1,4 @@
-"""What all parts of the check share: the device, the file of results, times and peak memory."""
+"""Shared by all parts of the check: device, results file, times and peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def append(out: Path, record: dict[str, Any]) -> None:
-    """Append a record to out/results.jsonl with one write, so that a reader never sees half of a line."""
+    """Append a record to out/results.jsonl with a single write, so that a reader never sees an incomplete line."""
     line = json.dumps({"at": round(time.time(), 2), **record}, default=str) + "\n"
     with (out / "results.jsonl").open("ab", buffering=0) as file:
         file.write(line.encode())
@@ -58,7 +58,7 @@ class Check:
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """Record an exception and continue; raises it again if the CUDA context is broken."""
+        """Record an exception and continue. Raises it again if the CUDA context is broken."""
         try:
             yield
         except Exception as err:
@@ -80,7 +80,7 @@ class Check:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def times(self, contenders: Mapping[str, Callable[[], Any]], rounds: int = 10) -> dict[str, list[float]]:
-        """Milliseconds of every call. The contenders take turns, so that a drift of the clock affects all alike."""
+        """Times of all calls [ms]. The contenders alternate, so that a drift of the clock rate affects all of them equally."""
         for function in contenders.values():
             for _ in range(1 if self.small else 3):
                 function()
@@ -95,11 +95,11 @@ class Check:
         return found
 
     def ms(self, function: Callable[[], Any], rounds: int = 10) -> float:
-        """Median milliseconds of a call."""
+        """Median time of a call [ms]."""
         return round(statistics.median(self.times({"": function}, rounds)[""]), 3)
 
     def memory(self, function: Callable[[], Any]) -> dict[str, float]:
-        """Peak of the allocated memory during a call, and its increase over the memory before [GB]; empty on a CPU."""
+        """Peak of the allocated memory during a call, and its increase over the memory before the call [GB]. Empty on a CPU."""
         if not self.is_cuda:
             return {}
         self.free()

@@ -1,4 +1,4 @@
-"""Programs around the step on the device: the command line, the loader, DDP with one process, and the teacher."""
+"""Other programs on the device: the command line, the loader, DDP with one process, and the teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipelines.gpu_check.measure import Check, distance
 
 
 def cli(check: Check) -> None:
-    """`pretrain`, the same command after a lost checkpoint, and `evaluate`, on a cache of random bytes."""
+    """`pretrain`, the same command after its last checkpoint was deleted, and `evaluate`, on a cache of random bytes."""
     cache = random_cache(check)
     out = Path(tempfile.mkdtemp(dir=check.scratch)) / "run"
     batch, steps = check.batch, 2 if check.small else 30
@@ -61,7 +61,7 @@ def cli(check: Check) -> None:
 
 
 def loader(check: Check) -> None:
-    """Samples/s that reach the device if nothing else runs, by number of threads."""
+    """Samples/s that arrive on the device if nothing else runs, by number of threads."""
     config = config_of(check.small) if check.small else Config()
     dataset = KeyframeDataset(random_cache(check), config, training=True)
     for workers in (1, 2) if check.small else (1, 2, 4, 8):
@@ -77,7 +77,7 @@ def loader(check: Check) -> None:
 
 
 def ddp(check: Check) -> None:
-    """DDP with one process: warnings, and gradients of two accumulated batches against those without DDP."""
+    """DDP with one process: warnings, and gradients of two accumulated batches compared with those without DDP."""
     store = Path(tempfile.mkdtemp(dir=check.scratch)) / "store"
     backend = "nccl" if check.is_cuda else "gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)

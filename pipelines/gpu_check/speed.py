@@ -1,4 +1,4 @@
-"""Speed and memory on the device: ceilings, the training step and its parts, other networks, and variants."""
+"""Speed and memory on the device: upper limits, the training step and its parts, other networks, and variants."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "zarr", "numcod
 
 
 def env(check: Check) -> None:
-    """Versions, and the rates of copies and matrix products that bound everything else."""
+    """Versions, and the rates of copies and matrix products, which limit all other measurements."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -106,7 +106,7 @@ def layouts(check: Check, whole: Step) -> None:
 
 
 def waits(check: Check, whole: Step) -> None:
-    """How often the host waits for the device in one step, by line of the project."""
+    """Number of times that the host waits for the device in one step, by source line."""
     if not check.is_cuda:
         return check.record("waits of the host", skipped="needs a GPU")
     lines: Counter[str] = Counter()
@@ -214,7 +214,7 @@ def network(**fields: Any) -> Callable[[Check], None]:
 
 
 def variants(check: Check) -> None:
-    """Changed steps against the plain one, in turns in the same process. `ratio` below 1 is a gain."""
+    """Modified steps against the plain step, alternating in the same process. `ratio` below 1 is a gain."""
     config = config_of(check.small)
     kept = replace(config, network=replace(config.network, recompute=False))
     plain = Step(check, config)

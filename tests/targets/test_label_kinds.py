@@ -1,4 +1,4 @@
-"""The table of label kinds: what a row must say, and that one row is enough for a new kind."""
+"""The table of label kinds: requirements on a row, and a new kind that needs one row only."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ RADIUS = 5.0  # [m]
 
 
 def draw_ring(keyframe, spec, grid_from_ego, geometry):
-    """Two toy classes, cells within and beyond RADIUS of the ego vehicle; cells behind it are not valid."""
+    """Two toy classes: cells within RADIUS of the ego vehicle, and cells farther away. Cells behind it are not valid."""
     up = transform(grid_from_ego, np.zeros(3))[2]
     centers = spec.grid.voxel_centers()[0].astype(np.float64)
     centers[..., 2] = up
@@ -35,7 +35,9 @@ def reference_ring(keyframe, spec, grid_from_ego, geometry):
     for row in range(rows):
         for column in range(columns):
             forward, right = rear + (row + 0.5) * length, left_edge + (column + 0.5) * width
-            masks[int(np.hypot(forward, right) > RADIUS), row, column] = True  # the ego frame's grid: no rotation
+            masks[int(np.hypot(forward, right) > RADIUS), row, column] = (
+                True  # the grid is in the ego frame, without rotation
+            )
             is_valid[row, column] = forward >= 0
     return masks, is_valid, np.ones_like(is_valid)
 
@@ -63,7 +65,7 @@ def ring(monkeypatch) -> LabelKind:
     return RING
 
 
-def test_one_row_is_enough_for_a_new_kind_of_labels(city, ring, tmp_path):
+def test_a_new_kind_of_labels_is_one_row(city, ring, tmp_path):
     options = ["--cache", tmp_path, "--split", "mini_train"]
     output = run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--label-kinds", "vehicles,ring")).stdout
     assert "labels: vehicles, ring" in output

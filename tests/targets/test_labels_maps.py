@@ -1,4 +1,4 @@
-"""Map labels: closed forms, the slow twin, properties."""
+"""Map labels: closed forms, the slow reference, properties."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_map_classes_are_the_papers_five_in_order() -> None:
         map_classes("lane")
 
 
-def test_square_road_hole_and_divider_land_on_their_cells_and_channels() -> None:
+def test_square_road_hole_and_divider_have_the_correct_cells_and_channels() -> None:
     tables = Tables()
     tables.add_polygon("drivable_area", square(0, 0, 10), square(2, 2, 3))
     tables.add_polygon("carpark_area", square(1, 1, 6))
@@ -53,13 +53,13 @@ def test_square_road_hole_and_divider_land_on_their_cells_and_channels() -> None
     assert both[4, :, 59:61].all()
 
 
-def test_map_is_drawn_where_the_pose_says() -> None:
+def test_map_is_drawn_at_the_pose() -> None:
     tables = Tables()
     tables.add_polygon("walkway", square(1010, 2020, 1))
     # The ego at (1000, 2000), facing global +y: the square is 20 m ahead and 10 m to the right.
     global_from_ego = rigid([np.sqrt(0.5), 0, 0, np.sqrt(0.5)], [1000, 2000, 3])
     grid_from_global = GRID_FROM_EGO_AXES @ inverse_rigid(global_from_ego)
-    # A millimetre aside, so that rounding of the pose does not decide about cells on the border.
+    # Shifted by a millimetre, so that no cell centre depends on rounding of the pose.
     grid_from_global[:2, 3] += 0.001
     masks = draw_map(MapGeometry.from_tables(tables), GRID, grid_from_global, 3.0)
     assert masks[1].sum() == masks.sum() == 4
@@ -71,7 +71,7 @@ def test_ground_below_a_pitched_grid_moves_with_its_height() -> None:
     tables.add_polygon("walkway", square(10.1, -0.9, 2))
     pitch = 0.1
     grid_from_global = GRID_FROM_EGO_AXES @ rigid([np.cos(pitch / 2), 0, np.sin(pitch / 2), 0], [0, 0, 0])
-    # A rotation by `pitch` about the left axis takes (x, z) to x cos + z sin ahead.
+    # A rotation by `pitch` about the left axis moves (x, z) to x cos + z sin ahead.
     for z in (-20.0, 0.0, 20.0):
         mask = draw_map(MapGeometry.from_tables(tables), GRID, grid_from_global, z)[1]
         ahead = np.flatnonzero(mask.any(axis=1)) * 0.5 - 50
@@ -81,7 +81,7 @@ def test_ground_below_a_pitched_grid_moves_with_its_height() -> None:
 
 @pytest.mark.parametrize("grid", [GRID, ODD_GRID])
 @pytest.mark.parametrize("seed", range(3))
-def test_map_equals_its_slow_twin(seed: int, grid: VoxelGrid) -> None:
+def test_map_equals_the_slow_reference(seed: int, grid: VoxelGrid) -> None:
     rng = np.random.default_rng(seed)
     geometry, pose = random_map(rng), random_pose(rng)
     fast = draw_map(geometry, grid, pose, 1.5, line_width=0.8)
@@ -92,7 +92,7 @@ def test_map_equals_its_slow_twin(seed: int, grid: VoxelGrid) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_near_keeps_all_that_the_window_shows(seed: int) -> None:
+def test_near_keeps_all_shapes_in_the_window(seed: int) -> None:
     rng = np.random.default_rng(seed)
     geometry, pose = random_map(rng, reach=200.0), random_pose(rng)
     part = geometry.near(*map_window(GRID, pose, 1.5, 2.0))
@@ -102,7 +102,7 @@ def test_near_keeps_all_that_the_window_shows(seed: int) -> None:
     assert_equal_where_decided(draw_map(part, GRID, pose, 1.5, line_width=2.0), slow, is_decided)
 
 
-def test_near_drops_holes_out_of_the_window_and_survives_a_pickle() -> None:
+def test_near_drops_holes_outside_the_window_and_survives_pickling() -> None:
     tables = Tables()
     tables.add_polygon("walkway", square(500, 500, 1))
     tables.add_polygon("drivable_area", square(-100, -100, 200), square(80, 80, 3), square(0, 0, 3))
@@ -116,14 +116,14 @@ def test_near_drops_holes_out_of_the_window_and_survives_a_pickle() -> None:
     assert not draw_map(nothing, GRID, GRID_FROM_EGO_AXES, 0.0).any()
 
 
-def test_window_holds_the_grids_corners_and_the_width_of_a_line() -> None:
+def test_window_contains_the_grids_corners_and_half_the_width_of_a_line() -> None:
     low, high = map_window(GRID, GRID_FROM_EGO_AXES, 0.0, 2.0)
     np.testing.assert_allclose([low, high], [[-51, -51], [51, 51]])
     with pytest.raises(ValueError, match="perpendicular"):
         map_window(GRID, GRID_FROM_CAMERA_AXES, 0.0)
 
 
-def test_line_just_outside_the_grid_reaches_in_by_its_width() -> None:
+def test_line_just_outside_the_grid_reaches_inside_by_its_width() -> None:
     tables = Tables()
     tables.add_line("road_divider", [(50.2, -80), (50.2, 80)])  # 0.45 m from the centres of the foremost row
     masks = draw_map(MapGeometry.from_tables(tables), GRID, GRID_FROM_EGO_AXES, 0.0)
@@ -131,7 +131,7 @@ def test_line_just_outside_the_grid_reaches_in_by_its_width() -> None:
     assert masks.sum() == 200
 
 
-def test_shapes_without_enough_nodes_are_left_out() -> None:
+def test_shapes_without_enough_nodes_are_ignored() -> None:
     tables = Tables()
     tables.add_polygon("walkway", [(0, 0), (1, 1)], square(0, 0, 1))
     tables.add_polygon("walkway", square(0, 0, 4), [], [(1, 1)])

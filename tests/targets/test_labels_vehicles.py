@@ -1,4 +1,4 @@
-"""Vehicle labels: closed forms, the slow twin, properties, the real keyframe."""
+"""Vehicle labels: closed forms, the slow reference, properties, the real keyframe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.targets.label_inputs import (
 
 def test_box_of_4_m_by_2_m_on_cell_borders_is_8_by_4_cells() -> None:
     vehicles, is_valid = draw_vehicles(box_corners((3, 1, 0), 4, 2, 1.5)[None], [4], GRID, GRID_FROM_EGO_AXES)
-    # x 1..5 m ahead, y 0..2 m to the left; row 100 and column 100 begin at 0.
+    # The box covers x 1..5 m ahead and y 0..2 m to the left. Row 100 and column 100 start at 0.
     assert vehicles.sum() == 32
     assert vehicles[102:110, 96:100].all()
     assert is_valid.all()
@@ -45,7 +45,7 @@ def test_compat_draws_the_same_box_9_by_5() -> None:
 
 
 def test_compat_truncates_toward_zero_at_the_grids_edge() -> None:
-    # The box lies outside, 5 to 35 cm beyond the edge; its indices of -1 < i < 0 become 0, the first column.
+    # The box lies 5 to 35 cm outside the grid. Its indices -1 < i < 0 are truncated to 0, the first column.
     box = box_corners((0, 50.2, 0), 4, 0.3, 1.5)[None]
     vehicles, _ = draw_vehicles(box, [4], GRID, GRID_FROM_EGO_AXES, compat=True)
     assert vehicles[:, 0].sum() == 9
@@ -77,7 +77,7 @@ def test_no_boxes_draw_nothing() -> None:
 
 @pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize("far", [60.0, 1e6, 1e12, 1e300])
-def test_box_out_of_the_grid_draws_nothing(far: float, compat: bool) -> None:
+def test_box_outside_the_grid_draws_nothing(far: float, compat: bool) -> None:
     for center in ((far, 0, 0), (-far, 0, 0), (0, far, 0), (0, -far, 0)):
         box = box_corners(center, 4, 2, 1.5)[None]
         vehicles, is_valid = draw_vehicles(box, [1], GRID, GRID_FROM_EGO_AXES, compat=compat)
@@ -92,7 +92,7 @@ def test_box_around_the_whole_grid_fills_it(compat: bool) -> None:
 
 
 @pytest.mark.parametrize(("corner", "token"), [(np.nan, 4), (np.inf, 4), (0.0, 0), (0.0, 5)])
-def test_bad_box_is_named(corner: float, token: int) -> None:
+def test_bad_box_is_reported_with_its_index(corner: float, token: int) -> None:
     boxes = np.array([box_corners((3, 1, 0), 4, 2, 1.5)] * 2)
     boxes[1, 3, 0] += corner
     with pytest.raises(ValueError, match="box 1"):
@@ -104,7 +104,7 @@ def test_bad_box_is_named(corner: float, token: int) -> None:
 @pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize("grid", [pytest.param(GRID, marks=pytest.mark.slow), ODD_GRID])
 @pytest.mark.parametrize("seed", range(4))
-def test_vehicles_equal_their_slow_twin(seed: int, grid: VoxelGrid, compat: bool) -> None:
+def test_vehicles_equal_the_slow_reference(seed: int, grid: VoxelGrid, compat: bool) -> None:
     rng = np.random.default_rng(seed)
     boxes, visibility, pose = random_boxes(rng, 40), rng.integers(1, 5, 40), random_pose(rng)
     fast = draw_vehicles(boxes, visibility, grid, pose, compat=compat)
@@ -116,8 +116,8 @@ def test_vehicles_equal_their_slow_twin(seed: int, grid: VoxelGrid, compat: bool
         assert_equal_where_decided(drawn, expected, is_decided)
 
 
-def test_compat_order_of_corners_survives_rounding_noise() -> None:
-    # Top corners of a level box are equally high: noise must not draw a bow tie, which loses the middle.
+def test_compat_order_of_corners_is_robust_to_rounding() -> None:
+    # The top corners of a level box have the same height. Rounding must not reorder them to a bow tie.
     rng = np.random.default_rng(0)
     for _ in range(50):
         box = box_corners((3, 1, 0), 4, 2, 1.5) + rng.normal(0, 1e-12, (8, 3)) * [0, 0, 1]
@@ -128,7 +128,7 @@ def test_compat_order_of_corners_survives_rounding_noise() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(-20, 20), st.integers(-20, 20))
 def test_moving_a_box_by_whole_cells_shifts_its_cells(seed: int, ahead: int, left: int) -> None:
     rng = np.random.default_rng(seed)
-    box = np.round(random_boxes(rng, 1) * 64) / 64  # so that the move itself does not round
+    box = np.round(random_boxes(rng, 1) * 64) / 64  # so that the shift is exact
     box[..., :2] += np.round(-box[0, :, :2].mean(axis=0))
     moved = box + np.array([ahead, left, 0]) * 0.5
     here, there = (draw_vehicles(b, [4], GRID, GRID_FROM_EGO_AXES)[0] for b in (box, moved))
@@ -137,7 +137,7 @@ def test_moving_a_box_by_whole_cells_shifts_its_cells(seed: int, ahead: int, lef
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
-def test_vehicles_of_two_lists_are_the_or_of_each(seed: int, compat: bool) -> None:
+def test_vehicles_of_two_lists_are_the_union_of_both(seed: int, compat: bool) -> None:
     rng = np.random.default_rng(seed)
     boxes, visibility, pose = random_boxes(rng, 6), rng.integers(1, 5, 6), random_pose(rng)
     parts = [draw_vehicles(boxes[i::2], visibility[i::2], GRID, pose, compat=compat) for i in (0, 1)]
@@ -146,7 +146,7 @@ def test_vehicles_of_two_lists_are_the_or_of_each(seed: int, compat: bool) -> No
     np.testing.assert_array_equal(is_valid, parts[0][1] & parts[1][1])
 
 
-def test_corner_order_is_the_devkits() -> None:
+def test_corner_order_equals_the_devkits() -> None:
     classes = pytest.importorskip("nuscenes.utils.data_classes", reason="nuscenes-devkit is not installed")
     quaternion = pytest.importorskip("pyquaternion").Quaternion(axis=[0, 0, 1], angle=0.7)
     box = classes.Box([1, 2, 3], [2, 4, 1.5], quaternion)
@@ -188,9 +188,9 @@ def test_lidar_points_in_vehicle_boxes_fall_on_vehicle_cells(sensor: str) -> Non
         found: Array = mask[h, w]
         return found
 
-    # The rule: a cell is a vehicle's if its centre is in the footprint, and no point of a cell is further than
-    # half its diagonal, 0.36 m, from its centre. So points that deep inside a box (in one shrunk by as much on
-    # every side) are on vehicle cells without exception; the others are on one or beside one.
+    # A cell is a vehicle cell if its centre is in the footprint, and no point of a cell is farther than half the diagonal,
+    # 0.36 m, from its centre. So all points at least that deep inside a box are on vehicle cells, and the others are on a
+    # vehicle cell or next to one.
     in_box, deep = np.zeros((2, len(points)), bool)
     for box in boxes:
         in_box |= points_in_box(box, points.T)

@@ -1,4 +1,4 @@
-"""Cameras that cannot be used are masked: in the cache, on the record, and in training."""
+"""Unusable cameras are masked in the cache, recorded, and not used in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.targets.toy_source import SIZES, WHERE, build, invoke, pretrain
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_unusable_cameras_are_masked_on_the_record_and_built_once_they_are_repaired(toy, tiny_teacher, tmp_path, dtype):
+def test_unusable_cameras_are_masked_and_recorded_and_built_after_the_repair(toy, tiny_teacher, tmp_path, dtype):
     options = ("--feature-dtype", dtype)
     build(toy, tmp_path / "good", tiny_teacher, *options)
     expected = contents(tmp_path / "good", "all")
@@ -29,7 +29,7 @@ def test_unusable_cameras_are_masked_on_the_record_and_built_once_they_are_repai
     (toy / "tall" / "1.jpg").unlink()
     whole = (toy / "wide" / "2.jpg").read_bytes()
     (toy / "wide" / "2.jpg").write_bytes(whole[: len(whole) * 2 // 3])
-    (toy / "front" / "3.jpg").unlink()  # also its sweep
+    (toy / "front" / "3.jpg").unlink()  # this is also its sweep
     cache, masking = tmp_path / "cache", (*options, "--on-error", "mask-camera")
     refused = build(toy, cache, tiny_teacher, *options, check=False)
     assert refused.returncode == 1
@@ -81,8 +81,8 @@ def test_a_keyframe_without_any_usable_camera_is_skipped(toy, tmp_path):
     assert CacheReader(tmp_path / "all.zarr").is_valid.tolist() == [False, True, True, True]
 
 
-def test_training_reads_nothing_of_a_masked_camera(toy, tiny_teacher, tmp_path):
-    """With the running statistics of BatchNorm, a masked camera's pixels change nothing, and another's do."""
+def test_training_does_not_use_a_masked_camera(toy, tiny_teacher, tmp_path):
+    """BatchNorm uses running statistics here, so the loss does not depend on a masked camera's pixels."""
     cache, run_path = tmp_path / "cache", tmp_path / "run"
     (toy / "wide" / "1.jpg").unlink()
     (toy / "tall" / "2.jpg").unlink()
@@ -105,7 +105,7 @@ def test_training_reads_nothing_of_a_masked_camera(toy, tiny_teacher, tmp_path):
     assert "1 keyframes are left out: the camera of their grid, wide, is masked" in refused.output
 
 
-def test_a_sample_never_lies_in_the_frame_of_a_masked_camera(toy, tiny_teacher, tmp_path):
+def test_a_masked_camera_is_never_the_reference_frame(toy, tiny_teacher, tmp_path):
     (toy / "wide" / "1.jpg").unlink()
     build(toy, tmp_path, tiny_teacher, "--on-error", "mask-camera", check=False)
     reader = CacheReader(tmp_path / "all.zarr")

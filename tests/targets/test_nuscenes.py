@@ -22,7 +22,7 @@ def devkit(real_sample):
     return NuScenes("v1.0-mini", str(real_sample), verbose=False)
 
 
-def test_the_real_keyframe_is_found_and_the_scenes_that_are_not_there_are_named(real_sample):
+def test_the_real_keyframe_is_found_and_missing_scenes_are_counted(real_sample):
     split = split_of(real_sample)
     assert [k.token for k in split.keyframes] == ["ca9a282c9e77460f8360f564131a8af5"]
     assert len(split.missing_scenes) == 7
@@ -50,7 +50,7 @@ def test_transforms_agree_with_plain_tables_and_pyquaternion(real_sample, city):
 
 
 @pytest.mark.parametrize("camera", range(6))
-def test_the_devkits_own_projection_agrees_to_under_half_a_pixel(real_sample, devkit, camera):
+def test_the_devkits_projection_agrees_within_a_twentieth_of_a_pixel(real_sample, devkit, camera):
     keyframe = split_of(real_sample).keyframes[0]
     sample = devkit.get("sample", keyframe.token)
     lidar, image = sample["data"]["LIDAR_TOP"], sample["data"][CAMERAS[camera]]
@@ -61,14 +61,14 @@ def test_the_devkits_own_projection_agrees_to_under_half_a_pixel(real_sample, de
     pixels, depth, is_valid = project(
         view.intrinsics, transform(view.cam_from_ego @ keyframe.sweeps[0].ego_from_sensor, points), view.source_size
     )
-    # the devkit keeps a margin of one pixel, and points beyond one metre
+    # the devkit excludes a margin of one pixel and points nearer than one metre
     keep = is_valid & (depth > 1.0) & (pixels > 1).all(1) & (pixels < np.array([1599, 899])).all(1)
     assert expected.shape[1] > 1000
     assert keep.sum() == expected.shape[1]
     assert np.abs(pixels[keep] - expected[:2].T).max() < 0.05  # the devkit rotates in float32
 
 
-def test_vehicle_corners_are_the_devkits(real_sample, devkit):
+def test_vehicle_corners_equal_the_devkits(real_sample, devkit):
     keyframe = split_of(real_sample).keyframes[0]
     sample = devkit.get("sample", keyframe.token)
     boxes = [devkit.get_box(token) for token in sample["anns"]]
@@ -76,7 +76,7 @@ def test_vehicle_corners_are_the_devkits(real_sample, devkit):
     np.testing.assert_allclose(transform(keyframe.global_from_ego, keyframe.vehicle_corners), expected, atol=1e-6)
 
 
-def test_keyframes_come_in_the_splits_scene_order_then_by_time(city):
+def test_keyframes_are_sorted_by_the_splits_scenes_and_then_by_time(city):
     split = split_of(city)
     scenes = [k.scene for k in split.keyframes]
     assert scenes == sorted(scenes)
@@ -85,7 +85,7 @@ def test_keyframes_come_in_the_splits_scene_order_then_by_time(city):
     assert split.is_synthetic
 
 
-def test_a_scenes_first_keyframe_has_the_sweeps_there_are(city):
+def test_a_scenes_first_keyframe_has_only_its_own_sweep(city):
     counts = [len(k.sweeps) for k in split_of(city, num_sweeps=4).keyframes]
     assert counts[0] == 1
     assert counts[2] == 4
@@ -105,7 +105,7 @@ def test_both_directory_layouts_are_found(city, tmp_path, inner, version):
     assert find_dataroot(root, "mini_train", version) == (root / inner if inner else root, "v1.0-mini")
 
 
-def test_a_missing_split_scene_or_table_is_explained(city, tmp_path):
+def test_a_missing_split_scene_or_table_is_named(city, tmp_path):
     with pytest.raises(DatasetError, match="no split 'trian'"):
         split_of(city, "trian")
     with pytest.raises(DatasetError, match="has none of the 150 scenes of split 'test'"):
@@ -117,7 +117,7 @@ def test_a_missing_split_scene_or_table_is_explained(city, tmp_path):
         split_of(copy)
 
 
-def test_a_map_that_is_missing_or_too_old_is_explained(city, tmp_path):
+def test_a_missing_or_outdated_map_is_named(city, tmp_path):
     with pytest.raises(DatasetError, match=r"nuScenes-map-expansion-v1\.3\.zip"):
         read_map(tmp_path, "singapore-onenorth", "road")
     location = split_of(city).locations[0]

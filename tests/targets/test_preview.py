@@ -23,11 +23,11 @@ from tests.targets.command_line import run
 
 GREY = (100, 100, 100)
 INTRINSICS = np.array([[20, 0, 12], [0, 20, 8], [0, 0, 1]], np.float32)
-YAWS = np.deg2rad([60, 0, -60, 120, 180, -120])  # of CAMERAS, to the left of the ego's x axis
+YAWS = np.deg2rad([60, 0, -60, 120, 180, -120])  # yaws of CAMERAS, measured to the left from the ego's x axis
 
 
 def cam_from_ego(yaw):
-    """Cameras at the ego's origin that look along `yaw` in its plane."""
+    """A camera at the ego's origin that looks horizontally along `yaw` [rad]."""
     x = (np.sin(yaw), -np.cos(yaw), 0)  # right
     z = (np.cos(yaw), np.sin(yaw), 0)
     matrix = np.eye(4)
@@ -36,7 +36,7 @@ def cam_from_ego(yaw):
 
 
 def make_cache(tmp_path, occupied=(), *, spec=None, simulated=(), skipped=(), **contents):
-    """A cache of grey images and known calibration whose every keyframe has the same voxels (z, h, w) occupied."""
+    """A cache with grey images, known calibration and the same occupied voxels (z, h, w) in every keyframe."""
     spec = spec or small_spec(teacher=None)
     provenance = {"simulated": list(simulated)}
     cache = create_cache(tmp_path / "train.zarr", spec, small_identity(3), keyframes_per_shard=3, provenance=provenance)
@@ -98,7 +98,7 @@ def size(file):
 
 
 @pytest.mark.parametrize("camera", range(6))
-def test_a_voxel_is_drawn_where_its_centre_projects_and_on_no_other_camera(tmp_path, camera):
+def test_a_voxel_is_drawn_at_the_projection_of_its_centre_and_in_no_other_camera(tmp_path, camera):
     centers = SMALL_GRID.voxel_centers()
     ego = transform(inverse_rigid(GRID_FROM_EGO_AXES), centers)
     projected, depth, is_valid = project(INTRINSICS, transform(cam_from_ego(YAWS[camera]), ego), (16, 24))
@@ -118,7 +118,7 @@ def test_a_voxel_is_drawn_where_its_centre_projects_and_on_no_other_camera(tmp_p
     assert others == [0] * 5
 
 
-def test_an_image_is_drawn_in_its_own_pixels(tmp_path):
+def test_an_image_is_drawn_at_its_own_resolution(tmp_path):
     image = np.zeros((16, 24, 3), np.uint8)
     image[4:12, 6:18] = (250, 10, 10)
     reader = make_cache(tmp_path, images=image)
@@ -128,8 +128,8 @@ def test_an_image_is_drawn_in_its_own_pixels(tmp_path):
     np.testing.assert_allclose(found, [(250, 10, 10)] * 2 + [(0, 0, 0)] * 2, atol=12)
 
 
-def test_a_forward_voxel_is_above_the_ego_and_one_on_the_right_is_right_of_it(tmp_path):
-    z, h, w = 3, 10, 6  # the cells just forward and right of the origin
+def test_a_voxel_ahead_is_above_the_ego_and_a_voxel_to_the_right_is_right_of_it(tmp_path):
+    z, h, w = 3, 10, 6  # the cell in front and to the right of the origin
     cells = [(z, h + 8, w), (z - 3, h, w + 5)]
     sheet = draw_keyframe(make_cache(tmp_path, cells), 0)
     axes, drawn = maps(sheet)[0], pixels(sheet)
@@ -163,7 +163,7 @@ def test_the_same_feature_has_the_same_colour_in_every_view_and_keyframe(tmp_pat
     assert len(corners) == 1
 
 
-def test_colours_in_a_legend_are_those_in_the_map(tmp_path):
+def test_a_legend_has_the_colours_of_the_map(tmp_path):
     rows = np.arange(20)
     masks = [np.repeat(((rows == 4 * k) | (rows == 4 * k + 1))[:, None], 12, axis=1) for k in range(5)]
     vehicles = np.zeros((20, 12), np.bool_)
@@ -182,7 +182,7 @@ def test_colours_in_a_legend_are_those_in_the_map(tmp_path):
     np.testing.assert_array_equal(color_at(axes, drawn, np.array([(-5.5, 8.5)]))[0], found["vehicles"])
 
 
-def test_the_same_keyframe_gives_the_same_bytes_also_in_threads(tmp_path):
+def test_the_same_keyframe_gives_the_same_bytes_even_in_threads(tmp_path):
     reader = make_cache(tmp_path, [(3, 18, 6)])
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda keyframe: png(draw_keyframe(reader, keyframe)), [0, 0])
@@ -190,7 +190,7 @@ def test_the_same_keyframe_gives_the_same_bytes_also_in_threads(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 11])
-def test_any_number_of_cameras_of_any_names_fits_on_the_sheet(tmp_path, count):
+def test_the_sheet_shows_any_number_of_cameras_with_any_names(tmp_path, count):
     names = tuple(f"$ring_{i}^{i} camera" for i in range(count))
     turned = [cam_from_ego(yaw) for yaw in 0.1 + 2 * np.pi * np.arange(count) / count]
     spec = small_spec(cameras=names)
@@ -224,7 +224,7 @@ def test_int8_features_are_multiplied_by_their_scale(tmp_path):
     np.testing.assert_array_equal(features, np.broadcast_to(-3.0 * scale[..., None], (6, 2, 3, 8)))
 
 
-def test_a_masked_camera_is_black_and_named_so(tmp_path):
+def test_a_masked_camera_is_black_and_labelled_as_masked(tmp_path):
     valid = np.array([True, True, True, True, False, True])
     pose = np.array([cam_from_ego(yaw) for yaw in YAWS]) * valid[:, None, None]
     images = np.full((6, 16, 24, 3), GREY, np.uint8) * valid[:, None, None, None].astype(np.uint8)
@@ -241,9 +241,9 @@ def test_a_masked_camera_is_black_and_named_so(tmp_path):
     assert "CAM_BACK" not in named and "CAM_BACK_LEFT" in named
 
 
-def test_points_and_features_outside_of_the_area_that_a_camera_fills_are_not_shown(tmp_path):
+def test_points_and_features_outside_a_cameras_area_are_not_shown(tmp_path):
     voxels = [(z, h, w) for z in range(4) for h in range(12, 20) for w in range(12)]
-    area = (0, 8, 16, 16)  # of 16x24 pixels: the middle third, where the tokens of the middle column are
+    area = (0, 8, 16, 16)  # the middle third of 16x24 pixels, with the middle column of tokens
     features = np.random.default_rng(0).normal(size=(6, 2, 3, 8))
     reader = make_cache(tmp_path, voxels, spec=small_spec(), image_area=area, features=features)
     view, shown = views(draw_keyframe(reader, 0), "CAM_FRONT")
@@ -255,7 +255,7 @@ def test_points_and_features_outside_of_the_area_that_a_camera_fills_are_not_sho
     np.testing.assert_array_equal(is_shown, np.broadcast_to([False, True, False], (6, 2, 3)))
 
 
-def test_simulated_data_carries_a_banner_and_real_data_none(tmp_path):
+def test_simulated_data_has_a_banner_and_real_data_has_none(tmp_path):
     text = "the city is synthetic and " + " and ".join(f"part {i} is simulated" for i in range(30))
     real = draw_keyframe(make_cache(tmp_path / "real"), 0)
     simulated = draw_keyframe(make_cache(tmp_path / "simulated", simulated=[text]), 0)
@@ -267,7 +267,7 @@ def test_simulated_data_carries_a_banner_and_real_data_none(tmp_path):
     assert simulated.bbox.height > real.bbox.height + 60
 
 
-def test_a_skipped_keyframe_is_never_drawn_as_a_picture_of_zeros(tmp_path):
+def test_a_skipped_keyframe_is_not_drawn_as_zeros(tmp_path):
     reader = make_cache(tmp_path, [(3, 18, 6)], skipped=[1])
     assert why_absent(reader, 0) is None
     assert why_absent(reader, 1) == ("SKIPPED: this keyframe has no targets", "no JPEG for token1")
@@ -278,7 +278,7 @@ def test_a_skipped_keyframe_is_never_drawn_as_a_picture_of_zeros(tmp_path):
     assert write_preview(reader.cache, tmp_path / "out", [1], points=True, progress=False).is_file()
 
 
-def test_a_keyframe_that_is_not_built_yet_is_named_so(small_cache, tmp_path):
+def test_a_keyframe_that_is_not_built_yet_is_reported(small_cache, tmp_path):
     with pytest.raises(ValueError, match="nothing of .* is built yet"):
         choose_keyframes(small_cache)
     small_cache.write_shard(0, random_arrays(small_cache, 0), {"skipped": {}, "cosine": None})
@@ -289,7 +289,7 @@ def test_a_keyframe_that_is_not_built_yet_is_named_so(small_cache, tmp_path):
     assert write_preview(small_cache, tmp_path / "out", [2, 3], progress=False).is_file()
 
 
-def test_the_page_shows_every_sheet_and_says_what_is_simulated(finished_cache, tmp_path):
+def test_the_page_shows_every_sheet_and_states_what_is_simulated(finished_cache, tmp_path):
     simulated = make_cache(tmp_path / "a", simulated=["the teacher's <weights> are random"])
     page = write_preview(simulated.cache, tmp_path / "out", [0, 2], progress=False)
     text = page.read_text()
@@ -304,7 +304,7 @@ def test_the_page_shows_every_sheet_and_says_what_is_simulated(finished_cache, t
     assert "SIMULATED" not in write_preview(finished_cache, tmp_path / "real", [0], progress=False).read_text()
 
 
-def test_keyframes_are_chosen_by_number_token_or_evenly(finished_cache):
+def test_keyframes_are_chosen_by_number_by_token_or_evenly(finished_cache):
     assert choose_keyframes(finished_cache) == [0, 2, 4, 6]
     assert choose_keyframes(finished_cache, samples=99) == list(range(7))
     assert choose_keyframes(finished_cache, samples=1) == [0]
@@ -317,7 +317,7 @@ def test_keyframes_are_chosen_by_number_token_or_evenly(finished_cache):
         choose_keyframes(finished_cache, tokens=["nobody"])
 
 
-def test_what_a_cache_lacks_is_refused_with_what_it_has(finished_cache, tmp_path):
+def test_requests_that_a_cache_cannot_fulfil_are_refused_with_the_alternatives(finished_cache, tmp_path):
     reader = CacheReader(finished_cache)
     with pytest.raises(ValueError, match="no grid in frame 'CAM_FRONT': choose one of ego"):
         draw_keyframe(reader, 0, frame="CAM_FRONT")
@@ -335,12 +335,12 @@ def test_what_a_cache_lacks_is_refused_with_what_it_has(finished_cache, tmp_path
 
 
 @pytest.mark.parametrize("labels", [(), ("map",), ("vehicles",)])
-def test_panels_are_drawn_for_the_labels_there_are(tmp_path, labels):
+def test_panels_are_drawn_for_the_labels_of_the_cache(tmp_path, labels):
     reader = make_cache(tmp_path, [(3, 18, 6)], spec=small_spec(teacher=None, labels=labels))
     assert len(maps(draw_keyframe(reader, 0))) == 1 + bool(labels) + ("vehicles" in labels)
 
 
-def test_the_command_writes_a_page_and_takes_every_option(city, serial, tmp_path):
+def test_the_command_writes_a_page_and_accepts_every_option(city, serial, tmp_path):
     where = ["--cache", serial, "--split", "mini_train"]
     out = run("preview", *where, "--out", tmp_path / "a", "--samples", "2", "--frame", "CAM_BACK").stdout
     assert str(tmp_path / "a" / "index.html") in out
@@ -368,10 +368,10 @@ def assert_every_return_lies_in_an_occupied_voxel(cache_path):
         inside = (z >= 0) & (z < grid.shape[0]) & (h >= 0) & (h < grid.shape[1]) & (w >= 0) & (w < grid.shape[2])
         found[z[inside], h[inside], w[inside]] = True
         assert inside.sum() > 1000
-        assert (found != volume).sum() <= 5  # returns on a cell's border
+        assert (found != volume).sum() <= 5  # returns at a cell's border
 
 
-def test_the_returns_shown_are_those_in_the_occupied_voxels(serial):
+def test_the_returns_shown_lie_in_the_occupied_voxels(serial):
     assert_every_return_lies_in_an_occupied_voxel(serial / "mini_train.zarr")
 
 

@@ -28,20 +28,20 @@ def square():
 
 
 def looking(*degrees):
-    """(cams, 4, 4) cameras that look that far to the left of the ego's x axis."""
+    """Cameras (V, 4, 4) that look to the left of the ego's x axis by these angles."""
     matrices = np.tile(np.eye(4), (len(degrees), 1, 1))
     for matrix, yaw in zip(matrices, np.deg2rad(degrees), strict=True):
         matrix[:3, :3] = [(np.sin(yaw), -np.cos(yaw), 0), (0, 0, -1), (np.cos(yaw), np.sin(yaw), 0)]
     return matrices
 
 
-def test_cameras_are_arranged_as_around_the_vehicle_whatever_their_names_and_order():
+def test_cameras_are_arranged_as_on_the_vehicle_whatever_their_names_and_order():
     def rows(*degrees, masked=()):
         return arrange(looking(*degrees), ~np.isin(np.arange(len(degrees)), masked))
 
     assert rows(55, 0, -55, 110, 180, -110) == [[0, 1, 2], [3, 4, 5]]
     assert rows(180, 0) == [[1], [0]]
-    assert rows(-99, 0, 153, 45, -153, -45, 99) == [[3, 1, 5], [6, 2, 4, 0]]  # seven cameras around
+    assert rows(-99, 0, 153, 45, -153, -45, 99) == [[3, 1, 5], [6, 2, 4, 0]]  # seven cameras in a ring
     assert rows(0) == [[0]]
     assert rows(55, 0, -55, 110, 180, -110, masked=(0, 4)) == [[1, 2], [3, 5], [0, 4]]
     assert rows(0, masked=[0]) == [[0]]
@@ -50,7 +50,7 @@ def test_cameras_are_arranged_as_around_the_vehicle_whatever_their_names_and_ord
     assert max(map(len, many)) <= MAX_COLUMNS
 
 
-def test_cells_are_drawn_at_their_metres():
+def test_cells_are_drawn_at_their_position_in_metres():
     figure, axes = square()
     cells = np.random.default_rng(0).integers(0, 255, (20, 12, 3)).astype(np.uint8)
     draw_cells(axes, cells, SMALL_GRID, GRID_FROM_EGO_AXES)
@@ -66,14 +66,14 @@ def test_cells_are_drawn_at_their_metres():
 def test_the_nose_of_the_ego_points_ahead_in_any_frame(turn, nose):
     cos, sin = np.cos(np.deg2rad(turn)), np.sin(np.deg2rad(turn))
     turned = np.eye(4)
-    turned[:2, :2] = [[cos, sin], [-sin, cos]]  # the frame is turned left, so the ego points right
+    turned[:2, :2] = [[cos, sin], [-sin, cos]]  # the frame is rotated to the left, so the ego points to the right
     _, axes = square()
     draw_cells(axes, np.zeros((20, 12, 3), np.uint8), SMALL_GRID, turned @ GRID_FROM_EGO_AXES)
     corners = axes.patches[-1].get_xy()
     np.testing.assert_allclose(corners[np.linalg.norm(corners, axis=1).argmax()], nose, atol=1e-9)
 
 
-def test_names_of_cameras_that_look_in_the_same_direction_do_not_cover_each_other():
+def test_names_of_cameras_with_the_same_direction_do_not_overlap():
     _, axes = square()
     axes.set(xlim=(-6, 6), ylim=(-10, 10))
     names = ("$a$", "b", "c", "d")
@@ -102,7 +102,7 @@ def test_vehicles_lie_on_top_of_the_map():
 
 
 @pytest.mark.parametrize("kind", ["hatched", "outlined"])
-def test_marks_end_at_the_borders_of_their_cells_also_at_the_border_of_the_grid(kind):
+def test_marks_end_at_the_borders_of_their_cells_even_at_the_grids_border(kind):
     mask = np.zeros((20, 12), np.bool_)
     mask[3:6, 8:] = True
     figure, axes = square()
@@ -113,14 +113,14 @@ def test_marks_end_at_the_borders_of_their_cells_also_at_the_border_of_the_grid(
     assert png(figure)
 
 
-def test_every_map_class_has_a_colour_of_its_own():
+def test_all_map_classes_have_different_colours():
     masks = np.eye(len(MAP_CLASSES), dtype=np.bool_)[:, None]
     colors = {tuple(color) for color in label_colors({"map": masks}, (1, len(MAP_CLASSES)))[0].tolist()}
     assert len(colors | {EMPTY, *LABEL_KINDS["vehicles"].colors.values()}) == len(MAP_CLASSES) + 2
 
 
 @pytest.mark.parametrize(("up", "counts"), [(0, False), (1, False), (2, True), (3, False)])
-def test_body_height_leaves_out_the_road_and_the_air(up, counts):
+def test_body_height_excludes_the_road_and_the_air(up, counts):
     volume = np.zeros(SMALL_GRID.shape, np.bool_)
     volume[up, 7, 7] = True
     ego_from_grid = inverse_rigid(GRID_FROM_EGO_AXES)
@@ -130,7 +130,7 @@ def test_body_height_leaves_out_the_road_and_the_air(up, counts):
     assert occupied.sum() == counts
 
 
-def test_vehicle_cells_with_a_voxel_are_told_from_those_without():
+def test_vehicle_cells_with_and_without_a_voxel_have_different_colours():
     vehicles, occupied = np.array([[True, True, False, False]]), np.array([[True, False, True, False]])
     both, alone, other, nothing = map(tuple, coincidence_colors(vehicles, occupied)[0])
     assert both == COINCIDENT
@@ -139,7 +139,7 @@ def test_vehicle_cells_with_a_voxel_are_told_from_those_without():
     assert len({both, alone, other, nothing}) == 4
 
 
-def test_feature_colours_depend_on_no_order_and_span_the_range():
+def test_feature_colours_do_not_depend_on_the_order_and_span_the_range():
     tokens = np.random.default_rng(1).normal(size=(500, 8)) * np.arange(1, 9)
     colors = FeatureColors.fit(tokens)(tokens)
     np.testing.assert_allclose(FeatureColors.fit(tokens[::-1])(tokens).astype(int), colors, atol=1)
@@ -147,7 +147,7 @@ def test_feature_colours_depend_on_no_order_and_span_the_range():
     assert colors.max() == 255
 
 
-def test_features_that_do_not_vary_are_grey_and_two_channels_are_enough():
+def test_constant_features_are_grey_and_two_channels_are_enough():
     assert (FeatureColors.fit(np.ones((9, 5)))(np.ones((2, 5))) == 128).all()
     colors = FeatureColors.fit(np.random.default_rng(0).normal(size=(50, 2)))(np.eye(2))
     assert colors.shape == (2, 3)

@@ -15,7 +15,7 @@ def array_named(cache, name):
     return next(a for a in cache.spec.arrays() if a.name == name)
 
 
-def test_reader_gives_what_was_written_for_every_array_and_keyframe(finished_cache):
+def test_reader_returns_what_was_written_for_every_array_and_keyframe(finished_cache):
     reader = CacheReader(finished_cache.path)
     for shard in range(finished_cache.num_shards):
         expected = random_arrays(finished_cache, shard)
@@ -24,7 +24,7 @@ def test_reader_gives_what_was_written_for_every_array_and_keyframe(finished_cac
                 np.testing.assert_array_equal(values, expected[name][row], err_msg=f"{name} {keyframe}")
 
 
-def test_reader_fills_the_array_it_is_given(finished_cache):
+def test_reader_fills_a_given_array(finished_cache):
     batch = np.zeros((4, 6, 2, 3, 8), np.float16)
     reader = CacheReader(finished_cache)
     out = reader.read("features", 5, out=batch[1])
@@ -42,7 +42,7 @@ def test_reader_survives_pickling(finished_cache):
     np.testing.assert_array_equal(again.read("images", 6), reader.read("images", 6))
 
 
-def test_an_unfinished_cache_is_refused_unless_asked_for(small_cache):
+def test_an_unfinished_cache_is_refused_unless_allowed(small_cache):
     small_cache.write_shard(0, random_arrays(small_cache, 0), {"skipped": {}})
     with pytest.raises(CacheError, match="2 of 3 shards are missing"):
         CacheReader(small_cache)
@@ -54,8 +54,8 @@ def test_an_unfinished_cache_is_refused_unless_asked_for(small_cache):
     assert reader.is_valid.tolist() == [True] * 3 + [False] * 4
 
 
-def test_a_chunk_that_is_lost_while_a_reader_is_open_is_an_error_in_every_array(finished_cache):
-    """zarr-python reads it as zeros."""
+def test_a_chunk_removed_while_a_reader_is_open_is_an_error_in_every_array(finished_cache):
+    """zarr-python would read zeros."""
     for array in finished_cache.spec.arrays():
         reader = CacheReader(finished_cache)
         file = shard_file(finished_cache.path, array, 1)
@@ -68,8 +68,8 @@ def test_a_chunk_that_is_lost_while_a_reader_is_open_is_an_error_in_every_array(
 
 @pytest.mark.parametrize("name", ["is_valid", "intrinsics", "cam_from_ego", "grid_from_ego"])
 @pytest.mark.parametrize("change", ["swap", "flip", "truncate", "empty"])
-def test_a_small_arrays_chunk_that_is_not_its_shards_is_an_error(finished_cache, name, change):
-    """A chunk of another shard has a valid CRC-32C of its own."""
+def test_a_damaged_or_exchanged_chunk_of_a_small_array_is_an_error(finished_cache, name, change):
+    """The chunk of another shard has a valid CRC-32C."""
     files = [shard_file(finished_cache.path, array_named(finished_cache, name), shard) for shard in (0, 1)]
     good = [file.read_bytes() for file in files]
     if name == "is_valid":
@@ -81,7 +81,7 @@ def test_a_small_arrays_chunk_that_is_not_its_shards_is_an_error(finished_cache,
 
 
 @pytest.mark.parametrize("name", ["features", "images", "occupancy", "labels/map"])
-def test_a_flipped_byte_anywhere_in_a_shard_is_never_read_as_data(finished_cache, name):
+def test_a_flipped_bit_anywhere_in_a_shard_is_never_read_as_data(finished_cache, name):
     file = shard_file(finished_cache.path, array_named(finished_cache, name), 1)
     good = file.read_bytes()
     expected = [CacheReader(finished_cache).read(name, k) for k in (3, 4, 5)]
@@ -108,7 +108,7 @@ def test_a_truncated_shard_is_an_error_naming_file_and_sample(finished_cache):
 
 
 @pytest.mark.parametrize(("check", "noticed"), [("first", False), ("always", True), ("never", False)])
-def test_damage_after_the_first_read_is_noticed_by_those_who_always_check(finished_cache, check, noticed):
+def test_damage_after_the_first_read_is_found_only_with_check_always(finished_cache, check, noticed):
     reader = CacheReader(finished_cache, check=check)
     values = reader.read("features", 4)
     file = shard_file(finished_cache.path, array_named(finished_cache, "features"), 1)
@@ -136,8 +136,8 @@ def test_unknown_arrays_and_keyframes_are_refused(finished_cache):
 
 
 @pytest.mark.parametrize("name", ["features", "images", "occupancy", "labels/map"])
-def test_a_shards_file_in_the_place_of_anothers_is_never_read_as_data(finished_cache, name):
-    """Its own checksums are all right."""
+def test_the_file_of_another_shard_is_never_read_as_data(finished_cache, name):
+    """Its own checksums are valid."""
     files = [shard_file(finished_cache.path, array_named(finished_cache, name), shard) for shard in (0, 1)]
     files[1].write_bytes(files[0].read_bytes())
     reader = CacheReader(finished_cache)

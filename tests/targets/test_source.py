@@ -1,4 +1,4 @@
-"""A new data set is a class and a row in SOURCES: cameras of any number, size and orientation, and LiDAR points."""
+"""A new data set is a class and a row in SOURCES. It may have any number, size and orientation of cameras, and LiDAR points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.targets.command_line import run
 from tests.targets.toy_source import SECONDS, SIZES, WHERE, build, ego_from_lidar, invoke, pretrain, returns
 
 
-def test_a_toy_source_is_built_verified_drawn_and_trained_on(toy, tiny_teacher, tmp_path):
+def test_a_toy_source_is_built_verified_previewed_and_trained_on(toy, tiny_teacher, tmp_path):
     cache = tmp_path / "cache"
     built = build(toy, cache, tiny_teacher)
     assert "all of 1: 4 keyframes of 2 scenes" in built.stdout
@@ -38,16 +38,16 @@ def test_a_toy_source_is_built_verified_drawn_and_trained_on(toy, tiny_teacher, 
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 2
 
 
-def test_an_unknown_source_is_refused_with_those_there_are(tmp_path):
+def test_an_unknown_source_is_refused_with_the_list_of_sources(tmp_path):
     refused = run("build", "--source", "kitti", "--split", "train", "--cache", tmp_path, check=False)
     assert refused.returncode == 1
     assert "--source kitti: one of nuscenes expected" in refused.stderr
 
 
-AREAS = {"front": (0, 0, 48, 80), "tall": (0, 26, 48, 53), "wide": (14, 0, 34, 80)}  # in 48x80
+AREAS = {"front": (0, 0, 48, 80), "tall": (0, 26, 48, 53), "wide": (14, 0, 34, 80)}  # in images of 48x80
 
 
-def test_a_portrait_camera_beside_landscape_ones_is_scaled_to_fit_and_the_rest_is_black(toy, tmp_path):
+def test_images_of_other_proportions_are_scaled_to_fit_and_the_rest_is_black(toy, tmp_path):
     build(toy, tmp_path, "none")
     reader = CacheReader(tmp_path / "all.zarr")
     assert reader.read("image_area", 1).tolist() == [list(AREAS[name]) for name in SIZES]
@@ -58,7 +58,7 @@ def test_a_portrait_camera_beside_landscape_ones_is_scaled_to_fit_and_the_rest_i
         (expected,) = load_image_reference(toy / name / "1.jpg", [(bottom - top, right - left)])
         assert np.abs(image[top:bottom, left:right] - expected).max() <= 3
         assert image.sum() == image[top:bottom, left:right].sum()
-        # The source's corners are the area's corners.
+        # The corners of the source image are the corners of the area.
         source = np.array([[80.0, 0, width / 2], [0, 80, height / 2], [0, 0, 1]])
         rays = np.linalg.inv(source) @ [[0, width], [0, height], [1, 1]]
         corners = reader.read("intrinsics", 1)[camera] @ rays
@@ -78,13 +78,13 @@ def test_features_cover_the_same_part_of_the_teachers_input(toy, tiny_teacher, t
 
 
 def test_an_image_that_would_be_enlarged_is_refused(toy, tmp_path):
-    build(toy, tmp_path / "a", "none", "--image-size", "96x160")  # the front's own size; others are scaled down to fit
+    build(toy, tmp_path / "a", "none", "--image-size", "96x160")  # the size of front; the others are scaled down to fit
     refused = build(toy, tmp_path / "b", "none", "--image-size", "98x162", check=False)
     assert refused.returncode == 1
     assert "162x98 was requested, and images are never enlarged" in " ".join(refused.stdout.split())
 
 
-def test_cached_points_are_those_of_all_sweeps_and_fill_any_other_grid_as_the_sweeps_do(toy, tmp_path):
+def test_cached_points_contain_all_sweeps_and_give_their_occupancy_on_any_grid(toy, tmp_path):
     build(toy, tmp_path / "points", "none", "--sweeps", "2", "--points", "--frames", "cameras")
     assert "LiDAR points of each keyframe, at most 2000" in run("info", *WHERE, tmp_path / "points").stdout
     reader = CacheReader(tmp_path / "points" / "all.zarr")
@@ -116,7 +116,7 @@ def test_cached_points_are_those_of_all_sweeps_and_fill_any_other_grid_as_the_sw
         grids.points(0)
 
 
-def test_more_returns_than_a_source_says_there_can_be_are_refused(toy, tmp_path, monkeypatch):
+def test_more_returns_than_the_maximum_of_a_source_are_refused(toy, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.targets.toy_source.ToySource.max_returns", 100)
     refused = build(toy, tmp_path, "none", "--points", check=False)
     assert refused.returncode == 1

@@ -32,7 +32,7 @@ def create(path: Path, **changes):
     return create_cache(path, provenance={"simulated": []}, **arguments)
 
 
-def test_what_is_written_is_what_zarr_and_xarray_read(finished_cache):
+def test_zarr_and_xarray_read_what_was_written(finished_cache):
     expected = {a.name: [] for a in finished_cache.spec.arrays()}
     for shard in range(finished_cache.num_shards):
         for name, values in random_arrays(finished_cache, shard).items():
@@ -56,7 +56,7 @@ def test_every_chunk_is_checksummed_and_a_shard_is_one_file(finished_cache):
             assert store.shard_file(finished_cache.path, array, shard).is_file()
 
 
-def test_reopening_gives_the_same_cache(small_cache):
+def test_an_opened_cache_equals_the_created_one(small_cache):
     again = open_cache(small_cache.path)
     assert again == small_cache
     assert again.pending_shards() == [0, 1, 2]
@@ -70,7 +70,7 @@ def test_a_finished_shard_is_not_pending_and_its_record_names_its_files(small_ca
     assert set(record["files"]) == {str(store.shard_file(Path(), array, 1)) for array in small_cache.spec.arrays()}
 
 
-def test_keyframes_of_zeros_are_written_not_left_out(small_cache):
+def test_keyframes_of_zeros_are_written(small_cache):
     arrays = {name: np.zeros_like(values) for name, values in random_arrays(small_cache, 2).items()}
     small_cache.write_shard(2, arrays, NOTES)
     for array in small_cache.spec.arrays():
@@ -78,11 +78,11 @@ def test_keyframes_of_zeros_are_written_not_left_out(small_cache):
 
 
 class Killed(BaseException):
-    """Raised by everything from some moment on: nothing is cleaned up either."""
+    """Simulates SIGKILL: every later operation fails, so that nothing is cleaned up."""
 
 
 def stop_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the step-th operation on files fail; after a kill all later ones too. zarr's own threads are left alone."""
+    """Make the step-th file operation of the main thread fail, and all later ones too if error is Killed."""
     count = itertools.count(1)
 
     def stopping(function):
@@ -104,7 +104,7 @@ def stop_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [Killed, OSError])
-def test_a_rewritten_shard_is_wholly_the_old_or_the_new_one_wherever_the_writing_stops(tmp_path, monkeypatch, error):
+def test_a_shard_whose_rewriting_stops_anywhere_is_completely_the_old_or_the_new_one(tmp_path, monkeypatch, error):
     spec = small_spec(teacher=None, labels=("vehicles",))
     cache = create(tmp_path / "whole.zarr", spec=spec)
     old, new = (random_arrays(cache, 1, seed) for seed in (0, 1))
@@ -121,7 +121,7 @@ def test_a_rewritten_shard_is_wholly_the_old_or_the_new_one_wherever_the_writing
                 break
             except (Killed, CacheError):
                 pass
-        if 1 in stopped.finished_shards():  # what a reader may read is never a mixture
+        if 1 in stopped.finished_shards():  # readers never see a mixture
             assert_holds_one_of(stopped, (old, new))
         stopped.settle_draft(1)  # as the next build does
         assert stopped.pending_shards() == []
@@ -134,13 +134,13 @@ def test_a_rewritten_shard_is_wholly_the_old_or_the_new_one_wherever_the_writing
 
 
 def assert_holds_one_of(cache: store.Cache, versions: Sequence[dict[str, np.ndarray]]) -> int:
-    """Which of these is the shard 1."""
-    found = cache.read_shard(1)  # and its files have the digests of its record
+    """Index of the version that shard 1 contains."""
+    found = cache.read_shard(1)  # also checks the digests of its record
     (which,) = [i for i, v in enumerate(versions) if all((found[name] == v[name]).all() for name in found)]
     return which
 
 
-def test_a_draft_in_the_making_is_no_part_of_the_cache(finished_cache, monkeypatch):
+def test_an_unfinished_draft_is_not_part_of_the_cache(finished_cache, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(20, Killed, patch)
         with pytest.raises(Killed):
@@ -152,7 +152,7 @@ def test_a_draft_in_the_making_is_no_part_of_the_cache(finished_cache, monkeypat
     np.testing.assert_array_equal(finished_cache.read_shard(0)["images"], random_arrays(finished_cache, 0, 2)["images"])
 
 
-def test_a_finished_shard_that_was_changed_is_not_read_back(finished_cache):
+def test_a_finished_shard_that_was_changed_is_not_read(finished_cache):
     file = store.shard_file(finished_cache.path, finished_cache.spec.arrays()[4], 0)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CacheError, match=r"was changed after it was written: delete .*00000.json and run"):
@@ -175,14 +175,14 @@ def test_other_keyframes_and_another_shard_size_are_refused(small_cache):
         create(small_cache.path, keyframes_per_shard=4)
 
 
-def test_no_keyframes_and_no_shard_size_are_refused(tmp_path):
+def test_zero_keyframes_and_shard_size_zero_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no keyframes"):
         create(tmp_path / "x.zarr", identity=small_identity(0))
     with pytest.raises(ValueError, match="at least 1"):
         create(tmp_path / "x.zarr", keyframes_per_shard=0)
 
 
-def test_an_absent_cache_is_reported_with_those_that_are_there(small_cache):
+def test_a_missing_cache_is_reported_with_the_caches_that_exist(small_cache):
     with pytest.raises(CacheError, match=r"no cache at .*val\.zarr \(found there: train\.zarr\)"):
         open_cache(small_cache.path.with_name("val.zarr"))
 
@@ -193,7 +193,7 @@ def _create_in_process(path: Path, barrier) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_create_one_cache_at_once_all_get_it(tmp_path):
+def test_processes_that_create_the_same_cache_at_once_all_succeed(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(4)
     processes = [context.Process(target=_create_in_process, args=(tmp_path / "t.zarr", barrier)) for _ in range(4)]
@@ -206,7 +206,7 @@ def test_processes_that_create_one_cache_at_once_all_get_it(tmp_path):
     assert len(open_cache(tmp_path / "t.zarr")) == 7
 
 
-def test_changed_metadata_is_noticed_on_opening(small_cache):
+def test_changed_metadata_is_found_on_opening(small_cache):
     metadata = small_cache.path / "features" / "zarr.json"
     metadata.write_text(metadata.read_text().replace("float16", "float32"))
     with pytest.raises(CacheError, match="features/zarr.json is missing or was changed"):
@@ -226,7 +226,7 @@ def test_a_record_with_any_byte_changed_is_damaged(tmp_path):
             read_record(file)
 
 
-def test_a_failure_is_remembered_until_the_shard_succeeds(small_cache):
+def test_a_failure_is_recorded_until_the_shard_succeeds(small_cache):
     small_cache.record_failure(1, "no such sweep")
     assert small_cache.failed_shards()[1]["error"] == "no such sweep"
     small_cache.write_shard(1, random_arrays(small_cache, 1), NOTES)
@@ -234,7 +234,7 @@ def test_a_failure_is_remembered_until_the_shard_succeeds(small_cache):
 
 
 def test_a_full_disk_is_an_error_that_leaves_finished_shards_intact(tmp_path):
-    """A real one: a small tmpfs, where this may be mounted."""
+    """The disk is a small tmpfs. Skipped where none can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -258,8 +258,8 @@ def test_a_full_disk_is_an_error_that_leaves_finished_shards_intact(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_contract_modules_import_nothing_but_numpy_and_zarr():
-    """The trainer runs where no devkit, Dask, numba or torch is."""
+def test_cache_modules_import_no_heavy_library():
+    """Readers of a cache need neither devkit, Dask, numba nor torch."""
     code = (
         "import sys\n"
         "import occfeat_targets.cache.grid, occfeat_targets.cache.geometry, occfeat_targets.cache.spec\n"

@@ -41,7 +41,7 @@ def test_dinov2_small_is_vit_s_14():
     spec = teacher_spec(SMALL)
     assert (spec.dim, spec.patch_size, spec.map_size) == (384, 14, (16, 28))
     model = LoadedTeacher(dataclasses.replace(spec, dtype="float32")).teacher.model
-    assert sum(p.numel() for p in model.parameters()) == 22_056_576  # facebook/dinov2-small's own
+    assert sum(p.numel() for p in model.parameters()) == 22_056_576  # of facebook/dinov2-small
     assert flops_per_image(spec) == pytest.approx(23.0e9, rel=0.01)
 
 
@@ -59,7 +59,7 @@ def test_larger_teachers_are_known(name, dim):
     assert teacher_spec(name).dim == dim
 
 
-def test_pre_norm_tokens_become_post_norm_ones_through_the_final_layernorm(small):
+def test_the_final_layernorm_of_pre_norm_tokens_gives_the_post_norm_tokens(small):
     pre = LoadedTeacher(dataclasses.replace(small.spec, layer="pre-norm"))
     pixels = images(small.spec)
     with torch.inference_mode():
@@ -75,7 +75,7 @@ def test_bfloat16_stays_close_to_float32(small):
     assert cosine.min() > 0.999
 
 
-def test_random_weights_are_the_same_every_time_and_leave_the_global_generator_alone(small):
+def test_random_weights_are_reproducible_and_do_not_change_the_global_generator(small):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -102,7 +102,7 @@ def digest_of(folder) -> str:
 
 
 def copy_of(teacher: str, to: Path, **config: object) -> Path:
-    """The tiny teacher once more, with other settings in its config.json."""
+    """A copy of a teacher's folder with changed settings in its config.json."""
     teacher_module._config.cache_clear()
     folder = Path(shutil.copytree(teacher, to))
     settings = json.loads((folder / "config.json").read_text()) | config
@@ -110,7 +110,7 @@ def copy_of(teacher: str, to: Path, **config: object) -> Path:
     return folder
 
 
-def test_a_teacher_is_identified_by_its_weights_and_not_by_where_they_are(tiny_teacher, tmp_path, monkeypatch):
+def test_a_teacher_is_identified_by_its_weights_and_not_by_their_location(tiny_teacher, tmp_path, monkeypatch):
     spec = teacher_spec(tiny_teacher, input_size=(28, 42), dtype="float32")
     monkeypatch.chdir(Path(tiny_teacher).parent)
     for name in (Path(tiny_teacher).name, f"{Path(tiny_teacher).name}/", f"{tiny_teacher}/"):
@@ -138,13 +138,13 @@ def test_one_flipped_bit_or_another_architecture_is_another_teacher(tiny_teacher
         LoadedTeacher(dataclasses.replace(spec, name=str(copy)))
 
 
-def test_random_teachers_of_other_architectures_have_other_digests():
+def test_random_teachers_of_different_architectures_have_different_digests():
     digests = {teacher_spec(f"random:facebook/{n}").digest for n in ("dinov2-small", "dinov2-with-registers-small")}
     assert len(digests) == 2
 
 
 def hub_names(name: str) -> str:
-    """A tensor's name in the checkpoints of facebookresearch/dinov2, as far as it matters here."""
+    """A tensor's name in the checkpoints of facebookresearch/dinov2; only prefixes are converted."""
     return name.replace("encoder.layer.", "blocks.").replace("embeddings.", "").replace("layernorm.", "norm.")
 
 
@@ -172,18 +172,18 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_weights_that_do_not_fill_the_model_are_refused_by_name(tiny_teacher, tmp_path, name):
+def test_weights_that_do_not_match_the_model_are_refused_by_name(tiny_teacher, tmp_path, name):
     change, reason = UNFIT[name]
     copy = copy_of(tiny_teacher, tmp_path / "copy")
     save_file(change(load_file(copy / "model.safetensors")), copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TeacherError, match=reason):
         teacher_spec(str(copy))
     spec = teacher_spec(tiny_teacher, input_size=(28, 42))
-    with pytest.raises(TeacherError, match=reason):  # a worker's, where the file changed since
+    with pytest.raises(TeacherError, match=reason):  # in a worker, if the file changed after planning
         LoadedTeacher(dataclasses.replace(spec, name=str(copy)))
 
 
-def test_a_head_beside_the_model_and_a_missing_mask_token_do_not_matter(tiny_teacher, tmp_path):
+def test_an_additional_head_and_a_missing_mask_token_are_accepted(tiny_teacher, tmp_path):
     copy = copy_of(tiny_teacher, tmp_path / "copy")
     state = load_file(copy / "model.safetensors")
     del state["embeddings.mask_token"]
@@ -192,7 +192,7 @@ def test_a_head_beside_the_model_and_a_missing_mask_token_do_not_matter(tiny_tea
     assert digest_of(copy) == digest_of(tiny_teacher)
 
 
-def test_half_precision_weights_are_computed_with_in_float32(tiny_teacher, tmp_path):
+def test_half_precision_weights_are_used_in_float32(tiny_teacher, tmp_path):
     copy = copy_of(tiny_teacher, tmp_path / "copy", dtype="float16")
     state = {name: value.half() for name, value in load_file(copy / "model.safetensors").items()}
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
@@ -201,7 +201,7 @@ def test_half_precision_weights_are_computed_with_in_float32(tiny_teacher, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["git-lfs pointer", "cut", "empty", "a file instead of a folder"])
-def test_a_weight_file_that_is_none_is_refused_with_the_remedy(tiny_teacher, tmp_path, damage):
+def test_an_invalid_weight_file_is_refused_with_the_remedy(tiny_teacher, tmp_path, damage):
     copy = copy_of(tiny_teacher, tmp_path / "copy")
     weights = copy / "model.safetensors"
     data = weights.read_bytes()
@@ -211,7 +211,7 @@ def test_a_weight_file_that_is_none_is_refused_with_the_remedy(tiny_teacher, tmp
         teacher_spec(str(weights if damage.startswith("a file") else copy))
 
 
-def test_a_folder_with_a_processor_decides_the_normalisation(tiny_teacher, tmp_path):
+def test_a_folders_processor_determines_the_normalisation(tiny_teacher, tmp_path):
     copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
     settings = {"image_processor_type": "BitImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
     (copy / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -219,7 +219,7 @@ def test_a_folder_with_a_processor_decides_the_normalisation(tiny_teacher, tmp_p
     assert teacher_spec(tiny_teacher).mean == (0.485, 0.456, 0.406)
 
 
-def test_an_unreachable_hub_is_explained(monkeypatch):
+def test_an_unreachable_hub_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match=r"hf download facebook/dinov2-base.*--teacher random:facebook/dinov2-small"):
         teacher_spec("facebook/dinov2-base")
@@ -248,7 +248,7 @@ def test_a_nan_from_the_model_is_an_error(small):
         broken(images(small.spec, 1))
 
 
-def test_int8_with_a_scale_per_token_is_within_half_a_step_everywhere():
+def test_int8_with_a_scale_per_token_is_accurate_to_half_a_step():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, 384)).astype(np.float32) * np.exp(rng.normal(size=(50, 1)) * 3).astype(np.float32)
     features[7] = 0
@@ -263,5 +263,5 @@ def test_int8_with_a_scale_per_token_is_within_half_a_step_everywhere():
     assert 0.9999 < low <= mean <= 1
 
 
-def test_matmul_rate_is_a_rate():
+def test_matmul_flops_are_plausible():
     assert 1e8 < matmul_flops("cpu", "float32", size=256, rounds=2) < 1e14

@@ -1,4 +1,4 @@
-"""Each family of teachers: tokens lie where their patches are, and equal those of transformers. A toy family is one class."""
+"""All families of teachers: tokens have their patch's position and equal those of transformers. A toy family is one class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MLP = TINY | {"intermediate_size": 48}
 TEXT = {"text_config": MLP | {"vocab_size": 20}}
 PATCH = 14
 
-# {family: its tiny model with random weights}
+# {family: function that creates a tiny model with random weights}
 MODELS: dict[str, Callable[[], Any]] = {
     "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY, image_size=56, patch_size=PATCH)),
     "dinov2_with_registers": lambda: transformers.Dinov2WithRegistersModel(
@@ -50,7 +50,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A local folder for each family; position embeddings and other tensors are random, not zero."""
+    """{family: local folder}. All tensors are random; some would be zero by default, such as position embeddings."""
     parent = tmp_path_factory.mktemp("families")
     for family, make in MODELS.items():
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ def images(seed: int = 0) -> np.ndarray:
 
 
 def by_hand(family: str, folder: Path, pixels: np.ndarray) -> torch.Tensor:
-    """(n, tokens, C) of transformers' model, called as its documentation says."""
+    """(n, tokens, C) tokens of transformers' model, called as in its documentation."""
     model = getattr(transformers, type(MODELS[family]()).__name__).from_pretrained(folder).eval()
     model = getattr(model, "vision_model", model)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
@@ -112,8 +112,8 @@ def test_a_token_reacts_most_to_its_own_patch(folders, family):
 
 
 @pytest.mark.parametrize("family", TEACHERS)
-def test_equal_patches_at_other_positions_get_other_tokens(folders, family):
-    """So positions, interpolated to the image's size, count."""
+def test_equal_patches_at_different_positions_get_different_tokens(folders, family):
+    """So the position embeddings, interpolated to the image's size, are used."""
     pixels = images()[:1]
     pixels[:, PATCH:] = np.tile(
         pixels[:, PATCH : 2 * PATCH, :PATCH], (1, 3, 7, 1)
@@ -124,7 +124,7 @@ def test_equal_patches_at_other_positions_get_other_tokens(folders, family):
 
 
 @pytest.mark.parametrize("family", TEACHERS)
-def test_pre_norm_tokens_go_through_the_final_norm_or_are_refused(folders, family):
+def test_the_final_norm_of_pre_norm_tokens_gives_post_norm_tokens_or_pre_norm_is_refused(folders, family):
     if family == "radio":
         with pytest.raises(TeacherError, match="no final LayerNorm.*pass --teacher-layer post-norm"):
             load(folders[family], layer="pre-norm")
@@ -143,7 +143,7 @@ def test_threads_may_share_a_pre_norm_teacher(folders):
             np.testing.assert_allclose(found, teacher(pixels), atol=1e-4)
 
 
-def test_the_image_model_of_a_checkpoint_of_both_towers_is_the_same_teacher(folders, tmp_path):
+def test_a_checkpoint_with_both_towers_is_the_same_teacher_as_its_image_model(folders, tmp_path):
     for family in ("siglip", "siglip2"):
         both = getattr(transformers, type(MODELS[family]()).__name__).from_pretrained(folders[family])
         both.vision_model.save_pretrained(tmp_path / family)
@@ -171,18 +171,18 @@ def test_default_statistics_are_those_of_the_family(folders):
     (folders["radio"] / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "CLIPImageProcessor", "do_normalize": False, "image_mean": [0.4, 0.4, 0.4]})
     )
-    assert load(folders["radio"]).spec.mean == (0, 0, 0)  # the model normalises by itself
+    assert load(folders["radio"]).spec.mean == (0, 0, 0)  # the model itself normalises images
 
 
 @pytest.mark.parametrize("config", [{"model_type": "vit"}, {}])
-def test_a_model_of_another_family_is_refused_before_anything_is_built(tmp_path, config):
+def test_a_model_of_an_unknown_family_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TeacherError, match="model of type .*: one of dinov2, .*siglip2_vision_model expected"):
         teacher_spec(str(tmp_path))
 
 
 class MeanColour:
-    """A toy family: the token of a patch is its mean colour."""
+    """A toy family whose tokens are the mean colours of the patches."""
 
     architectures: ClassVar[dict[str, Any]] = {}
     dim, digest, mean, std = 3, "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -211,5 +211,5 @@ def test_a_new_family_is_one_class_and_one_row(city, tmp_path, monkeypatch):
     assert "features at cosine 0.999" in verified or "features at cosine 1.0" in verified
     found = contents(cache)
     assert found["features"].shape == (10, 6, 4, 7, 3)
-    # The student's images are the same pictures at another size: their mean colours are nearly the same.
+    # The student's images show the same at another size, so their mean colours are nearly the same.
     np.testing.assert_allclose(found["features"].mean(axis=(2, 3)), found["images"].mean(axis=(2, 3)) / 255, atol=0.01)

@@ -1,4 +1,4 @@
-"""Verify must find what is wrong: every kind of damage here is one it has to report."""
+"""`verify` reports every kind of damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.targets.command_line import build_arguments, run
 
 @pytest.fixture(scope="module")
 def sound(city: Path, tiny_teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache of one shard, so that any random keyframe is of a damaged one."""
+    """A finished cache of one shard, so that every random keyframe is in the damaged shard."""
     cache = tmp_path_factory.mktemp("sound")
     run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--shard-size", "10"))
     return cache
@@ -22,7 +22,7 @@ def sound(city: Path, tiny_teacher: str, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def cache(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of it to damage and repair."""
+    """A copy of the cache that tests damage and repair."""
     return Path(shutil.copytree(sound, tmp_path_factory.mktemp("verify") / "cache"))
 
 
@@ -30,7 +30,7 @@ def verify(cache: Path, *more: str, samples: int = 0):
     return run("verify", "--cache", cache, "--split", "mini_train", "--samples", str(samples), *more, check=False)
 
 
-def test_a_sound_cache_is_sound_and_says_what_was_measured(cache):
+def test_a_sound_cache_is_reported_as_sound_with_the_measurements(cache):
     result = verify(cache, "--seed", "1", samples=3)
     assert result.returncode == 0, result.stdout
     assert result.stdout.count("0 voxels wrong") == 3
@@ -39,8 +39,8 @@ def test_a_sound_cache_is_sound_and_says_what_was_measured(cache):
     assert "is sound" in result.stdout
 
 
-def test_a_flipped_byte_in_any_file_is_found(cache):
-    """One random byte of every single file of the cache, metadata and records included."""
+def test_a_flipped_bit_in_any_file_is_found(cache):
+    """Changes one random bit of every file of the cache, including metadata and records."""
     files = sorted(p for p in (cache / "mini_train.zarr").rglob("*") if p.is_file())
     assert len(files) > 25
     random = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_a_missing_and_a_foreign_file_are_found(cache, city, tiny_teacher):
 
 
 def rewritten(cache: Path, name: str, change) -> None:
-    """Change an array of shard 0 and write it with valid checksums: wrong when it was written."""
+    """Change an array of shard 0 and write it with valid checksums."""
     import zarr
 
     opened = open_cache(cache / "mini_train.zarr")
@@ -93,17 +93,17 @@ def rewritten(cache: Path, name: str, change) -> None:
         ("labels/map", lambda a: np.roll(a, 1, axis=2), "label cells wrong"),
     ],
 )
-def test_targets_that_were_wrong_when_they_were_written_are_found(sound, tmp_path, name, change, complaint):
+def test_wrong_targets_with_valid_checksums_are_found(sound, tmp_path, name, change, complaint):
     cache = Path(shutil.copytree(sound, tmp_path / "cache"))
     rewritten(cache, name, change)
-    assert verify(cache).returncode == 0  # checksums cannot know
+    assert verify(cache).returncode == 0  # the checksums are valid
     result = verify(cache, samples=1)
     assert result.returncode == 1
     assert complaint in result.stdout
     assert "problems found" in result.stderr
 
 
-def test_a_sweep_of_another_layout_that_the_build_took_is_found(broken_city, tmp_path, monkeypatch):
+def test_a_sweep_of_another_layout_that_the_build_accepted_is_found(broken_city, tmp_path, monkeypatch):
     for sweep in (broken_city / "samples" / "LIDAR_TOP").iterdir():
         points = np.fromfile(sweep, np.float32).reshape(-1, 5)
         points.astype(np.float64).tofile(sweep)
@@ -117,7 +117,7 @@ def test_a_sweep_of_another_layout_that_the_build_took_is_found(broken_city, tmp
     assert "sound" not in result.stdout
 
 
-def test_a_data_set_that_moved_is_asked_for(sound, city, tmp_path):
+def test_the_error_for_a_moved_data_set_asks_for_dataroot(sound, city, tmp_path):
     cache = Path(shutil.copytree(sound, tmp_path / "cache"))
     result = verify(cache, "--dataroot", str(tmp_path / "gone"), samples=1)
     assert result.returncode == 1

@@ -1,6 +1,6 @@
-"""A data set in a few lines: what a new source takes. Three cameras of different sizes, points from a function, no maps.
+"""A minimal source with three cameras of different sizes, computed points and no maps.
 
-And its way through the command lines.
+Also functions that run the command lines on it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ SECONDS = (0.0, -0.05)  # of the sweeps
 
 
 def ego_from_lidar(number: int) -> Matrix:
-    """(4, 4) of the sensor during sweep `number`: the ego moves forward by 0.4 m from sweep to sweep."""
+    """Pose (4, 4) of the sensor in sweep `number`. The ego moves forward by 0.4 m per sweep."""
     return rigid((np.cos(0.2), 0, 0, np.sin(0.2)), (0.5 - 0.4 * number, 0.1, 1.7))
 
 
 def returns() -> NDArray[np.float32]:
-    """(n, 4) returns in the sensor's frame: poles around it at 6 m, and three from the ego vehicle."""
+    """(n, 4) returns in the sensor's frame: a ring of poles at 6 m, and three returns from the ego vehicle."""
     angle, up = (a.ravel() for a in np.meshgrid(np.arange(0, 2 * np.pi, 0.05), np.arange(-1.6, 0.3, 0.3)))
     points = np.stack([6.03 * np.cos(angle), 6.03 * np.sin(angle), up, angle], 1)
     return np.concatenate([points, [[0.5, 0.5, -1, 9], [-2.1, 2.1, -1, 9], [0, 0, 0, 9]]]).astype(np.float32)
 
 
 def ego_from_camera(yaw: float) -> Matrix:
-    """A level camera 1.5 m above the ego's origin that looks along `yaw`."""
+    """A level camera 1.5 m above the ego's origin that looks along `yaw` [rad]."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array([(np.sin(yaw), -np.cos(yaw), 0), (0, 0, -1), (np.cos(yaw), np.sin(yaw), 0)]).T
     matrix[2, 3] = 1.5
@@ -44,7 +44,7 @@ def ego_from_camera(yaw: float) -> Matrix:
 
 
 def write_toy(root: Path) -> Path:
-    """Write the images: smooth colours, different in each."""
+    """Write images with smooth colours, each different."""
     for name, (height, width) in SIZES.items():
         for number in range(4):
             y, x = np.mgrid[:height, :width] / 30

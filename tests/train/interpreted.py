@@ -37,7 +37,7 @@ def _kernels(name: str) -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setitem(sys.modules, name, module)
         if name != LIFTING:
-            patch.setitem(sys.modules, LIFTING, _kernels(LIFTING))  # whose functions other kernels call
+            patch.setitem(sys.modules, LIFTING, _kernels(LIFTING))  # contains functions that other kernels call
         spec.loader.exec_module(module)
     if name == LIFTING:
         module.run_kernel = np.errstate(all="ignore")(

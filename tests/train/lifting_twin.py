@@ -26,7 +26,7 @@ def lift_dense(features: Tensor, views: Views, grid: VoxelGrid, compat: str | No
         whole = torch.tensor([0.0, 0, height, width], dtype=torch.float64)
         top, left, bottom, right = (whole if views.area is None else views.area[:, :, None]).unbind(-1)
         is_valid = (depth > 0) & (u >= left) & (u < right) & (v >= top) & (v < bottom)
-        if views.area is not None:  # not nearer to the area's border than half a token
+        if views.area is not None:  # at least half a token from the area's border
             half_width, half_height = width / w / 2, height / h / 2
             u, v = u.clamp(left + half_width, right - half_width), v.clamp(top + half_height, bottom - half_height)
         x, y = 2 * u / width - 1, 2 * v / height - 1

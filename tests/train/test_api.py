@@ -1,4 +1,4 @@
-"""occfeat_train from Python: F_B as evaluation computes it, and a cache as a torch data set."""
+"""The Python API of occfeat_train: F_B as in evaluation, and a cache as a torch data set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.conftest import REPOSITORY, readme_code
 from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
 
 CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
-# A machine may have a single core, and a process that has threads is forked.
+# Warnings on machines with a single core, and about forking a process with threads.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
 
 
@@ -42,15 +42,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """{reference frame: a run of one step}."""
+    """{reference frame: run of one step}."""
     folder = tmp_path_factory.mktemp("runs")
     for frame in ("ego", "cameras"):
         succeed(*pretrain(cache, folder / frame, *steps(1), "--set", f"frame={frame}"))
     return {frame: folder / frame for frame in ("ego", "cameras")}
 
 
-def one(sample: dict) -> dict:
-    """A sample as a batch."""
+def batched(sample: dict) -> dict:
+    """The sample as a batch of one."""
     return {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in sample.items()}
 
 
@@ -59,14 +59,14 @@ def inputs(sample: dict) -> list[torch.Tensor]:
 
 
 def views_of(network: occfeat_train.FeatureNetwork) -> list[Views]:
-    """What the network inside is given from now on."""
+    """A list to which every later input of the inner network is appended."""
     seen: list[Views] = []
     network.network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     return seen
 
 
 @pytest.mark.parametrize("frame", ["ego", "cameras"])
-def test_features_are_what_evaluation_computes(cache, runs, frame, tmp_path):
+def test_features_equal_those_of_evaluation(cache, runs, frame, tmp_path):
     _, keyframes, task = prepare_evaluation(runs[frame], RunOptions(cache, "val", tmp_path), None)
     computed: list[torch.Tensor] = []
     task.network.register_forward_hook(lambda module, given, result: computed.append(result))
@@ -75,16 +75,16 @@ def test_features_are_what_evaluation_computes(cache, runs, frame, tmp_path):
     network, dataset = occfeat_train.load(runs[frame]), occfeat_train.open_cache(cache / "val.zarr")
     assert network.frame == {"ego": "ego", "cameras": "CAM_FRONT"}[frame]
     assert len(computed) == len(dataset) == 5
-    for expected, sample in zip(computed, map(one, dataset), strict=True):
+    for expected, sample in zip(computed, map(batched, dataset), strict=True):
         grid_from_ego = sample["grid_from_ego"][:, dataset.frames.index(network.frame)]
         with torch.no_grad():
             assert torch.equal(network.features(*inputs(sample), grid_from_ego), expected)
 
 
 @pytest.mark.parametrize("frame", ["ego", "cameras"])
-def test_the_default_grid_lies_where_a_build_puts_it(cache, runs, frame):
-    """In the ego frame, or in a camera's whose timestamp is the LiDAR's."""
-    network, sample = occfeat_train.load(runs[frame]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+def test_the_default_grid_is_at_the_position_of_a_builds_grid(cache, runs, frame):
+    """In the ego frame, and in a camera frame if camera and LiDAR have the same timestamp."""
+    network, sample = occfeat_train.load(runs[frame]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     ego_from_front = rigid((0.5, -0.5, 0.5, -0.5), (1.7, 0.1, 1.5))
     sample["cam_from_ego"] = sample["cam_from_ego"].double()
     sample["cam_from_ego"][0, network.cameras.index("CAM_FRONT")] = torch.from_numpy(inverse_rigid(ego_from_front))
@@ -99,7 +99,7 @@ def test_the_default_grid_lies_where_a_build_puts_it(cache, runs, frame):
 
 
 def test_nothing_outside_of_an_area_is_read(cache, runs):
-    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    network, sample = occfeat_train.load(runs["ego"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     images, *calibration = inputs(sample)
     part = sample["image_area"].clone()
     part[0, :, 2:] = torch.tensor([20, 30])  # a quarter of 40x60
@@ -122,15 +122,15 @@ def test_nothing_outside_of_an_area_is_read(cache, runs):
     assert views[0] == views[1] > views[2] > views[3] == 0
 
 
-def test_float_images_are_the_same_as_bytes(cache, runs):
-    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+def test_float_images_give_the_same_features_as_uint8(cache, runs):
+    network, sample = occfeat_train.load(runs["ego"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     images, *calibration = inputs(sample)
     with torch.no_grad():
         assert torch.equal(network.features(images.float() / 255, *calibration), network.features(images, *calibration))
 
 
 def test_features_pass_gradients_to_weights_and_images(cache, runs):
-    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+    network, sample = occfeat_train.load(runs["ego"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     assert not network.training
     images = (sample["images"].float() / 255).requires_grad_()
     bev = network.features(images, sample["intrinsics"], sample["cam_from_ego"])
@@ -140,9 +140,9 @@ def test_features_pass_gradients_to_weights_and_images(cache, runs):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
 
 
-def test_larger_images_are_resized_and_their_intrinsics_follow(cache, runs):
-    """A picture at twice the size, with intrinsics twice as large, is the same picture after the resize."""
-    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+def test_larger_images_are_resized_with_their_intrinsics(cache, runs):
+    """An image and intrinsics of twice the size are the same after the resize."""
+    network, sample = occfeat_train.load(runs["ego"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     _, intrinsics, cam_from_ego = inputs(sample)
     flat = torch.tensor([40, 90, 200], dtype=torch.uint8)[:, None, None].expand(1, 6, 3, 32, 48)
     large = flat.repeat_interleave(2, 3).repeat_interleave(2, 4)
@@ -168,18 +168,18 @@ def test_larger_images_are_resized_and_their_intrinsics_follow(cache, runs):
         ({"cam_from_ego": lambda x: x * torch.nan}, "cam_from_ego holds a NaN or an infinity"),
     ],
 )
-def test_features_refuse_inputs_that_do_not_fit(cache, runs, change, message):
-    network, sample = occfeat_train.load(runs["ego"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+def test_features_refuse_wrong_inputs(cache, runs, change, message):
+    network, sample = occfeat_train.load(runs["ego"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     given = {name: sample[name] for name in ("images", "intrinsics", "cam_from_ego")}
     given |= {name: f(given[name]) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
         network.features(**given)
 
 
-def test_images_are_enlarged_where_the_run_allowed_it(cache, runs):
+def test_images_are_enlarged_if_the_run_allowed_it(cache, runs):
     network, about = occfeat_train.load(runs["ego"]), find_checkpoint(runs["ego"]).info
     allowed = replace(about, config=replace(about.config, allow_upsampling=True))
-    images, intrinsics, cam_from_ego = inputs(one(occfeat_train.open_cache(cache / "val.zarr")[0]))
+    images, intrinsics, cam_from_ego = inputs(batched(occfeat_train.open_cache(cache / "val.zarr")[0]))
     with torch.no_grad():
         bev = occfeat_train.FeatureNetwork(network.network, allowed).features(
             images[..., :16], intrinsics, cam_from_ego
@@ -187,15 +187,15 @@ def test_images_are_enlarged_where_the_run_allowed_it(cache, runs):
     assert bev.isfinite().all()
 
 
-def test_an_imported_reference_has_the_grid_in_its_front_camera(runs):
-    """Its checkpoint knows no cache, and so no names of frames and cameras."""
+def test_an_imported_reference_has_its_grid_in_the_front_cameras_frame(runs):
+    """Its checkpoint has no cache and therefore no names of frames and cameras."""
     network, about = occfeat_train.load(runs["cameras"]), find_checkpoint(runs["cameras"]).info
     imported = occfeat_train.FeatureNetwork(network.network, replace(about, targets={}))
     assert imported.frame == "CAM_FRONT" and imported.cameras == CAMERAS
 
 
-def test_a_camera_network_needs_its_cameras_or_the_grid(cache, runs):
-    network, sample = occfeat_train.load(runs["cameras"]), one(occfeat_train.open_cache(cache / "val.zarr")[0])
+def test_a_network_in_a_camera_frame_needs_its_cameras_or_the_grid(cache, runs):
+    network, sample = occfeat_train.load(runs["cameras"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     two = [sample[name][:, :2] for name in ("images", "intrinsics", "cam_from_ego")]
     with pytest.raises(
         ValueError, match="lies in the frame of CAM_FRONT, and 2 cameras were given: .* or grid_from_ego"
@@ -205,7 +205,7 @@ def test_a_camera_network_needs_its_cameras_or_the_grid(cache, runs):
         assert network.features(*two, sample["grid_from_ego"][:, 1]).isfinite().all()
 
 
-def test_load_refuses_damaged_and_infinite_weights_as_evaluation_does(runs, tmp_path):
+def test_load_refuses_damaged_and_infinite_weights(runs, tmp_path):
     damaged = copy_of(runs["ego"], tmp_path / "damaged")
     file = find_checkpoint(damaged).path / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -225,7 +225,7 @@ def test_load_refuses_damaged_and_infinite_weights_as_evaluation_does(runs, tmp_
 
 @WORKERS
 def test_a_dataloader_with_workers_gives_a_caches_keyframes(cache):
-    dataset = pickle.loads(pickle.dumps(occfeat_train.open_cache(cache / "train.zarr")))  # as spawned workers get it
+    dataset = pickle.loads(pickle.dumps(occfeat_train.open_cache(cache / "train.zarr")))  # as for spawned workers
     loader = DataLoader(dataset, batch_size=2, num_workers=2)
     batches, opened = list(loader), reader(cache)
     assert [len(batch["token"]) for batch in batches] == [2, 2, 2, 1]
@@ -257,7 +257,7 @@ def test_a_dataloader_with_workers_gives_a_caches_keyframes(cache):
             assert np.array_equal(stored[name], expected)
 
 
-def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_path):
+def test_a_data_set_omits_skipped_keyframes_and_keys_that_were_not_requested(tmp_path):
     def skip(arrays: dict[str, np.ndarray]) -> None:
         arrays["is_valid"][2] = False
 
@@ -272,7 +272,7 @@ def test_a_data_set_leaves_out_skipped_keyframes_and_what_is_not_asked_for(tmp_p
         occfeat_train.open_cache(tmp_path / "train.zarr", keys=["images", "features", "cars"])
 
 
-def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
+def test_voxel_features_equal_the_targets_of_pretraining(cache, runs, tmp_path):
     _, keyframes, _ = prepare_evaluation(runs["cameras"], RunOptions(cache, "val", tmp_path), None)
     batch = keyframes.batch([(0, 3)])
     voxels, expected = batch.arrays["voxels"], batch.arrays["features"]
@@ -292,14 +292,14 @@ def test_voxel_features_are_the_targets_of_pretraining(cache, runs, tmp_path):
     differentiable, _ = occfeat_train.voxel_features(maps, centers, **given)
     torch.testing.assert_close(differentiable, found, rtol=1e-4, atol=1e-4)
     differentiable.sum().backward()
-    # Every voxel that is seen spreads a weight of 1 over the tokens.
+    # The weights of a visible voxel sum to 1 over all tokens.
     torch.testing.assert_close(
         maps.grad.sum((0, 1, 2)), torch.full((6,), float((num_views > 0).sum())), rtol=1e-4, atol=0
     )
 
 
-def test_int8_features_come_multiplied_by_their_scale(tmp_path, monkeypatch):
-    """No made-up cache has int8 features, so their arrays replace what is read."""
+def test_int8_features_are_multiplied_by_their_scale(tmp_path, monkeypatch):
+    """The test caches have no int8 features, so these arrays replace what the reader returns."""
     dataset = occfeat_train.open_cache(write_cache(tmp_path).path, keys=["features"])
     tokens = np.arange(-8, 8, dtype=np.int8).reshape(1, 2, 2, 4)
     scale = np.array([[[0.5, 1], [2, 0.25]]], np.float16)
@@ -326,7 +326,7 @@ def test_the_readmes_example_of_training_runs(cache, runs, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("package", [occfeat_targets, occfeat_train])
-def test_every_name_of_the_api_is_there_and_documented(package):
+def test_every_name_of_the_api_exists_and_is_documented(package):
     for name in package.__all__:
         assert name in dir(package)
         value = getattr(package, name)

@@ -1,4 +1,4 @@
-"""The image encoders: their structure in closed form, and where their weights come from."""
+"""The image encoders: structure in closed form, and loading of weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.train.test_decoder import parameters
 
 @pytest.fixture(scope="module")
 def efficientnet() -> ImageEncoder:
-    """For tests that don't change it."""
+    """Shared by tests that do not change it."""
     torch.manual_seed(0)
     return ImageEncoder("efficientnet-b0", 16).eval()
 
@@ -56,7 +56,7 @@ def test_a_gradient_reaches_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "resnet-50"])
-def test_recomputing_changes_no_value_gradient_statistic_or_random_number(name):
+def test_checkpointing_changes_no_value_gradient_statistic_or_random_number(name):
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
     def trained(recompute: bool) -> list[torch.Tensor]:
@@ -73,9 +73,9 @@ def test_recomputing_changes_no_value_gradient_statistic_or_random_number(name):
 
 
 @pytest.mark.parametrize("name", ["efficientnet-b0", "resnet-50"])
-def test_recomputing_keeps_less_in_training_and_is_not_done_without_gradients(name):
+def test_checkpointing_saves_memory_in_training_and_is_off_without_gradients(name):
     def kept(recompute: bool) -> int:
-        """Bytes kept for the backward, weights included."""
+        """Bytes saved for the backward pass, including weights."""
         found: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_recomputing_keeps_less_in_training_and_is_not_done_without_gradients(na
     assert calls == [2, 1, 2, 1, 2]
 
 
-def test_the_parameters_are_the_references():
+def test_parameter_counts_equal_the_references():
     efficientnet, resnet = ImageEncoder("efficientnet-b0"), ImageEncoder("resnet-50")
     assert parameters(efficientnet) == 1_190_880
     assert parameters(efficientnet.backbone) == 851_808
@@ -110,7 +110,7 @@ def test_the_parameters_are_the_references():
     assert parameters(ImageEncoder("resnet-101")) == 37_038_272
 
 
-def test_extra_channels_come_from_the_last_convolution_before_the_features(efficientnet):
+def test_extra_channels_are_the_first_outputs_of_the_last_convolution(efficientnet):
     torch.manual_seed(0)
     wide = ImageEncoder("efficientnet-b0", 16, extra_channels=5).eval()
     assert parameters(wide) == parameters(efficientnet) + 5 * (16 + 1)
@@ -123,7 +123,7 @@ def test_extra_channels_come_from_the_last_convolution_before_the_features(effic
         torch.testing.assert_close(wide(images)[:, 5:], narrow(images))
 
 
-def test_the_skip_comes_first_and_the_deep_map_is_doubled(efficientnet):
+def test_the_skip_is_concatenated_before_the_upsampled_deep_map(efficientnet):
     images = torch.randn(1, 3, 32, 32)
     skip, deep = efficientnet.backbone(images)
     assert (skip.shape, deep.shape) == ((1, 40, 4, 4), (1, 112, 2, 2))
@@ -132,7 +132,7 @@ def test_the_skip_comes_first_and_the_deep_map_is_doubled(efficientnet):
 
 
 @pytest.mark.parametrize(("size", "nearest"), [((225, 400), "224x400"), ((8, 396), "16x400"), ((17, 90), "16x96")])
-def test_a_size_that_is_no_multiple_of_16_is_refused_with_the_nearest(efficientnet, size, nearest):
+def test_a_size_that_is_not_a_multiple_of_16_is_refused_with_the_nearest(efficientnet, size, nearest):
     with pytest.raises(ValueError, match=f"images of {size[0]}x{size[1]} pixels: .* nearest are {nearest}"):
         efficientnet(torch.zeros(1, 3, *size))
 
@@ -148,9 +148,9 @@ def test_every_backbone_has_default_weights():
     assert tuple(DEFAULT_WEIGHTS) == BACKBONES
 
 
-def test_efficientnet_pads_as_tensorflow_does(efficientnet):
+def test_efficientnet_has_tensorflows_padding(efficientnet):
     def same(kernel: int) -> tuple[int, int, int, int]:
-        before = (kernel - 2) // 2  # of the kernel - stride pixels that an even side needs
+        before = (kernel - 2) // 2  # an even side needs kernel - stride pixels in total
         return before, kernel - 2 - before, before, kernel - 2 - before
 
     backbone = efficientnet.backbone
@@ -159,7 +159,7 @@ def test_efficientnet_pads_as_tensorflow_does(efficientnet):
     assert [tuple(layer.depthwise_conv_pad.padding) for layer in strided] == [same(3), same(5), same(3)]
 
 
-def test_the_first_pixel_is_the_corner_of_the_first_window(efficientnet):
+def test_the_first_window_starts_at_the_first_pixel(efficientnet):
     stem = efficientnet.backbone.embeddings
     images = torch.randn(1, 3, 16, 16)
     found = stem.convolution(stem.padding(images))[:, :, 0, 0]
@@ -171,7 +171,7 @@ def test_squeezes_have_a_quarter_of_the_blocks_input_channels(efficientnet):
     assert squeezed == [max(1, inside // 4) for inside in (32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112)]
 
 
-def test_running_statistics_move_by_a_hundredth_a_batch_and_epsilon_is_a_thousandth():
+def test_batchnorm_has_momentum_0_01_and_epsilon_0_001():
     torch.manual_seed(0)
     encoder = ImageEncoder("efficientnet-b0", 8).train()
     stem = encoder.backbone.embeddings
@@ -184,7 +184,7 @@ def test_running_statistics_move_by_a_hundredth_a_batch_and_epsilon_is_a_thousan
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.01, 1e-3)}
 
 
-def test_random_weights_keep_the_scale_of_a_depthwise_map(efficientnet):
+def test_random_depthwise_weights_preserve_the_scale(efficientnet):
     weight = efficientnet.backbone.blocks[4].depthwise_conv.depthwise_conv.weight
     assert weight.std().item() == pytest.approx((2 / 25) ** 0.5, rel=0.05)
     norms = [m for m in efficientnet.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -214,18 +214,18 @@ def test_drop_connect_is_off_in_evaluation_and_at_rate_0():
     assert DropConnect(0.0).train()(x) is x
 
 
-def test_drop_rates_rise_by_an_eleventh_a_block():
+def test_drop_rates_increase_by_an_eleventh_per_block():
     blocks = ImageEncoder("efficientnet-b0", 8, drop_connect=0.3).backbone.blocks
     assert [b.projection.dropout.rate for b in blocks] == pytest.approx([0.3 * i / 11 for i in range(11)])
     assert [i for i, b in enumerate(blocks) if b.projection.apply_dropout] == [2, 4, 6, 7, 9, 10]
 
 
-# -- weights that transformers reads ----------------------------------------------------------------------------------
+# -- weights in transformers' layout ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def efficientnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole EfficientNet-B0 with its classifier, as the hub's are."""
+    """A complete EfficientNet-B0 with classifier, as on the hub."""
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
     folder = tmp_path_factory.mktemp("weights") / "b0"
@@ -239,7 +239,7 @@ def efficientnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-50 whose last stage, which is dropped anyhow, is small."""
+    """A ResNet-50 with a small last stage, which the encoder does not use."""
     from transformers import ResNetConfig, ResNetModel
 
     folder = tmp_path_factory.mktemp("weights") / "r50"
@@ -257,7 +257,7 @@ def randomise_norms(model: nn.Module) -> None:
             nn.init.normal_(module.running_mean, std=0.1)
 
 
-def test_a_folders_efficientnet_computes_what_the_whole_model_does(efficientnet_folder):
+def test_a_folders_efficientnet_equals_the_complete_model(efficientnet_folder):
     from transformers import EfficientNetModel
 
     encoder = ImageEncoder("efficientnet-b0", 8).eval()
@@ -272,7 +272,7 @@ def test_a_folders_efficientnet_computes_what_the_whole_model_does(efficientnet_
     torch.testing.assert_close(deep, states[1 + 10])
 
 
-def test_a_folders_resnet_computes_what_the_whole_model_does(resnet_folder, resnet):
+def test_a_folders_resnet_equals_the_complete_model(resnet_folder, resnet):
     from transformers import ResNetModel
 
     load_backbone_weights(resnet, str(resnet_folder))
@@ -285,7 +285,7 @@ def test_a_folders_resnet_computes_what_the_whole_model_does(resnet_folder, resn
     torch.testing.assert_close(deep, states[3])
 
 
-def test_no_weights_leave_everything_as_it_was(resnet):
+def test_weights_none_changes_nothing(resnet):
     before = {name: value.clone() for name, value in resnet.state_dict().items()}
     assert load_backbone_weights(resnet, "none") == "backbone: from scratch, random weights"
     assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
@@ -308,7 +308,7 @@ def test_another_width_or_layout_is_refused(tmp_path, efficientnet, resnet):
 
 
 @pytest.mark.parametrize("change", [None, (7, 7)], ids=["lacking", "of another shape"])
-def test_a_folder_that_lacks_a_tensor_or_has_another_shape_is_refused(resnet_folder, resnet, tmp_path, change):
+def test_a_folder_with_a_missing_or_misshapen_tensor_is_refused(resnet_folder, resnet, tmp_path, change):
     from safetensors.torch import load_file, save_file
 
     state = load_file(resnet_folder / "model.safetensors")
@@ -335,12 +335,12 @@ def test_an_empty_folder_is_refused(tmp_path, resnet):
 
 
 @pytest.mark.parametrize("weights", ["/no/folder", "./folder"])
-def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(efficientnet, weights):
+def test_a_missing_folder_is_refused_without_a_request_to_the_hub(efficientnet, weights):
     with pytest.raises(ValueError, match=f"backbone weights {weights}: there is no such folder"):
         load_backbone_weights(efficientnet, weights)
 
 
-def test_a_hub_id_offline_says_what_to_do(monkeypatch, efficientnet):
+def test_a_hub_id_offline_is_an_error_with_the_remedy(monkeypatch, efficientnet):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nobody/nothing cannot be loaded .*run 'hf download nobody/nothing'.*'none'"):
         load_backbone_weights(efficientnet, "nobody/nothing")
@@ -350,7 +350,7 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch, efficientnet):
 
 
 def torchvision_resnet50() -> dict[str, torch.Tensor]:
-    """Random tensors under the names and in the shapes of torchvision's resnet50, less the classifier."""
+    """Random tensors with the names and shapes of torchvision's resnet50, without the classifier."""
     state: dict[str, torch.Tensor] = {}
 
     def add(conv: str, norm: str, inside: int, outside: int, kernel: int) -> None:
@@ -374,7 +374,7 @@ def torchvision_resnet50() -> dict[str, torch.Tensor]:
 
 
 def run_torchvision_resnet50(state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layer2, layer3) of images, by the published definition (v1.5: the 3x3 convolution has the stride)."""
+    """(layer2, layer3) of images, from the published definition (v1.5: the 3x3 convolution has the stride)."""
 
     def conv(x: torch.Tensor, name: str, norm: str, stride: int = 1) -> torch.Tensor:
         weight = state[f"{name}.weight"]
@@ -399,7 +399,7 @@ def run_torchvision_resnet50(state: dict[str, torch.Tensor], x: torch.Tensor) ->
 
 
 def write_moco(file: Path, state: dict[str, torch.Tensor]) -> None:
-    """The query encoder's tensors and some of what else a checkpoint of MoCo-v2 holds."""
+    """Write the query encoder's tensors and some of the other tensors of a MoCo-v2 checkpoint."""
     named = {f"module.encoder_q.{name}": value for name, value in state.items()}
     named |= {f"module.encoder_k.{name}": -value for name, value in list(state.items())[:3]}
     named |= {"module.encoder_q.fc.0.weight": torch.zeros(4, 4), "module.queue": torch.zeros(2, 2)}
@@ -407,14 +407,14 @@ def write_moco(file: Path, state: dict[str, torch.Tensor]) -> None:
     torch.save({"epoch": 800, "arch": "resnet50", "state_dict": named}, file)
 
 
-def test_names_of_torchvision_are_mapped_and_what_is_dropped_has_none():
+def test_names_of_torchvision_are_mapped_and_unused_ones_to_none():
     assert resnet_name("bn1.bias") == "embedder.embedder.normalization.bias"
     assert resnet_name("layer2.3.conv1.weight") == "stages.1.layers.3.layer.0.convolution.weight"
     assert resnet_name("layer3.0.downsample.1.running_var") == "stages.2.layers.0.shortcut.normalization.running_var"
     assert resnet_name("layer4.0.conv1.weight") is resnet_name("fc.0.weight") is resnet_name("fc.bias") is None
 
 
-def test_mocos_file_makes_the_backbone_torchvisions_resnet(tmp_path, resnet):
+def test_mocos_file_loads_torchvisions_resnet(tmp_path, resnet):
     torch.manual_seed(0)
     state = torchvision_resnet50()
     file = tmp_path / "moco.pth.tar"
@@ -429,7 +429,7 @@ def test_mocos_file_makes_the_backbone_torchvisions_resnet(tmp_path, resnet):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_moco_file_that_lacks_a_tensor_or_has_another_shape_is_refused(tmp_path, resnet):
+def test_a_moco_file_with_a_missing_or_misshapen_tensor_is_refused(tmp_path, resnet):
     state = torchvision_resnet50()
     lost = state.pop("layer3.5.bn3.running_var")
     write_moco(tmp_path / "short.pth", state)
@@ -446,7 +446,7 @@ def test_mocos_weights_are_refused_for_an_efficientnet(efficientnet):
 
 
 class Marker:
-    """Unpickled with code, it would make a folder."""
+    """Runs code when it is unpickled. Here the code creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -455,7 +455,7 @@ class Marker:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_holds_code_is_refused_unrun(tmp_path, resnet, resnet_folder):
+def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(tmp_path, resnet, resnet_folder):
     file = tmp_path / "evil.pth"
     torch.save({"state_dict": Marker(tmp_path / "ran")}, file)
     with pytest.raises(ValueError, match="evil.pth are refused .*pickles with code are never executed"):
@@ -479,7 +479,7 @@ def test_a_damaged_file_is_refused(tmp_path, resnet, contents):
         load_backbone_weights(resnet, str(tmp_path / "damaged.pth"))
 
 
-def test_a_file_that_is_not_there_or_of_another_layout_is_refused(tmp_path, resnet):
+def test_a_missing_file_or_another_layout_is_refused(tmp_path, resnet):
     with pytest.raises(ValueError, match="no.pth: there is no such file"):
         load_backbone_weights(resnet, str(tmp_path / "no.pth"))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.pth")
@@ -507,7 +507,7 @@ def test_the_official_file_is_downloaded_once_and_checked(tmp_path, monkeypatch,
     assert asked == [backbones.MOCO_V2_URL] * 2
 
 
-def test_the_official_file_offline_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch, resnet):
+def test_the_official_file_offline_is_an_error_with_its_address_and_path(tmp_path, monkeypatch, resnet):
     def download(url: str, target: str) -> None:
         raise URLError("no route")
 

@@ -1,4 +1,4 @@
-"""A batch on its way to the network: bits unpacked as the grid packs them, views as drawn, targets as cached."""
+"""Batch: unpacking of bits, augmented views, and target features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from occfeat_train.data.batch import Batch, Sample, collate, unpack_bits
 from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 from occfeat_train.tasks.pretraining import Pretraining
 
-GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # off centre; neither volume nor rows fill whole bytes of 8
+GRID = VoxelGrid((4, 12, 10), (-2, -12, -9), (2, 10, 11))  # not centred; rows and map channels are not whole bytes
 CAMERAS = 3
 
 
 def calibration(rng: np.random.Generator, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Level cameras 1 m above the grid's origin, 120 degrees apart with some jitter, 24 x 40 pixels."""
+    """cam_from_grid and intrinsics of level cameras 1 m above the grid's origin, about 120 degrees apart, of 24 x 40 pixels."""
     cameras = np.empty((samples, CAMERAS, 4, 4))
     for b, c in np.ndindex(samples, CAMERAS):
         angle = (2 * np.pi * c / CAMERAS + rng.uniform(-0.3, 0.3)) / 2
@@ -45,7 +45,7 @@ def make_samples(
     classes: int = 1,
     dtype: str = "float16",
 ) -> list[Sample]:
-    """Samples of random content with occupancy, features, labels and their validity."""
+    """Samples with random contents: occupancy, features, labels and their validity."""
     rng = np.random.default_rng(seed)
     cam_from_grid, intrinsics = calibration(rng, samples)
     features = rng.standard_normal((samples, CAMERAS, 3, 5, feature_dim))
@@ -65,7 +65,7 @@ def make_samples(
 
 
 def make_batch(samples: int = 2, *, size: tuple[int, int] = (32, 48), augmented: bool = True, **options: Any) -> Batch:
-    """The batch of `make_samples` for every task, with a random augmentation for images of `size` unless `augmented` is false."""
+    """A batch of `make_samples` with the arrays of every task and, if `augmented`, random augmentation for images of `size`."""
     read = make_samples(samples, **options)
     targets = [
         {
@@ -98,7 +98,7 @@ def make_batch(samples: int = 2, *, size: tuple[int, int] = (32, 48), augmented:
     return Batch(tokens=tokens, grid=read[0].grid, arrays=collate(targets, Pretraining.ragged), **tensors)
 
 
-# -- bits and cells ---------------------------------------------------------------------------------------------------
+# -- bits -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_lowest_bit_comes_first():
@@ -109,14 +109,14 @@ def test_the_lowest_bit_comes_first():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=30))
-def test_bits_unpack_as_numpys(values):
+def test_bits_unpack_as_with_numpy(values):
     packed = np.array(values, np.uint8)
     expected = np.unpackbits(packed, bitorder="little").astype(bool)
     np.testing.assert_array_equal(unpack_bits(torch.from_numpy(packed)).numpy(), expected)
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 10), (3, 5, 7)])
-def test_volumes_unpack_as_the_grid_unpacks_them(shape):
+def test_volumes_unpack_as_with_the_grid(shape):
     grid = VoxelGrid(shape)
     batch = make_batch(3, grid=grid)
     expected = grid.unpack_volume(batch.arrays["occupancy"].numpy())
@@ -124,7 +124,7 @@ def test_volumes_unpack_as_the_grid_unpacks_them(shape):
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 10), (3, 5, 16)])
-def test_maps_unpack_as_the_grid_unpacks_them(shape):
+def test_maps_unpack_as_with_the_grid(shape):
     grid = VoxelGrid(shape)
     batch = make_batch(3, grid=grid, classes=5)
     for name in ("labels", "valid"):
@@ -134,7 +134,7 @@ def test_maps_unpack_as_the_grid_unpacks_them(shape):
 # -- views ------------------------------------------------------------------------------------------------------------
 
 
-def test_views_are_the_drawn_cameras_in_the_drawn_order():
+def test_views_are_the_chosen_cameras_in_the_chosen_order():
     batch = dataclasses.replace(make_batch(2, augmented=False), cameras=torch.tensor([[2, 0], [1, 2]]))
     views = batch.views((32, 48))
     assert views.images.shape == (2, 2, 3, 32, 48)
@@ -145,7 +145,7 @@ def test_views_are_the_drawn_cameras_in_the_drawn_order():
         assert torch.equal(views.cam_from_grid[b], batch.cam_from_grid[b, cameras])
 
 
-def test_every_cameras_own_draw_moves_with_it():
+def test_augmentation_parameters_follow_their_camera():
     batch, size = make_batch(3), (32, 48)
     views = batch.views(size)
     for b, row in enumerate(batch.cameras.tolist()):
@@ -161,11 +161,11 @@ def test_every_cameras_own_draw_moves_with_it():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_targets_are_the_features_of_occupied_voxels_that_a_camera_sees(dtype):
+def test_targets_are_features_of_occupied_voxels_that_a_camera_sees(dtype):
     batch = make_batch(3, dtype=dtype)
     voxels, features = batch.arrays["voxels"].numpy(), batch.arrays["features"].numpy()
     occupied = batch.volume("occupancy")
-    assert 0 < len(voxels) < occupied.sum()  # some are seen, some are not
+    assert 0 < len(voxels) < occupied.sum()  # some are visible, some are not
     for b, sample in enumerate(make_samples(3, dtype=dtype)):
         all_of_it = np.flatnonzero(occupied[b].numpy())
         expected, num_views = sample_voxel_features_numpy(
@@ -187,7 +187,7 @@ def test_ragged_arrays_are_concatenated_and_others_stacked():
     assert {name: tuple(array.shape) for name, array in arrays.items()} == {"a": (4, 2), "b": (3, 2)}
 
 
-# -- travelling -------------------------------------------------------------------------------------------------------
+# -- transfer ---------------------------------------------------------------------------------------------------------
 
 
 def test_to_moves_every_tensor_and_nothing_else():
@@ -205,7 +205,7 @@ def test_to_moves_every_tensor_and_nothing_else():
     assert len(moved) == 2
 
 
-def test_nbytes_counts_what_travels():
+def test_nbytes_is_the_size_of_all_tensors():
     batch = make_batch(2)
     without = dataclasses.replace(batch, images=batch.images[:, :, :0])
     assert batch.nbytes - without.nbytes == 2 * CAMERAS * 24 * 40 * 3

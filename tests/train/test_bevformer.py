@@ -1,4 +1,4 @@
-"""BEVFormer: closed forms, the looped twin's values and gradients, and what a sample may not change for another."""
+"""BEVFormer: closed forms, values and gradients against the slow reference, and independence of samples."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Deformable = Callable[[Tensor, Tensor, Reads], Tensor]
 
 
 def random_reads(seed: int, batch: int = 2, queries: int = 5, cams: int = 2) -> tuple[Reads, Tensor]:
-    """Samples of 2 maps each; queries of 0 to 2 pairs; places up to a token outside maps of 3 x 4."""
+    """Samples of 2 maps of 3 x 4; queries that read 0 to 2 maps; anchors up to a token outside."""
     rng = np.random.default_rng(seed)
     seen = torch.from_numpy(rng.random((batch, queries, cams)) < 0.5)
     sample, _, cam = seen.nonzero(as_tuple=True)
@@ -85,7 +85,7 @@ def value_and_gradients(function: Deformable, inputs: tuple[Tensor, ...], reads:
 
 
 def cross_only(grid: VoxelGrid = GRID, channels: int = 8) -> CrossAttention:
-    """Reads exactly at its anchors, the mean of them, and hands the values on."""
+    """A cross-attention that returns the mean of the values at its anchors."""
     module = CrossAttention(channels, grid.shape[0]).eval()
     with torch.no_grad():
         module.places.offsets.bias.zero_()
@@ -98,7 +98,7 @@ def cross_only(grid: VoxelGrid = GRID, channels: int = 8) -> CrossAttention:
 def random_model(
     channels: int = 8, grid: VoxelGrid = GRID, kind: type[BEVFormer] = BEVFormer, dtype: torch.dtype = torch.float32
 ) -> BEVFormer:
-    """Two layers with weights of a size that matters everywhere."""
+    """Two layers with weights so large that every parameter affects the output."""
     torch.manual_seed(0)
     model = kind(grid, channels).eval()
     del model.layers[2:]
@@ -108,12 +108,12 @@ def random_model(
     return model.to(dtype)
 
 
-# -- the sums ---------------------------------------------------------------------------------------------------------
+# -- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", BACKENDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_sums_and_gradients_are_the_looped_twins(function: Deformable, seed: int, three_threads: None) -> None:
+def test_values_and_gradients_equal_the_slow_reference(function: Deformable, seed: int, three_threads: None) -> None:
     reads, seen = random_reads(seed)
     inputs = random_inputs(seed)
     assert not seen.any(2).all() and seen.all(2).any()
@@ -124,24 +124,24 @@ def test_sums_and_gradients_are_the_looped_twins(function: Deformable, seed: int
 
 
 @pytest.mark.slow
-def test_gradcheck_of_the_sums() -> None:
+def test_sampling_passes_gradcheck() -> None:
     reads, _ = random_reads(3)
     inputs = tuple(t.requires_grad_() for t in random_inputs(3))
     assert torch.autograd.gradcheck(lambda *given: deformable(*given, reads), inputs)
 
 
 @pytest.mark.parametrize("function", BACKENDS)
-def test_a_place_on_a_token_reads_it_and_one_a_token_outside_reads_nothing(function: Deformable) -> None:
+def test_a_position_on_a_token_reads_it_and_one_a_token_outside_reads_zero(function: Deformable) -> None:
     values = torch.arange(12.0).view(1, 3, 4, 1, 1)
     places = torch.tensor([[2.0, 1.0], [-1.0, 1.0], [4.0, 1.0], [2.0, 3.0], [-0.5, 0.0], [1e6, -1e6]])
     count = len(places)
     reads = Reads(1, torch.zeros(count, dtype=torch.int64), torch.arange(count + 1), places[:, None])
     read = function(values, torch.zeros(count, 1, 1, 3), reads).flatten()
-    assert read.tolist() == [6, 0, 0, 0, 0, 0]  # half of token 0 is 0, too
+    assert read.tolist() == [6, 0, 0, 0, 0, 0]  # half of token 0 is also 0
     assert function(values + 1, torch.zeros(count, 1, 1, 3), reads)[4].item() == 0.5
 
 
-def test_a_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_threads() -> None:
+def test_gradients_are_reproducible_and_do_not_depend_on_the_number_of_threads() -> None:
     reads, _ = random_reads(0, queries=300)
     inputs = tuple(t.float() for t in random_inputs(0, queries=300))
     before = torch.get_num_threads()
@@ -175,7 +175,7 @@ def test_both_backends_agree_on_random_reads(seed: int, batch: int, queries: int
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
-# -- who reads what ---------------------------------------------------------------------------------------------------
+# -- anchors ----------------------------------------------------------------------------------------------------------
 
 
 def test_cells_read_about_themselves() -> None:
@@ -185,8 +185,8 @@ def test_cells_read_about_themselves() -> None:
     assert reads.queries.tolist() == list(range(24))
 
 
-def test_a_ramp_is_read_where_a_columns_voxels_project_to() -> None:
-    """The camera looks ahead: cells behind it are read nowhere, those ahead about u / 10 - 0.5 of their column."""
+def test_anchors_are_the_projections_of_a_columns_voxels() -> None:
+    """The camera looks forward. Cells behind it have no anchors, cells in front of it have them at u / 10 - 0.5."""
     grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
     reads, num_views = BEVFormer(grid, 4).camera_reads(one_camera(), (4, 6))
     right, forward, _ = np.moveaxis(grid.voxel_centers().astype(np.float64)[0], -1, 0)
@@ -199,19 +199,19 @@ def test_a_ramp_is_read_where_a_columns_voxels_project_to() -> None:
     np.testing.assert_allclose(reads.anchors[:, 0], expected, atol=1e-5)
 
 
-def test_the_cross_attention_of_equal_weights_is_the_mean_of_levels_and_cameras() -> None:
+def test_cross_attention_with_equal_weights_is_the_mean_over_levels_and_cameras() -> None:
     module = cross_only(VoxelGrid((1, 8, 7)), 4)
     views = views_of([FORWARD, FORWARD, BACKWARD], [PINHOLE] * 3)
     grid = VoxelGrid((1, 8, 7), (-1, -8, -7), (1, 8, 7))
     reads, num_views = BEVFormer(grid, 4).camera_reads(views, (4, 6))
     tokens = torch.tensor([1.0, 4.0, 100.0])[:, None, None, None].expand(3, 4, 6, 4)
     read = module(torch.zeros(56, 4), tokens, reads, num_views.flatten())[:, 0].view(8, 7)
-    inner = read[5:, 2:5]  # far from the images' borders, where a token fades out
+    inner = read[5:, 2:5]  # far from the image borders, where values fade to zero
     torch.testing.assert_close(inner, torch.full_like(inner, 2.5))
     torch.testing.assert_close(read[:3, 2:5], torch.full((3, 3), 100.0))
 
 
-def test_a_query_that_no_camera_sees_reads_nothing() -> None:
+def test_a_query_that_no_camera_sees_reads_zero() -> None:
     module = cross_only()
     reads, num_views = BEVFormer(GRID, 4).camera_reads(one_camera(), (4, 6))
     unseen = num_views[0] == 0
@@ -221,8 +221,8 @@ def test_a_query_that_no_camera_sees_reads_nothing() -> None:
     assert read[~unseen].abs().min() > 0
 
 
-def test_a_centre_behind_the_camera_is_read_nowhere_although_its_column_is_seen() -> None:
-    """A camera that looks down from the middle of a column: half of its voxels are above."""
+def test_a_centre_behind_the_camera_is_not_read_even_if_its_column_is_seen() -> None:
+    """The camera looks down from the middle of a column, so half of its voxels are above the camera."""
     grid = VoxelGrid((4, 1, 1), (-4, -1, -1), (4, 1, 1))
     down = np.array([[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1.0]])
     views = views_of([down], [PINHOLE])
@@ -232,12 +232,14 @@ def test_a_centre_behind_the_camera_is_read_nowhere_although_its_column_is_seen(
     reference, _ = ReferenceBEVFormer(grid, 4).camera_reads(views, (4, 6))
     torch.testing.assert_close(
         reference.anchors[0, 2], reference.anchors[0, 1]
-    )  # on the axis the clamp changes nothing
+    )  # on the optical axis the clamp has no effect
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 5), st.sampled_from(KINDS))
-def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, kind: type[BEVFormer]) -> None:
+def test_anchors_of_random_rigs_equal_the_slow_reference(
+    seed: int, batch: int, cams: int, kind: type[BEVFormer]
+) -> None:
     views = random_views(seed, batch, cams)
     reads, num_views = kind(GRID, 4).camera_reads(views, (4, 6))
     compat = kind is ReferenceBEVFormer
@@ -254,7 +256,7 @@ def test_reads_of_random_rigs_are_the_twins(seed: int, batch: int, cams: int, ki
     assert (reads.anchors[~near].abs() > 9e4).all()
 
 
-def test_a_camera_of_degenerate_intrinsics_neither_reads_nor_breaks() -> None:
+def test_a_camera_with_degenerate_intrinsics_is_not_read() -> None:
     views = views_of([FORWARD, FORWARD], [PINHOLE, np.zeros((3, 3))])
     model = random_model()
     features = random_features(cams=2, channels=8).requires_grad_()
@@ -264,12 +266,12 @@ def test_a_camera_of_degenerate_intrinsics_neither_reads_nor_breaks() -> None:
     assert features.grad[:, 1].abs().max() == 0
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the network ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("levels", [1, 2, 3, 8])
-def test_it_is_the_looped_twin(levels: int, kind: type[BEVFormer]) -> None:
+def test_the_network_equals_the_slow_reference(levels: int, kind: type[BEVFormer]) -> None:
     grid = VoxelGrid((levels, 4, 3), (-2, -8, -7), (2, 8, 7))
     model = random_model(grid=grid, kind=kind, dtype=torch.float64)
     views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
@@ -280,7 +282,7 @@ def test_it_is_the_looped_twin(levels: int, kind: type[BEVFormer]) -> None:
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_are_the_looped_twins_recomputed_or_not() -> None:
+def test_gradients_equal_the_slow_reference_with_and_without_checkpointing() -> None:
     model = random_model(dtype=torch.float64)
     views, features = random_views(5, 2, 3), random_features(2, 3, 8).double()
 
@@ -302,7 +304,7 @@ def test_gradients_are_the_looped_twins_recomputed_or_not() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_samples_are_two_of_one_unless_the_references_defect_is_asked_for(kind: type[BEVFormer]) -> None:
+def test_a_batch_of_two_equals_two_batches_of_one_except_with_compat(kind: type[BEVFormer]) -> None:
     model = random_model(kind=kind)
     views, features = random_views(2, 2, 3), random_features(2, 3, 8)
     alone = [Views(*(getattr(views, n)[b : b + 1] for n in ("images", "intrinsics", "cam_from_grid"))) for b in (0, 1)]
@@ -316,7 +318,7 @@ def test_two_samples_are_two_of_one_unless_the_references_defect_is_asked_for(ki
         assert (both[1] - each[1]).abs().max() > 0.1
 
 
-def test_cameras_may_come_in_any_order_and_number() -> None:
+def test_the_order_and_number_of_cameras_are_arbitrary() -> None:
     model = random_model()
     views, features = random_views(4, 1, 3), random_features(1, 3, 8)
     order = [2, 0, 1]
@@ -327,7 +329,7 @@ def test_cameras_may_come_in_any_order_and_number() -> None:
         assert model(random_features(1, 1, 8), one_camera()).shape == (1, 8, *GRID.map_shape)
 
 
-def test_a_training_step_reaches_every_parameter_and_drops_a_tenth() -> None:
+def test_a_training_step_has_all_gradients_and_a_dropout_of_0_1() -> None:
     model = random_model().train()
     views, features = random_views(5, 2, 3), random_features(2, 3, 8)
     out = model(features, views)
@@ -340,8 +342,8 @@ def test_a_training_step_reaches_every_parameter_and_drops_a_tenth() -> None:
 
 
 def without_kinks(model: BEVFormer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding can then take no read over a token's border and no hidden unit over zero, where gradients jump: reads lie
-    about the middles of four tokens, never half a token off, and hidden units are biased ten deviations to either side.
+    """Change the model so that rounding cannot cross a discontinuity of the gradient: positions stay less than half a token
+    from the centre between four tokens, and the biases keep hidden units far from zero.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -364,10 +366,10 @@ def without_kinks(model: BEVFormer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.25)])
-def test_at_real_sizes_values_and_gradients_are_float64s_up_to_rounding(
+def test_at_real_sizes_values_and_gradients_equal_float64_within_rounding(
     dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six 28x50 maps of 128 channels, 8 levels, 48x48 cells. The bounds are about ten times what rounding adds up to."""
+    """Six 28x50 maps of 128 channels, 8 levels, 48x48 cells. The bounds are about ten times the rounding error."""
     torch.manual_seed(0)
     model = BEVFormer(VoxelGrid((8, 48, 48)), 128).eval()
     without_kinks(model, monkeypatch)
@@ -401,7 +403,7 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
 # -- structure --------------------------------------------------------------------------------------------------------
 
 
-def test_the_parameters_are_the_references() -> None:
+def test_parameter_counts_equal_the_references() -> None:
     model = BEVFormer(VoxelGrid(), 128)
     assert parameters(model) == 12_474_520
     assert parameters(model.layers) == 12_474_520 - 2 * 128 * 200 * 200
@@ -410,11 +412,11 @@ def test_the_parameters_are_the_references() -> None:
 
 
 @pytest.mark.parametrize(("levels", "points"), [(1, 8), (2, 8), (4, 8), (8, 8), (3, 3), (10, 10), (16, 16)])
-def test_points_are_8_where_the_levels_divide_it_and_one_a_level_otherwise(levels: int, points: int) -> None:
+def test_there_are_8_points_if_divisible_by_the_levels_else_one_per_level(levels: int, points: int) -> None:
     assert CrossAttention(8, levels).places.points == points
 
 
-def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_nearest() -> None:
+def test_initial_offsets_have_four_directions_and_the_highest_level_is_nearest() -> None:
     places = SamplingPoints(8, 8, levels=4)
     offsets, scores = places(torch.randn(2, 8)).split([2, 1], -1)
     assert torch.equal(offsets[0], offsets[1])
@@ -423,7 +425,7 @@ def test_in_the_beginning_heads_read_in_four_directions_and_the_highest_level_ne
     assert offsets[0, 0, :, 0].tolist() == [4, 3, 2, 1, 8, 7, 6, 5]
 
 
-def test_channels_that_4_heads_do_not_divide_are_refused() -> None:
+def test_channels_that_are_not_a_multiple_of_4_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="BEVFormer of 6 channels: its attention has 4 heads, choose a multiple"):
         BEVFormer(GRID, 6)
 

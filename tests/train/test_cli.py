@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every stage end to end, every option, and bad input before anything is trained."""
+"""The command line: every stage end to end, every option, and refusal of bad input before a step is trained."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
 
 @pytest.mark.parametrize("task", ["vehicles", "map"])
 @pytest.mark.parametrize("is_pretrained", [True, False])
-def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrained, tmp_path, task, is_pretrained):
+def test_a_finetuning_starts_from_the_given_weights_and_is_evaluated(cache, pretrained, tmp_path, task, is_pretrained):
     run = tmp_path / "run"
     start = ["--from", pretrained] if is_pretrained else []
     output = succeed(*finetune(cache, run, *start, "--task", task, *steps(2)))
@@ -91,7 +91,7 @@ def test_a_finetuning_starts_where_it_is_told_to_and_is_evaluated(cache, pretrai
     assert results["samples"] == 5
 
 
-def test_a_pretrained_network_is_taken_over_whole_and_the_head_is_not(cache, pretrained, tmp_path):
+def test_a_finetuning_uses_the_complete_pretrained_network_and_a_new_head(cache, pretrained, tmp_path):
     succeed(*finetune(cache, tmp_path / "run", "--from", pretrained, *steps(1), "--set", "optim.lr=1e-30"))
     found, given = weights(tmp_path / "run"), weights(pretrained)
     network = [n for n in found if n.startswith("network.") and n.endswith("weight")]
@@ -101,7 +101,7 @@ def test_a_pretrained_network_is_taken_over_whole_and_the_head_is_not(cache, pre
     assert {n for n in found if n.startswith("head.")} != {n for n in given if n.startswith("head.")}
 
 
-def test_a_pretraining_goes_on_from_another_with_its_head(cache, pretrained, tmp_path):
+def test_a_pretraining_from_another_uses_its_network_and_head(cache, pretrained, tmp_path):
     run = tmp_path / "run"
     output = succeed(*pretrain(cache, run, "--from", pretrained, *steps(1), "--set", "optim.lr=1e-30"))
     assert f"network and head from {pretrained / 'checkpoints' / 'step-00000002'} (occfeat, step 2)" in output
@@ -124,7 +124,7 @@ def test_labels_choose_scenes_and_the_run_lists_them(cache, tmp_path, labels, sc
     assert (config["optim"]["optimizer"], config["optim"]["schedule"]) == ("adamw", "onecycle")
 
 
-def test_scenes_come_from_a_file_instead(cache, tmp_path):
+def test_scenes_can_be_read_from_a_file(cache, tmp_path):
     (tmp_path / "mine").write_text("c\n\nb\nc\n")
     output = succeed(*finetune(cache, tmp_path / "run", "--scenes", tmp_path / "mine", "--epochs", "0.5"))
     assert (tmp_path / "run" / "scenes.txt").read_text() == "c\nb\n"
@@ -134,7 +134,7 @@ def test_scenes_come_from_a_file_instead(cache, tmp_path):
 # -- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_label_scenes_are_drawn_among_those_with_valid_keyframes(tmp_path):
+def test_label_scenes_are_chosen_from_scenes_with_valid_keyframes(tmp_path):
     def skip(arrays):
         arrays["is_valid"][:3] = False  # all of scene a
 
@@ -150,7 +150,7 @@ def test_label_scenes_are_drawn_among_those_with_valid_keyframes(tmp_path):
     assert "1 of them not among the 2 of this split that have valid keyframes (a)" in message
 
 
-def test_by_default_training_is_on_train_and_evaluation_on_val(cache, pretrained, tmp_path):
+def test_the_default_splits_are_train_for_training_and_val_for_evaluation(cache, pretrained, tmp_path):
     assert f"of {cache / 'val.zarr'}" in succeed(*evaluate(pretrained, cache, "--out", tmp_path))
     output = succeed(*evaluate(pretrained, cache, "--split", "train", "--out", tmp_path))
     assert f"7 samples of {cache / 'train.zarr'}" in output
@@ -158,7 +158,7 @@ def test_by_default_training_is_on_train_and_evaluation_on_val(cache, pretrained
     assert "5 samples" in succeed(*pretrain(cache, tmp_path / "run", "--split", "val", *steps(1)))
 
 
-def test_the_run_directory_is_named_after_what_it_is_by_default(cache, tmp_path, monkeypatch):
+def test_the_default_run_directory_is_named_after_the_options(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OCCFEAT_CACHE", str(cache))
     short = [*TINY, "--batch", "2", "--epochs", "0.1", "--no-tensorboard", "--no-progress", "--device", "cpu"]
@@ -167,8 +167,8 @@ def test_the_run_directory_is_named_after_what_it_is_by_default(cache, tmp_path,
     assert sorted(os.listdir("runs")) == ["map-10-scratch", "small-occfeat-lambda-0.1"]
 
 
-def test_each_arm_of_a_comparison_has_a_run_directory_of_its_own_by_default(cache, pretrained, tmp_path, monkeypatch):
-    """The paper's None, OccFeat and OccFeat-100, and one checkpoint of the latter."""
+def test_each_arm_of_a_comparison_has_its_own_default_run_directory(cache, pretrained, tmp_path, monkeypatch):
+    """The paper's None, OccFeat and OccFeat-100, and a checkpoint of OccFeat-100."""
     monkeypatch.chdir(tmp_path)
     long = Path(shutil.copytree(pretrained, "occfeat-100ep"))
     short = [*TINY, "--cache", cache, "--batch", "1", "--epochs", "0.2", "--no-tensorboard", *QUIET, "--labels", "1"]
@@ -180,7 +180,7 @@ def test_each_arm_of_a_comparison_has_a_run_directory_of_its_own_by_default(cach
     assert sorted(os.listdir("runs")) == [f"vehicles-1-{arm}" for arm in arms]
 
 
-def test_shortcuts_and_set_change_the_config_and_set_comes_last(cache, tmp_path):
+def test_set_overrides_the_shortcut_options(cache, tmp_path):
     run = tmp_path / "run"
     more = ["--batch", "3", "--seed", "5", "--epochs", "0.5", "--set", "optim.batch=1", "--set", "augment.crop=0.1"]
     succeed(*pretrain(cache, run, *more))
@@ -189,7 +189,7 @@ def test_shortcuts_and_set_change_the_config_and_set_comes_last(cache, tmp_path)
     assert (config["augment"]["crop"], config["network"]["weights"]) == (0.1, "none")
 
 
-def test_seeds_give_other_runs_and_one_seed_the_same(cache, tmp_path):
+def test_equal_seeds_give_equal_runs_and_different_seeds_different_ones(cache, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         succeed(*pretrain(cache, tmp_path / name, "--seed", seed, *steps(2)))
     assert_same_run(tmp_path / "a", tmp_path / "b")
@@ -207,7 +207,7 @@ def test_seeds_give_other_runs_and_one_seed_the_same(cache, tmp_path):
         (["--preset", "table4/lambda-0.1"], {"occ": 1, "feat": 0.1}, {"occupancy", "features"}),
     ],
 )
-def test_losses_can_be_weighted_or_left_out(cache, tmp_path, options, loss, logged):
+def test_losses_can_be_weighted_or_switched_off(cache, tmp_path, options, loss, logged):
     succeed(*pretrain(cache, tmp_path / "run", *options, *steps(1)))
     found = config_of(tmp_path / "run")["loss"]
     assert {name: found[name] for name in loss} == loss
@@ -218,14 +218,14 @@ def test_losses_can_be_weighted_or_left_out(cache, tmp_path, options, loss, logg
     assert "5 samples" in output
 
 
-def test_presets_of_finetunings_stand_for_task_and_labels(cache, tmp_path):
+def test_finetuning_presets_set_task_and_labels(cache, tmp_path):
     succeed(*finetune(cache, tmp_path / "run", "--preset", "small/map-10", "--epochs", "0.5"))
     config = config_of(tmp_path / "run")
     assert (config["task"], config["labels"], config["optim"]["schedule"]) == ("map", 10, "onecycle")
 
 
-def test_the_grid_s_frame_can_be_chosen(cache, pretrained, tmp_path):
-    """By default the front camera's, where the cache has it."""
+def test_the_reference_frame_can_be_chosen(cache, pretrained, tmp_path):
+    """The default is the front camera's frame if the cache has it."""
     results = []
     for frame in ([], ["--frame", "CAM_FRONT"], ["--frame", "ego"]):
         succeed(*evaluate(pretrained, cache, "--out", tmp_path, *frame))
@@ -238,7 +238,7 @@ def test_the_grid_s_frame_can_be_chosen(cache, pretrained, tmp_path):
 
 
 def frames_of(run: Path, cache: Path) -> list[str]:
-    """The frame that an evaluation of a run uses."""
+    """The frames of an evaluation of a run."""
     succeed(*evaluate(run, cache))
     return json.loads((run / "evaluation" / "val.json").read_text())["frames"]
 
@@ -259,8 +259,8 @@ def test_a_finetuning_and_its_evaluation_keep_the_pretrainings_frame(cache, tmp_
     assert "frame=ego overrides cameras, which the network of" in output
 
 
-def test_a_run_keeps_the_frame_that_its_cache_chose_on_any_cache(cache, tmp_path):
-    """``auto`` is what it meant when the run began, not what it would mean on the cache at hand."""
+def test_frame_auto_is_resolved_once_when_a_run_starts(cache, tmp_path):
+    """Another cache does not change the frame."""
     write_caches(tmp_path, frames=("ego",))
     run = tmp_path / "run"
     succeed(*pretrain(tmp_path, run, *steps(1)))
@@ -270,7 +270,7 @@ def test_a_run_keeps_the_frame_that_its_cache_chose_on_any_cache(cache, tmp_path
     assert config_of(tmp_path / "next")["frame"] == "ego"
 
 
-def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cache, tmp_path):
+def test_network_settings_are_inherited_and_changes_are_reported(cache, tmp_path):
     start, run = tmp_path / "start", tmp_path / "run"
     short = [
         "--cache",
@@ -300,14 +300,14 @@ def test_what_a_network_was_trained_with_is_inherited_and_its_change_is_said(cac
 @pytest.mark.parametrize(
     "options", [["--network", "lss"], ["--backbone", "resnet-50"], ["--set", "network.channels=12"]]
 )
-def test_another_network_than_the_pretraineds_is_refused_by_name(cache, pretrained, tmp_path, options):
+def test_another_network_than_the_pretrained_is_refused_by_name(cache, pretrained, tmp_path, options):
     message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
     assert (
         "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
     )
 
 
-def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretrained, tmp_path):
+def test_features_of_another_teacher_with_as_many_channels_are_reported(cache, pretrained, tmp_path):
     write_caches(tmp_path, teacher="another one")
     said = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
     said += succeed(*pretrain(tmp_path, tmp_path / "run", "--from", pretrained, *steps(1)))
@@ -316,7 +316,7 @@ def test_features_of_another_teacher_with_as_many_channels_are_said(cache, pretr
     assert "another teacher" not in succeed(*evaluate(pretrained, cache, "--out", tmp_path / "out"))
 
 
-def test_a_teacher_that_was_moved_is_no_other_teacher(pretrained, tmp_path):
+def test_a_moved_teacher_is_the_same_teacher(pretrained, tmp_path):
     write_caches(tmp_path, teacher="/moved/made up")
     assert "another teacher" not in succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
 
@@ -329,7 +329,7 @@ def test_features_of_other_channels_are_refused_in_evaluation_and_report(pretrai
     assert "has features of 8 channels" in message
 
 
-def test_a_report_says_that_the_cache_has_another_teachers_features(pretrained, tmp_path):
+def test_a_report_states_that_the_cache_has_another_teachers_features(pretrained, tmp_path):
     write_caches(tmp_path, teacher="another one")
     where = ["--cache", tmp_path, "--split", "val", "--device", "cpu", "--samples", "1"]
     assert "another teacher: the cache's" in succeed("report", pretrained, *where, "--out", tmp_path / "report.html")
@@ -342,7 +342,7 @@ def test_a_run_does_not_continue_on_other_keyframes_of_the_same_spec(pretrained,
     assert "keyframes: the cache holds others, or has skipped others" in message
 
 
-def test_skipped_keyframes_are_said_and_are_no_data(tmp_path):
+def test_skipped_keyframes_are_reported_and_not_trained_on(tmp_path):
     def skip_two(arrays: dict[str, np.ndarray]) -> None:
         arrays["is_valid"][:2] = False
 
@@ -352,13 +352,13 @@ def test_skipped_keyframes_are_said_and_are_no_data(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["keyframes"] == 5
 
 
-def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tmp_path):
+def test_images_are_enlarged_only_if_allowed_and_this_is_reported(cache, tmp_path):
     out = tmp_path / "run"
     large = ["--set", "network.image_size=48x64"]
     message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
     assert "has images of 40x60, network.image_size=48x64 needs up to 57x76, and enlarged" in message
     assert "build it with --image-size 57x86, or allow it with --set allow_upsampling=true" in message
-    resized = ["--set", "augment.resize=[1, 1.5]"]  # of 32x48
+    resized = ["--set", "augment.resize=[1, 1.5]"]  # for 32x48
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
     output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
     assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
@@ -368,7 +368,7 @@ def test_images_are_enlarged_only_where_that_is_allowed_and_it_is_said(cache, tm
     assert json.loads((tmp_path / "results" / "val.json").read_text())["enlarged"]
 
 
-def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pretrained, tmp_path):
+def test_an_evaluation_needs_images_of_the_networks_size_only(cache, pretrained, tmp_path):
     write_caches(tmp_path / "plain", image_size=(32, 48))
     succeed(*evaluate(pretrained, tmp_path / "plain", "--out", tmp_path / "out"))
     write_caches(tmp_path / "less", image_size=(32, 47))
@@ -376,7 +376,7 @@ def test_an_evaluation_needs_images_of_the_networks_size_and_no_more(cache, pret
     assert "has images of 32x47, network.image_size=32x48 needs up to 32x48, and enlarged" in message
 
 
-def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pretrained, tmp_path):
+def test_evaluation_batch_and_workers_do_not_change_the_result(cache, pretrained, tmp_path):
     results = []
     for more in (["--batch", "1", "--loader-threads", "1"], ["--batch", "5", "--workers", "3"]):
         succeed(*evaluate(pretrained, cache, "--out", tmp_path, *more))
@@ -388,12 +388,12 @@ def test_how_much_is_evaluated_at_once_and_read_ahead_changes_nothing(cache, pre
     assert_same_run(tmp_path / "1", tmp_path / "3")
 
 
-def test_checkpoints_come_as_often_as_asked_for(cache, tmp_path):
+def test_save_every_sets_the_interval_of_checkpoints(cache, tmp_path):
     succeed(*pretrain(cache, tmp_path / "run", "--save-every", "2", *steps(5)))
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000004", "step-00000005"]
 
 
-def test_progress_is_shown_unless_told_not_to(cache, tmp_path):
+def test_progress_is_shown_unless_switched_off(cache, tmp_path):
     command = [a for a in pretrain(cache, tmp_path / "run", *steps(1)) if a != "--no-progress"]
     output = succeed(*command)
     assert "1/1" in output and "samples/s, waiting for data" in output
@@ -401,7 +401,7 @@ def test_progress_is_shown_unless_told_not_to(cache, tmp_path):
     assert "sample/s" in succeed(*[a for a in evaluate(tmp_path / "run", cache) if a != "--no-progress"])
 
 
-def test_presets_that_need_a_larger_cache_than_the_default_say_so():
+def test_presets_that_need_a_larger_cache_than_the_default_are_marked():
     lines = succeed("config", "list").splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
     needy = [line for line in lines if "--image-size" in line]
@@ -414,7 +414,7 @@ def test_presets_that_need_a_larger_cache_than_the_default_say_so():
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_a_partial_and_a_mute_cache_are_refused(cache, tmp_path):
+def test_missing_unfinished_and_unsuitable_caches_are_refused(cache, tmp_path):
     out = tmp_path / "run"
     assert "no cache at" in refuse(*pretrain(tmp_path, out), out=out)
     assert (
@@ -434,7 +434,7 @@ def test_a_missing_a_partial_and_a_mute_cache_are_refused(cache, tmp_path):
     assert not out.exists()
 
 
-def test_a_validation_split_is_looked_at_before_training(cache, tmp_path):
+def test_a_validation_split_is_checked_before_training(cache, tmp_path):
     out = tmp_path / "run"
     assert "no cache at" in refuse(*pretrain(cache, out, "--validate", "test"), out=out)
     write_cache(tmp_path)
@@ -448,14 +448,14 @@ def test_a_validation_split_is_looked_at_before_training(cache, tmp_path):
         assert expected in message and "build a cache with" in message
 
 
-def test_a_run_is_evaluated_on_its_own_grid_only(pretrained, tmp_path):
+def test_a_run_is_not_evaluated_on_another_grid(pretrained, tmp_path):
     write_caches(tmp_path, grid=OTHER_GRID)
     message = refuse(*evaluate(pretrained, tmp_path))
     assert "has the grid 4x12x10" in message and "step-00000002 has 4x12x12" in message
     assert "build a cache with that grid" in message
 
 
-def test_a_gpu_that_is_not_there_and_a_device_that_is_none_are_refused(cache, pretrained, tmp_path):
+def test_a_missing_gpu_and_an_unknown_device_are_refused(cache, pretrained, tmp_path):
     out = tmp_path / "run"
     message = refuse(*pretrain(cache, out, "--device", "cuda:99"), out=out)
     assert "--device cuda:99: GPU 99 asked for" in message and "use --device cpu" in message
@@ -501,12 +501,12 @@ def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
         (["--backbone-weights", "absent.pth.tar"], "MoCo-v2's are of a resnet-50, the network has efficientnet-b0"),
     ],
 )
-def test_wrong_options_say_what_would_be_right(cache, tmp_path, options, expected):
+def test_wrong_options_are_refused_with_the_expected_value(cache, tmp_path, options, expected):
     out = tmp_path / "run"
     assert expected in refuse(*pretrain(cache, out, *options), out=out)
 
 
-def test_presets_and_their_parts_do_not_mix(cache, tmp_path):
+def test_presets_exclude_the_options_that_they_set(cache, tmp_path):
     out = tmp_path / "run"
     assert "--preset replaces --task and --labels" in refuse(
         *finetune(cache, out, "--preset", "small/map-10", "--labels", "10"), out=out
@@ -515,7 +515,7 @@ def test_presets_and_their_parts_do_not_mix(cache, tmp_path):
     assert "is a pretraining preset: use occfeat-train pretrain --preset small/occfeat" in message
 
 
-def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch):
+def test_weights_of_the_hub_offline_are_an_error_with_the_remedy(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "run"
@@ -525,14 +525,14 @@ def test_weights_of_the_hub_offline_say_what_to_do(cache, tmp_path, monkeypatch)
     assert "pass 'none' to start from random weights" in message
 
 
-def test_a_directory_with_something_else_in_it_is_left_alone(cache, tmp_path):
+def test_a_directory_with_other_files_is_refused_and_not_changed(cache, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     message = refuse(*pretrain(cache, tmp_path, *steps(1)), out=tmp_path)
     assert "is not empty and not a run of occfeat-train: choose another --out" in message
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
-def test_a_traceback_is_there_for_the_asking(tmp_path, monkeypatch):
+def test_an_environment_variable_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("OCCFEAT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no cache at"):
         invoke(*pretrain(tmp_path, tmp_path / "run"))
@@ -540,9 +540,7 @@ def test_a_traceback_is_there_for_the_asking(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["images", "features", "occupancy"])
-def test_a_damaged_chunk_met_on_the_way_stops_naming_it_and_the_run_continues_once_it_is_repaired(
-    cache, tmp_path, name
-):
+def test_a_damaged_chunk_stops_the_run_which_continues_after_the_repair(cache, tmp_path, name):
     broken, run = copy_of(cache, tmp_path / "cache"), tmp_path / "run"
     dataset = KeyframeDataset(reader(broken), Config(allow_upsampling=True), training=True)
     keyframe = dataset.stream(6)[1]  # of step 3
@@ -568,7 +566,7 @@ def test_a_damaged_chunk_met_on_the_way_stops_naming_it_and_the_run_continues_on
     assert_same_run(run, tmp_path / "expected")
 
 
-def test_skipped_keyframes_are_reported_and_left_out(pretrained, tmp_path):
+def test_skipped_keyframes_are_reported_and_not_evaluated(pretrained, tmp_path):
     def skip(arrays: dict[str, np.ndarray]) -> None:
         arrays["is_valid"][[1, 3]] = False
 

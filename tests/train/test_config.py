@@ -1,6 +1,4 @@
-"""Configs: every number the paper states, and what a user may type. Optimiser and schedule follow from them, so they are
-here, too.
-"""
+"""Configs: the paper's numbers, and values from the user. Also the optimiser and the schedule, which follow from them."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from occfeat_train.training.optim import build_optimizer
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.split("/")[-1] == "occfeat" and "small" not in name])
-def test_pretraining_is_section_4_1s(name):
+def test_pretraining_has_the_values_of_section_4_1(name):
     config = preset(name)
     assert config.task == "occfeat"
     optim = config.optim
@@ -36,7 +34,7 @@ def test_pretraining_is_section_4_1s(name):
     assert config.network.image_size == ((448, 800) if "448x800" in name else (224, 400))
 
 
-def test_the_dagger_is_100_epochs_and_nothing_else():
+def test_the_dagger_changes_only_the_epochs_to_100():
     for network in ("simplebev-enb0", "simplebev-rn50"):
         dagger, plain = (preset(f"table1/{network}/{name}") for name in ("occfeat-100ep", "occfeat"))
         assert dagger.differences(plain) == ["optim.epochs: 100.0 != 50"]
@@ -50,7 +48,7 @@ def test_the_dagger_is_100_epochs_and_nothing_else():
     "row",
     ["table1/simplebev-enb0", "table1/simplebev-rn50", "table1/bevformer-enb0", "table2/simplebev-enb0-448x800"],
 )
-def test_finetuning_is_section_4_1s(row, labels, epochs, lr, batch, accumulation):
+def test_finetuning_has_the_values_of_section_4_1(row, labels, epochs, lr, batch, accumulation):
     for task in ("vehicles", "map") if row.startswith("table1") else ("vehicles",):
         config = preset(f"{row}/{task}-{labels}")
         assert (config.task, config.labels) == (task, labels)
@@ -60,13 +58,13 @@ def test_finetuning_is_section_4_1s(row, labels, epochs, lr, batch, accumulation
         assert config.network == preset(f"{row}/occfeat").network
 
 
-def test_a_share_of_labels_between_the_papers_takes_the_next_larger_ones_recipe():
+def test_other_label_fractions_use_the_recipe_of_the_next_larger_one_in_the_paper():
     assert finetuning("map", 5, NetworkConfig()).optim == preset("table1/simplebev-enb0/map-10").optim
     assert finetuning("map", 0.5, NetworkConfig()).optim == preset("table1/simplebev-enb0/map-1").optim
     assert finetuning("map", 11, NetworkConfig()).labels == 11
 
 
-def test_networks_are_the_rows():
+def test_networks_are_those_of_the_papers_rows():
     assert preset("table1/simplebev-enb0/occfeat").network.backbone == "efficientnet-b0"
     assert preset("table1/simplebev-rn50/occfeat").network.backbone == "resnet-50"
     assert preset("table2/simplebev-enb0-448x800/occfeat").network.backbone == "efficientnet-b0"
@@ -75,12 +73,12 @@ def test_networks_are_the_rows():
     assert [name for name in PRESETS if "bevformer" in name and "100ep" in name] == []  # the paper has none
 
 
-def test_table_3_takes_one_loss_away():
+def test_table_3_removes_one_loss():
     losses = {name: preset(f"table3/simplebev/{name}").loss for name in ("occfeat", "occ-only", "feat-only")}
     assert [(loss.occ > 0, loss.feat > 0) for loss in losses.values()] == [(True, True), (True, False), (False, True)]
 
 
-def test_table_3_has_bevformer_with_occupancy_alone_and_with_both():
+def test_table_3_has_bevformer_with_occupancy_only_and_with_both_losses():
     names = [name for name in PRESETS if name.startswith("table3/bevformer/")]
     assert names == ["table3/bevformer/occ-only", "table3/bevformer/occfeat"]
     for name in names:
@@ -95,14 +93,14 @@ def test_bevformers_channels_are_a_multiple_of_its_heads():
 
 
 @pytest.mark.parametrize("value", [0, 0.0001, 0.001, 0.01, 0.1, 1.0])
-def test_table_4_has_its_lambdas(value):
+def test_table_4_has_the_papers_lambdas(value):
     config = preset(f"table4/lambda-{value:g}")
     assert config.loss.feat == value
     assert dataclasses.replace(config, loss=LossConfig()) == Config()
 
 
-def test_the_volume_is_the_grids_default():
-    """Z_B 8 over 200 x 200 cells of 100 x 100 m, "a range of 50 meters"; images are never enlarged at 224 x 400."""
+def test_the_default_grid_and_image_size_are_the_papers():
+    """Z_B = 8 and 200 x 200 cells for 100 x 100 m, "a range of 50 meters". Networks of 224 x 400 need no enlarged images."""
     grid = VoxelGrid()
     assert grid.shape == (8, 200, 200)
     assert (grid.lower[1:], grid.upper[1:]) == ((-50, -50), (50, 50))
@@ -114,7 +112,7 @@ def test_tasks_have_the_papers_classes():
     assert LABEL_KINDS["map"].classes == ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
 
 
-def test_what_the_paper_leaves_to_simple_bev_is_simple_bevs():
+def test_values_that_the_paper_does_not_state_are_simple_bevs():
     augment = AugmentConfig()
     assert (augment.resize, augment.crop, augment.num_cameras) == ((0.8, 1.2), 0.2, 0)
     assert augment.flip_images and augment.flip_bev and augment.shuffle_cameras and augment.random_frame
@@ -128,7 +126,7 @@ def test_every_preset_resolves_and_survives_json(name):
     assert config.optim.num_steps(28_130) > 0
 
 
-def test_a_preset_that_does_not_exist_is_answered_with_those_that_do():
+def test_an_unknown_preset_is_refused_with_the_list_of_presets():
     with pytest.raises(ValueError, match="no preset 'table9'; there are: table1/simplebev-enb0/occfeat"):
         preset("table9")
 
@@ -187,7 +185,7 @@ def test_differences_name_each_field():
         (" labels = 10 ", "labels", 10.0),
     ],
 )
-def test_an_override_changes_its_field_and_no_other(assignment, field, value):
+def test_an_override_changes_only_its_field(assignment, field, value):
     changed = Config().override([assignment])
     assert changed.flat() == {**Config().flat(), field: value}
     assert type(changed.flat()[field]) is type(value)
@@ -249,7 +247,7 @@ def test_overrides_apply_in_order():
         ("labels=NaN", "labels=nan: percent"),
     ],
 )
-def test_an_override_that_does_not_fit_is_refused_saying_why(assignment, message):
+def test_an_invalid_override_is_refused_with_the_reason(assignment, message):
     with pytest.raises(ValueError, match=message):
         Config().override([assignment])
 
@@ -262,11 +260,11 @@ def test_a_run_without_a_loss_is_refused():
 # -- steps, optimiser, schedule ---------------------------------------------------------------------------------------
 
 
-def test_steps_are_those_of_one_stream_of_samples():
+def test_steps_are_counted_in_one_stream_of_samples():
     assert OptimConfig(epochs=50, batch=16).num_steps(28_130) == 50 * 28_130 // 16
     assert OptimConfig(epochs=30, batch=8, accumulation=5).num_steps(28_130) == 30 * 28_130 // 40
-    assert OptimConfig(epochs=2, batch=16).num_steps(12) == 1  # more than one epoch a step
-    assert OptimConfig(epochs=1, batch=16).num_steps(3) == 1  # never none
+    assert OptimConfig(epochs=2, batch=16).num_steps(12) == 1  # more than one epoch per step
+    assert OptimConfig(epochs=1, batch=16).num_steps(3) == 1  # at least one
     assert OptimConfig(epochs=0.5, batch=2).num_steps(10) == 2
     assert OptimConfig(batch=8, accumulation=5).samples_per_step == 40
 
@@ -278,7 +276,7 @@ def parameter() -> nn.Parameter:
 
 
 def learning_rates(config: OptimConfig, num_steps: int) -> list[float]:
-    """Of each step, as the loop takes them."""
+    """The learning rate of each step, with the loop's order of calls."""
     optimizer, schedule = build_optimizer([parameter()], config, num_steps)
     rates = []
     for _ in range(num_steps):
@@ -293,8 +291,8 @@ def test_a_constant_schedule_is_constant():
     assert learning_rates(OptimConfig(), 30) == [1e-3] * 30
 
 
-def test_one_cycle_climbs_for_a_twentieth_of_the_steps_and_falls_for_the_rest():
-    lr, steps = 3e-4, 999  # the schedule's thousandth value is never used
+def test_one_cycle_rises_for_a_twentieth_of_the_steps_and_then_falls():
+    lr, steps = 3e-4, 999  # the schedule's 1000th value is not used
     rates = learning_rates(OptimConfig("adamw", "onecycle", lr=lr), steps)
     peak, last = 49, 999
     for step, rate in enumerate(rates):
@@ -317,21 +315,21 @@ def test_one_cycle_of_any_length_starts_low_and_peaks_once(steps):
 
 
 def test_one_cycle_of_19_steps_works():
-    """A twentieth of 19 + 1 is the first step itself, by whose length torch would divide."""
+    """A twentieth of 19 + 1 is the first step. torch would divide by zero."""
     rates = learning_rates(OptimConfig("adamw", "onecycle", lr=1.0), 19)
     assert rates[:2] == pytest.approx([1 / 25, 1])
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_the_optimiser_is_the_configs(name, kind):
+def test_the_optimiser_has_the_configs_values(name, kind):
     optimizer, _ = build_optimizer([parameter()], OptimConfig(name, weight_decay=1e-3), 10)
     assert type(optimizer) is kind
     assert optimizer.defaults["weight_decay"] == 1e-3
-    assert optimizer.defaults["betas"] == (0.9, 0.999)  # Simple-BEV's: torch's
+    assert optimizer.defaults["betas"] == (0.9, 0.999)  # torch's defaults, as in Simple-BEV
     assert optimizer.defaults["eps"] == 1e-8
 
 
-def test_one_cycle_leaves_the_momentum_alone():
+def test_one_cycle_does_not_change_the_momentum():
     optimizer, schedule = build_optimizer([parameter()], OptimConfig("adamw", "onecycle"), 10)
     optimizer.step()
     schedule.step()

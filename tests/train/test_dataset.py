@@ -1,4 +1,4 @@
-"""From a cache to batches: what a run reads, in which order, and what it never touches."""
+"""From a cache to batches: order of samples, contents of batches, and arrays that are never read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.train.runs import assert_same
 
 ALL_FRAMES = (EGO_FRAME, *CAMERAS)
 CPU = torch.device("cpu")
-# Of small_spec's 16x24 images: what is tested here does not depend on their sharpness.
+# small_spec has images of 16x24, so they are enlarged.
 PRETRAIN = Config(network=NetworkConfig(weights="none", channels=8, image_size=(32, 48)), seed=3, allow_upsampling=True)
 VEHICLES = dataclasses.replace(PRETRAIN, task="vehicles")
 MAP = dataclasses.replace(PRETRAIN, task="map")
@@ -58,7 +58,7 @@ def write_cache(
 
 
 def contents(cache: Cache) -> dict[str, np.ndarray]:
-    """{array: (keyframes, ...)} of what `write_cache` wrote."""
+    """{array: (keyframes, ...)} that `write_cache` wrote."""
     shards = [random_arrays(cache, shard) for shard in range(cache.num_shards)]
     return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
@@ -70,7 +70,7 @@ def dataset_of(cache: Cache, config: Config = PRETRAIN, **options: Any) -> Keyfr
 # -- the stream -------------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_visits_every_sample_once_and_the_next_one_in_another_order(tmp_path):
+def test_each_epoch_visits_every_sample_once_in_another_order(tmp_path):
     dataset = dataset_of(write_cache(tmp_path))
     epochs = [[dataset.stream(epoch * 7 + i) for i in range(7)] for epoch in range(4)]
     orders = []
@@ -81,7 +81,7 @@ def test_an_epoch_visits_every_sample_once_and_the_next_one_in_another_order(tmp
     assert len(set(orders)) == 4
 
 
-def test_batches_straddle_epochs_and_drop_nothing(tmp_path):
+def test_batches_cross_epochs_without_dropping_samples(tmp_path):
     dataset = dataset_of(write_cache(tmp_path))
     batch = dataset.batch([dataset.stream(position) for position in range(5, 9)])
     expected = [dataset.stream(position)[1] for position in range(5, 9)]
@@ -89,7 +89,7 @@ def test_batches_straddle_epochs_and_drop_nothing(tmp_path):
     assert batch.tokens == tuple(f"token{keyframe}" for keyframe in expected)
 
 
-def test_the_order_follows_from_the_seed(tmp_path):
+def test_the_seed_determines_the_order(tmp_path):
     cache = write_cache(tmp_path)
     orders = [
         [dataset_of(cache, dataclasses.replace(PRETRAIN, seed=seed)).stream(i)[1] for i in range(21)]
@@ -98,24 +98,24 @@ def test_the_order_follows_from_the_seed(tmp_path):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_skipped_keyframes_are_left_out(tmp_path):
+def test_skipped_keyframes_are_not_used(tmp_path):
     dataset = dataset_of(write_cache(tmp_path, skipped=(0, 4)))
     assert dataset.keyframes.tolist() == [1, 2, 3, 5, 6]
     assert sorted(dataset.stream(i)[1] for i in range(5)) == [1, 2, 3, 5, 6]
 
 
-def test_only_the_chosen_scenes_keyframes_are_seen(tmp_path):
+def test_only_keyframes_of_the_chosen_scenes_are_used(tmp_path):
     cache = write_cache(tmp_path, identity=SCENES, skipped=(6,))
     assert dataset_of(cache, scenes=["a", "c"]).keyframes.tolist() == [0, 1, 5]
     with pytest.raises(ValueError, match="no valid keyframe among the 7 of the chosen scenes"):
         dataset_of(cache, scenes=["d"])
 
 
-# -- what a batch holds -----------------------------------------------------------------------------------------------
+# -- contents of a batch ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("feature_dtype", ["float16", "int8"])
-def test_a_pretraining_batch_is_what_the_cache_holds(tmp_path, feature_dtype):
+def test_a_pretraining_batch_has_the_contents_of_the_cache(tmp_path, feature_dtype):
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES, feature_dtype=feature_dtype))
     written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
     dataset = dataset_of(cache)
@@ -146,7 +146,7 @@ def drawn_frame(sample: tuple[int, int], config: Config = PRETRAIN, frames: tupl
     return draw(rng, config.augment, config.network.image_size, len(CAMERAS), allowed).frame
 
 
-def test_labels_are_those_of_the_drawn_frame(tmp_path):
+def test_labels_belong_to_the_chosen_frame(tmp_path):
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
     written, samples = contents(cache), [(0, 5), (2, 0), (0, 3)]
     at = ([5, 0, 3], [drawn_frame(sample) for sample in samples])
@@ -158,7 +158,7 @@ def test_labels_are_those_of_the_drawn_frame(tmp_path):
     assert (list(vehicles), list(layout)) == (["labels", "valid"], ["labels"])
 
 
-def test_a_samples_draw_depends_on_seed_epoch_and_sample_alone(tmp_path):
+def test_augmentation_depends_only_on_seed_epoch_and_sample(tmp_path):
     dataset = dataset_of(write_cache(tmp_path, small_spec(frames=ALL_FRAMES)))
     together, alone = dataset.batch([(0, 1), (4, 6), (1, 1)]), dataset.batch([(4, 6)])
     for field in dataclasses.fields(alone):
@@ -168,7 +168,7 @@ def test_a_samples_draw_depends_on_seed_epoch_and_sample_alone(tmp_path):
     assert not torch.equal(together.resized[0], together.resized[2])  # the same sample in another epoch
 
 
-def test_evaluation_sees_all_cameras_as_they_are_whatever_training_draws(tmp_path):
+def test_evaluation_uses_all_cameras_without_augmentation(tmp_path):
     config = dataclasses.replace(PRETRAIN, augment=AugmentConfig(num_cameras=2))
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
     batch = dataset_of(cache, config, training=False).batch([(0, k) for k in range(7)])
@@ -180,7 +180,7 @@ def test_evaluation_sees_all_cameras_as_they_are_whatever_training_draws(tmp_pat
     assert dataset_of(cache, config).batch([(0, 0)]).cameras.shape == (1, 2)
 
 
-# -- what a task needs of a cache -------------------------------------------------------------------------------------
+# -- arrays that a task reads -----------------------------------------------------------------------------------------
 
 
 def test_pretraining_never_reads_labels(tmp_path):
@@ -208,7 +208,7 @@ def test_finetuning_reads_neither_features_nor_occupancy(tmp_path):
     assert list(dataset_of(cache, MAP).batch([(0, 4)]).arrays) == ["labels"]
 
 
-def test_occupancy_alone_needs_no_teacher_and_lambda_says_so(tmp_path):
+def test_only_the_feature_loss_needs_a_teacher(tmp_path):
     cache = write_cache(tmp_path, small_spec(teacher=None))
     with pytest.raises(CacheError, match="no teacher features, which lambda=0.01 needs: .*--teacher.*--occ-only"):
         dataset_of(cache)
@@ -223,7 +223,7 @@ def test_missing_labels_are_named_with_the_remedy(tmp_path, labels, has):
         dataset_of(cache, MAP)
 
 
-def test_more_cameras_than_there_are_cannot_be_kept(tmp_path):
+def test_num_cameras_above_the_number_of_cameras_is_refused(tmp_path):
     config = dataclasses.replace(PRETRAIN, augment=AugmentConfig(num_cameras=7))
     cache = write_cache(tmp_path)
     with pytest.raises(ValueError, match=r"augment.num_cameras=7: the cache has 6"):
@@ -239,13 +239,13 @@ def names(available: tuple[str, ...], wanted: str, training: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cameras"])
-def test_training_draws_among_five_cameras_and_evaluation_takes_the_front(wanted):
+def test_training_uses_five_cameras_as_frames_and_evaluation_the_front(wanted):
     for available in (ALL_FRAMES, CAMERAS):
         assert names(available, wanted, True) == [c for c in CAMERAS if c != "CAM_FRONT_LEFT"]
         assert names(available, wanted, False) == ["CAM_FRONT"]
 
 
-def test_auto_is_the_ego_frame_where_there_is_no_other():
+def test_auto_is_the_ego_frame_if_it_is_the_only_one():
     assert names((EGO_FRAME,), "auto", True) == names((EGO_FRAME,), "auto", False) == [EGO_FRAME]
 
 
@@ -255,7 +255,7 @@ def test_a_named_frame_is_the_only_one(wanted, training):
     assert names(ALL_FRAMES, wanted, training) == [wanted]
 
 
-def test_a_cache_of_other_cameras_uses_what_it_has():
+def test_a_cache_with_other_cameras_uses_these():
     assert names(("CAM_FRONT_LEFT",), "cameras", True) == ["CAM_FRONT_LEFT"]
     assert names(("CAM_BACK", "CAM_FRONT_LEFT"), "cameras", False) == ["CAM_BACK"]
 
@@ -264,12 +264,12 @@ def test_a_cache_of_other_cameras_uses_what_it_has():
     ("available", "wanted"), [((EGO_FRAME,), "cameras"), (CAMERAS, "ego"), ((EGO_FRAME,), "CAM_BACK")]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_a_frame_that_is_not_there_is_refused_with_those_that_are(available, wanted, training):
+def test_a_missing_frame_is_refused_with_the_list_of_frames(available, wanted, training):
     with pytest.raises(ValueError, match=f"frame={wanted}: this cache has grids in {', '.join(available)}"):
         reference_frames(available, wanted, training=training)
 
 
-def test_without_random_frames_training_uses_evaluations(tmp_path):
+def test_without_random_frames_training_uses_the_frame_of_evaluation(tmp_path):
     cache = write_cache(tmp_path, small_spec(frames=ALL_FRAMES))
     config = dataclasses.replace(PRETRAIN, augment=NO_AUGMENTATION)
     ours, evaluations = (
@@ -289,20 +289,20 @@ def test_a_share_of_700_scenes_is_spread_evenly(percent, count):
     assert chosen == scenes[:: 700 // count]
 
 
-def test_the_splits_order_is_kept():
+def test_chosen_scenes_keep_the_splits_order():
     assert label_scenes(["b", "b", "a", "c", "d", "d"], 50) == ["b", "c"]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.floats(0.01, 100))
-def test_a_share_is_of_different_scenes_and_of_its_size(count, percent):
+def test_a_share_has_its_size_and_no_duplicates(count, percent):
     scenes = [str(i) for i in range(count)]
     chosen = label_scenes(scenes, percent)
     assert len(set(chosen)) == len(chosen) == max(round(count * percent / 100), 1)
     assert set(chosen) <= set(scenes)
 
 
-# -- reading ahead ----------------------------------------------------------------------------------------------------
+# -- prefetching ------------------------------------------------------------------------------------------------------
 
 
 def prefetch_threads() -> list[str]:
@@ -310,7 +310,7 @@ def prefetch_threads() -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_come_in_the_order_they_were_asked_for(tmp_path, workers):
+def test_batches_arrive_in_the_requested_order(tmp_path, workers):
     dataset = dataset_of(write_cache(tmp_path))
     wanted = [[dataset.stream(i), dataset.stream(i + 1)] for i in range(0, 40, 2)]
     prefetcher = Prefetcher(dataset, wanted, CPU, workers=workers)
@@ -320,7 +320,7 @@ def test_batches_come_in_the_order_they_were_asked_for(tmp_path, workers):
     assert not prefetch_threads()
 
 
-def test_a_damaged_chunk_is_raised_at_its_batch_naming_the_sample(tmp_path):
+def test_a_damaged_chunk_is_an_error_at_its_batch_with_the_sample(tmp_path):
     cache = write_cache(tmp_path)
     image = contents(cache)["images"][4]
     file = shard_file(cache.path, next(a for a in cache.spec.arrays() if a.name == "images"), 1)
@@ -335,7 +335,7 @@ def test_a_damaged_chunk_is_raised_at_its_batch_naming_the_sample(tmp_path):
     assert not prefetch_threads()
 
 
-def test_abandoned_it_stops_its_threads_having_read_no_further_than_asked(tmp_path):
+def test_a_closed_prefetcher_stops_its_threads_and_reads_no_further(tmp_path):
     asked = []
 
     def endless() -> Iterator[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of deformable attention against plain torch in float64, values and gradients, and compiled for GPUs."""
+"""The Triton kernels of deformable attention: values and gradients against plain torch in float64, and compilation for GPUs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(
     anchors: int,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Reads]:
-    """Values, places and reads: every query reads 0 to `maps` maps, some places lie outside."""
+    """Values, offsets and weights, and reads. Every query reads 0 to `maps` maps; some positions are outside."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, maps + 1, (batch * queries,), generator=generator)
     total = int(counts.sum())
@@ -65,14 +65,14 @@ def values_and_gradients(function: object, values: Tensor, places: Tensor, reads
     points=st.sampled_from([(1, 1), (4, 2), (3, 3)]),
     seed=st.integers(0, 2**31),
 )
-def test_interpreted_values_and_gradients_are_those_of_plain_torch(
+def test_interpreted_values_and_gradients_equal_plain_torch(
     batch: int, queries: int, maps: int, size: tuple[int, int], heads: int, d: int, points: tuple[int, int], seed: int
 ) -> None:
     given = inputs(batch, queries, maps, size, heads, d, *points, seed=seed)
     with interpreted(KERNELS) as kernels, pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_TILE", 32)
         found = values_and_gradients(deformable_triton, *given)
-    # a place next to a token's centre may fall on its other side in float32: its own gradient jumps there, no value does
+    # In float32, a position near a token's centre may be on its other side, where the position's gradient jumps.
     exact = values_and_gradients(deformable_torch, *(t.double() for t in given[:2]), given[2])
     for ours, other in zip(found[:2], exact[:2], strict=True):
         torch.testing.assert_close(ours.double(), other, atol=2e-5 * max(1.0, other.abs().max().item()), rtol=0)
@@ -83,7 +83,7 @@ def test_interpreted_values_and_gradients_are_those_of_plain_torch(
 
 
 def _far_from_centres(places: Tensor, reads: Reads) -> Tensor:
-    """(Q, heads, P) bool: no read of the point comes within 1e-4 tokens of a whole number."""
+    """(Q, heads, P) bool: all positions of the point are more than 1e-4 tokens from an integer."""
     anchors = reads.anchors.double().repeat(1, places.shape[2] // reads.anchors.shape[1], 1)
     where = anchors[:, None] + places[reads.queries][..., :2].double()
     is_near = ((where - where.round()).abs() < 1e-4).any(-1)
@@ -106,7 +106,7 @@ def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPa
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_gives_what_plain_torch_gives(dtype: torch.dtype) -> None:
+def test_a_gpu_equals_plain_torch(dtype: torch.dtype) -> None:
     values, places, reads = inputs(2, 5_000, 6, (28, 50), 4, 32, 8, 8)
     given = (
         values.to(dtype).cuda(),

@@ -1,4 +1,4 @@
-"""Lifting: closed forms, the dense twin's values and gradients, and what must not change a result."""
+"""Lifting: closed forms, values and gradients against the slow reference, and invariances."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def twin_of(function: Lift) -> Lift:
 
 
 def views_of(cameras: list[np.ndarray], pinholes: list[np.ndarray], size: tuple[int, int] = SIZE) -> Views:
-    """One sample."""
+    """Views of one sample."""
     intrinsics, cam_from_grid = (torch.from_numpy(np.stack(m)).double()[None] for m in (pinholes, cameras))
     return Views(torch.zeros(1, len(cameras), 3, *size), intrinsics, cam_from_grid)
 
@@ -72,7 +72,7 @@ def stack(samples: list[Views]) -> Views:
 
 
 def ring_of_six() -> Views:
-    """One sample at 224x400, cameras all around, with about nuScenes' pinhole."""
+    """One sample at 224x400 with a ring of six cameras and about nuScenes' intrinsics."""
     cameras = []
     for yaw in np.arange(6) * np.pi / 3:
         turn = np.array([[np.cos(yaw), np.sin(yaw), 0, 0], [-np.sin(yaw), np.cos(yaw), 0, 0], [0, 0, 1, 1.5]])
@@ -90,7 +90,7 @@ def by_voxel(volume: Tensor, grid: VoxelGrid = GRID) -> Tensor:
 
 
 def pixels(grid: VoxelGrid = GRID) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where FORWARD and PINHOLE see every voxel: u, v, and whether they do."""
+    """u, v and is_seen of every voxel for FORWARD and PINHOLE."""
     right, forward, up = np.moveaxis(grid.voxel_centers().astype(np.float64), -1, 0)
     u, v = 30 * right / forward + 30, -30 * up / forward + 20
     return u, v, (forward > 0) & (u >= 0) & (u < SIZE[1]) & (v >= 0) & (v < SIZE[0])
@@ -124,7 +124,7 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("function", BACKENDS)
-def test_a_constant_map_gives_the_constant_where_seen_and_zero_elsewhere(function: Lift) -> None:
+def test_a_constant_map_gives_the_constant_at_seen_voxels_and_zero_elsewhere(function: Lift) -> None:
     volume = by_voxel(function(torch.full((1, 1, 2, 4, 6), 3.0), one_camera(), GRID))
     _, _, is_seen = pixels()
     assert 0 < is_seen.sum() < is_seen.size / 2
@@ -153,7 +153,7 @@ def test_views_are_averaged(function: Lift) -> None:
 
 @pytest.mark.parametrize("function", BACKENDS)
 def test_the_image_is_half_open(function: Lift) -> None:
-    """Voxels project to u = 30 + 10 i exactly; pixel 0 is inside, pixel W is not."""
+    """Voxels project exactly to u = 30 + 10 i. Pixel 0 is inside, pixel W is not."""
     grid = VoxelGrid((1, 1, 9), (-1, 2, -4.5), (1, 4, 4.5))
     volume = by_voxel(function(torch.ones(1, 1, 1, 4, 6), one_camera(), grid), grid)
     assert volume.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0]
@@ -168,28 +168,28 @@ def test_a_grid_that_no_camera_sees_gives_zeros_and_no_gradient(function: Lift) 
     assert not volume.any() and not features.grad.any()
 
 
-def test_channels_are_heights_then_features_and_lie_last_in_memory() -> None:
+def test_channels_are_levels_then_features_and_channels_last_in_memory() -> None:
     grid = VoxelGrid((4, 2, 2), (-2, 4, -1), (2, 8, 1))
     rows = torch.arange(4.0)[:, None].expand(4, 6)
     volume = lift(torch.stack([rows, rows + 100])[None, None], one_camera(), grid)
     assert volume.shape == (1, 8, 2, 2)
     assert volume.is_contiguous(memory_format=torch.channels_last)
     by_height = volume[0, :, 0, 0].view(4, 2)
-    assert (by_height.diff(dim=0)[:, 0] < 0).all(), "the lowest voxel lies lowest in the image, in the last row"
+    assert (by_height.diff(dim=0)[:, 0] < 0).all(), "the lowest voxel projects to the last row of the image"
     torch.testing.assert_close(by_height[:, 1], by_height[:, 0] + 100)
 
 
-# -- the dense twin ---------------------------------------------------------------------------------------------------
+# -- the slow reference -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", WITH_REFERENCE)
-def test_values_and_gradients_equal_the_dense_twins(function: Lift) -> None:
+def test_values_and_gradients_equal_the_slow_reference(function: Lift) -> None:
     assert_equal_to_twin(function, random_features(2), random_views(0, batch=2), GRID)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "place"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_at_full_size_values_and_gradients_are_the_float64_ones_rounded(dtype: torch.dtype, place: float) -> None:
+def test_at_full_size_values_and_gradients_equal_float64_within_rounding(dtype: torch.dtype, place: float) -> None:
     """Six 28x50 maps of 128 channels to 8x200x200. place: half a last digit, or what float32 sums are off by."""
     features, views = random_features(1, 6, 128, 28, 50).to(dtype), ring_of_six()
     shape = (1, 8 * 128, 200, 200)
@@ -222,7 +222,7 @@ shapes = st.tuples(st.integers(1, 4), st.integers(1, 19), st.integers(1, 9))
     shape=shapes,
     function=st.sampled_from([*WAYS, lift_reference]),
 )
-def test_any_rig_on_any_grid_equals_the_dense_twin(
+def test_any_rig_on_any_grid_equals_the_slow_reference(
     seed: int,
     cams: int,
     channels: int,
@@ -246,7 +246,7 @@ odd = st.sampled_from([0.0, 1e-12, -1e-12, 1e12, -1e12, 30.0, -30.0, 1e300])
     seed=st.integers(0, 9),
     function=st.sampled_from([way for way in WAYS if way is not lift_torch]),
 )
-def test_degenerate_intrinsics_give_finite_values_and_all_paths_agree(
+def test_with_degenerate_intrinsics_values_are_finite_and_all_paths_agree(
     focal: tuple[float, float], center: tuple[float, float], seed: int, function: Lift
 ) -> None:
     views = random_views(seed, cams=2)
@@ -260,14 +260,14 @@ def test_degenerate_intrinsics_give_finite_values_and_all_paths_agree(
 
 
 @pytest.mark.parametrize("function", [lift, lift_reference])
-def test_gradcheck(function: Lift) -> None:
+def test_lifting_passes_gradcheck(function: Lift) -> None:
     grid = VoxelGrid((2, 3, 3), (-1, 0, -3), (1, 6, 3))
     features = random_features(cams=2, channels=2, h=2, w=3).double().requires_grad_()
     views = views_of([FORWARD, FORWARD], [PINHOLE, PINHOLE * [[0.7], [1.2], [1]]])
     assert torch.autograd.gradcheck(lambda f: function(f, views, grid), features)
 
 
-# -- what does not change the result ----------------------------------------------------------------------------------
+# -- invariances ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", BACKENDS)
@@ -293,7 +293,7 @@ def test_a_batch_equals_its_samples_one_by_one(function: Lift) -> None:
         assert torch.equal(leaf.grad[0], together[1][b])
 
 
-def test_the_number_of_threads_changes_no_bit(three_threads: None) -> None:
+def test_the_number_of_threads_does_not_change_a_bit(three_threads: None) -> None:
     views, features, grid = random_views(7, batch=2), random_features(2, channels=32), VoxelGrid((4, 37, 23))
     threaded = [value_and_gradient(lift, features, views, grid) for _ in range(3)]
     torch.set_num_threads(1)
@@ -306,7 +306,7 @@ def test_the_number_of_threads_changes_no_bit(three_threads: None) -> None:
     )
 
 
-def test_a_gradient_in_any_memory_order_is_taken() -> None:
+def test_a_gradient_in_any_memory_format_is_accepted() -> None:
     views, features = random_views(8), random_features()
     grads = []
     for order in (torch.channels_last, torch.contiguous_format):
@@ -328,7 +328,7 @@ def test_half_precision_rounds_the_float32_result_once(function: Lift, dtype: to
     leaf, exact = features.clone().requires_grad_(), features.float().requires_grad_()
     volume, expected = function(leaf, views, GRID), function(exact, views, GRID)
     assert volume.dtype == dtype
-    cuts_off = function is lift_interpreted and dtype == torch.bfloat16  # Triton's interpreter; a GPU rounds
+    cuts_off = function is lift_interpreted and dtype == torch.bfloat16  # Triton's interpreter truncates, a GPU rounds
     torch.testing.assert_close(volume, expected.to(dtype), rtol=2**-7 if cuts_off else 0, atol=0)
     weight = torch.randn(volume.shape).to(dtype)
     volume.backward(weight)
@@ -337,7 +337,7 @@ def test_half_precision_rounds_the_float32_result_once(function: Lift, dtype: to
     torch.testing.assert_close(leaf.grad, exact.grad.to(dtype), rtol=0, atol=0)
 
 
-def test_bfloat16_keeps_infinities_and_nan_and_overflows_to_infinity() -> None:
+def test_bfloat16_preserves_infinities_and_nan_and_overflows_to_infinity() -> None:
     values = [torch.inf, -torch.inf, torch.nan, 3.4e38, -1.0, 1e-40, 1.00390625, 1.01171875]
     tokens = torch.tensor(values)[None, None, :, None, None].expand(1, 1, 8, 4, 6)
     grid = VoxelGrid((1, 1, 1), (-1, 2, -1), (1, 4, 1))
@@ -346,7 +346,7 @@ def test_bfloat16_keeps_infinities_and_nan_and_overflows_to_infinity() -> None:
     torch.testing.assert_close(volume.flatten(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_without_a_gradient_no_taps_are_kept_and_geometry_gets_none() -> None:
+def test_without_feature_gradients_nothing_is_saved_and_geometry_has_no_gradient() -> None:
     views, features = random_views(10), random_features()
     assert not lift(features, views, GRID).requires_grad
     views.intrinsics.requires_grad_()
@@ -380,9 +380,9 @@ def test_autocast_keeps_the_encoders_bfloat16() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, where it hides warnings by a filter
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # raised by torch.compile
 @pytest.mark.parametrize("function", BACKENDS)
-def test_a_compiled_network_lifts_outside_the_graph(function: Lift) -> None:
+def test_lifting_works_in_a_compiled_function(function: Lift) -> None:
     views = random_views(11)
 
     def step(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
@@ -424,7 +424,7 @@ def test_a_gpu_equals_the_cpu(function: Lift) -> None:
         ({"area": torch.ones(2, 4)}, r"area of shape \(2, 4\) .*: expected \(1, 2, 4\)"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(function: Lift, change: dict[str, object], message: str) -> None:
+def test_wrong_arguments_are_refused(function: Lift, change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"features": torch.ones(1, 2, 2, 4, 6), **change}
     features = arguments.pop("features")
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The network as a whole; `test_reference` compares it with the reference's outputs."""
+"""The complete network. `test_reference` compares it with the reference's outputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from occfeat_train.simple_bev.quirks import ReferenceSimpleBEV
 from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
 
-# Its middle lies 1 m ahead and 2 m to the right.
+# The centre is 1 m ahead and 2 m to the right.
 OFF_CENTRE = VoxelGrid((2, 8, 12), (-2, -7, -10), (2, 9, 14))
 
 
 def two_cameras(batch: int, grid_seed: int = 0) -> Views:
-    """Images of noise, a camera looking ahead and one looking right, both level and 1 m above the grid's origin."""
+    """Random images of a camera that looks forward and one that looks right, both level and 1 m above the grid's origin."""
     torch.manual_seed(grid_seed)
     ahead = inverse_rigid(GRID_FROM_CAMERA_AXES)
     right = rigid((np.cos(np.pi / 4), 0, -np.sin(np.pi / 4), 0), (0.1, 0.2, 0.3)) @ ahead
@@ -50,7 +50,7 @@ def small_network() -> BEVNetwork:
 
 
 class MirrorableEncoder(nn.Module):
-    """(N, 3, H, W) images -> (N, channels, H / 8, W / 8): of a mirrored image it gives the mirrored map."""
+    """(N, 3, H, W) images -> (N, channels, H / 8, W / 8). A mirrored image gives the mirrored map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class MirrorableEncoder(nn.Module):
 
 
 def augmented(mirror: list[list[bool]]) -> Views:
-    """Two samples of `two_cameras` with noise for images, float64, calibrated as after a resize, a crop and mirroring."""
+    """Two samples of `two_cameras` in float64, with intrinsics as after a resize, a crop and mirroring."""
     views, rng = two_cameras(2), np.random.default_rng(0)
     resized, crop = (torch.from_numpy(rng.integers(*between, (2, 2, 2))) for between in ((50, 70), (-9, 9)))
     is_mirrored = torch.tensor(mirror)
@@ -74,20 +74,20 @@ def augmented(mirror: list[list[bool]]) -> Views:
 
 
 def mirrorable_network(lifting: str, compat: str = "none") -> BEVNetwork:
-    """Of weights, in float64, of a size that matters everywhere, learned places among them; F_B is the lifted map."""
+    """A float64 network whose F_B is the lifted map, with weights so large that every parameter affects it."""
     torch.manual_seed(2)
     lifted = pkgutil.resolve_name(lifting_class(lifting, compat))(OFF_CENTRE, 8)
     for name, parameter in lifted.named_parameters():
         if not name.endswith("bias"):
             nn.init.normal_(parameter, std=0.5)
-        elif "places" in name:  # where BEVFormer reads
+        elif "places" in name:  # BEVFormer's sampling offsets
             nn.init.normal_(parameter)
     return BEVNetwork(MirrorableEncoder(lifted.feature_channels), lifted, nn.Identity()).double().eval()
 
 
 @pytest.mark.parametrize("compat", ["none", "simple-bev"])
 @pytest.mark.parametrize("lifting", LIFTINGS)
-def test_a_mirrored_image_gives_the_same_map_whatever_the_lifting_and_its_weights(lifting, compat):
+def test_a_mirrored_image_gives_the_same_map_with_every_lifting(lifting, compat):
     network = mirrorable_network(lifting, compat)
     with torch.no_grad():
         plain = network(augmented([[False, False], [False, False]]))
@@ -96,7 +96,7 @@ def test_a_mirrored_image_gives_the_same_map_whatever_the_lifting_and_its_weight
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_sees_mirrored_images_have_the_same_maps_and_gradients():
+def test_a_process_with_mirrored_images_has_the_maps_and_gradients_of_one_without():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     found = subprocess.run(
         [*torchrun, "-m", "tests.train.mirrored_ranks"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
@@ -105,7 +105,7 @@ def test_two_processes_of_which_one_sees_mirrored_images_have_the_same_maps_and_
     assert found.stdout.splitlines() == [f"{lifting}: the same on both ranks" for lifting in LIFTINGS]
 
 
-def test_gradients_of_a_mirrored_view_come_back_to_its_columns():
+def test_gradients_of_a_mirrored_view_are_mirrored():
     network, grads = mirrorable_network("simplebev"), []
     for mirror in (False, True):
         views = augmented([[mirror, False], [False, mirror]])
@@ -117,7 +117,7 @@ def test_gradients_of_a_mirrored_view_come_back_to_its_columns():
     assert (mirrored - expected).norm() < 1e-9 * plain.norm()
 
 
-def test_a_mirrored_grid_maps_each_cell_to_its_opposite():
+def test_a_mirrored_grid_maps_each_cell_to_the_opposite_cell():
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
     mirror = grid_mirror(OFF_CENTRE, flips).numpy()
     centers = OFF_CENTRE.voxel_centers().astype(np.float64)
@@ -127,7 +127,7 @@ def test_a_mirrored_grid_maps_each_cell_to_its_opposite():
         np.testing.assert_allclose(moved, np.flip(centers, flipped), atol=1e-6)
 
 
-def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
+def test_a_flip_mirrors_the_volume_and_then_f_b_back(small_network):
     flips = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
     views, small_network = two_cameras(4), small_network.double()
     views = replace(views, images=views.images.double())
@@ -144,12 +144,12 @@ def test_a_flip_mirrors_the_volume_and_f_b_back(small_network):
 
 
 @pytest.mark.parametrize("lifting", LIFTINGS)
-def test_whatever_the_lifting_the_decoder_sees_a_mirrored_map_and_f_b_is_mirrored_back(lifting):
-    """The lifted map is the unflipped one, mirrored: learned queries stay where they are."""
+def test_with_every_lifting_the_decoders_input_is_mirrored_and_f_b_is_mirrored_back(lifting):
+    """The mirrored map equals the map without flips, mirrored. Learned queries keep their position."""
     torch.manual_seed(1)
     network = build_network(OFF_CENTRE, "efficientnet-b0", channels=8, lifting=lifting).eval()
     network.decoder = nn.Identity()
-    if lifting == "simplebev":  # mirrors its volume; the compressor's 3x3 kernel is to be the same mirrored
+    if lifting == "simplebev":  # mirrors its volume, so the compressor's kernel must be symmetric for this comparison
         with torch.no_grad():
             kernel = network.lifting.compressor[0].weight
             kernel.copy_((kernel + kernel.flip(2) + kernel.flip(3) + kernel.flip(2, 3)) / 4)
@@ -166,7 +166,7 @@ def test_whatever_the_lifting_the_decoder_sees_a_mirrored_map_and_f_b_is_mirrore
     assert (seen[1][1] - plain[1]).abs().max() > 0.01
 
 
-def test_no_flip_is_the_same_as_flips_that_are_all_false(small_network):
+def test_flips_none_equals_flips_that_are_all_false(small_network):
     views = two_cameras(2)
     with torch.no_grad():
         plain = small_network(views)
@@ -174,14 +174,14 @@ def test_no_flip_is_the_same_as_flips_that_are_all_false(small_network):
         assert not torch.allclose(small_network(views, torch.ones(2, 2, dtype=torch.bool)), plain, atol=1e-2)
 
 
-def test_gradients_of_a_flipped_map_come_back_to_its_cells(small_network):
+def test_gradients_pass_through_a_flipped_map(small_network):
     views = two_cameras(2)
     flips = torch.tensor([[True, False], [False, True]])
     small_network(views, flips).square().sum().backward()
     assert small_network.encoder.weight.grad.abs().sum() > 0
 
 
-def test_samples_of_a_batch_do_not_mix(small_network):
+def test_samples_of_a_batch_are_independent(small_network):
     views = two_cameras(2)
     alone = Views(*(t[1:] for t in (views.images, views.intrinsics, views.cam_from_grid)))
     with torch.no_grad():
@@ -206,5 +206,5 @@ def test_options_reach_their_modules():
         build_network(OFF_CENTRE, "efficientnet-b0", lifting="splat")
 
 
-def test_the_compressor_has_the_references_parameters():
+def test_the_compressor_has_as_many_parameters_as_the_references():
     assert parameters(SimpleBEV(VoxelGrid(), 128).compressor) == 1_179_648

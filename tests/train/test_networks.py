@@ -1,6 +1,4 @@
-"""Every network pretrains, goes on where it was stopped, finetunes and is evaluated by the same commands; and what comes
-from the reference repository does, too.
-"""
+"""Every network is pretrained, resumed, finetuned and evaluated with the same commands, as are reference checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ FIELDS = ["--set", "network.channels=8", "--set", "network.image_size=32x48"]
 
 
 def write_cache(path: Path, **changes: Any) -> Path:
-    """4 keyframes of noise under a level rig of six cameras, 60 degrees apart and 1 m above the grid's origin."""
+    """4 keyframes of random contents with six level cameras, 60 degrees apart and 1 m above the grid's origin."""
     cache = create_cache(
         path / "train.zarr", small_spec(image_size=(40, 60), **changes), small_identity(4), keyframes_per_shard=2, provenance={}
     )  # fmt: skip
@@ -56,7 +54,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", LIFTINGS)
-def test_it_pretrains_resumes_finetunes_and_is_evaluated(cache, tmp_path, network):
+def test_a_network_is_pretrained_resumed_finetuned_and_evaluated(cache, tmp_path, network):
     options = ["--cache", cache, "--network", network, *SMALL, *FIELDS, "--save-every", "1"]
     said = run("pretrain", *options, "--out", tmp_path / "run")
     assert f"occfeat: {network} efficientnet-b0" in said
@@ -86,7 +84,7 @@ def test_another_network_than_the_pretrained_is_refused(cache, tmp_path):
     assert "network.lifting=lss: the network of" in message and "was trained with simplebev" in message
 
 
-def test_a_run_is_named_after_the_network_that_was_asked_for(cache, tmp_path, monkeypatch):
+def test_the_default_run_directory_contains_the_networks_name(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("pretrain", "--cache", cache, "--preset", "small/occfeat", "--network", "lss", *SMALL, *FIELDS)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small-occfeat-lss"]
@@ -96,7 +94,7 @@ def test_a_run_is_named_after_the_network_that_was_asked_for(cache, tmp_path, mo
 
 
 def reference_checkpoint(path: Path, name: str, **extra: Any) -> Path:
-    """As its trainer saves it."""
+    """A checkpoint in the format of the reference's trainer."""
     weights = seeded_state_dict(GOLDEN / f"{name}_64x112_40x8x40.npz")
     state = {f"module.{key}": torch.from_numpy(np.asarray(value)) for key, value in weights.items()}
     torch.save({"optimizer_step": 25_000, "model_state_dict": state, **extra}, path)
@@ -121,7 +119,7 @@ def test_a_checkpoint_of_the_reference_is_evaluated_and_finetuned(tmp_path, name
     assert (info.config.network.lifting, info.config.network.compat) == (network, "simple-bev")
     assert info.initial.startswith("imported from model.pth")
 
-    assert info.config.frame == "cameras"  # of which the reference draws one
+    assert info.config.frame == "cameras"  # the reference chooses one of them at random
     cache = write_cache(tmp_path / "cache", grid=info.grid, frames=CAMERAS)
     run("evaluate", out, "--cache", cache, "--split", "train", "--no-progress")
     assert (out / "evaluation" / "train.json").is_file()
@@ -129,7 +127,7 @@ def test_a_checkpoint_of_the_reference_is_evaluated_and_finetuned(tmp_path, name
     assert f"network and head from {out}" in run(*tuned, "--out", tmp_path / "tuned")
 
 
-def test_a_bare_state_dict_will_do_and_another_networks_will_not(tmp_path):
+def test_a_bare_state_dict_is_imported_and_that_of_another_network_refused(tmp_path):
     weights = seeded_state_dict(GOLDEN / "segnet-effb0_64x112_40x8x40.npz")
     file = tmp_path / "bare.pth"
     torch.save({name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}, file)
@@ -162,7 +160,7 @@ class Harmful:
         return (print, ("code was run",))
 
 
-def test_files_that_are_no_checkpoint_are_refused_and_no_code_in_them_is_run(tmp_path, capsys):
+def test_other_files_are_refused_and_code_in_them_is_not_run(tmp_path, capsys):
     options = ["--network", "simplebev", "--backbone", "efficientnet-b0", "--out", tmp_path / "out"]
     file = tmp_path / "file.pth"
     torch.save({"model_state_dict": {}, "x": Harmful()}, file)

@@ -1,4 +1,4 @@
-"""A pretext task is one class and one row, a segmentation task one row: toy ones run through the command line."""
+"""A pretext task is one class and one row, a segmentation task one row. Toy tasks run with the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.train.runs import (
 
 
 class Height(Task):
-    """A toy pretext task: the number of occupied cells in each column of the grid."""
+    """A toy pretext task that predicts the number of occupied cells in each column of the grid."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -67,7 +67,7 @@ def test_every_row_names_a_task(name):
     assert config.is_pretext == (name in PRETEXTS)
 
 
-def test_one_class_and_one_row_are_a_pretext_task(tmp_path, monkeypatch):
+def test_a_pretext_task_is_one_class_and_one_row(tmp_path, monkeypatch):
     monkeypatch.setitem(PRETEXTS, "height", f"{__name__}:Height")
     cache, run, stopped = write_caches(tmp_path / "cache"), tmp_path / "run", tmp_path / "stopped"
     command = ["--method", "height", *steps(2), "--save-every", "1", "--validate", "val"]
@@ -102,7 +102,7 @@ def report(cache: Path, *runs: Path) -> str:
     return out.read_text()
 
 
-def test_a_pretext_task_names_what_the_cache_lacks(tmp_path, monkeypatch):
+def test_a_pretext_task_names_the_array_that_the_cache_lacks(tmp_path, monkeypatch):
     monkeypatch.setitem(PRETEXTS, "sounds", f"{__name__}:Sounds")
     cache, run = write_caches(tmp_path / "cache"), tmp_path / "run"
     said = refuse(*pretrain(cache, run, "--method", "sounds"), out=run)
@@ -114,7 +114,7 @@ def test_a_pretext_task_names_what_the_cache_lacks(tmp_path, monkeypatch):
     assert "--occ-only, --feat-only and --lambda are about occfeat's losses, not sounds's" in said
 
 
-def test_one_row_is_a_segmentation_task(tmp_path, monkeypatch):
+def test_a_segmentation_task_is_one_row(tmp_path, monkeypatch):
     monkeypatch.setitem(LABEL_KINDS, "ring", RING)
     cache, run = write_caches(tmp_path / "cache", labels=("ring",)), tmp_path / "run"
     assert "ring: simplebev efficientnet-b0" in succeed(*finetune(cache, run, "--task", "ring", *steps(1)))

@@ -49,7 +49,7 @@ def succeed(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def work(city, tiny_teacher, tmp_path_factory) -> Path:
-    """A cache, a pretraining, two finetunings of it (vehicles, evaluated; map), of one to three steps each."""
+    """A cache, a pretraining, and two finetunings from it: vehicles, evaluated, and map. Each has one to three steps."""
     work = tmp_path_factory.mktemp("report")
     for split in ("mini_train", "mini_val"):
         targets(
@@ -80,7 +80,7 @@ def page(work) -> str:
 
 
 def section(page: str, heading: str) -> str:
-    """What stands under a heading of any level, up to the next of that level or above."""
+    """The text below a heading, up to the next heading of the same or a higher level."""
     start = re.search(rf"<h([234])>{heading}", page)
     assert start is not None, heading
     rest = page[start.end() :]
@@ -88,7 +88,7 @@ def section(page: str, heading: str) -> str:
     return rest[: end.start()] if end else rest
 
 
-def test_the_page_says_in_red_what_is_not_real_and_lists_what_is_smaller(page):
+def test_the_page_marks_simulated_data_and_lists_differences_from_the_paper(page):
     assert '<p class="simulated">SIMULATED: the data set is a synthetic city' in page
     introduction = page.split("<h2>")[0]
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", introduction, re.DOTALL)]
@@ -108,14 +108,14 @@ def test_the_page_says_in_red_what_is_not_real_and_lists_what_is_smaller(page):
     assert ("occfeat: network.channels", "vehicles, map") in found
 
 
-def test_the_page_needs_nothing_but_itself(page):
+def test_the_page_needs_no_other_file(page):
     assert not re.search(r"<script|<link|https?://|src=\"(?!data:)", page)
     assert (
         page.count("<img") == len(re.findall(r'<img class="[^"]*" alt="[^"]+" src="data:image/png;base64,', page)) > 20
     )
 
 
-def test_pictures_in_the_page_are_whole(page):
+def test_pictures_in_the_page_are_valid(page):
     from PIL import Image
 
     for text in re.findall(r"base64,([^\"]+)", page):
@@ -136,7 +136,7 @@ def test_every_section_has_its_pictures(page):
     assert section(keyframe, "Map").count("<img") == 2 + 5
 
 
-def test_figures_of_merit_are_those_of_evaluate(work, page):
+def test_metrics_equal_those_of_evaluate(work, page):
     results = json.loads((work / "vehicles" / "evaluation" / "mini_val.json").read_text())
     table = section(page, "Vehicles: the whole split")
     header, (row,) = re.findall(r"<th>(.*?)</th>", table), [re.findall(r"<td>(.*?)</td>", table)]
@@ -163,7 +163,7 @@ def test_results_of_another_checkpoint_frame_or_cache_are_not_used(work, tmp_pat
     assert "evaluated for this report" in table
 
 
-def test_wrong_input_is_one_line(work, tmp_path):
+def test_wrong_input_is_an_error_of_one_line(work, tmp_path):
     logless = shutil.copytree(work / "pre", tmp_path / "logless", ignore=shutil.ignore_patterns("log.jsonl"))
     checkpoint = next((work / "pre" / "checkpoints").iterdir())
     for path, message in (
@@ -205,7 +205,7 @@ def test_the_topmost_voxel_of_a_column_is_shown():
     assert (figures.topmost(voxels, shades, GRID)[3, 4] == expected).all()
 
 
-def test_outcomes_are_told_apart_and_cells_that_do_not_count_are_grey():
+def test_outcomes_have_different_colours_and_invalid_cells_are_grey():
     predicted, true = np.array([1, 1, 0, 0, 1], bool), np.array([1, 0, 1, 0, 0], bool)
     colors = figures.outcome_colors(predicted, true, np.array([1, 1, 1, 1, 0], bool))
     assert colors.tolist() == [list(c) for c in (figures.HIT, figures.FALSE_ALARM, figures.MISSED, figures.EMPTY, figures.UNSCORED)]  # fmt: skip
@@ -213,13 +213,13 @@ def test_outcomes_are_told_apart_and_cells_that_do_not_count_are_grey():
     assert mixed[0] == pytest.approx((np.array(figures.HIT) + 2.0 * np.array(figures.FALSE_ALARM) + figures.MISSED) / 4, abs=1)  # fmt: skip
 
 
-def test_a_running_mean_leaves_a_line_as_it_is_and_averages_fewer_at_the_ends():
+def test_a_running_mean_keeps_a_constant_and_averages_fewer_values_at_the_ends():
     assert figures.smooth([2.0] * 9, 3) == pytest.approx([2.0] * 9)
     assert figures.smooth([0, 1, 2, 3, 4], 1) == pytest.approx([0.5, 1, 2, 3, 3.5])
     assert figures.smooth([5, 7], 0) == pytest.approx([5, 7])
 
 
-def test_curves_read_steps_and_validations_apart():
+def test_curves_are_read_from_steps_or_from_validations():
     log = [
         {"step": 0, "loss": 3.0, "data_wait": 1.0},
         {"step": 0, "validation": {"iou": 20.0, "loss": 9.0, "best": None}},
@@ -238,13 +238,13 @@ def test_initial_weights_are_named_without_directories():
     assert initial_weights("backbone weights: google/efficientnet-b0") == "backbone weights: google/efficientnet-b0"
 
 
-def test_shown_keyframes_are_spread_over_the_split():
+def test_keyframes_of_the_report_are_spread_over_the_split():
     assert evenly_spread(np.arange(10, 21), 3) == [10, 15, 20]
     assert evenly_spread(np.array([4, 9]), 5) == [4, 9]
 
 
 def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> RunInfo:
-    """A run of a config on the paper's data."""
+    """RunInfo of a config on the paper's data."""
     targets = {**TARGETS.to_dict(), "image_size": list(size)}
     values = {"feature_dim": 384, "cache": "", "num_samples": 28_130, "initial": "", "targets": targets, "data": DATA}
     return RunInfo(config, VoxelGrid(), **{**values, **changes})
@@ -255,11 +255,11 @@ def found_in(info: RunInfo) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_what_the_paper_did_differs_in_nothing(name):
+def test_the_papers_presets_have_no_differences_from_the_paper(name):
     assert bool(differences(about_of(preset(name), preset=name))) == name.startswith("small/")
 
 
-def test_a_row_that_options_lead_to_is_that_row():
+def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
     base = preset("table1/simplebev-enb0/occfeat")
     assert nearest_row(about_of(base.override(["loss.feat=0.1"]))) == "table4/lambda-0.1"
     assert nearest_row(about_of(base.override(["network.backbone=resnet-50"]))) == "table1/simplebev-rn50/occfeat"
@@ -282,7 +282,7 @@ LITERAL = {
 
 @pytest.mark.parametrize("field", [name for name in Config().flat() if name != "task"])
 def test_a_difference_in_any_field_of_the_config_is_reported(field):
-    """Except in how a run is computed: also in a field that the next release adds."""
+    """Also in fields of later releases. Fields that only affect the computation are excluded."""
     value = Config().flat()[field]
     other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
     config = Config().override([f"{field}={json.dumps(other)}"])
@@ -290,7 +290,7 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     assert list(found_in(about_of(config))) == ([] if field in computing else [field])
 
 
-def test_changes_of_every_kind_are_reported_with_both_values():
+def test_differences_are_reported_with_both_values():
     changes = ["optim.batch=2", "optim.lr=1e-5", "optim.optimizer=adamw", "loss.feat=5", "frame=ego"]
     config = dataclasses.replace(Config().override(changes), augment=NO_AUGMENTATION)
     found = found_in(about_of(config))
@@ -300,7 +300,7 @@ def test_changes_of_every_kind_are_reported_with_both_values():
     assert found["augment.resize"] == ("1, 1", "0.8, 1.2") and "augment.flip_bev" in found
 
 
-def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
+def test_differences_of_teacher_data_and_upsampling_are_reported():
     teacher = {**TARGETS.to_dict()["teacher"], "name": "random:facebook/dinov2-small", "input_size": [112, 196]}
     targets = {**TARGETS.to_dict(), "teacher": teacher, "num_sweeps": 5}
     data = {**DATA, "version": "v1.0-mini", "keyframes": 323}
@@ -320,14 +320,14 @@ def test_teacher_data_and_upsampling_are_part_of_what_a_run_did():
     assert found_in(about_of(Config(), targets=local)) == {
         "targets.teacher.name": ("local folder dinov2-small, weights not compared", "facebook/dinov2-small")
     }
-    none = {**TARGETS.to_dict(), "teacher": None}  # finetuning reads no features
+    none = {**TARGETS.to_dict(), "teacher": None}  # finetuning does not read features
     assert found_in(about_of(preset("table1/simplebev-enb0/map-1"), targets=none)) == {}
     assert {d.field for d in evaluation_differences({"version": "v1.0-mini", "split": "mini_val", "keyframes": 81})} == {
         "measured on: version", "measured on: split", "measured on: keyframes",
     }  # fmt: skip
 
 
-def test_a_finetuning_answers_for_its_pretraining_and_both_survive_json():
+def test_a_finetuning_reports_its_pretrainings_differences_and_both_survive_json():
     short = about_of(Config().override(["optim.epochs=1"]))
     info = about_of(preset("table1/simplebev-enb0/vehicles-1"), parent=short)
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))).to_dict() == info.to_dict()

@@ -1,4 +1,4 @@
-"""Sampling voxel features: closed forms, a float64 loop as the twin of numba and torch, and torch's own grid_sample."""
+"""Sampling of voxel features: closed forms, a float64 loop as the reference, and torch's grid_sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PINHOLE = np.array([[30, 0, 30], [0, 30, 20], [0, 0, 1.0]])
 def sample(
     backend: str, features: np.ndarray, scale: np.ndarray | None, *arguments: Any, dtype: str = "float16"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plain torch takes features that are multiplied by their scale, and gives float32."""
+    """Plain torch needs features that are already multiplied by their scale, and returns float32."""
     if backend == "numba":
         return sample_voxel_features_numpy(features, scale, *arguments, dtype=dtype)  # type: ignore[arg-type]
     if scale is not None:
@@ -35,7 +35,7 @@ def sample(
 
 
 def point_at(u: float, v: float, depth: float = 5.0) -> tuple[float, float, float]:
-    """The (right, forward, up) that FORWARD and PINHOLE project to pixel (u, v)."""
+    """The point (right, forward, up) that FORWARD and PINHOLE project to pixel (u, v)."""
     return (u - 30) / 30 * depth, depth, -(v - 20) / 30 * depth
 
 
@@ -53,7 +53,7 @@ def random_maps(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_voxel_on_a_tokens_centre_gets_the_token(backend: str) -> None:
+def test_a_voxel_at_a_tokens_centre_gets_the_token(backend: str) -> None:
     maps = random_maps(4, 6, 8)
     features, views = one_camera(backend, maps, point_at(35, 25), point_at(5, 5), point_at(55, 35))
     np.testing.assert_allclose(features, [maps[2, 3], maps[0, 0], maps[3, 5]], rtol=2e-3, atol=1e-4)
@@ -78,7 +78,7 @@ def test_a_valid_projection_is_never_attenuated_at_the_images_border(backend: st
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_voxel_behind_or_beside_every_camera_has_no_views_and_zeros(backend: str) -> None:
+def test_a_voxel_that_no_camera_sees_has_no_views_and_zeros(backend: str) -> None:
     outside = [point_at(30, 20, -5), point_at(30, 20, 0), point_at(60.01, 20), point_at(-0.01, 20), point_at(30, 40.01)]
     features, views = one_camera(backend, np.ones((4, 6, 8), np.float16), *outside)
     assert views.tolist() == [0] * 5
@@ -87,7 +87,7 @@ def test_a_voxel_behind_or_beside_every_camera_has_no_views_and_zeros(backend: s
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_image_is_half_open(backend: str) -> None:
-    """With a unit pinhole and depth 1 the projection is exact: pixel 0 is inside, pixel W is not."""
+    """With unit intrinsics and depth 1 the projection is exact. Pixel 0 is inside, pixel W is not."""
     maps = np.ones((1, 4, 6, 8), np.float16)
     points = np.array([[0, 1, 0], [60, 1, 0], [0, 1, -40], [59, 1, -39]], np.float32)
     _, views = sample(backend, maps, None, FORWARD[None], np.eye(3)[None], SIZE, points)
@@ -116,7 +116,7 @@ def test_int8_features_are_multiplied_by_their_tokens_scale(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_number_that_is_none_spreads_to_its_channel_and_no_further(backend: str, bad: float) -> None:
+def test_a_value_that_is_not_finite_affects_only_its_channel(backend: str, bad: float) -> None:
     maps = np.ones((4, 6, 8), np.float16)
     maps[2, 3, 5] = bad
     features, _ = one_camera(backend, maps, point_at(34, 26), point_at(5, 5))
@@ -132,13 +132,13 @@ def test_no_voxels_give_no_features(backend: str) -> None:
     assert views.shape == (0,)
 
 
-# -- twins ------------------------------------------------------------------------------------------------------------
+# -- references -------------------------------------------------------------------------------------------------------
 
 
 def twin(
     features: np.ndarray, scale: np.ndarray | None, cameras: np.ndarray, pinholes: np.ndarray, centers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Voxel by voxel, camera by camera, in float64."""
+    """A float64 loop over voxels and cameras."""
     maps = features.astype(np.float64) * (1 if scale is None else scale.astype(np.float64)[..., None])
     _, h, w, channels = maps.shape
     out, views = np.zeros((len(centers), channels)), np.zeros(len(centers), np.uint8)
@@ -229,7 +229,7 @@ def test_a_gpu_equals_the_cpu() -> None:
         ({5: np.zeros((3, 4), np.float32)}, r"centers of shape \(3, 4\) .*: expected \(3, 3\)"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(backend: str, changes: dict[int, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(backend: str, changes: dict[int, Any], message: str) -> None:
     arguments: list[Any] = [random_maps(2, 4, 6, 8), None, np.stack([FORWARD] * 2), np.stack([PINHOLE] * 2), SIZE]
     arguments += [np.zeros((3, 3), np.float32)]
     for position, value in changes.items():

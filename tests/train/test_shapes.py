@@ -1,4 +1,4 @@
-"""In the test run, calls with shapes other than the annotated ones are refused; see conftest.py."""
+"""The test run refuses calls whose shapes differ from the annotations; see conftest.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks: a whole step is the equations' loss, nothing is built that nothing trains, and seeds decide the rest."""
+"""Tasks: the loss of a step equals the equations, every parameter is trained, and the seed determines the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def task_of(loss: str = "both", **changes: Any) -> Any:
 # -- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def test_a_steps_loss_is_eq_1_of_its_parts():
+def test_the_loss_of_a_step_equals_eq_1():
     task, batch = task_of(), make_batch(3)
     losses = task(batch)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_a_steps_loss_is_eq_1_of_its_parts():
         ("feat-only", ["loss", "features"]),
     ],
 )
-def test_every_parameter_there_is_gets_a_gradient(loss, names):
+def test_every_parameter_gets_a_gradient(loss, names):
     task = task_of(loss)
     losses = task(make_batch())
     assert list(losses) == names
@@ -75,8 +75,8 @@ def test_every_parameter_there_is_gets_a_gradient(loss, names):
     assert (task.head.occupancy is None, task.head.features is None) == (loss == "feat-only", loss == "occ-only")
 
 
-def test_a_loss_alone_is_its_own_part_of_eq_1():
-    """The occupancy projection is drawn before the features', so leaving the latter out changes no other weight."""
+def test_each_loss_alone_equals_its_term_of_eq_1():
+    """The occupancy projection is initialised before the features', so omitting the latter changes no other weight."""
     batch, both = make_batch(), task_of()(make_batch())
     torch.testing.assert_close(task_of("occ-only")(batch)["loss"], both["occupancy"])
     alone = task_of("feat-only")
@@ -102,7 +102,7 @@ def test_occupancy_needs_no_features_in_the_batch():
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_pretraining_measures_what_it_predicts(loss):
+def test_the_metric_of_pretraining_contains_what_is_predicted(loss):
     task = task_of(loss).eval()
     metric, batch = task.metric(), make_batch(2, augmented=False)
     assert isinstance(metric, PretrainingMetric)
@@ -112,7 +112,7 @@ def test_pretraining_measures_what_it_predicts(loss):
     results = metric.results()
     assert results["samples"] == 2
     assert (results["occupancy_iou"] is None, results["cosine"] is None) == (loss == "feat-only", loss == "occ-only")
-    if loss != "occ-only":  # the metric weighs voxels alike, eq. 3 samples
+    if loss != "occ-only":  # the metric is a mean over voxels, eq. 3 a mean over samples
         assert results["cosine"] == pytest.approx(-losses["features"].item(), abs=0.05)
 
 
@@ -120,7 +120,7 @@ def test_pretraining_measures_what_it_predicts(loss):
 
 
 @pytest.mark.parametrize(("task_name", "classes"), [("vehicles", ("vehicles",)), ("map", MAP_CLASSES)])
-def test_a_segmentation_step_is_its_loss_and_trains_every_parameter(task_name, classes):
+def test_a_segmentation_step_has_its_loss_and_all_gradients(task_name, classes):
     task, batch = task_of(task=task_name), make_batch(2, classes=len(classes))
     assert isinstance(task, Segmentation)
     loss = task(batch)["loss"]
@@ -139,7 +139,7 @@ def test_without_a_mask_every_cell_is_valid():
     assert valid.all()
 
 
-def test_segmentation_measures_iou_of_its_classes():
+def test_the_metric_of_segmentation_is_the_iou_of_its_classes():
     task, batch = task_of(task="map").eval(), make_batch(3, classes=5)
     metric = task.metric()
     assert isinstance(metric, SegmentationMetric)
@@ -162,7 +162,7 @@ def states(task: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in task.state_dict().items()}
 
 
-def test_a_seed_decides_the_weights_and_nothing_else_is_disturbed():
+def test_the_seed_determines_the_weights_and_the_global_generator_is_unchanged():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -175,7 +175,7 @@ def test_a_seed_decides_the_weights_and_nothing_else_is_disturbed():
     )
 
 
-def test_a_task_is_its_network_and_its_head():
+def test_a_task_has_the_parameters_of_its_network_and_head():
     network = parameters(build_network(GRID, "efficientnet-b0", 8))
     n, z = 8, GRID.shape[0]
     head = (n * n * 9 + n) + (n * n * z + n * z) + (2 * n * n + 2 * n) + (2 * n * n + n) + (n + 1) + (n * N_Y + N_Y)
@@ -183,7 +183,7 @@ def test_a_task_is_its_network_and_its_head():
     assert count_parameters(task_of(task="vehicles")) == network + n * n * 9 + n + 1
 
 
-def test_placing_a_task_orders_its_weights_channels_last_and_changes_none():
+def test_moving_a_task_makes_weights_channels_last_without_changing_them():
     task = task_of()
     before = states(task)
     move_to_device(task, torch.device("cpu"))
@@ -192,7 +192,7 @@ def test_placing_a_task_orders_its_weights_channels_last_and_changes_none():
         np.testing.assert_array_equal(value.numpy(), before[name])
 
 
-def test_frozen_batchnorm_neither_learns_statistics_nor_mixes_samples():
+def test_frozen_batchnorm_keeps_its_statistics_and_samples_independent():
     task = task_of(task="vehicles").train()
     freeze_batchnorm(task)
     assert task.training
@@ -207,7 +207,7 @@ def test_frozen_batchnorm_neither_learns_statistics_nor_mixes_samples():
     together.sum().backward()
     norms = [m for m in task.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
-    assert all(m.weight.grad is not None for m in norms)  # scale and shift are still learnt
+    assert all(m.weight.grad is not None for m in norms)  # scale and shift are still trained
 
     task.train()
     task.logits(batch)

@@ -1,4 +1,4 @@
-"""A lifting is a file and a row: a toy one pretrains, resumes and is evaluated by the command line."""
+"""A lifting is a file and a row. A toy lifting is pretrained, resumed and evaluated with the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW = f"{__name__}:MeanOfTokens"
 
 
 class MeanOfTokens(nn.Module):
-    """Every cell gets the mean of all tokens, plus a learned value."""
+    """The value of every cell is the mean of all tokens plus a learned value."""
 
     mirrors_grid = False
 
@@ -32,7 +32,7 @@ class MeanOfTokens(nn.Module):
         return features.mean((1, 3, 4))[..., None, None] + self.value
 
 
-def test_a_toy_lifting_pretrains_resumes_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toy_lifting_is_pretrained_resumed_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIFTINGS, "toy", ROW)
     cache = write_caches(tmp_path / "cache")
     options = ["--network", "toy", *steps(2), "--save-every", "1"]
@@ -48,7 +48,7 @@ def test_a_toy_lifting_pretrains_resumes_and_is_evaluated(tmp_path: Path, monkey
     assert "lifting='toy' with compat='simple-bev': one of simplebev, bevformer, lss expected" in message
 
 
-def test_activation_checkpointing_is_one_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing_is_an_attribute_of_the_lifting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIFTINGS, "toy", ROW)
     network: BEVNetwork = build_network(GRID, "efficientnet-b0", 8, "toy", recompute=False)
     assert isinstance(network.lifting, MeanOfTokens) and network.lifting.recompute is False

@@ -1,4 +1,4 @@
-"""Which camera sees a point: masked cameras and images that show the scene only in an area, in every lifting and in sampling."""
+"""Which camera sees a point: masked cameras, and images that show the scene only in an area, in every lifting and sampler."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SAMPLERS = [pytest.param(sample_numba, id="numba"), pytest.param(sample_voxel_fe
 
 
 def with_areas(views: Views, seed: int) -> Views:
-    """Random rectangles of at least one token, 10 pixels, on each side."""
+    """Views with random areas whose sides are at least one token (10 pixels)."""
     rng = np.random.default_rng(seed)
     shape = views.intrinsics.shape[:2]
     top, left = rng.uniform(0, SIZE[0] - 10, shape), rng.uniform(0, SIZE[1] - 10, shape)
@@ -53,7 +53,7 @@ def with_areas(views: Views, seed: int) -> Views:
 
 
 def lifting_of(name: str, compat: str = "none") -> torch.nn.Module:
-    """With random weights; BEVFormer's sampling points are moved, too."""
+    """A lifting with random weights, including BEVFormer's sampling offsets."""
     torch.manual_seed(0)
     lifting = pkgutil.resolve_name(lifting_class(name, compat))(GRID, CHANNELS).eval()
     for parameter in lifting.parameters():
@@ -78,7 +78,7 @@ def features_for(lifting: torch.nn.Module, batch: int, cams: int) -> Tensor:
 
 @pytest.mark.parametrize("compat", ["none", "simple-bev"])
 @pytest.mark.parametrize("name", LIFTINGS)
-def test_a_masked_camera_changes_nothing_whatever_its_features(name: str, compat: str) -> None:
+def test_the_features_of_a_masked_camera_have_no_effect(name: str, compat: str) -> None:
     """Camera 1 is masked in both samples."""
     lifting, views, kept = lifting_of(name, compat), random_views(3, batch=2), [0, 2, 3]
     features = features_for(lifting, 2, 4)
@@ -104,7 +104,7 @@ def test_with_all_cameras_masked_values_are_finite_and_no_token_has_a_gradient(n
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_masked_camera_is_no_view_of_a_target(sampler: Sampler) -> None:
+def test_a_masked_camera_is_not_a_view_of_a_target(sampler: Sampler) -> None:
     views, maps, kept = random_views(3), torch.randn(4, *TOKENS, 5), [0, 2, 3]
     cameras, pinholes = views.cam_from_grid[0], views.intrinsics[0]
     expected = sampler(maps[kept], cameras[kept], pinholes[kept], SIZE, CENTERS)
@@ -117,7 +117,7 @@ def test_a_masked_camera_is_no_view_of_a_target(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("name", LIFTINGS)
-def test_an_area_of_the_whole_image_changes_no_bit(name: str) -> None:
+def test_an_area_of_the_whole_image_does_not_change_a_bit(name: str) -> None:
     lifting, views = lifting_of(name), random_views(5, batch=2)
     features = features_for(lifting, 2, 4)
     whole = replace(views, area=torch.tensor(WHOLE, dtype=torch.float64).expand(2, 4, 4))
@@ -126,7 +126,7 @@ def test_an_area_of_the_whole_image_changes_no_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LIFTINGS)
-def test_a_camera_whose_area_is_empty_adds_nothing(name: str) -> None:
+def test_a_camera_with_an_empty_area_has_no_effect(name: str) -> None:
     lifting, views, kept = lifting_of(name), random_views(5, batch=2), [0, 2, 3]
     features = features_for(lifting, 2, 4)
     area = torch.tensor(WHOLE, dtype=torch.float64).repeat(2, 4, 1)
@@ -147,7 +147,7 @@ def test_a_lifting_reads_no_token_outside_the_area(name: str) -> None:
 
 
 @pytest.mark.parametrize("function", BACKENDS)
-def test_within_areas_lifting_equals_the_dense_twin(function: Lift) -> None:
+def test_lifting_with_areas_equals_the_slow_reference(function: Lift) -> None:
     features = torch.randn(2, 4, 5, *TOKENS, generator=torch.Generator().manual_seed(0))
     assert_equal_to_twin(function, features, with_areas(random_views(7, batch=2), 0), GRID)
 
@@ -155,14 +155,14 @@ def test_within_areas_lifting_equals_the_dense_twin(function: Lift) -> None:
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(WAYS))
-def test_within_any_areas_lifting_equals_the_dense_twin(seed: int, function: Lift) -> None:
+def test_lifting_with_random_areas_equals_the_slow_reference(seed: int, function: Lift) -> None:
     features = torch.randn(1, 3, 5, *TOKENS, generator=torch.Generator().manual_seed(seed % 2**31))
     assert_equal_to_twin(function, features, with_areas(random_views(seed, cams=3), seed), GRID)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_targets_at_every_voxel_equal_the_lifting_and_its_dense_twin(sampler: Sampler) -> None:
-    """With areas. The twin is float64."""
+def test_targets_at_every_voxel_equal_the_lifting_and_its_slow_reference(sampler: Sampler) -> None:
+    """With areas. The slow reference is float64."""
     views, features = with_areas(random_views(8), 1), torch.randn(1, 4, 5, *TOKENS)
     assert views.area is not None
     cameras = views.cam_from_grid[0], views.intrinsics[0], SIZE
@@ -174,7 +174,7 @@ def test_targets_at_every_voxel_equal_the_lifting_and_its_dense_twin(sampler: Sa
     assert torch.equal(num_views > 0, sampled.any(1))
 
 
-def test_gradients_of_sampled_features_equal_those_of_the_dense_twin() -> None:
+def test_gradients_of_sampled_features_equal_the_slow_reference() -> None:
     views, features = with_areas(random_views(9), 2), torch.randn(1, 4, 5, *TOKENS, dtype=torch.float64)
     assert views.area is not None
     leaf, exact = features.clone().requires_grad_(), features.clone().requires_grad_()
@@ -187,12 +187,12 @@ def test_gradients_of_sampled_features_equal_those_of_the_dense_twin() -> None:
     torch.testing.assert_close(leaf.grad, exact.grad, atol=1e-6, rtol=0)
 
 
-def test_tokens_are_read_from_centre_to_centre_of_the_area() -> None:
+def test_samples_are_clamped_to_the_token_centres_of_the_area() -> None:
     area = torch.tensor([WHOLE, (10, 20, 40, 50), (0, 0, 3, 60), (0, 57, 40, 60)], dtype=torch.float64)
     found = Cameras(torch.zeros(4, 3, 4), area, SIZE).token_area(TOKENS)
     expected = [[0, 0, 3, 5], [1, 2, 3, 4], [0, 0, 0, 5]]
     assert found[:3].tolist() == expected
-    assert found[3].tolist() == [0, 5, 3, 5]  # at 5.7, but the last token's centre is at 5
+    assert found[3].tolist() == [0, 5, 3, 5]  # at 5.7, clamped to the last token's centre at 5
 
 
 def test_the_area_of_a_mirrored_image_is_mirrored_back() -> None:
