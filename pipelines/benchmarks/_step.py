@@ -17,7 +17,7 @@ from sampling import SIZE as SAMPLED_SIZE
 from sampling import real_scene, synthetic_scene
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # for the tests' dense twin
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the dense reference of the tests
 
 from occfeat_targets.cache.geometry import scale_intrinsics
 from occfeat_targets.cache.grid import VoxelGrid

@@ -53,7 +53,7 @@ def share_weights(ours: OurStep, theirs: ReferenceStep) -> tuple[float, float]:
 
 
 def operations(step: Step) -> float:
-    """Number of operations in the convolutions and matrix products of forward and backward (twice the forward)."""
+    """Operations in convolutions and matrix products of forward and backward. The backward takes twice the forward's."""
     torch.set_num_threads(1)  # products in other threads are not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         step.loss()

@@ -276,8 +276,8 @@ def test_evaluation_only_resizes():
         assert d.frame == 3
 
 
-def test_an_area_follows_resize_crop_and_mirroring_and_its_border_stays_the_images():
-    """Of a 40x60 image resized to 20x120, whose crop of 24x100 starts 2 px above it and 10 px right of its left side."""
+def test_an_area_follows_resize_crop_and_mirroring_and_keeps_borders_shared_with_the_image():
+    """A 40x60 image is resized to 20x120. The crop of 24x100 starts 2 px above it and 10 px right of its left side."""
     resized, crop = torch.tensor([[20, 120]] * 4), torch.tensor([[-2, 10]] * 4)
     areas = torch.tensor([[0.0, 0, 40, 60], [10, 15, 30, 45], [0, 15, 40, 60], [0, 0, 4, 3]])
     plain = transform_area(areas, (40, 60), resized, crop, torch.tensor([False] * 4), (24, 100))

@@ -34,7 +34,7 @@ Lift = Callable[..., Tensor]
 
 
 def lift_reference(features: Tensor, views: Views, grid: VoxelGrid) -> Tensor:
-    """With the defects of the reference repository."""
+    """`lift` with the defects of the reference repository."""
     return ReferenceSimpleBEV(grid, features.shape[2]).lift(features, views)
 
 
