@@ -66,7 +66,7 @@ machine_options = options(
         "--loader-threads",
         "workers",
         type=click.IntRange(1),
-        default=2,
+        default=4,
         show_default=True,
         help="Threads that load batches ahead.",
     ),

@@ -25,7 +25,7 @@ class Prefetcher:
         batches: Iterable[Sequence[tuple[int, int]]],
         device: torch.device,
         *,
-        workers: int = 2,
+        workers: int = 4,
         ahead: int = 4,
     ) -> None:
         self._dataset, self._batches, self._device = dataset, iter(batches), device

@@ -22,7 +22,7 @@ def evaluate(
     process: Process,
     *,
     batch: int = 8,
-    workers: int = 2,
+    workers: int = 4,
     progress: bool = True,
 ) -> Any:
     """The task's metric over the data set, summed over all ranks.

@@ -37,7 +37,7 @@ class LoopOptions:
     """
 
     save_every: int = 0
-    workers: int = 2
+    workers: int = 4
     tensorboard: bool = True
     progress: bool = True
 
