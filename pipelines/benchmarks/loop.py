@@ -37,7 +37,7 @@ def train(cache: Cache, run: Path, options: argparse.Namespace) -> list[dict[str
     epochs = (options.steps * options.batch + 0.5) / len(cache)
     arguments = [
         "pretrain", "--cache", cache.path.parent, "--out", run, "--batch", options.batch, "--epochs", epochs,
-        "--backbone-weights", "none", "--device", options.device, "--loader-threads", options.workers, "--no-progress",
+        "--backbone-weights", "none", "--device", options.device, "--loader-threads", options.loader_threads, "--no-progress",
         "--compile" if options.compile else "--no-compile",
     ]  # fmt: skip
     for assignment in options.overrides:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--workers", type=int, default=2, help="threads that prefetch samples")
+    parser.add_argument("--loader-threads", type=int, default=2, help="threads that prefetch samples")
     parser.add_argument("--keyframes", type=int, default=64)
     parser.add_argument("--directory", type=Path, default=None, help="folder for temporary 0.6 GB")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")

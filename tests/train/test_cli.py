@@ -378,7 +378,7 @@ def test_an_evaluation_needs_images_of_the_networks_size_only(cache, pretrained,
 
 def test_evaluation_batch_and_workers_do_not_change_the_result(cache, pretrained, tmp_path):
     results = []
-    for more in (["--batch", "1", "--loader-threads", "1"], ["--batch", "5", "--workers", "3"]):
+    for more in (["--batch", "1", "--loader-threads", "1"], ["--batch", "5", "--loader-threads", "3"]):
         succeed(*evaluate(pretrained, cache, "--out", tmp_path, *more))
         results.append(json.loads((tmp_path / "val.json").read_text()))
     assert results[0]["occupancy_iou"] == results[1]["occupancy_iou"]
