@@ -1,4 +1,4 @@
-"""The seam for data sets: what a build, `verify` and `preview` ask of one, and the table of data sets.
+"""What a build, `verify` and `preview` ask of a data set, and the table of data sets.
 
 A new data set is a file with a class that has the attributes of `Source`, and a row in SOURCES.
 """

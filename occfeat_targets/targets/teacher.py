@@ -1,6 +1,6 @@
 """The teacher: a frozen image model whose dense features the network learns to predict (paper 3.3).
 
-`Teacher` is the seam for families of models, and TEACHERS their table. This module finds a teacher, makes its spec, and runs
+`Teacher` is what every family of models has, and TEACHERS is their table. This module finds a teacher, makes its spec, and runs
 it. A teacher is named by a hub id or a local folder, whose config.json says the family, or by ``random:<hub id>`` for seeded
 random weights of a published architecture.
 """
