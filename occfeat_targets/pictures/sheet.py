@@ -29,7 +29,7 @@ from occfeat_targets.pictures.birdseye import (
     occupied_at_body_height,
 )
 from occfeat_targets.pictures.cameras import RETURN, VOXEL, Cameras, Dot, read_features
-from occfeat_targets.pictures.canvas import DPI, place
+from occfeat_targets.pictures.canvas import DPI, default_style, place
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
     OCCUPIED_ONLY,
@@ -47,6 +47,7 @@ WIDTH = 3 * (PANEL + RULER) + 2 * MARGIN
 Band = tuple[float, Callable[[SubFigure], None]]  # height [px] of a part of the sheet, and what draws it
 
 
+@default_style()
 def draw_keyframe(
     reader: CacheReader,
     keyframe: int,

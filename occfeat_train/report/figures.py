@@ -16,7 +16,7 @@ from occfeat_targets.cache.labels import RGB
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.birdseye import Mask, draw_cells
 from occfeat_targets.pictures.cameras import Cameras
-from occfeat_targets.pictures.canvas import DPI, png
+from occfeat_targets.pictures.canvas import DPI, default_style, png
 from occfeat_targets.pictures.colors import EMPTY, RAMP, Colors, hex_color
 
 HIT: RGB = (44, 146, 76)
@@ -80,6 +80,7 @@ def topmost(voxels: NDArray[np.int64], colors: Colors, grid: VoxelGrid) -> Color
     return picture
 
 
+@default_style()
 def draw_map(
     colors: Colors,
     grid: VoxelGrid,
@@ -95,6 +96,7 @@ def draw_map(
     return png(figure)
 
 
+@default_style()
 def draw_from_behind(colors: Colors, grid: VoxelGrid, grid_from_ego: Matrix) -> bytes:
     """A PNG of (Z, W, 3) cells with exaggerated heights; a triangle marks the ego vehicle."""
     (low, _, left), (high, _, right) = grid.lower, grid.upper
@@ -109,6 +111,7 @@ def draw_from_behind(colors: Colors, grid: VoxelGrid, grid_from_ego: Matrix) -> 
     return png(figure)
 
 
+@default_style()
 def draw_cameras(reader: CacheReader, keyframe: int, width: int = 900) -> bytes:
     """A PNG of a keyframe's images, `width` px wide."""
     cameras = Cameras(reader, keyframe, width)
@@ -117,6 +120,7 @@ def draw_cameras(reader: CacheReader, keyframe: int, width: int = 900) -> bytes:
     return png(figure)
 
 
+@default_style()
 def draw_curves(
     name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], colors: Mapping[str, str]
 ) -> bytes:

@@ -1,6 +1,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -187,6 +188,14 @@ def test_the_same_keyframe_gives_the_same_bytes_even_in_threads(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda keyframe: png(draw_keyframe(reader, keyframe)), [0, 0])
     assert first == second == png(draw_keyframe(reader, 0))
+
+
+def test_the_style_of_the_process_changes_no_picture(tmp_path):
+    reader = make_cache(tmp_path, [(3, 18, 6)])
+    expected = png(draw_keyframe(reader, 0))
+    with matplotlib.style.context(["seaborn-v0_8-whitegrid", {"font.size": 20}]):  # the devkit's maps set this style
+        assert png(draw_keyframe(reader, 0)) == expected
+        assert matplotlib.rcParams["font.size"] == 20
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 11])
