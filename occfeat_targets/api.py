@@ -114,7 +114,7 @@ def build_cache(
         first, error = next(iter(outcome.failed.items()))
         raise ValueError(
             f"{len(outcome.failed)} shards of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
-            "the cause, or pass on_error='skip', and call again: it continues"
+            "the cause, or pass on_error='mask-camera' or 'skip', and call again: it continues"
         )
     return plan.cache.path
 

@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
-Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3 the cache is sound, but keyframes were
-skipped, cameras masked, or shards are missing.
+Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
+keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ class ShardOf(click.ParamType[tuple[int, int]]):
         return int(k), int(n)
 
 
+class SourceName(click.ParamType[str]):
+    """A row of SOURCES, which is looked up when the option is used."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from occfeat_targets.sources.source import SOURCES
+
+        return str(click.Choice(list(SOURCES)).convert(value, param, ctx))
+
+
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
 
@@ -86,7 +97,7 @@ def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="occfeat")
 def main() -> None:
-    """Build and inspect caches of OccFeat targets from nuScenes: occupancy, DINOv2 features, images, labels."""
+    """Build and inspect caches of OccFeat targets from a data set: occupancy, teacher features, images, labels."""
 
 
 @main.command()
@@ -114,7 +125,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 
 
 @main.command()
-@click.option("--source", default="nuscenes", show_default=True, help="Kind of data set.")
+@click.option("--source", type=SourceName(), default="nuscenes", show_default=True, help="Kind of data set.")
 @dataroot_option
 @cache_options
 @click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; derived from the split by default.")
@@ -275,6 +286,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
     """Check all checksums of a cache, and recompute random keyframes from the data set."""
+    from occfeat_targets.messages import describe_skipped
     from occfeat_targets.verify.verify import verify_checksums, verify_source
 
     opened = _open(cache, split)
@@ -288,7 +300,6 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
             raise ValueError(
                 f"there is no data set at {source}: pass --dataroot, or --samples 0 to check checksums only"
             )
-        click.echo(f"recomputing {min(samples, len(opened))} keyframes from {source} (--seed {seed}) ...")
         findings.append(verify_source(opened, source, samples, seed, click.echo))
     for line in opened.warnings:
         click.echo(line)
@@ -297,11 +308,12 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
         click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
         click.echo(f"{len(problems)} problems found", err=True)
         sys.exit(1)
-    pending = opened.pending_shards()
+    pending, skipped = opened.pending_shards(), describe_skipped(opened)
+    without = f"; {skipped}" if skipped else ""
     if pending:
-        click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet")
+        click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet{without}")
         sys.exit(EXIT_INCOMPLETE)
-    click.echo(f"{opened.path} is sound")
+    click.echo(f"{opened.path} is sound{without}")
 
 
 @main.command()

@@ -89,8 +89,8 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     lines += cache.warnings
     if outcome.failed:
         lines.append(
-            f"{len(outcome.failed)} shards failed; finished shards are intact. Fix the cause, or pass --on-error skip, "
-            "and run the same command again to continue"
+            f"{len(outcome.failed)} shards failed; finished shards are intact. Fix the cause, or pass --on-error mask-camera "
+            "or skip, and run the same command again to continue"
         )
     elif pending:
         lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
@@ -144,15 +144,22 @@ def describe_info(cache: Cache) -> list[str]:
     for array in spec.arrays():
         shape = "x".join(map(str, array.shape)) or "1"
         lines.append(f"  {array.name:22} {shape:>20} {array.dtype:8} {array.description}")
-    records = cache.finished_shards().values()
-    skipped, masked = sum(len(r["skipped"]) for r in records), sum(len(r["masked"]) for r in records)
-    if skipped or masked:
-        lines.append(f"{count(skipped, 'keyframe')} skipped, {count(masked, 'keyframe')} with masked cameras")
-    cosines = [record["cosine"] for record in records if record["cosine"]]
+    if (skipped := describe_skipped(cache)) is not None:
+        lines.append(skipped)
+    cosines = [record["cosine"] for record in cache.finished_shards().values() if record["cosine"]]
     if cosines:
         lines.append(f"int8 features: cosine to float16 {min(c[1] for c in cosines):.6f} at worst")
     lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))
     return lines
+
+
+def describe_skipped(cache: Cache) -> str | None:
+    """Numbers of skipped keyframes and of those with masked cameras; None if there are none."""
+    records = cache.finished_shards().values()
+    skipped, masked = sum(len(r["skipped"]) for r in records), sum(len(r["masked"]) for r in records)
+    if not (skipped or masked):
+        return None
+    return f"{count(skipped, 'keyframe')} skipped, {count(masked, 'keyframe')} with masked cameras"
 
 
 def info_as_json(cache: Cache) -> str:

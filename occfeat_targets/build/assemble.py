@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import (
     GRID_FROM_CAMERA_AXES,
     GRID_FROM_EGO_AXES,
+    Area,
     Matrix,
     fit,
     fit_intrinsics,
@@ -127,7 +128,7 @@ def _images(
     keyframe: Keyframe, spec: TargetSpec, mask_cameras: bool
 ) -> tuple[Keyframe, list[tuple[NDArray[np.uint8], ...]]]:
     """The keyframe with a problem noted in each masked view, and the images of each view, for student and teacher."""
-    sizes = [spec.image_size] if spec.teacher is None else [spec.image_size, spec.teacher.input_size]
+    sizes = image_sizes(spec)
     views, images = [], []
     for view in keyframe.cameras:
         try:
@@ -145,12 +146,26 @@ def _images(
     return replace(keyframe, cameras=tuple(views)), images
 
 
+def image_sizes(spec: TargetSpec) -> list[tuple[int, int]]:
+    """(height, width) [px] of the student's images, and of the teacher's if there is one."""
+    return [spec.image_size] if spec.teacher is None else [spec.image_size, spec.teacher.input_size]
+
+
+def fitted_areas(source_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[Area]:
+    """The part of an image of each size that a view fills: chosen in the first size, the same part of the others."""
+    area = fit(source_size, sizes[0])
+    return [scale_area(area, sizes[0], size) for size in sizes]
+
+
+def fitted_sizes(source_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(height, width) [px] of these parts."""
+    return [(bottom - top, right - left) for top, left, bottom, right in fitted_areas(source_size, sizes)]
+
+
 def _load_fitted(view: CameraView, sizes: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint8], ...]:
     """The view's image fitted into the first size, and into the others with the same part of them filled."""
-    area = fit(view.source_size, sizes[0])
-    areas = [scale_area(area, sizes[0], size) for size in sizes]
-    parts = [(bottom - top, right - left) for top, left, bottom, right in areas]
-    loaded = load_image(view.path, parts, expected_size=view.source_size)
+    areas = fitted_areas(view.source_size, sizes)
+    loaded = load_image(view.path, fitted_sizes(view.source_size, sizes), expected_size=view.source_size)
     return tuple(letterbox(part, used, size) for part, used, size in zip(loaded, areas, sizes, strict=True))
 
 

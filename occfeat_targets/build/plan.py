@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from occfeat_targets.build.assemble import grids_from_ego
+from occfeat_targets.build.assemble import fitted_sizes, grids_from_ego, image_sizes
 from occfeat_targets.build.estimate import check_disk
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache
@@ -29,6 +29,7 @@ from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.scenes import choose_scenes, note_problems, require_no_problems
 from occfeat_targets.sources.source import Source, open_source
+from occfeat_targets.targets.images import require_not_enlarged
 from occfeat_targets.targets.labels import map_window
 
 RANDOM_TEACHER = "the teacher's weights are random"
@@ -169,6 +170,7 @@ def make_plan(options: BuildOptions) -> Plan:
         teacher=teacher,
         feature_dtype=options.feature_dtype,
         num_sweeps=options.num_sweeps,
+        ego_box=source.ego_box,
         max_points=source.max_returns * options.num_sweeps if options.points else 0,
         labels=labels,
         dividers=options.dividers,
@@ -199,10 +201,18 @@ def make_plan(options: BuildOptions) -> Plan:
     split = note_problems(split, left, mask_cameras=options.on_error == "mask-camera")
     if options.on_error == "fail":
         require_no_problems(split, left)
+    _require_large_images((split.keyframes[index] for index in left), spec)
     if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
         check_disk(options.cache, spec, len(identity))
         cache = create()
     return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
+
+
+def _require_large_images(keyframes: Iterable[Keyframe], spec: TargetSpec) -> None:
+    """Raises ValueError if an image of these keyframes would be enlarged, by the sizes in the tables."""
+    views = [view for keyframe in keyframes if keyframe.problem is None for view in keyframe.cameras]
+    for view in {view.source_size: view for view in views if view.problem is None}.values():
+        require_not_enlarged(view.path, view.source_size, fitted_sizes(view.source_size, image_sizes(spec)))
 
 
 def _need(what: str, labels: Iterable[str]) -> bool:

@@ -54,6 +54,7 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
         "dividers": spec["dividers"],
         "compat": spec["compat"],
         "shard-size": attributes["keyframes_per_shard"],
+        "on-error": _on_error(path),
         "label-kinds": ",".join(spec["labels"]) or None,
         "teacher": "none" if teacher is None else teacher["name"],
     }
@@ -73,6 +74,21 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
         ]
     words += ["--points"] * bool(spec.get("max_points")) + ["--no-labels"] * (not spec["labels"])
     return shlex.join(words)
+
+
+def _on_error(path: Path) -> str | None:
+    """The --on-error with which a build can leave out what this one did; None if the records say of nothing left out."""
+    found = None
+    for file in sorted((path / "progress").glob("[0-9]*.json")):
+        try:
+            record = json.loads(file.read_text())
+            if record.get("masked"):
+                return "mask-camera"
+            if record.get("skipped"):
+                found = "skip"
+        except (OSError, ValueError, AttributeError):
+            continue
+    return found
 
 
 def _scenes(path: Path) -> str | None:

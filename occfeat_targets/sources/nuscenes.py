@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
-from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.sweeps import read_sweep
@@ -31,6 +31,7 @@ class NuScenes:
     cameras = CAMERAS
     slow_reader = "occfeat_targets.verify.slow_nuscenes:read_slow_source"
     max_returns = 40_000  # nuScenes' sweeps have about 34,700
+    ego_box = EGO_BOX
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         return read_split(
@@ -96,7 +97,10 @@ def read_split(
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
     except (AssertionError, OSError, KeyError, ValueError) as err:
-        raise DatasetError(f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}") from err
+        raise DatasetError(
+            f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}. A table, a record that another "
+            "table refers to, or a key of a record is missing or damaged: re-extract the tables"
+        ) from err
     scenes = {scene["name"]: scene for scene in nusc.scene}
     present = [name for name in splits[split] if name in scenes]
     if not present:
@@ -201,13 +205,26 @@ def _path(nusc: Any, record: dict[str, Any]) -> Path:
 
 def _pose(nusc: Any, table: str, sample_data: dict[str, Any]) -> Matrix:
     """global_from_ego for the table ego_pose, ego_from_sensor for calibrated_sensor."""
-    record = nusc.get(table, sample_data[f"{table}_token"])
+    rotation, translation = (_value(nusc, table, sample_data, key) for key in ("rotation", "translation"))
     try:
-        return rigid(record["rotation"], record["translation"])
-    except ValueError as err:
-        raise ValueError(
-            f"{table}.json, token {record['token']}, of {sample_data['filename']}: {err}; re-extract the tables"
-        ) from err
+        return rigid(rotation, translation)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"{_place(table, sample_data)}: {err}; re-extract the tables") from err
+
+
+def _value(nusc: Any, table: str, sample_data: dict[str, Any], key: str) -> Any:
+    """A value of the record in `table` that a sample_data record refers to. Raises ValueError if there is none."""
+    try:
+        record = nusc.get(table, sample_data[f"{table}_token"])
+    except KeyError as err:
+        raise ValueError(f"{_place(table, sample_data)}: no such record; re-extract the tables") from err
+    if key not in record:
+        raise ValueError(f"{_place(table, sample_data)}: the record has no key {key!r}; re-extract the tables")
+    return record[key]
+
+
+def _place(table: str, sample_data: dict[str, Any]) -> str:
+    return f"{table}.json, token {sample_data[f'{table}_token']}, of {sample_data['filename']}"
 
 
 def _view(nusc: Any, sample: dict[str, Any], channel: str, global_from_ego: Matrix) -> CameraView:
@@ -220,9 +237,13 @@ def _view(nusc: Any, sample: dict[str, Any], channel: str, global_from_ego: Matr
 def _usable_view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
     ego_from_cam = _pose(nusc, "calibrated_sensor", record)
     global_from_cam = _pose(nusc, "ego_pose", record) @ ego_from_cam
-    intrinsics = np.asarray(
-        nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["camera_intrinsic"], np.float64
-    )
+    values = _value(nusc, "calibrated_sensor", record, "camera_intrinsic")
+    try:
+        intrinsics = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as err:
+        raise ValueError(
+            f"{_place('calibrated_sensor', record)}: camera_intrinsic: {err}; re-extract the tables"
+        ) from err
     if (
         intrinsics.shape != (3, 3)
         or not np.isfinite(intrinsics).all()

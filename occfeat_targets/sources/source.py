@@ -26,6 +26,8 @@ class Source(Protocol):
     slow_reader: "package.module:function" with the signature of `verify.slow_nuscenes.read_slow_source`: an independent
     reader for `verify`, which shares no code with this class. None: `verify` uses this class's own keyframes.
     max_returns: the most returns of a sweep.
+    ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle, and a build drops
+    them; 0 drops none.
     """
 
     @property
@@ -36,6 +38,9 @@ class Source(Protocol):
 
     @property
     def max_returns(self) -> int: ...
+
+    @property
+    def ego_box(self) -> float: ...
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         """All keyframes of a split, each with V views, sweeps (its own first, then backwards in time), and vehicle boxes.

@@ -106,6 +106,13 @@ def _check_sizes(
             f"image {path} is {source[1]}x{source[0]}; the tables say {expected[1]}x{expected[0]}, and intrinsics "
             "belong to that size: restore the original file"
         )
+    require_not_enlarged(path, source, sizes)
+
+
+def require_not_enlarged(
+    path: str | os.PathLike[str], source: tuple[int, int], sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Raises ValueError if an image of the size `source` would be enlarged to one of `sizes`, all (height, width) [px]."""
     for height, width in sizes:
         if not (0 < height <= source[0] and 0 < width <= source[1]):
             raise ValueError(

@@ -39,7 +39,10 @@ def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: Ta
 def read_keyframes(
     dataroot: Path, version: str, tokens: Collection[str], cameras: Sequence[str], num_sweeps: int
 ) -> dict[str, Keyframe]:
-    """{sample token: keyframe} from the JSON tables. Raises KeyError or OSError if they are incomplete."""
+    """{sample token: keyframe} from the JSON tables. A view without a usable calibration has a problem.
+
+    Raises KeyError or OSError if other parts of the tables are incomplete.
+    """
 
     def table(name: str) -> dict[str, dict[str, Any]]:
         records = json.loads((dataroot / version / f"{name}.json").read_text())
@@ -62,15 +65,18 @@ def read_keyframes(
                 boxes[box["sample_token"]].append(box)
 
     def view(record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
-        calibrated = calibration[record["calibrated_sensor_token"]]
-        global_from_cam = _matrix(poses[record["ego_pose_token"]]) @ _matrix(calibrated)
-        return CameraView(
-            path=dataroot / record["filename"],
-            source_size=(record["height"], record["width"]),
-            intrinsics=np.array(calibrated["camera_intrinsic"]),
-            ego_from_cam=_matrix(calibrated),
-            cam_from_ego=np.linalg.inv(global_from_cam) @ global_from_ego,
-        )
+        try:
+            calibrated = calibration[record["calibrated_sensor_token"]]
+            global_from_cam = _matrix(poses[record["ego_pose_token"]]) @ _matrix(calibrated)
+            return CameraView(
+                path=dataroot / record["filename"],
+                source_size=(record["height"], record["width"]),
+                intrinsics=np.array(calibrated["camera_intrinsic"]),
+                ego_from_cam=_matrix(calibrated),
+                cam_from_ego=np.linalg.inv(global_from_cam) @ global_from_ego,
+            )
+        except (KeyError, TypeError, ValueError) as err:  # a singular matrix is a ValueError
+            return broken_view(f"no usable calibration: {err}")
 
     found = {}
     for token, sample in samples.items():

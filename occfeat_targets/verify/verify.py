@@ -113,13 +113,17 @@ def verify_source(
 ) -> Findings:
     """Recompute random keyframes from the data set with slow, independent code.
 
-    If the source has no such code, its own keyframes are used, and `progress` is told so.
+    `progress` is told how many, and if the source has no such code, so that its own keyframes are used.
     Raises ValueError if there is no data set at `dataroot`, or it lacks a keyframe.
     """
     findings = Findings()
     reader = CacheReader(cache, allow_incomplete=True)
     finished = [i for shard in cache.finished_shards() for i in cache.shard_range(shard) if reader.is_valid[i]]
+    if not finished:
+        progress("no keyframe is valid: none is recomputed from the data set")
+        return findings
     chosen = sorted(np.random.default_rng(seed).permutation(finished)[:num_keyframes].tolist())
+    progress(f"recomputing {len(chosen)} of {len(finished)} valid keyframes from {dataroot} (--seed {seed}) ...")
     tokens = [cache.identity.tokens[i] for i in chosen]
     reference = _read_slow_source(cache, dataroot, tokens, progress)
     for keyframe, token in zip(chosen, tokens, strict=True):

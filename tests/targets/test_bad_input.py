@@ -11,7 +11,9 @@ import pytest
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.cache.store import open_cache
+from occfeat_targets.sources.keyframe import DatasetError
 from occfeat_targets.sources.nuscenes import read_split
+from occfeat_targets.verify.slow_nuscenes import read_keyframes
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, table, tmpfs, write_table
 
 
@@ -75,6 +77,25 @@ def nan_pose(city: Path) -> str:
     return record["filename"]
 
 
+def change_calibration(change):
+    """Gives an image its own record in calibrated_sensor.json, changed."""
+
+    def damage(city: Path) -> str:
+        record = keyframe_record(city, "CAM_FRONT")
+        calibrations, data = table(city, "calibrated_sensor"), table(city, "sample_data")
+        (shared,) = (c for c in calibrations if c["token"] == record["calibrated_sensor_token"])
+        own = {**shared, "token": "own"}
+        change(own)
+        write_table(city, "calibrated_sensor", [*calibrations, own])
+        for other in data:
+            if other["token"] == record["token"]:
+                other["calibrated_sensor_token"] = "own"
+        write_table(city, "sample_data", data)
+        return f"calibrated_sensor.json, token own, of {record['filename']}"
+
+    return damage
+
+
 BAD_INPUT = {
     "truncated sweep": (cut_inside_a_return, "past a whole return"),
     "half a sweep": (cut_file(0.5, "LIDAR_TOP"), "ends early"),
@@ -83,6 +104,11 @@ BAD_INPUT = {
     "missing image": (remove_image, "is missing"),
     "missing camera": (remove_camera_record, "no keyframe record"),
     "NaN pose": (nan_pose, "not three finite numbers"),
+}
+BAD_CALIBRATION = {
+    "zero rotation": (change_calibration(lambda c: c.update(rotation=[0, 0, 0, 0])), "[0, 0, 0, 0] is no quaternion"),
+    "no translation": (change_calibration(lambda c: c.pop("translation")), "has no key 'translation'"),
+    "no intrinsics": (change_calibration(lambda c: c.pop("camera_intrinsic")), "has no key 'camera_intrinsic'"),
 }
 
 
@@ -115,11 +141,11 @@ def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(nam
     assert reason in status.stdout
 
 
-@pytest.mark.parametrize("name", ["missing image", "missing camera", "NaN pose"])
+@pytest.mark.parametrize("name", ["missing image", "missing camera", "NaN pose", "zero rotation"])
 def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(name, broken_city, tmp_path, expected):
-    damage, reason = BAD_INPUT[name]
+    damage, reason = {**BAD_INPUT, **BAD_CALIBRATION}[name]
     damage(broken_city)
-    camera = CAMERAS.index("CAM_FRONT" if name == "NaN pose" else "CAM_BACK")
+    camera = CAMERAS.index("CAM_BACK" if name in ("missing image", "missing camera") else "CAM_FRONT")
     arguments = build_arguments(broken_city, tmp_path, "none", "--workers", "0", "--frames", "both")
     assert run(*arguments, "--on-error", "mask-camera", check=False).returncode == 3
     found = contents(tmp_path)
@@ -136,6 +162,34 @@ def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(nam
     assert reason in run("status", "--cache", tmp_path, "--split", "mini_train", check=False).stdout
     verified = run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "10").stdout
     assert verified.count("1 masked cameras") == 1
+    assert "is sound; 0 keyframes skipped, 1 keyframe with masked cameras" in verified
+
+
+@pytest.mark.parametrize("name", BAD_CALIBRATION)
+def test_a_calibration_that_cannot_be_used_is_the_problem_of_its_view_in_both_readers(name, broken_city):
+    damage, reason = BAD_CALIBRATION[name]
+    where = damage(broken_city)
+    split = read_split(broken_city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False)
+    slow = read_keyframes(broken_city, "v1.0-mini", [k.token for k in split.keyframes], CAMERAS, 1)
+    for keyframes in (split.keyframes, [slow[k.token] for k in split.keyframes]):
+        broken = [
+            (i, CAMERAS[c]) for i, k in enumerate(keyframes) for c in range(6) if k.cameras[c].problem is not None
+        ]
+        assert broken == [(2, "CAM_FRONT")]
+    problem = split.keyframes[2].cameras[CAMERAS.index("CAM_FRONT")].problem
+    assert where in problem and reason in problem
+
+
+def test_a_record_that_is_absent_is_an_error_that_asks_for_the_tables_again(broken_city):
+    pose = keyframe_record(broken_city, "CAM_FRONT")["ego_pose_token"]
+    write_table(broken_city, "ego_pose", [p for p in table(broken_city, "ego_pose") if p["token"] != pose])
+    options = {"version": None, "cameras": CAMERAS, "num_sweeps": 1, "with_boxes": False}
+    view = read_split(broken_city, "mini_train", **options).keyframes[2].cameras[CAMERAS.index("CAM_FRONT")]
+    assert f"ego_pose.json, token {pose}" in view.problem and "no such record; re-extract the tables" in view.problem
+    calibrations = table(broken_city, "calibrated_sensor")
+    write_table(broken_city, "calibrated_sensor", calibrations[1:])
+    with pytest.raises(DatasetError, match=r"do not load: KeyError: .* re-extract the tables"):
+        read_split(broken_city, "mini_train", **options)
 
 
 def test_a_repaired_file_is_built_with_retry_skipped(broken_city, city, tiny_teacher, tmp_path):

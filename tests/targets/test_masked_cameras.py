@@ -58,8 +58,10 @@ def test_unusable_cameras_are_masked_and_recorded_and_built_after_the_repair(toy
     assert "masked: wide of sample toy2: image" in status.stdout and "is truncated or damaged" in status.stdout
     assert "skipped: sample toy3 of scene1" in status.stdout
     assert "1 keyframe skipped, 2 keyframes with masked cameras" in run("info", *WHERE, cache).stdout
-    verified = run("verify", *WHERE, cache, "--samples", "3")
+    verified = run("verify", *WHERE, cache, "--samples", "9")
     assert "2 cameras are masked" in verified.stdout
+    assert "recomputing 3 of 3 valid keyframes" in verified.stdout
+    assert "is sound; 1 keyframe skipped, 2 keyframes with masked cameras" in verified.stdout
     assert verified.stdout.count("1 masked cameras; calibration within") == 2
     for frame in ("ego", "tall"):  # keyframe 1 has no grid in the frame of its masked camera
         run("preview", *WHERE, cache, "--out", tmp_path / "preview", "--keyframes", "1,2", "--frame", frame)
@@ -70,6 +72,21 @@ def test_unusable_cameras_are_masked_and_recorded_and_built_after_the_repair(toy
     run("status", *WHERE, cache)
     for name, values in contents(cache, "all").items():
         assert (values == expected[name]).all(), name
+
+
+def test_verify_says_that_no_keyframe_is_valid(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.targets.toy_source.returns", lambda: np.full((1, 4), 99, np.float32))
+    assert build(toy, tmp_path, "none", "--on-error", "skip", check=False).returncode == 3
+    verified = run("verify", *WHERE, tmp_path).stdout
+    assert "no keyframe is valid: none is recomputed" in verified and "recomputing" not in verified
+    assert "is sound; 4 keyframes skipped, 0 keyframes with masked cameras" in verified
+
+
+def test_a_failed_build_names_both_ways_to_go_on(toy, tmp_path):
+    (toy / "tall" / "1.jpg").write_bytes(b"no JPEG")
+    failed = build(toy, tmp_path, "none", check=False)
+    assert failed.returncode == 1
+    assert "Fix the cause, or pass --on-error mask-camera or skip, and run the same command again" in failed.stdout
 
 
 def test_a_keyframe_without_any_usable_camera_is_skipped(toy, tmp_path):

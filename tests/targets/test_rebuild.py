@@ -99,3 +99,12 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
         "grid_range": (-5, 5, -50, 40, -50, 40),
     }
     assert {name: given[name] for name in asked} == asked
+    for shard, left_out, on_error in (
+        (0, {"skipped": {}, "masked": {}}, "fail"),
+        (1, {"skipped": {"a": "why"}}, "skip"),
+        (2, {"skipped": {}, "masked": {"b": {"front": "why"}}}, "mask-camera"),
+    ):
+        (tmp_path / "train.zarr" / "progress").mkdir(exist_ok=True)
+        (tmp_path / "train.zarr" / "progress" / f"0000{shard}.json").write_text(json.dumps(left_out))
+        words = shlex.split(rebuild_command(tmp_path / "train.zarr", attributes["occfeat"]))
+        assert build_command.make_context("build", words[2:]).params["on_error"] == on_error

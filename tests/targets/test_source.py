@@ -14,7 +14,7 @@ from occfeat_targets.cache.records import CacheError
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_train.cli import main as train
 from tests.targets.command_line import run
-from tests.targets.toy_source import SECONDS, SIZES, WHERE, build, ego_from_lidar, invoke, pretrain, returns
+from tests.targets.toy_source import SECONDS, SIZES, WHERE, ToySource, build, ego_from_lidar, invoke, pretrain, returns
 
 
 def test_a_toy_source_is_built_verified_previewed_and_trained_on(toy, tiny_teacher, tmp_path):
@@ -38,10 +38,23 @@ def test_a_toy_source_is_built_verified_previewed_and_trained_on(toy, tiny_teach
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) >= 2
 
 
+def test_the_filter_of_the_ego_vehicles_returns_is_the_sources(toy, tmp_path, monkeypatch):
+    spec, more = {}, {}
+    for box in (ToySource.ego_box, 0):
+        monkeypatch.setattr(ToySource, "ego_box", box)
+        build(toy, tmp_path / str(box), "none", "--points")
+        reader = CacheReader(tmp_path / str(box) / "all.zarr")
+        spec[box], more[box] = reader.cache.spec, len(reader.points(0).xyz) - len(returns())
+    assert {box: s.ego_box for box, s in spec.items()} == {2.15: 2.15, 0: 0}
+    assert more == {2.15: -3, 0: 0}
+    assert run("verify", *WHERE, tmp_path / "0").stdout.count(" 0 voxels wrong") == 3
+
+
 def test_an_unknown_source_is_refused_with_the_list_of_sources(tmp_path):
     refused = run("build", "--source", "kitti", "--split", "train", "--cache", tmp_path, check=False)
-    assert refused.returncode == 1
-    assert "--source kitti: one of nuscenes expected" in refused.stderr
+    assert refused.returncode == 2
+    assert "'kitti' is not 'nuscenes'" in refused.stderr
+    assert "reading" not in refused.stdout
 
 
 AREAS = {"front": (0, 0, 48, 80), "tall": (0, 26, 48, 53), "wide": (14, 0, 34, 80)}  # in images of 48x80
@@ -79,9 +92,11 @@ def test_features_cover_the_same_part_of_the_teachers_input(toy, tiny_teacher, t
 
 def test_an_image_that_would_be_enlarged_is_refused(toy, tmp_path):
     build(toy, tmp_path / "a", "none", "--image-size", "96x160")  # the size of front; the others are scaled down to fit
-    refused = build(toy, tmp_path / "b", "none", "--image-size", "98x162", check=False)
-    assert refused.returncode == 1
-    assert "162x98 was requested, and images are never enlarged" in " ".join(refused.stdout.split())
+    for on_error in ("fail", "skip", "mask-camera"):
+        refused = build(toy, tmp_path / "b", "none", "--image-size", "98x162", "--on-error", on_error, check=False)
+        assert refused.returncode == 1
+        assert "162x98 was requested, and images are never enlarged" in refused.stderr
+        assert not (tmp_path / "b").exists()  # found when planning
 
 
 def test_cached_points_contain_all_sweeps_and_give_their_occupancy_on_any_grid(toy, tmp_path):

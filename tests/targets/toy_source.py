@@ -58,6 +58,7 @@ class ToySource:
     cameras = tuple(SIZES)
     slow_reader = None
     max_returns = 1000
+    ego_box = 2.15
 
     def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
         if split != "all":
