@@ -89,12 +89,14 @@ class FeatureNetwork(nn.Module):
         image_area: (B, V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene, of any type; the
             whole images by default.
 
-        A camera whose cam_from_ego is all zeros is masked: nothing is read from its image.
+        A camera whose cam_from_ego is all zeros is masked: nothing is read from its image. In the frame of a masked camera
+        there is no grid: leave such samples out, which a cache's sample["camera_valid"] shows.
         Returns (B, channels, grid height, grid width): rows forward, columns right, index 0 the rearmost and leftmost. It
         is float32, or what torch.autocast makes of it; 'evaluate' computes in bfloat16 on a GPU, unless told otherwise.
         Gradients reach the weights and float images, not the calibration.
         Raises ValueError on arguments of another shape or range or that are not finite, on images that would be enlarged (unless the run
-        was trained with allow_upsampling), and where grid_from_ego is needed.
+        was trained with allow_upsampling), where grid_from_ego is needed, and on samples whose cameras are all masked or
+        whose grid would lie in the frame of a masked camera (grid_from_ego is all zeros, or by default cam_from_ego of `frame`).
         """
         features: Tensor = self(images, intrinsics, cam_from_ego, grid_from_ego, image_area)
         return features
@@ -108,10 +110,20 @@ class FeatureNetwork(nn.Module):
         image_area: Tensor | None = None,
     ) -> Tensor:
         """The same as `features`."""
-        area = None if image_area is None else image_area.detach().double()
-        self._check(images, intrinsics, cam_from_ego, grid_from_ego, area)
+        self._check(images, intrinsics, cam_from_ego, grid_from_ego)
+        area = None if image_area is None else _checked_area(image_area, cam_from_ego)
         cams = cam_from_ego.detach().cpu().double().numpy()
         grid = self._default_grid(cams) if grid_from_ego is None else grid_from_ego.detach().cpu().double().numpy()
+        _refuse_samples(~cams.any(axis=(1, 2, 3)), "all cameras are masked (cam_from_ego is all zeros)")
+        _refuse_samples(
+            ~grid.any(axis=(1, 2)),
+            "the camera whose frame holds the grid is masked, so it has no grid "
+            + (
+                f"(cam_from_ego of {self.frame} is all zeros)"
+                if grid_from_ego is None
+                else "(grid_from_ego is all zeros)"
+            ),
+        )
         cam_from_grid = torch.from_numpy(cams @ inverse_rigid(grid)[:, None])
         batch, views, _, *size = images.shape
         source_size, device = (size[0], size[1]), images.device
@@ -149,7 +161,6 @@ class FeatureNetwork(nn.Module):
         intrinsics: Tensor,
         cam_from_ego: Tensor,
         grid_from_ego: Tensor | None,
-        image_area: Tensor | None,
     ) -> None:
         if images.dim() != 5 or images.shape[2] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, V, 3, H, W)")
@@ -160,8 +171,6 @@ class FeatureNetwork(nn.Module):
         }
         if grid_from_ego is not None:
             expected["grid_from_ego"] = (grid_from_ego, (batch, 4, 4))
-        if image_area is not None:
-            expected["image_area"] = (image_area, (batch, views, 4))
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(
@@ -185,12 +194,42 @@ class FeatureNetwork(nn.Module):
             )
 
 
+def _refuse_samples(refused: NDArray[np.bool_], why: str) -> None:
+    """Raise ValueError if any sample of a batch, (B,), is refused."""
+    if refused.any():
+        raise ValueError(
+            f"sample {', '.join(map(str, np.flatnonzero(refused)))} of the batch: {why}: leave it out; "
+            'sample["camera_valid"] of a cache shows the masked cameras'
+        )
+
+
+def _checked_area(area: Tensor, cam_from_ego: Tensor) -> Tensor:
+    """image_area as float64. Raises ValueError unless each camera that is not masked has a part of its image."""
+    shape = (*cam_from_ego.shape[:2], 4)
+    if not isinstance(area, Tensor) or area.is_complex() or tuple(area.shape) != shape:
+        given = f"{area.dtype} of shape {tuple(area.shape)}" if isinstance(area, Tensor) else type(area).__name__
+        raise ValueError(f"image_area is {given}: expected a tensor (top, left, bottom, right) of {shape}")
+    area = area.detach().double()
+    if not torch.isfinite(area).all():
+        raise ValueError("image_area holds a NaN or an infinity: expected finite numbers")
+    is_seen = cam_from_ego.detach().flatten(2).any(-1).to(area.device)
+    wrong = area[is_seen & ~(area[..., 2:] > area[..., :2]).all(-1)]
+    if len(wrong):
+        raise ValueError(
+            f"image_area is {wrong[0].tolist()}: expected (top, left, bottom, right), top < bottom, left < right"
+        )
+    return area
+
+
 def open_cache(path: str | Path, *, keys: Collection[str] | None = None) -> CacheDataset:
     """A finished cache, CACHE/SPLIT.zarr, as a data set of its valid keyframes.
 
     keys: of a sample's images, occupancy, features, vehicles, vehicles_valid and map, those to read; by default all that the
-    cache has. Raises CacheError, a ValueError, if there is no cache, or it is not finished, damaged, or lacks a key.
+    cache has. Raises CacheError, a ValueError, if there is no cache, or it is not finished, damaged, or lacks a key, and
+    ValueError if keys is a string.
     """
+    if isinstance(keys, str):
+        raise ValueError(f"keys={keys!r} is a string: pass a list, such as [{keys!r}]")
     return CacheDataset(path, keys)
 
 

@@ -107,8 +107,9 @@ def check(cache: Path, split: str, samples: int) -> None:
 
     reader = CacheReader(cache / f"{split}.zarr")
     click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
-    click.echo("\n".join(check_cache(reader, samples).describe()))
-    click.echo(f"{reader.cache.path} is ready for training")
+    readiness = check_cache(reader, samples)
+    click.echo("\n".join(readiness.describe()))
+    click.echo(f"{reader.cache.path} is ready for {' and '.join(readiness.ready_for)}")
 
 
 @main.group()
@@ -220,7 +221,12 @@ def finetune(task: str | None, labels: float | None, asked: str | None, **given:
 @main.command()
 @click.argument("run", type=PATH)
 @cache_option
-@click.option("--split", default="val", show_default=True, help="Split to evaluate; all its valid keyframes are used.")
+@click.option(
+    "--split",
+    default="val",
+    show_default=True,
+    help="Split to evaluate; keyframes that were skipped, or whose frame is that of a masked camera, are left out.",
+)
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass and rank."
 )

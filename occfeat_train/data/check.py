@@ -9,6 +9,7 @@ import numpy as np
 
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_train.data.frames import has_grid, none_left, reference_frames, why_left_out
 from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 
 
@@ -17,18 +18,26 @@ class Readiness:
     """Measurements of `check_cache`, as means over the keyframes read.
 
     num_masked: masked cameras of the cache's valid keyframes. occupied: occupied voxels of the first reference frame with a grid; seen: fraction of them with a view, whose features are distilled.
+    left_out: {use of the cache: (valid keyframes without a grid in its default reference frames, their names)}.
     views: views per seen voxel. read_seconds, target_seconds: time to read a keyframe, and to sample its target features.
     """
 
     num_keyframes: int
     num_skipped: int
     num_masked: int
+    left_out: dict[str, tuple[int, tuple[str, ...]]]
+    num_valid: int
     occupied: float
     seen: float
     views: float
     megabytes: float
     read_seconds: float
     target_seconds: float
+
+    @property
+    def ready_for(self) -> list[str]:
+        """Uses for which a keyframe is left."""
+        return [use for use, (count, _) in self.left_out.items() if count < self.num_valid]
 
     def describe(self) -> list[str]:
         lines = [
@@ -38,6 +47,11 @@ class Readiness:
         ]
         if self.num_masked:
             lines[0] += f"; {self.num_masked} cameras of other keyframes are masked"
+        lines += [
+            f"{use} leaves out {count} of {self.num_valid} valid keyframes, unless --set frame=... is passed: {why_left_out(frames)}"
+            for use, (count, frames) in self.left_out.items()
+            if count
+        ]
         if self.views:
             lines.insert(
                 2,
@@ -47,10 +61,19 @@ class Readiness:
         return lines
 
 
+def _left_out(reader: CacheReader, *, training: bool) -> tuple[int, tuple[str, ...]]:
+    """Number of valid keyframes without a grid in the default reference frames, and the names of these frames."""
+    names = reader.cache.spec.frames
+    frames = reference_frames(names, "auto", training=training)
+    without = reader.is_valid & ~has_grid(reader)[:, frames].any(axis=1)
+    return int(without.sum()), tuple(names[i] for i in frames)
+
+
 def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readiness:
     """Read all arrays of random keyframes, and sample their target features.
 
-    Raises CacheError if a chunk is damaged or lost, and ValueError if all keyframes are masked or a target is not finite.
+    Raises CacheError if a chunk is damaged or lost, and ValueError if no keyframe is left for training or a target is
+    not finite.
     """
     reader.cache.require_files()
     valid = np.flatnonzero(reader.is_valid)
@@ -59,8 +82,14 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
             f"{reader.cache.path} has no valid keyframe: the build skipped all of them; see 'occfeat-targets status'"
         )
     spec = reader.cache.spec
+    left_out = {use: _left_out(reader, training=use == "training") for use in ("training", "evaluation")}
+    count, frames = left_out["training"]
+    if count == len(valid):
+        raise ValueError(
+            f"{reader.cache.path}: none of its {count} valid keyframes can be used: {none_left(spec.frames, frames)}"
+        )
     names = [array.name for array in spec.arrays()]
-    chosen = np.random.default_rng(seed).permutation(valid)[:num_keyframes]
+    chosen = np.random.default_rng(seed).permutation(valid[has_grid(reader)[valid].any(axis=1)])[:num_keyframes]
     occupied, seen, views, reading, sampling = [], [], [], [], []
     for keyframe in [chosen[0], *chosen]:  # the first one twice, because it includes reading indices and compilation
         start = time.perf_counter()
@@ -93,6 +122,8 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
         num_keyframes=len(chosen),
         num_skipped=len(reader) - len(valid),
         num_masked=int((~reader.camera_valid[valid]).sum()),
+        left_out=left_out,
+        num_valid=len(valid),
         occupied=float(np.mean(occupied[1:])),
         seen=float(np.mean(seen[1:])) if seen else 0.0,
         views=float(np.mean(views[1:])) if views else 0.0,

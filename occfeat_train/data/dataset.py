@@ -24,7 +24,7 @@ from occfeat_targets.cache.records import CacheError
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Batch, Sample, collate
-from occfeat_train.data.frames import has_grid, reference_frames
+from occfeat_train.data.frames import has_grid, none_left, reference_frames
 
 # Arrays of a cache that say where its cameras and grids are, and which parts of the images show the scene.
 CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
@@ -55,15 +55,22 @@ class KeyframeDataset:
         if training and config.augment.num_cameras > cameras:
             raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
         self._has_grid = has_grid(reader)[:, self._frames]
-        usable = self._has_grid.any(axis=1)
         self._is_letterboxed = reader.is_letterboxed  # otherwise no area is copied to a GPU and augmented there
-        self.num_without_frame = int((reader.is_valid & ~usable).sum())
+        chosen = np.ones(len(reader), np.bool_)
         if scenes is not None:
             wanted = set(scenes)
-            usable &= np.array([scene in wanted for scene in reader.cache.identity.scenes])
+            chosen = np.array([scene in wanted for scene in reader.cache.identity.scenes])
+        usable = chosen & self._has_grid.any(axis=1)
+        self.num_without_frame = int((chosen & reader.is_valid & ~usable).sum())
         self.keyframes = np.flatnonzero(usable)
         if not len(self.keyframes):
-            raise ValueError(f"{reader.cache.path}: no valid keyframe among the {len(reader)} of the chosen scenes")
+            of = "" if scenes is None else " of the chosen scenes"
+            if self.num_without_frame:
+                raise ValueError(
+                    f"{reader.cache.path}: none of the {self.num_without_frame} valid keyframes{of} can be used: "
+                    f"{none_left(spec.frames, self.frames)}"
+                )
+            raise ValueError(f"{reader.cache.path}: no valid keyframe among the {chosen.sum()}{of}")
 
     def __len__(self) -> int:
         return len(self.keyframes)

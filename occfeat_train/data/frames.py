@@ -50,3 +50,14 @@ def reference_frames(available: Sequence[str], wanted: str, *, training: bool) -
             f"frame={wanted}: this cache has grids in {', '.join(available)}: choose one of them, or build it with --frames both"
         )
     return [list(available).index(name) for name in names]
+
+
+def why_left_out(frames: Sequence[str]) -> str:
+    """Why a valid keyframe has no grid in any of these reference frames."""
+    return f"the camera of the grid, {' or '.join(frames)}, is masked"
+
+
+def none_left(available: Sequence[str], frames: Sequence[str]) -> str:
+    """Why no keyframe of a cache with the frames `available` has a grid in any of `frames`, and what to do."""
+    remedy = "" if EGO_FRAME in available else "build a cache with --frames both, and "
+    return f"{why_left_out(frames)}: {remedy}use --set frame=ego (evaluate --frame ego)"

@@ -1,6 +1,6 @@
 """`occfeat-train report`: one self-contained HTML file about some runs.
 
-It first lists simulated data and differences from the paper, then metrics over a whole split, training curves, and
+It first lists simulated data and differences from the paper, then metrics over a split, training curves, and
 predictions for a few keyframes. All numbers come from the modules that training and evaluation use. What it shows of a task
 is up to `Task.heading`, `columns` and `pictures`.
 """
@@ -21,6 +21,7 @@ from occfeat_train.config import PRETEXTS
 from occfeat_train.distributed import Process
 from occfeat_train.report import figures
 from occfeat_train.report.runs import Run, load_runs
+from occfeat_train.training.compatibility import left_out
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
 
@@ -62,7 +63,8 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         Path(__file__).with_name("report.html"),
         title=f"OccFeat: {len(runs)} run{'s' * (len(runs) > 1)} on {split}",
         warnings=dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.info.warnings())]),
-        num_evaluated=len(runs[0].dataset),
+        evaluated=evaluated(runs),
+        left_out={line: None for run in runs for line in left_out(run.dataset)},
         rows_of_paper=[(run, nearest_row(run.checkpoint.info)) for run in runs],
         differences=paper_differences(runs, describe_data(cache.provenance, int(reader.is_valid.sum()))),
         tasks=[task_values(group) for group in groups if group],
@@ -71,11 +73,19 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
     )
 
 
+def evaluated(runs: Sequence[Run]) -> str:
+    """How many of the split's keyframes the runs are evaluated on. Runs of different frames may differ."""
+    counts = dict.fromkeys((len(run.dataset), len(run.dataset.reader)) for run in runs)
+    return " or ".join(f"all {n}" if used == n else f"{used} of {n}" for used, n in counts) + " keyframes of the split"
+
+
 def task_values(runs: Sequence[Run]) -> dict[str, Any]:
     """What the page shows of the runs of one task."""
-    config = runs[0].config
+    config, over = runs[0].config, evaluated(runs)
+    is_whole = all(len(run.dataset) == len(run.dataset.reader) for run in runs)
     return {
         "heading": config.task_class.heading(config),
+        "over": "the whole split" if is_whole else over,
         "runs": runs,
         "results": results_table(runs),
         "curves": draw_curves(runs),
@@ -95,7 +105,7 @@ def paper_differences(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> li
 
 
 def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the metrics over the whole split, without the runs' names."""
+    """Header and rows of the metrics over the split, without the runs' names."""
     rows = []
     for run in runs:
         info = run.checkpoint.info

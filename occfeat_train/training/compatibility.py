@@ -7,6 +7,7 @@ from typing import Any
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import FIXED, MEANING
 from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.frames import why_left_out
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError
 
 
@@ -49,22 +50,24 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
     return lines
 
 
-def notes_on_data(dataset: KeyframeDataset) -> list[str]:
-    """A line for each thing that a user should know of the cache's keyframes as they are used."""
+def left_out(dataset: KeyframeDataset) -> list[str]:
+    """A line for each reason why keyframes of the cache are left out."""
     reader, lines = dataset.reader, []
+    of = f"of {len(reader)} keyframes of {reader.cache.path.name}"
     skipped = len(reader) - int(reader.is_valid.sum())
     if skipped:
-        lines.append(
-            f"{skipped} of {len(reader)} keyframes of {reader.cache.path} were skipped by its build and are left out"
-        )
+        lines.append(f"{skipped} {of} were skipped by its build and are left out")
+    if dataset.num_without_frame:
+        lines.append(f"{dataset.num_without_frame} {of} are left out: {why_left_out(dataset.frames)}")
+    return lines
+
+
+def notes_on_data(dataset: KeyframeDataset) -> list[str]:
+    """A line for each thing that a user should know of the cache's keyframes as they are used."""
+    reader, lines = dataset.reader, left_out(dataset)
     masked = int((~reader.camera_valid[dataset.keyframes]).sum())
     if masked:
         lines.append(f"{masked} cameras of the keyframes used are masked: no feature is read from them")
-    if dataset.num_without_frame:
-        frames = " or ".join(dataset.frames)
-        lines.append(
-            f"{dataset.num_without_frame} keyframes are left out: the camera of their grid, {frames}, is masked"
-        )
     if dataset.enlarges:
         size = "x".join(map(str, reader.cache.spec.image_size))
         lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")

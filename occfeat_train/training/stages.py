@@ -173,13 +173,16 @@ def run_evaluation(
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
     process.print(
-        f"{checkpoint.path}: {info.config.task}, {len(dataset)} samples of {reader.cache.path}, on {process.device}"
+        f"{checkpoint.path}: {info.config.task}, {len(dataset)} samples of {reader.cache.path}, "
+        f"reference frame {dataset.frames[0]}, on {process.device}"
     )
     began = time.perf_counter()
     metric = evaluate(task, dataset, process, batch=batch, workers=loop.workers, progress=loop.progress)
     results = {
         "checkpoint": str(checkpoint.path), "task": info.config.task, "split": options.split,
-        **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()), "simulated": warnings,
+        **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()),
+        "without_frame": dataset.num_without_frame,
+        "with_masked_cameras": int((~reader.camera_valid[dataset.keyframes]).any(axis=1).sum()), "simulated": warnings,
         **metric.results(),
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)

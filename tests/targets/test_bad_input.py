@@ -160,7 +160,9 @@ def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(nam
         good[2, axis] = 0
         np.testing.assert_array_equal(found[array], good, array)
     assert reason in run("status", "--cache", tmp_path, "--split", "mini_train", check=False).stdout
-    verified = run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "10").stdout
+    seed = next(seed for seed in range(100) if np.random.default_rng(seed).permutation(10)[0] == 2)  # verify the third
+    verify = ["verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "1", "--seed", seed]
+    verified = run(*verify).stdout
     assert verified.count("1 masked cameras") == 1
     assert "is sound; 0 keyframes skipped, 1 keyframe with masked cameras" in verified
 

@@ -119,7 +119,7 @@ def test_training_does_not_use_a_masked_camera(toy, tiny_teacher, tmp_path):
         train,
         [str(a) for a in ("evaluate", run_path, *WHERE, cache, "--frame", "wide", "--device", "cpu", "--no-progress")],
     )
-    assert "1 keyframes are left out: the camera of their grid, wide, is masked" in refused.output
+    assert "1 of 4 keyframes of all.zarr are left out: the camera of the grid, wide, is masked" in refused.output
 
 
 def test_a_masked_camera_is_never_the_reference_frame(toy, tiny_teacher, tmp_path):

@@ -106,6 +106,17 @@ def write_caches(folder: Path, **options: Any) -> Path:
     return folder
 
 
+def mask_camera(
+    arrays: dict[str, np.ndarray], keyframes: list[int], camera: str, frames: tuple[str, ...] = FRAMES
+) -> None:
+    """Mask a camera of some keyframes, as a build does, and thereby the grid in its frame."""
+    for name in ("camera_valid", "images", "features", "intrinsics", "cam_from_ego", "image_area"):
+        if name in arrays:
+            arrays[name][keyframes, CAMERAS.index(camera)] = 0
+    for name in ("grid_from_ego", "occupancy", *(name for name in arrays if name.startswith("labels/"))):
+        arrays[name][keyframes, frames.index(camera)] = 0
+
+
 def invoke(*arguments: object) -> Result:
     """Run occfeat-train in this process, so that a test need not import everything again."""
     result = CliRunner().invoke(main, [str(a) for a in arguments])

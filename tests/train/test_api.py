@@ -109,8 +109,13 @@ def test_nothing_outside_of_an_area_is_read(cache, runs):
         assert torch.equal(network.features(images, *calibration, image_area=sample["image_area"]), whole)
         assert not torch.equal(network.features(images, *calibration, image_area=part), whole)
     assert seen[2].area.tolist() == [[[0, 0, 16, 24]] * 6]
-    with pytest.raises(ValueError, match=r"image_area is torch.float64 of shape \(1, 5, 4\)"):
-        network.features(images, *calibration, image_area=part[:, 1:])
+    for wrong, message in (
+        (part[:, 1:], r"torch.int32 of shape \(1, 5, 4\): expected a tensor .* of \(1, 6, 4\)"),
+        (part.numpy(), "ndarray: expected a tensor"),
+        (part.flip(-1), r"\[30.0, 20.0, 0.0, 0.0\]: expected .* top < bottom, left < right"),
+    ):
+        with pytest.raises(ValueError, match=f"image_area is {message}"):
+            network.features(images, *calibration, image_area=wrong)
 
     centers = torch.from_numpy(network.grid.voxel_centers()).view(-1, 3)
     given = {name: sample[name][0] for name in ("intrinsics", "cam_from_ego")}
@@ -205,6 +210,35 @@ def test_a_network_in_a_camera_frame_needs_its_cameras_or_the_grid(cache, runs):
         assert network.features(*two, sample["grid_from_ego"][:, 1]).isfinite().all()
 
 
+def test_features_refuse_a_sample_without_a_grid_and_allow_other_masked_cameras(cache, runs):
+    network, dataset = occfeat_train.load(runs["cameras"]), occfeat_train.open_cache(cache / "val.zarr")
+    pair = torch.utils.data.default_collate([dataset[0], dataset[1]])
+    images, intrinsics, cam_from_ego = inputs(pair)
+    grids = pair["grid_from_ego"][:, dataset.frames.index("CAM_FRONT")]
+
+    def masked(tensor: torch.Tensor, *cameras: str) -> torch.Tensor:
+        """With these cameras of the second sample masked."""
+        tensor = tensor.clone()
+        tensor[1, [CAMERAS.index(camera) for camera in cameras]] = 0
+        return tensor
+
+    with torch.no_grad():
+        back = masked(cam_from_ego, "CAM_BACK")
+        area = masked(pair["image_area"], "CAM_BACK")  # as in a cache
+        assert network.features(images, intrinsics, back, image_area=area).isfinite().all()
+    front, everything = masked(cam_from_ego, "CAM_FRONT"), masked(cam_from_ego, *CAMERAS)
+    zeros = grids * torch.tensor([1, 0])[:, None, None]
+    for cameras, grid, why in (
+        (front, None, r"is masked, so it has no grid \(cam_from_ego of CAM_FRONT is all zeros\)"),
+        (front, zeros, r"is masked, so it has no grid \(grid_from_ego is all zeros\)"),
+        (everything, grids, "all cameras are masked"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'sample 1 of the batch: .*{why}.*leave it out; sample\["camera_valid"\]'
+        ):
+            network.features(images, intrinsics, cameras, grid)
+
+
 def test_load_refuses_damaged_and_infinite_weights(runs, tmp_path):
     damaged = copy_of(runs["ego"], tmp_path / "damaged")
     file = find_checkpoint(damaged).path / "model.safetensors"
@@ -270,6 +304,8 @@ def test_a_data_set_omits_skipped_keyframes_and_keys_that_were_not_requested(tmp
     assert sorted(dataset[0]) == sorted([*CALIBRATION, "map", "token"])
     with pytest.raises(ValueError, match="has no features, cars: ask for some of images, occupancy, map, or build it"):
         occfeat_train.open_cache(tmp_path / "train.zarr", keys=["images", "features", "cars"])
+    with pytest.raises(ValueError, match=r"keys='images' is a string: pass a list, such as \['images'\]"):
+        occfeat_train.open_cache(tmp_path / "train.zarr", keys="images")
 
 
 def test_voxel_features_equal_the_targets_of_pretraining(cache, runs, tmp_path):
@@ -320,7 +356,9 @@ def test_the_readmes_example_of_training_runs(cache, runs, tmp_path, monkeypatch
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "pretrained").symlink_to(runs["ego"])
     names: dict[str, object] = {}
-    exec(readme_code("From Python")[1], names)
+    code = readme_code("From Python")[1]
+    exec(code, names)
+    assert 'image_area=sample["image_area"]' in code  # a cache's cameras may not fill their images
     assert names["bev"].shape == (1, 8, 12, 12)
     assert len(names["targets"]) == len(names["num_views"]) == len(names["centers"]) > 0
 

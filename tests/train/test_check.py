@@ -10,7 +10,7 @@ from occfeat_targets.cache.store import open_cache, shard_file
 from occfeat_train.cli import main
 from occfeat_train.data.check import check_cache
 from tests.targets.command_line import build_arguments, contents, run
-from tests.train.runs import invoke, pretrain, refuse, steps, write_cache
+from tests.train.runs import invoke, mask_camera, pretrain, refuse, steps, write_cache
 
 
 def check(cache: Path, *more: str):
@@ -96,3 +96,28 @@ def test_damaged_labels_are_found(small, name):
     file.write_bytes(data)
     message = refuse("check", "--cache", small, "--split", "train")
     assert f"{name}/c/1/" in message and "is damaged at keyframe 2" in message
+
+
+def checked(folder: Path, masked: dict[str, list[int]], frames: tuple[str, ...]) -> str:
+    """Output of 'check' on a cache in which these cameras of these keyframes are masked."""
+
+    def mask(arrays: dict[str, np.ndarray]) -> None:
+        for camera, keyframes in masked.items():
+            mask_camera(arrays, keyframes, camera, frames)
+
+    write_cache(folder, frames=frames, change=mask)
+    return invoke("check", "--cache", folder, "--split", "train").output
+
+
+def test_keyframes_without_a_grid_are_counted_and_without_any_left_a_cache_is_not_ready(tmp_path):
+    both, every = ("CAM_FRONT", "CAM_BACK"), list(range(7))
+    some = checked(tmp_path / "some", {"CAM_FRONT": [1, 2], "CAM_BACK": [2]}, both)
+    assert "training leaves out 1 of 7 valid keyframes" in some
+    assert "evaluation leaves out 2 of 7 valid keyframes" in some
+    assert "the camera of the grid, CAM_FRONT, is masked" in some
+    assert "is ready for training and evaluation" in some
+    front = checked(tmp_path / "front", {"CAM_FRONT": every}, both)
+    assert "evaluation leaves out 7 of 7" in front and "is ready for training\n" in front
+    none = checked(tmp_path / "none", dict.fromkeys(both, every), both)
+    assert "none of its 7 valid keyframes can be used: the camera of the grid, CAM_FRONT or CAM_BACK, is masked" in none
+    assert "build a cache with --frames both, and use --set frame=ego" in none and "ready" not in none

@@ -25,6 +25,7 @@ from tests.train.runs import (
     evaluate,
     finetune,
     invoke,
+    mask_camera,
     pretrain,
     reader,
     records,
@@ -62,7 +63,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
     assert "SIMULATED: all of it" in output and "5 samples" in output
     results = json.loads((pretrained / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "simulated", "samples", "occupancy_iou", "cosine",
+        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "without_frame", "with_masked_cameras", "simulated", "samples", "occupancy_iou", "cosine",
     }  # fmt: skip
     assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "occfeat", "val", 5)
     assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
@@ -84,7 +85,7 @@ def test_a_finetuning_starts_from_the_given_weights_and_is_evaluated(cache, pret
     succeed(*evaluate(run, cache))
     results = json.loads((run / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "simulated", "samples", "iou", "iou_best",
+        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "without_frame", "with_masked_cameras", "simulated", "samples", "iou", "iou_best",
         "threshold_best", "per_class", "per_class_best", "by_distance",
     }  # fmt: skip
     assert list(results["per_class"]) == (list(MAP_CLASSES) if task == "map" else ["vehicles"])
@@ -575,3 +576,38 @@ def test_skipped_keyframes_are_reported_and_not_evaluated(pretrained, tmp_path):
     assert "2 of 5 keyframes of" in output and "were skipped by its build and are left out" in output
     results = json.loads((tmp_path / "out" / "val.json").read_text())
     assert (results["skipped"], results["samples"]) == (2, 3)
+
+
+def test_keyframes_without_a_grid_are_counted_by_evaluate_and_in_the_report(pretrained, tmp_path):
+    def mask(arrays: dict[str, np.ndarray]) -> None:
+        mask_camera(arrays, [1], "CAM_FRONT")
+        mask_camera(arrays, [2], "CAM_BACK")
+
+    write_cache(tmp_path, "val", scenes=tuple("ddeee"), change=mask)
+    reason = "1 of 5 keyframes of val.zarr are left out: the camera of the grid, CAM_FRONT, is masked"
+    output = succeed(*evaluate(pretrained, tmp_path, "--out", tmp_path / "out"))
+    assert reason in output and "reference frame CAM_FRONT" in output
+    results = json.loads((tmp_path / "out" / "val.json").read_text())
+    names = ("samples", "skipped", "without_frame", "with_masked_cameras")
+    assert [results[name] for name in names] == [4, 0, 1, 1]
+    file = tmp_path / "report.html"
+    succeed("report", pretrained, "--cache", tmp_path, "--out", file, "--samples", "1", "--device", "cpu")
+    page = file.read_text()
+    assert "evaluated on 4 of 5 keyframes of the split" in page and reason in page
+    assert "Pretraining: 4 of 5 keyframes of the split" in page and "whole split" not in page
+
+
+def test_a_cache_whose_every_reference_frame_is_masked_is_refused_with_the_remedy(pretrained, tmp_path):
+    def mask(arrays: dict[str, np.ndarray]) -> None:
+        mask_camera(arrays, list(range(5)), "CAM_FRONT")
+        mask_camera(arrays, list(range(5)), "CAM_BACK")
+
+    write_cache(tmp_path, "train", scenes=tuple("ddeee"), change=mask)
+    write_cache(tmp_path, "val", scenes=tuple("ddeee"), change=mask)
+    none = "none of the 5 valid keyframes can be used: the camera of the grid, {}, is masked: use --set frame=ego"
+    run = tmp_path / "run"
+    assert none.format("CAM_FRONT or CAM_BACK") in refuse(*pretrain(tmp_path, run, *steps(1)), out=run)
+    assert none.format("CAM_FRONT") in refuse(*evaluate(pretrained, tmp_path))
+    assert "reference frame ego" in succeed(
+        *evaluate(pretrained, tmp_path, "--frame", "ego", "--out", tmp_path / "out")
+    )

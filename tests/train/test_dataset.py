@@ -107,8 +107,14 @@ def test_skipped_keyframes_are_not_used(tmp_path):
 def test_only_keyframes_of_the_chosen_scenes_are_used(tmp_path):
     cache = write_cache(tmp_path, identity=SCENES, skipped=(6,))
     assert dataset_of(cache, scenes=["a", "c"]).keyframes.tolist() == [0, 1, 5]
-    with pytest.raises(ValueError, match="no valid keyframe among the 7 of the chosen scenes"):
-        dataset_of(cache, scenes=["d"])
+    with pytest.raises(ValueError, match="no valid keyframe among the 2 of the chosen scenes"):
+        dataset_of(write_cache(tmp_path / "skipped", identity=SCENES, skipped=(0, 1)), scenes=["a"])
+
+
+def test_without_a_choice_of_scenes_an_error_names_none(tmp_path):
+    cache = write_cache(tmp_path, skipped=tuple(range(7)))
+    with pytest.raises(ValueError, match="no valid keyframe among the 7$"):
+        dataset_of(cache)
 
 
 # -- contents of a batch ----------------------------------------------------------------------------------------------
