@@ -14,6 +14,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.cli import build as command
 from occfeat_targets.sources.nuscenes import read_split
+from occfeat_targets.sources.source import SOURCES
 from occfeat_targets.sources.sweeps import read_sweep
 from tests.conftest import readme_code
 from tests.targets.command_line import assert_same_bytes, run
@@ -45,6 +46,7 @@ def test_build_cache_makes_the_plan_of_the_command(tmp_path, monkeypatch, argume
         raise ValueError("planned")
 
     monkeypatch.setattr("occfeat_targets.build.plan.make_plan", make_plan)
+    monkeypatch.setitem(SOURCES, "other", "a_module_that_is_never_imported:Source")
     run("build", "--dataroot", tmp_path, "--cache", tmp_path, "--split", "train", *arguments, check=False)
     with pytest.raises(ValueError, match="planned"):
         occfeat_targets.build_cache(tmp_path, tmp_path, "train", **keywords)
