@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, TargetSpec
-from occfeat_targets.cache.store import Cache, Identity, shard_file
+from occfeat_targets.cache.store import Cache, Identity
 from occfeat_train.config import NO_AUGMENTATION, AugmentConfig, Config, LossConfig, NetworkConfig
 from occfeat_train.data.augment import draw
 from occfeat_train.data.batch import Sample, collate
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import reference_frames
-from occfeat_train.data.label_scenes import label_scenes
-from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.tasks.pretraining import Pretraining
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.train.runs import assert_same
 
 ALL_FRAMES = (EGO_FRAME, *CAMERAS)
-CPU = torch.device("cpu")
 # small_spec has images of 16x24, so they are enlarged.
 PRETRAIN = Config(network=NetworkConfig(weights="none", channels=8, image_size=(32, 48)), seed=3, allow_upsampling=True)
 VEHICLES = dataclasses.replace(PRETRAIN, task="vehicles")
@@ -283,76 +275,3 @@ def test_without_random_frames_training_uses_the_frame_of_evaluation(tmp_path):
     )
     assert torch.equal(ours.arrays["occupancy"], evaluations.arrays["occupancy"])
     assert torch.equal(ours.cam_from_grid, evaluations.cam_from_grid)
-
-
-# -- shares of the labels ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("percent", "count"), [(1, 7), (10, 70), (100, 700), (0.01, 1)])
-def test_a_share_of_700_scenes_is_spread_evenly(percent, count):
-    scenes = [f"scene-{i:04}" for i in range(700)]
-    chosen = label_scenes([scene for scene in scenes for _ in range(3)], percent)
-    assert chosen == scenes[:: 700 // count]
-
-
-def test_chosen_scenes_keep_the_splits_order():
-    assert label_scenes(["b", "b", "a", "c", "d", "d"], 50) == ["b", "c"]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 300), st.floats(0.01, 100))
-def test_a_share_has_its_size_and_no_duplicates(count, percent):
-    scenes = [str(i) for i in range(count)]
-    chosen = label_scenes(scenes, percent)
-    assert len(set(chosen)) == len(chosen) == max(round(count * percent / 100), 1)
-    assert set(chosen) <= set(scenes)
-
-
-# -- prefetching ------------------------------------------------------------------------------------------------------
-
-
-def prefetch_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_batches_arrive_in_the_requested_order(tmp_path, workers):
-    dataset = dataset_of(write_cache(tmp_path))
-    wanted = [[dataset.stream(i), dataset.stream(i + 1)] for i in range(0, 40, 2)]
-    prefetcher = Prefetcher(dataset, wanted, CPU, workers=workers)
-    tokens = [batch.tokens for batch in prefetcher]
-    assert tokens == [tuple(f"token{keyframe}" for _, keyframe in samples) for samples in wanted]
-    assert prefetcher.waited >= 0
-    assert not prefetch_threads()
-
-
-def test_a_damaged_chunk_is_an_error_at_its_batch_with_the_sample(tmp_path):
-    cache = write_cache(tmp_path)
-    image = contents(cache)["images"][4]
-    file = shard_file(cache.path, next(a for a in cache.spec.arrays() if a.name == "images"), 1)
-    damaged = bytearray(file.read_bytes())
-    damaged[damaged.find(image.tobytes()) + 100] ^= 1
-    file.write_bytes(damaged)
-    seen = []
-    with pytest.raises(CacheError, match=r"damaged at keyframe 4 \(sample token4\)"):
-        for batch in Prefetcher(dataset_of(cache), ([(0, k)] for k in range(7)), CPU, workers=2):
-            seen += batch.tokens
-    assert seen == ["token0", "token1", "token2", "token3"]
-    assert not prefetch_threads()
-
-
-def test_a_closed_prefetcher_stops_its_threads_and_reads_no_further(tmp_path):
-    asked = []
-
-    def endless() -> Iterator[list[tuple[int, int]]]:
-        for number in itertools.count():
-            asked.append(number)
-            yield [(number, number % 7)]
-
-    batches = iter(Prefetcher(dataset_of(write_cache(tmp_path)), endless(), CPU, workers=2, ahead=3))
-    assert next(batches).tokens == ("token0",)
-    assert next(batches).tokens == ("token1",)
-    assert prefetch_threads()
-    batches.close()
-    assert not prefetch_threads()
-    assert len(asked) <= 5
