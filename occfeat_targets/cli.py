@@ -6,11 +6,9 @@ keyframes were skipped or cameras masked; 3, of status and verify: the cache is 
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +16,9 @@ import click
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.options import ShardOf, Size, SourceName, cache_options, dataroot_option, reports_errors
 
 EXIT_INCOMPLETE = 3
-
-
-class Size(click.ParamType[tuple[int, ...]]):
-    """Numbers joined by x, such as 224x392."""
-
-    def __init__(self, metavar: str) -> None:
-        self.name = metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            numbers = tuple(int(n) for n in str(value).lower().split("x"))
-        except ValueError:
-            numbers = ()
-        if len(numbers) != self.name.count("x") + 1 or min(numbers, default=0) < 1:
-            self.fail(f"{value!r} is not of the form {self.name}: whole numbers joined by x expected")
-        return numbers
-
-
-class ShardOf(click.ParamType[tuple[int, int]]):
-    """k/n, counted from 0."""
-
-    name = "K/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        k, _, n = str(value).partition("/")
-        if not (k.isdigit() and n.isdigit() and int(k) < int(n)):
-            self.fail(f"{value!r} is not K/N with 0 <= K < N, such as 0/3 for the first of three array tasks")
-        return int(k), int(n)
-
-
-class SourceName(click.ParamType[str]):
-    """A row of SOURCES, which is looked up when the option is used."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from occfeat_targets.sources.source import SOURCES
-
-        return str(click.Choice(list(SOURCES)).convert(value, param, ctx))
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError) as err:
-            if os.environ.get("OCCFEAT_TRACEBACK"):
-                raise
-            click.echo(f"error: {err}", err=True)
-            sys.exit(1)
-
-    return wrapper
-
-
-def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--split", required=True, help="Split of the data set; nuScenes has train, val, test, mini_train, mini_val."
-    )(command)
-    return click.option(
-        "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
-        help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
-    )(command)  # fmt: skip
-
-
-def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--dataroot", type=click.Path(path_type=Path), default=Path("data/nuscenes"), show_default=True,
-        envvar="NUSCENES_ROOT", help="Root directory of the data set.",
-    )(command)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
