@@ -239,7 +239,7 @@ def finetune(task: str | None, labels: float | None, asked: str | None, **given:
 def evaluate(
     run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, device: str, workers: int, progress: bool
 ) -> None:  # fmt: skip
-    """Evaluate the newest checkpoint of RUN: IoU over the whole split at 0.5 and at the best threshold, per class and distance."""
+    """Evaluate the newest checkpoint of RUN: IoU over all usable keyframes of the split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_evaluation
