@@ -28,16 +28,11 @@ from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
-from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
+from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache
 
 CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
 # Warnings on machines with a single core, and about forking a process with threads.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="module")

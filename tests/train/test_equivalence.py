@@ -30,7 +30,6 @@ from tests.train.runs import (
     steps,
     succeed,
     weights,
-    write_caches,
 )
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -41,11 +40,6 @@ CONFIG = Config(
     optim=OptimConfig(batch=8),
 )
 SEPARATE = ["--set", "network.freeze_batchnorm=true", "--set", "network.drop_connect=0"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("equivalence"))
 
 
 def gradients(cache: Path, config: Config, world: int = 1) -> tuple[Task, dict[str, torch.Tensor]]:

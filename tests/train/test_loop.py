@@ -27,15 +27,9 @@ from tests.train.runs import (
     succeed,
     weights,
     write_cache,
-    write_caches,
 )
 
 INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compilation takes minutes on a small machine
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("loop"))
 
 
 @pytest.fixture(scope="module")
