@@ -14,7 +14,7 @@ import click
 from occfeat_train.config import LIFTINGS, Backbone
 
 
-def names_of(table: dict[str, Any]) -> Any:
+def names_of(table: dict[str, Any]) -> click.Choice[str]:
     """The name of a row of a table, which may get rows after the command was defined."""
     choice = click.Choice(list(table))
     choice.choices = table.keys()  # type: ignore[assignment]
