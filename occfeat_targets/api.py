@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import STUDENT_SIZE
 
 __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_cache", "voxelize"]
@@ -113,7 +114,7 @@ def build_cache(
     if outcome.failed:
         first, error = next(iter(outcome.failed.items()))
         raise ValueError(
-            f"{len(outcome.failed)} shards of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
+            f"{count(len(outcome.failed), 'shard')} of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
             "the cause, or pass on_error='mask-camera' or 'skip', and call again: it continues"
         )
     return plan.cache.path

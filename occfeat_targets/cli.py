@@ -16,6 +16,7 @@ import click
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.options import ShardOf, Size, cache_options, dataroot_option, names_of, reports_errors
 from occfeat_targets.sources.source import SOURCES
 
@@ -234,7 +235,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     problems = [problem for found in findings for problem in found.problems]
     if problems:
         click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
-        click.echo(f"{len(problems)} problems found", err=True)
+        click.echo(f"{count(len(problems), 'problem')} found", err=True)
         sys.exit(1)
     pending, skipped = opened.pending_shards(), describe_skipped(opened)
     without = f"; {skipped}" if skipped else ""

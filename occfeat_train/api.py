@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
@@ -150,7 +151,7 @@ class FeatureNetwork(nn.Module):
             return np.broadcast_to(GRID_FROM_EGO_AXES, (len(cam_from_ego), 4, 4))
         if cam_from_ego.shape[1] != len(self.cameras):
             raise ValueError(
-                f"this network's grid lies in the frame of {self.frame}, and {cam_from_ego.shape[1]} cameras were given: "
+                f"this network's grid lies in the frame of {self.frame}, and {count(cam_from_ego.shape[1], 'camera')} given: "
                 f"expected the {len(self.cameras)} of {', '.join(self.cameras)}, in this order, or grid_from_ego"
             )
         return GRID_FROM_CAMERA_AXES @ cam_from_ego[:, self.cameras.index(self.frame)]

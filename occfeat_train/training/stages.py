@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -133,7 +134,7 @@ def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: P
     """Print the number of label scenes, and write their names to out/scenes.txt."""
     everything = dict.fromkeys(ready.dataset.reader.cache.identity.scenes)
     without = [scene for scene in everything if scene not in ready.usable]
-    note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
+    note = f"; {count(len(without), 'more scene')} without a valid keyframe: {', '.join(without)}" if without else ""
     process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {out / 'scenes.txt'}{note}")
     if process.is_main:
         lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
@@ -152,7 +153,7 @@ def summary(
     lines = [
         f"{config.task}: {config.network.lifting} {config.network.backbone}, {parameters:,} parameters "
         f"({count_parameters(task.head):,} of them the head's), images {size}, grid {ready.info.grid}",
-        f"{len(dataset):,} samples ({read / 1e6:.1f} MB each), {optim.epochs:g} epochs, {steps:,} steps of {batch}; "
+        f"{count(len(dataset), 'sample')} ({read / 1e6:.1f} MB each), {count(optim.epochs, 'epoch')}, {count(steps, 'step')} of {batch}; "
         f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}",
         f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept",
     ]
@@ -173,7 +174,7 @@ def run_evaluation(
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
     process.print(
-        f"{checkpoint.path}: {info.config.task}, {len(dataset)} samples of {reader.cache.path}, "
+        f"{checkpoint.path}: {info.config.task}, {count(len(dataset), 'sample')} of {reader.cache.path}, "
         f"reference frame {dataset.frames[0]}, on {process.device}"
     )
     began = time.perf_counter()
@@ -187,7 +188,7 @@ def run_evaluation(
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)
     table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]
-    process.print(f"{metric.num_samples} samples", *table, f"{rate:.3g} samples/s")
+    process.print(count(metric.num_samples, "sample"), *table, f"{rate:.3g} samples/s")
     if process.is_main:
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{options.split}.json"

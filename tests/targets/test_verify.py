@@ -65,7 +65,7 @@ def test_a_missing_and_a_foreign_file_are_found(cache, city, tiny_teacher):
     assert "aside does not belong to the cache" in result.stdout
     build = run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--shard-size", "10"), check=False)
     assert build.returncode == 1
-    assert "lost 1 files of finished shards (features/c/0/0/0/0/0): restore them, or delete" in build.stderr
+    assert "lost 1 file of finished shards (features/c/0/0/0/0/0): restore them, or delete" in build.stderr
     file.with_name("aside").rename(file)
 
 

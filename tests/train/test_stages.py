@@ -89,7 +89,7 @@ def test_label_scenes_are_chosen_from_scenes_with_valid_keyframes(tmp_path):
     output = succeed(*finetune(tmp_path, tmp_path / "run", "--labels", "1", "--epochs", "0.5"))
     listed = tmp_path / "run" / "scenes.txt"
     assert listed.read_text() == "b\n# no valid keyframe: a\n"
-    assert f"labels: 1 of 2 scenes, listed in {listed}; 1 more have no valid keyframe: a" in output
+    assert f"labels: 1 of 2 scenes, listed in {listed}; 1 more scene without a valid keyframe: a" in output
     again = succeed(*finetune(tmp_path, tmp_path / "again", "--scenes", listed, "--epochs", "0.5"))
     assert "labels: 1 of 2 scenes" in again
     (tmp_path / "mine").write_text("a\nb\n")
