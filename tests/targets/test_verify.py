@@ -100,7 +100,7 @@ def test_wrong_targets_with_valid_checksums_are_found(sound, tmp_path, name, cha
     result = verify(cache, samples=1)
     assert result.returncode == 1
     assert complaint in result.stdout
-    assert "problems found" in result.stderr
+    assert "1 problem found" in result.stderr
 
 
 def test_a_sweep_of_another_layout_that_the_build_accepted_is_found(broken_city, tmp_path, monkeypatch):
