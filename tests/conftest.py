@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from jaxtyping import config as jaxtyping_config
@@ -51,10 +52,13 @@ def unchecked() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that needs the synthetic city as slow."""
+    """Mark every test that needs the synthetic city as slow, and skip the tests that need a GPU where there is none."""
+    has_gpu = torch.cuda.is_available()
     for item in items:
         if "city" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
+        if not has_gpu and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 def readme_code(section: str) -> list[str]:
@@ -96,7 +100,6 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A local folder with a DINOv2 of two layers and 32 channels, so that builds are fast."""
-    import torch
     from transformers import Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("teacher") / "tiny-dinov2"

@@ -47,6 +47,18 @@ def _kernels(name: str) -> ModuleType:
     return module
 
 
+def _max(x: Any, axis: int) -> Any:
+    """Triton's `max` over a vector.
+
+    Triton 3.6 stores a scalar as an array of one element, which NumPy 2.4 and newer do not convert to an int.
+    """
+    import triton.language as tl
+
+    out = tl.reduce(x, axis, tl.standard._elementwise_max)
+    out.handle.data = out.handle.data.reshape(())
+    return out
+
+
 @contextlib.contextmanager
 def interpreted(name: str) -> Iterator[ModuleType]:
     """Within the context, importing the module of kernels `name` gives the interpreted one.
@@ -59,7 +71,7 @@ def interpreted(name: str) -> Iterator[ModuleType]:
         patch.setitem(sys.modules, name, _kernels(name))
         # Triton's own `sum` and `max` were created as compiled functions when it was imported
         patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-        patch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
+        patch.setattr(tl, "max", _max)
         yield _kernels(name)
 
 

@@ -15,7 +15,6 @@ from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 KERNELS = "occfeat_train.ops.deformable_triton"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def inputs(
@@ -104,7 +103,7 @@ def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPa
     assert set(compiled(KERNELS, target, launch, monkeypatch, tmp_path)) == {"_forward", "_backward"}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_equals_plain_torch(dtype: torch.dtype) -> None:
     values, places, reads = inputs(2, 5_000, 6, (28, 50), 4, 32, 8, 8)

@@ -15,7 +15,6 @@ from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 KERNELS = "occfeat_train.ops.head_triton"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def inputs(cells: int, channels: int, levels: int, hidden: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -91,7 +90,7 @@ def test_the_kernels_compile_for_a_gpu_and_use_its_matrix_units(
         assert "wgmma" in ptx or "mma.sync" in ptx
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_at_the_papers_sizes_a_gpu_equals_plain_torch(dtype: torch.dtype) -> None:
     given = [t.cuda() for t in inputs(20_011, 128, 8, 256, dtype)]

@@ -15,7 +15,6 @@ from tests.train.interpreted import compiled, interpreted
 
 pytest.importorskip("triton", reason="no Triton for this platform")
 KERNELS = "occfeat_train.ops.instance_norm_triton"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def value_and_gradient(function: type, x: Tensor, grad: Tensor) -> list[Tensor]:
@@ -70,7 +69,7 @@ def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPa
     assert set(found) == {"_statistics", "_normalize", "_products", "_gradient"}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_equals_float64_at_full_size(dtype: torch.dtype) -> None:
     generator = torch.Generator(device="cuda").manual_seed(0)

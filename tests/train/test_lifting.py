@@ -394,7 +394,7 @@ def test_lifting_works_in_a_compiled_function(function: Lift) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("function", [lift, lift_reference])
 def test_a_gpu_equals_the_cpu(function: Lift) -> None:
     features, views = random_features(2), random_views(13, batch=2)

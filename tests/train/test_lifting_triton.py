@@ -33,7 +33,6 @@ from tests.train.test_lifting import (
 )
 
 pytest.importorskip("triton", reason="no Triton for this platform")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -151,14 +150,14 @@ def full_size() -> tuple[Tensor, Views]:
     return random_features(2, 6, 128, 28, 50).cuda(), Views(*tensors)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_at_full_size_a_gpu_equals_plain_torch(full_size: tuple[Tensor, Views], dtype: torch.dtype) -> None:
     features, views = full_size
     assert_as_torch(lift_triton, features.to(dtype), views, VoxelGrid())
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_host_waits_for_nothing(full_size: tuple[Tensor, Views]) -> None:
     features, views = full_size
     leaf, on_host = features.requires_grad_(), Views(views.images, views.intrinsics.cpu(), views.cam_from_grid.cpu())
@@ -172,7 +171,7 @@ def test_the_host_waits_for_nothing(full_size: tuple[Tensor, Views]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_deterministic_algorithms_give_the_same_bits_in_every_run(full_size: tuple[Tensor, Views]) -> None:
     features, views = full_size
     views = Views(

@@ -203,7 +203,7 @@ def test_one_view_equals_grid_sample_with_its_border_padding(backend: str) -> No
     np.testing.assert_allclose(features, expected[0, :, 0].T.numpy(), atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_equals_the_cpu() -> None:
     maps, cameras, pinholes, centers = scene(9, n=500)
     tensors = [torch.from_numpy(a) for a in (maps, cameras, pinholes, centers)]
