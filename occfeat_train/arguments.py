@@ -73,7 +73,7 @@ def checked_area(area: Tensor, cam_from_ego: Tensor) -> Tensor:
     _require_tensors(image_area=area)
     if area.is_complex() or tuple(area.shape) != shape:
         raise ValueError(
-            f"image_area is {area.dtype} of shape {tuple(area.shape)}: expected (top, left, bottom, right) of {shape}"
+            f"image_area is {area.dtype} of shape {tuple(area.shape)}: expected a tensor (top, left, bottom, right) of {shape}"
         )
     area = area.detach().double()
     if not torch.isfinite(area).all():

@@ -106,7 +106,7 @@ def test_nothing_outside_of_an_area_is_read(cache, runs):
     assert seen[2].area.tolist() == [[[0, 0, 16, 24]] * 6]
     for wrong, message in (
         (part[:, 1:], r"torch.int32 of shape \(1, 5, 4\): expected a tensor .* of \(1, 6, 4\)"),
-        (part.numpy(), "ndarray: expected a tensor"),
+        (part.numpy(), "of type ndarray: expected a torch.Tensor"),
         (part.flip(-1), r"\[30.0, 20.0, 0.0, 0.0\]: expected .* top < bottom, left < right"),
     ):
         with pytest.raises(ValueError, match=f"image_area is {message}"):
