@@ -44,7 +44,7 @@ def training_remedy(config: Config, world: int) -> str:
             f"optim.batch={optim.batch // factor} optim.accumulation={optim.accumulation * factor} "
             "(as many samples per step in smaller batches)"
         )
-    if network.recompute is not True:
+    if network.recompute is False:
         changes.append("network.recompute=true")
     changes.append("a smaller network.image_size than {}x{}".format(*network.image_size))
     return f"start a run in another --out with --set {', or '.join(changes)}. Saved checkpoints are intact"
