@@ -49,15 +49,8 @@ def waits_of_a_step(name: str, lifting: str) -> list[str]:
 @pytest.mark.usefixtures("gpu_path")
 @pytest.mark.parametrize("lifting", LIFTINGS)
 @pytest.mark.parametrize("name", ["occfeat", "vehicles"])
-def test_the_networks_make_the_host_wait_nowhere(name: str, lifting: str) -> None:
-    assert [wait for wait in waits_of_a_step(name, lifting) if wait.startswith(("networks", "ops"))] == []
-
-
-@pytest.mark.usefixtures("gpu_path")
-@pytest.mark.xfail(reason="the augmentation, the head and the losses wait", strict=True)
-@pytest.mark.parametrize("name", ["occfeat", "vehicles"])
-def test_a_step_makes_the_host_wait_nowhere(name: str) -> None:
-    assert waits_of_a_step(name, "simplebev") == []
+def test_a_step_makes_the_host_wait_nowhere(name: str, lifting: str) -> None:
+    assert waits_of_a_step(name, lifting) == []
 
 
 @pytest.mark.parametrize(
