@@ -187,7 +187,8 @@ class Config:
     task: a pretext task (PRETEXTS), or the kind of labels that are segmented. labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
-    images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+    images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
+    float32. float32 excludes TF32.
     """
 
     task: str = "occfeat"

@@ -26,7 +26,9 @@ from occfeat_train.training.compatibility import changes_of_meaning, measured, n
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
+from occfeat_train.training.memory import explains_memory, training_remedy
 from occfeat_train.training.paper import DATA, describe_data
+from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 
 
@@ -66,7 +68,10 @@ class TrainingSetup:
 
 
 def run_training(config: Config, options: RunOptions, process: Process) -> bool:
-    """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished."""
+    """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished.
+
+    Raises MemoryShortage, a ValueError, if the GPU has too little memory.
+    """
     ready = prepare_together(lambda: prepare(config, options, process))
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
@@ -75,7 +80,8 @@ def run_training(config: Config, options: RunOptions, process: Process) -> bool:
         process.print(prepare_together(lambda: load_initial(task, config, ready.start)))
     if ready.scenes is not None:
         record_scenes(ready.scenes, ready, options.out, process)
-    process.print(*summary(task, ready, options, process, resume))
+    process.print(*summary(task, ready, options, process, resume), *note_on_precision(config.precision, process.device))
+    forbid_tf32(config.precision, process.device)
     validate = None
     if held_out is not None:
 
@@ -83,11 +89,13 @@ def run_training(config: Config, options: RunOptions, process: Process) -> bool:
             metric = evaluate(task, held_out, process, workers=options.loop.workers, progress=False)
             return dict(metric.results())
 
-    return train(task, info, ready.dataset, options.out, process, resume, options.loop, validate)
+    with explains_memory(process.device, "in training", training_remedy(config, process.world)):
+        return train(task, info, ready.dataset, options.out, process, resume, options.loop, validate)
 
 
 def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSetup:
-    """Open caches and initial checkpoint, and check that they match each other and the config. Raises ValueError."""
+    """Open caches and initial checkpoint, and check that they match each other, the config and the device. Raises ValueError."""
+    require_precision(config.precision, process.device)
     reader = open_reader(options.cache, options.split)
     cache, spec = reader.cache, reader.cache.spec
     process.print(*cache.warnings)
@@ -175,7 +183,8 @@ def run_evaluation(
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
     process.print(
         f"{checkpoint.path}: {info.config.task}, {count(len(dataset), 'sample')} of {reader.cache.path}, "
-        f"reference frame {dataset.frames[0]}, on {process.device}"
+        f"reference frame {dataset.frames[0]}, on {process.device}",
+        *note_on_precision(info.config.precision, process.device),
     )
     began = time.perf_counter()
     metric = evaluate(task, dataset, process, batch=batch, workers=loop.workers, progress=loop.progress)

@@ -22,6 +22,7 @@ from occfeat_train.tasks.build import freeze_batchnorm, move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, load_weights
 from occfeat_train.training.graph import CudaGraphs, GraphedPass, Pass
 from occfeat_train.training.optim import build_optimizer
+from occfeat_train.training.precision import autocast
 
 
 class TrainingError(ValueError):
@@ -148,12 +149,6 @@ def forward_backward(task: Task, config: Config, device: torch.device, batch: Ba
 def seed_step(*numbers: int) -> None:
     """Seed torch's random numbers (stochastic depth, dropout) from (seed, step, micro-batch, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast if requested, or by default on a GPU; weights stay float32."""
-    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def set_training(task: Task, config: Config) -> None:

@@ -228,10 +228,30 @@ def variants(check: Check) -> None:
     config = config_of(check.small)
     less_memory = replace(config, network=replace(config.network, recompute=True))
     plain = Step(check, config)
+
+    def with_benchmark() -> Callable[[], float]:
+        step = Step(check, config)
+
+        def run() -> float:
+            torch.backends.cudnn.benchmark = True
+            try:
+                return step()
+            finally:
+                torch.backends.cudnn.benchmark = False
+
+        return run
+
+    def with_compiled_decoder() -> Step:
+        step = Step(check, replace(config, compile=True))
+        step.task.network.decoder.compile()
+        return step
+
     made: dict[str, Callable[[], Callable[[], float]]] = {
         "no CUDA graphs": lambda: Step(check, config, cuda_graphs=False),
+        "cudnn.benchmark": with_benchmark,
         "activation checkpointing": lambda: Step(check, less_memory),
         "compiled encoder": lambda: Step(check, replace(config, compile=True)),
+        "compiled encoder and decoder": with_compiled_decoder,
     }
     for name, make in made.items():
         if not check.is_cuda and "compiled" in name:
