@@ -6,8 +6,10 @@ heavy libraries are imported when a function is called.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import STUDENT_SIZE
 
 __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_cache", "voxelize"]
@@ -71,18 +74,30 @@ def build_cache(
     Raises ValueError or OSError, saying what to do: on options that don't fit, a data set or teacher that is not there, a
     cache of other options, and shards that failed; finished shards stay, and the same call continues.
     """
+    for name, path in (("dataroot", dataroot), ("cache", cache)):
+        _require(isinstance(path, str | os.PathLike), f"{name}={path!r}: one string or Path expected")
+    _require(isinstance(split, str), f"split={split!r}: its name expected, such as 'train'")
+    _require_grid(grid)
+    numbers = {"workers": workers, "teacher_batch": teacher_batch, "sweeps": sweeps, "shard_size": shard_size}
+    for name, number in numbers.items():
+        _require(number is None or isinstance(number, Integral), f"{name}={number!r}: a whole number expected")
+    for name, size in {"image_size": image_size, "feature_size": feature_size}.items():
+        _require(size is None or _is_pair(size), f"{name}={size!r}: (height, width) [px] expected, such as (270, 480)")
     _require(frames in get_args(Frames), f"frames={frames!r}: one of {', '.join(get_args(Frames))} expected")
     _require(on_error in get_args(OnError), f"on_error={on_error!r}: one of {', '.join(get_args(OnError))} expected")
     dtypes = get_args(TeacherDtype)
     _require(teacher_dtype in dtypes, f"teacher_dtype={teacher_dtype!r}: one of {', '.join(dtypes)} expected")
     _require(
-        label_kinds is None or (not isinstance(label_kinds, str) and set(label_kinds) <= set(LABEL_KINDS)),
+        label_kinds is None or (_is_list_of_names(label_kinds) and set(label_kinds) <= set(LABEL_KINDS)),
         f"label_kinds={label_kinds!r}: a list of some of {', '.join(LABEL_KINDS)} expected",
     )
-    _require(scenes is None or not isinstance(scenes, str), f"scenes={scenes!r}: a list of names expected")
+    _require(scenes is None or _is_list_of_names(scenes), f"scenes={scenes!r}: a list of names expected")
     _require(workers is None or workers >= 0, f"workers={workers}: at least 0 expected")
     _require(teacher_batch is None or teacher_batch >= 1, f"teacher_batch={teacher_batch}: at least 1 expected")
-    _require(shard is None or 0 <= shard[0] < shard[1], f"shard={shard}: (k, n) with 0 <= k < n expected")
+    _require(
+        shard is None or (_is_pair(shard) and 0 <= shard[0] < shard[1]),
+        f"shard={shard!r}: (k, n) with 0 <= k < n expected",
+    )
     ways = sum(x is not None for x in (workers, scheduler, shard))
     _require(ways <= 1, "workers, scheduler and shard are three ways to run a build: choose one")
 
@@ -116,7 +131,7 @@ def build_cache(
     if outcome.failed:
         first, error = next(iter(outcome.failed.items()))
         raise ValueError(
-            f"{len(outcome.failed)} shards of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
+            f"{count(len(outcome.failed), 'shard')} of {plan.cache.path} failed (shard {first}: {error}); finished ones are intact. Mend "
             "the cause, or pass on_error='mask-camera' or 'skip', and call again: it continues"
         )
     return plan.cache.path
@@ -139,16 +154,44 @@ def voxelize(
     the sensor's frame, for the vehicle's own returns.
 
     Index 0 is the lowest, rearmost, leftmost cell, and cells are half-open; float32 decides where a point lies within
-    0.1 mm of a border. Raises ValueError on other shapes.
+    0.1 mm of a border. Raises ValueError on other shapes and on what holds no numbers, such as paths.
     """
     from occfeat_targets.targets.occupancy import voxelize as voxelize_packed
 
-    transform = np.eye(4) if grid_from_points is None else np.asarray(grid_from_points, np.float64)
+    _require_grid(grid)
+    returns = _numbers("points", points, np.float32)
+    transform = np.eye(4) if grid_from_points is None else _numbers("grid_from_points", grid_from_points, np.float64)
     if transform.shape != (4, 4):
         raise ValueError(f"grid_from_points of shape {transform.shape}: expected (4, 4)")
-    return grid.unpack_volume(voxelize_packed(np.asarray(points, np.float32), transform, grid, ego_box=ego_box))
+    return grid.unpack_volume(voxelize_packed(returns, transform, grid, ego_box=ego_box))
 
 
 def _require(is_met: bool, message: str) -> None:
     if not is_met:
         raise ValueError(message)
+
+
+def _require_grid(grid: Any) -> None:
+    _require(
+        isinstance(grid, VoxelGrid),
+        f"grid={grid!r}: an occfeat_targets.VoxelGrid expected, such as VoxelGrid((8, 200, 200))",
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    return np.shape(value) == (2,) and all(isinstance(n, Integral) for n in value)
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+
+
+def _numbers(name: str, value: ArrayLike, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """An array, or a tensor on the CPU, as an array of numbers. ValueError if it is neither."""
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise ValueError(
+            f"{name} of type {type(value).__name__} cannot be read as an array of numbers ({err}): expected a NumPy array; "
+            "read a file into one, and pass a tensor as tensor.detach().cpu().numpy()"
+        ) from err

@@ -16,7 +16,9 @@ import click
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.options import ShardOf, Size, SourceName, cache_options, dataroot_option, reports_errors
+from occfeat_targets.cache.plural import count
+from occfeat_targets.options import ShardOf, Size, cache_options, dataroot_option, names_of, reports_errors
+from occfeat_targets.sources.source import SOURCES
 
 EXIT_INCOMPLETE = 3
 
@@ -52,7 +54,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 
 
 @main.command()
-@click.option("--source", type=SourceName(), default="nuscenes", show_default=True, help="Kind of data set.")
+@click.option("--source", type=names_of(SOURCES), default="nuscenes", show_default=True, help="Kind of data set.")
 @dataroot_option
 @cache_options
 @click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; derived from the split by default.")
@@ -238,7 +240,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     problems = [problem for found in findings for problem in found.problems]
     if problems:
         click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
-        click.echo(f"{len(problems)} problems found", err=True)
+        click.echo(f"{count(len(problems), 'problem')} found", err=True)
         sys.exit(1)
     pending, skipped = opened.pending_shards(), describe_skipped(opened)
     without = f"; {skipped}" if skipped else ""

@@ -13,6 +13,7 @@ from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.build.workers import Workers, count_cores
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
@@ -42,7 +43,7 @@ def describe_plan(plan: Plan, workers: Workers) -> list[str]:
     lines += cache.warnings
     done = cache.num_shards - len(cache.pending_shards())
     lines.append(
-        f"{cache.path} [{spec.fingerprint}]: {count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes, "
+        f"{cache.path} [{spec.fingerprint}]: {count(cache.num_shards, 'shard')} of up to {count(cache.keyframes_per_shard, 'keyframe')}, "
         f"{done} finished; to build here: {count(len(plan.shards), 'shard')}, {count(plan.num_keyframes, 'keyframe')}"
     )
     if plan.shards:
@@ -92,18 +93,19 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
     if outcome.skipped:
         lines.append(
-            f"  skipped {len(outcome.skipped)} keyframes: 'occfeat-targets status' lists them; --retry-skipped tries again"
+            f"  skipped {count(len(outcome.skipped), 'keyframe')}: 'occfeat-targets status' lists the reasons; "
+            "--retry-skipped tries again"
         )
     if outcome.masked:
         lines.append(
-            f"  masked {sum(map(len, outcome.masked.values()))} cameras of {len(outcome.masked)} keyframes: "
-            "'occfeat-targets status' lists them; --retry-skipped tries again"
+            f"  masked {count(sum(map(len, outcome.masked.values())), 'camera')} of {count(len(outcome.masked), 'keyframe')}: "
+            "'occfeat-targets status' lists the reasons; --retry-skipped tries again"
         )
     pending = cache.pending_shards()
     lines += cache.warnings
     if outcome.failed:
         lines.append(
-            f"{len(outcome.failed)} shards failed; finished shards are intact. Fix the cause, or pass --on-error mask-camera "
+            f"{count(len(outcome.failed), 'shard')} failed; finished shards are intact. Fix the cause, or pass --on-error mask-camera "
             "or skip, and run the same command again to continue"
         )
     elif pending:
@@ -125,7 +127,7 @@ def describe_status(cache: Cache) -> list[str]:
     ]
     missing = [shard for shard in range(cache.num_shards) if shard not in finished]
     if missing:
-        lines.append(f"missing: {len(missing)} shards ({_ranges(missing)}): run the same build command again")
+        lines.append(f"missing: {count(len(missing), 'shard')} ({_ranges(missing)}): run the same build command again")
     lines += [f"failed: shard {shard}: {record['error']}" for shard, record in failed.items()]
     lines += [f"skipped: {why}" for record in finished.values() for why in record["skipped"].values()]
     lines += [
@@ -151,9 +153,9 @@ def describe_info(cache: Cache) -> list[str]:
         f"{cache.path}: format {spec.format_version}, fingerprint {spec.fingerprint}",
         *cache.warnings,
         f"{count(len(cache), 'keyframe')} of {count(scenes, 'scene')}: {origin['split']} of {spec.source} {origin['version']} "
-        f"at {origin['dataroot']}" + (f", {len(left_out)} scenes left out by --scenes" if left_out else ""),
+        f"at {origin['dataroot']}" + (f", {count(len(left_out), 'scene')} left out by --scenes" if left_out else ""),
         *spec.describe(),
-        f"{count(cache.num_shards, 'shard')} of up to {cache.keyframes_per_shard} keyframes",
+        f"{count(cache.num_shards, 'shard')} of up to {count(cache.keyframes_per_shard, 'keyframe')}",
     ]
     for array in spec.arrays():
         shape = "x".join(map(str, array.shape)) or "1"
@@ -192,11 +194,6 @@ def info_as_json(cache: Cache) -> str:
 
 def bytes_on_disk(cache: Cache) -> int:
     return sum(p.stat().st_size for p in Path(cache.path).rglob("*") if p.is_file())
-
-
-def count(n: int, noun: str) -> str:
-    """1 keyframe, 2 keyframes."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _ranges(numbers: list[int]) -> str:

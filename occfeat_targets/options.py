@@ -40,15 +40,11 @@ class ShardOf(click.ParamType[tuple[int, int]]):
         return int(k), int(n)
 
 
-class SourceName(click.ParamType[str]):
-    """A row of SOURCES, which is looked up when the option is used."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from occfeat_targets.sources.source import SOURCES
-
-        return str(click.Choice(list(SOURCES)).convert(value, param, ctx))
+def names_of(table: dict[str, Any]) -> click.Choice[str]:
+    """The name of a row of a table, which may get rows after the command was defined."""
+    choice = click.Choice(list(table))
+    choice.choices = table.keys()  # type: ignore[assignment]
+    return choice
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

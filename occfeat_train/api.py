@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
+from occfeat_train.arguments import check_images, check_voxels, checked_area, checked_path, refuse_samples
 from occfeat_train.data.augment import resample, transform_area, transform_intrinsics
 from occfeat_train.data.dataset import CALIBRATION
 from occfeat_train.data.frames import reference_frames
@@ -38,9 +40,9 @@ def load(path: str | Path) -> FeatureNetwork:
     """The network of a run directory's newest checkpoint, or of a checkpoint directory, on the CPU in evaluation mode.
 
     It is read as 'occfeat-train evaluate' reads it. Raises CheckpointError, a ValueError, if there is no checkpoint, if a
-    byte of it changed (SHA-256), if it does not fit its own config, or if a weight is not finite.
+    byte of it changed (SHA-256), if it does not fit its own config, or if a weight is not finite; ValueError if path is no path.
     """
-    checkpoint = find_checkpoint(Path(path))
+    checkpoint = find_checkpoint(checked_path(path, "the directory of a run or a checkpoint"))
     return FeatureNetwork(restore(checkpoint).network, checkpoint.info).eval()
 
 
@@ -94,7 +96,7 @@ class FeatureNetwork(nn.Module):
         Returns (B, channels, grid height, grid width): rows forward, columns right, index 0 the rearmost and leftmost. It
         is float32, or what torch.autocast makes of it; 'evaluate' computes in bfloat16 on a GPU, unless told otherwise.
         Gradients reach the weights and float images, not the calibration.
-        Raises ValueError on arguments of another shape or range or that are not finite, on images that would be enlarged (unless the run
+        Raises ValueError on arguments of another type, shape or range or that are not finite, on images that would be enlarged (unless the run
         was trained with allow_upsampling), where grid_from_ego is needed, and on samples whose cameras are all masked or
         whose grid would lie in the frame of a masked camera (grid_from_ego is all zeros, or by default cam_from_ego of `frame`).
         """
@@ -110,12 +112,14 @@ class FeatureNetwork(nn.Module):
         image_area: Tensor | None = None,
     ) -> Tensor:
         """The same as `features`."""
-        self._check(images, intrinsics, cam_from_ego, grid_from_ego)
-        area = None if image_area is None else _checked_area(image_area, cam_from_ego)
+        check_images(
+            images, intrinsics, cam_from_ego, grid_from_ego, (0, 0) if self._allow_upsampling else self.image_size
+        )
+        area = None if image_area is None else checked_area(image_area, cam_from_ego)
         cams = cam_from_ego.detach().cpu().double().numpy()
         grid = self._default_grid(cams) if grid_from_ego is None else grid_from_ego.detach().cpu().double().numpy()
-        _refuse_samples(~cams.any(axis=(1, 2, 3)), "all cameras are masked (cam_from_ego is all zeros)")
-        _refuse_samples(
+        refuse_samples(~cams.any(axis=(1, 2, 3)), "all cameras are masked (cam_from_ego is all zeros)")
+        refuse_samples(
             ~grid.any(axis=(1, 2)),
             "the camera whose frame holds the grid is masked, so it has no grid "
             + (
@@ -150,75 +154,10 @@ class FeatureNetwork(nn.Module):
             return np.broadcast_to(GRID_FROM_EGO_AXES, (len(cam_from_ego), 4, 4))
         if cam_from_ego.shape[1] != len(self.cameras):
             raise ValueError(
-                f"this network's grid lies in the frame of {self.frame}, and {cam_from_ego.shape[1]} cameras were given: "
+                f"this network's grid lies in the frame of {self.frame}, and {count(cam_from_ego.shape[1], 'camera')} given: "
                 f"expected the {len(self.cameras)} of {', '.join(self.cameras)}, in this order, or grid_from_ego"
             )
         return GRID_FROM_CAMERA_AXES @ cam_from_ego[:, self.cameras.index(self.frame)]
-
-    def _check(
-        self,
-        images: Tensor,
-        intrinsics: Tensor,
-        cam_from_ego: Tensor,
-        grid_from_ego: Tensor | None,
-    ) -> None:
-        if images.dim() != 5 or images.shape[2] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, V, 3, H, W)")
-        batch, views, _, height, width = images.shape
-        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-            "intrinsics": (intrinsics, (batch, views, 3, 3)),
-            "cam_from_ego": (cam_from_ego, (batch, views, 4, 4)),
-        }
-        if grid_from_ego is not None:
-            expected["grid_from_ego"] = (grid_from_ego, (batch, 4, 4))
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} beside images of {tuple(images.shape)}: "
-                    f"expected float of {shape}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} holds a NaN or an infinity: expected finite numbers")
-        if images.is_floating_point():
-            low, high = (float(n) for n in images.detach().aminmax())
-            if not (low >= -1e-3 and high <= 1 + 1e-3):  # a NaN is neither
-                raise ValueError(
-                    f"float images hold values of {low:g} to {high:g}: expected [0, 1], neither 0 to 255 nor normalised"
-                )
-        elif images.dtype != torch.uint8:
-            raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
-        if not self._allow_upsampling and (height < self.image_size[0] or width < self.image_size[1]):
-            raise ValueError(
-                f"images of {height}x{width} would be enlarged to this network's {self.image_size[0]}x{self.image_size[1]}, "
-                "and enlarged images are not as sharp as real ones: give larger images"
-            )
-
-
-def _refuse_samples(refused: NDArray[np.bool_], why: str) -> None:
-    """Raise ValueError if any sample of a batch, (B,), is refused."""
-    if refused.any():
-        raise ValueError(
-            f"sample {', '.join(map(str, np.flatnonzero(refused)))} of the batch: {why}: leave it out; "
-            'sample["camera_valid"] of a cache shows the masked cameras'
-        )
-
-
-def _checked_area(area: Tensor, cam_from_ego: Tensor) -> Tensor:
-    """image_area as float64. Raises ValueError unless each camera that is not masked has a part of its image."""
-    shape = (*cam_from_ego.shape[:2], 4)
-    if not isinstance(area, Tensor) or area.is_complex() or tuple(area.shape) != shape:
-        given = f"{area.dtype} of shape {tuple(area.shape)}" if isinstance(area, Tensor) else type(area).__name__
-        raise ValueError(f"image_area is {given}: expected a tensor (top, left, bottom, right) of {shape}")
-    area = area.detach().double()
-    if not torch.isfinite(area).all():
-        raise ValueError("image_area holds a NaN or an infinity: expected finite numbers")
-    is_seen = cam_from_ego.detach().flatten(2).any(-1).to(area.device)
-    wrong = area[is_seen & ~(area[..., 2:] > area[..., :2]).all(-1)]
-    if len(wrong):
-        raise ValueError(
-            f"image_area is {wrong[0].tolist()}: expected (top, left, bottom, right), top < bottom, left < right"
-        )
-    return area
 
 
 def open_cache(path: str | Path, *, keys: Collection[str] | None = None) -> CacheDataset:
@@ -226,11 +165,13 @@ def open_cache(path: str | Path, *, keys: Collection[str] | None = None) -> Cach
 
     keys: of a sample's images, occupancy, features, vehicles, vehicles_valid and map, those to read; by default all that the
     cache has. Raises CacheError, a ValueError, if there is no cache, or it is not finished, damaged, or lacks a key, and
-    ValueError if keys is a string.
+    ValueError if path is no path or keys is no list.
     """
     if isinstance(keys, str):
         raise ValueError(f"keys={keys!r} is a string: pass a list, such as [{keys!r}]")
-    return CacheDataset(path, keys)
+    if keys is not None and not isinstance(keys, Collection):
+        raise ValueError(f"keys={keys!r}: expected a list of names, such as ['images']")
+    return CacheDataset(checked_path(path, "the directory of a cache, CACHE/SPLIT.zarr,"), keys)
 
 
 class CacheDataset(Dataset[dict[str, Any]]):
@@ -327,8 +268,9 @@ def voxel_features(
 
     Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image's area, whatever may
     hide the point. A point that no view sees has zeros. Gradients reach the features, if they require any.
-    Raises ValueError on shapes that don't fit.
+    Raises ValueError on types and shapes that don't fit, and on a grid_from_ego of zeros: the frame of a masked camera has no grid.
     """
+    check_voxels(features, centers, intrinsics, cam_from_ego, grid_from_ego, image_size, image_area)
     grid = inverse_rigid(grid_from_ego.detach().cpu().double().numpy())
     cam_from_grid = cam_from_ego.detach().to(torch.float64) @ torch.from_numpy(grid).to(cam_from_ego.device)
     sampled, num_views = sample_voxel_features(features, cam_from_grid, intrinsics, image_size, centers, image_area)

@@ -55,7 +55,7 @@ class NetworkConfig:
     folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
     image_size: (height, width) of the student's input [px], multiples of 16.
     recompute: activation checkpointing of the encoder's first blocks, which have the largest maps, and of BEVFormer's
-    layers. freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its
+    layers. ``auto`` uses it on a CPU, and on a GPU once a step exceeds its memory. freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its
     micro-batch. compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
     """
 
@@ -65,12 +65,12 @@ class NetworkConfig:
     channels: int = 128
     drop_connect: float = 0.2
     image_size: tuple[int, int] = (224, 400)
-    recompute: bool = True
+    recompute: Literal[True, False, "auto"] = "auto"
     freeze_batchnorm: bool = False
     compat: Literal["none", "simple-bev"] = "none"
 
     def __post_init__(self) -> None:
-        require_one_of(self, "backbone", "compat")
+        require_one_of(self, "backbone", "recompute", "compat")
         lifting_class(self.lifting, self.compat)
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
@@ -187,7 +187,8 @@ class Config:
     task: a pretext task (PRETEXTS), or the kind of labels that are segmented. labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
-    images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+    images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
+    float32. float32 excludes TF32.
     """
 
     task: str = "occfeat"

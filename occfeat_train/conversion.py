@@ -49,7 +49,7 @@ def require_one_of(value: Any, *names: str) -> None:
     for name in names:
         allowed = typing.get_args(hints[name])
         if getattr(value, name) not in allowed:
-            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(allowed)} expected")
+            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(map(str, allowed))} expected")
 
 
 def parse_value(text: str) -> Any:

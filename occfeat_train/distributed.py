@@ -104,6 +104,20 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return total.to(value.device)
 
 
+def average_gradients(module: nn.Module) -> None:
+    """Set the gradients of all parameters to their mean over all ranks, with one all-reduce.
+
+    Simpler than DistributedDataParallel, which averages during the backward pass and so cannot be part of a CUDA graph: the
+    gradients of these networks take a few milliseconds. Ranks start with equal weights and so keep them.
+    """
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    means = sum_over_processes(torch.cat([g.flatten() for g in grads])) / dist.get_world_size()
+    for grad, mean in zip(grads, means.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def average_statistics(module: nn.Module) -> None:
     """Set the running statistics of every BatchNorm in training mode to their mean over all ranks, with one all-reduce.
 

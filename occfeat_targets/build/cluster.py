@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
+from occfeat_targets.cache.plural import count
 
 MakeTask = Callable[[int], ShardTask]
 _CONNECT_TIMEOUT = "20s"
@@ -66,7 +67,7 @@ def run_on_dask(
                 )
             except RuntimeError as err:
                 raise ValueError(
-                    f"the {min(workers, len(shards))} local workers did not start ({err}): run the same command again, "
+                    f"{count(min(workers, len(shards)), 'local worker')} did not start ({err}): run the same command again, "
                     "with fewer --workers if memory is short, or with --workers 0"
                 ) from err
             client = Client(stack.enter_context(cluster))

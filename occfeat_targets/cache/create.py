@@ -13,6 +13,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.records import CacheError, sync_and_digest, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, Identity, open_cache
@@ -104,13 +105,13 @@ def _open_matching(wanted: Cache) -> Cache:
         )
     if found.identity != wanted.identity:
         raise CacheError(
-            f"cache {wanted.path} holds {len(found)} other keyframes than the {len(wanted)} of this data set: "
+            f"cache {wanted.path} holds {count(len(found), 'other keyframe')} than the {len(wanted)} of this data set: "
             "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
             "or delete it to rebuild"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:
         raise CacheError(
-            f"cache {wanted.path} has {found.keyframes_per_shard} keyframes per shard, "
+            f"cache {wanted.path} has {count(found.keyframes_per_shard, 'keyframe')} per shard, "
             f"this build asks for {wanted.keyframes_per_shard}: pass --shard-size {found.keyframes_per_shard}"
         )
     return found

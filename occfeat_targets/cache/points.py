@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from occfeat_targets.cache.plural import count
+
 Floats = NDArray[np.float32]
 
 
@@ -36,7 +38,7 @@ class Points:
         """The arrays of a cache. Raises ValueError if there are more than max_points returns."""
         if len(self.xyz) > max_points:
             raise ValueError(
-                f"{len(self.xyz)} LiDAR returns, and the cache has room for {max_points}: correct max_returns of the source"
+                f"{count(len(self.xyz), 'LiDAR return')}, and the cache has room for {max_points}: correct max_returns of the source"
             )
         counts = np.bincount(self.sweep, minlength=num_sweeps).astype(np.int32)
         columns = np.concatenate([self.xyz, self.intensity[:, None]], axis=1)

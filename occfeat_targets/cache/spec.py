@@ -15,6 +15,7 @@ from typing import Any
 from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 
 FORMAT_VERSION = 2
 
@@ -185,7 +186,7 @@ class TargetSpec:
         lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}"]
         trained, plain = ("{}x{}".format(*largest_network(self.image_size, r)) for r in (LARGEST_RESIZE, 1.0))
         lines.append(
-            f"images {height}x{width} of {len(self.cameras)} cameras: without upsampling, networks can train at up to {trained} "
+            f"images {height}x{width} of {count(len(self.cameras), 'camera')}: without upsampling, networks can train at up to {trained} "
             f"(resized by up to {LARGEST_RESIZE:g}) and be evaluated at up to {plain}"
         )
         if self.teacher is None:

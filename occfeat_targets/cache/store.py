@@ -24,6 +24,7 @@ import zarr
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.arrays import ArraySpec
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.rebuild import require_format
 from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
@@ -95,7 +96,7 @@ class Cache:
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
             raise CacheError(
-                f"{self.path} lost {len(lost)} files of finished shards ({shown}): restore them, or delete these shards' "
+                f"{self.path} lost {count(len(lost), 'file')} of finished shards ({shown}): restore them, or delete these shards' "
                 f"records in {self._progress} and run the build again; 'occfeat-targets verify' lists all"
             )
 

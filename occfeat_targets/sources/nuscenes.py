@@ -96,12 +96,12 @@ def read_split(
         raise DatasetError(f"no split {split!r}: the devkit knows {', '.join(splits)}")
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
-    except (AssertionError, OSError, KeyError, ValueError) as err:
+    except Exception as err:  # the devkit raises bare Exception for old tables
         raise DatasetError(
             f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}. A table, a record that another "
             "table refers to, or a key of a record is missing or damaged: re-extract the tables"
         ) from err
-    scenes = {scene["name"]: scene for scene in nusc.scene}
+    scenes = {scene["name"]: scene for scene in (_get(nusc, "scene", scene["token"]) for scene in nusc.scene)}
     present = [name for name in splits[split] if name in scenes]
     if not present:
         raise DatasetError(
@@ -109,7 +109,7 @@ def read_split(
             f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
-    logs = {name: nusc.get("log", scenes[name]["log_token"]) for name in present}
+    logs = {name: _get(nusc, "log", scenes[name]["log_token"]) for name in present}
     keyframes = tuple(
         _keyframe(nusc, sample, name, logs[name]["location"], cameras, num_sweeps, with_boxes)
         for name in present
@@ -126,7 +126,7 @@ def read_split(
         missing_scenes=missing,
         locations=tuple(sorted({k.location for k in keyframes})),
         has_annotations=has_annotations,
-        is_synthetic=any(log["vehicle"] == SYNTHETIC_VEHICLE for log in logs.values()),
+        is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
     )
 
 
@@ -149,34 +149,49 @@ def map_file(dataroot: Path, location: str) -> Path:
     return dataroot / "maps" / "expansion" / f"{location}.json"
 
 
-def _samples(nusc: Any, scene: dict[str, Any]) -> Iterator[dict[str, Any]]:
+class _Record(dict[str, Any]):
+    """A record of a table. place: table and token for messages. A missing key is a DatasetError that names the record."""
+
+    def __init__(self, record: dict[str, Any], place: str) -> None:
+        super().__init__(record)
+        self.place = place
+
+    def __missing__(self, key: str) -> Any:
+        raise DatasetError(f"{self.place}: the record has no key {key!r}; re-extract the tables")
+
+
+def _get(nusc: Any, table: str, token: str, file: str | None = None) -> _Record:
+    """A record, and for messages the file that it belongs to. Raises DatasetError if the table has none."""
+    place = f"{table}.json, token {token}" + (f", of {file}" if file else "")
+    try:
+        return _Record(nusc.get(table, token), place)
+    except KeyError as err:
+        raise DatasetError(f"{place}: no such record; re-extract the tables") from err
+
+
+def _samples(nusc: Any, scene: _Record) -> Iterator[_Record]:
     token = scene["first_sample_token"]
     while token:
-        sample = nusc.get("sample", token)
+        sample = _get(nusc, "sample", token)
         yield sample
         token = sample["next"]
 
 
 def _keyframe(
-    nusc: Any,
-    sample: dict[str, Any],
-    scene: str,
-    location: str,
-    cameras: Sequence[str],
-    num_sweeps: int,
-    with_boxes: bool,
+    nusc: Any, sample: _Record, scene: str, location: str, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
 ) -> Keyframe:
     identity = {"token": sample["token"], "scene": scene, "timestamp_us": sample["timestamp"], "location": location}
     try:
         lidar = _sample_data(nusc, sample, LIDAR)
-        global_from_ego = _pose(nusc, "ego_pose", lidar)
+        global_from_ego = _pose(_referred(nusc, "ego_pose", lidar))
         ego_from_global = inverse_rigid(global_from_ego)
         views = tuple(_view(nusc, sample, name, global_from_ego) for name in cameras)
         sweeps = []
         for record in _backwards(nusc, lidar, num_sweeps):
-            sensor = _pose(nusc, "ego_pose", record) @ _pose(nusc, "calibrated_sensor", record)
+            pose, calibration = (_referred(nusc, table, record) for table in ("ego_pose", "calibrated_sensor"))
             seconds = (record["timestamp"] - lidar["timestamp"]) / 1e6
-            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ sensor, seconds))
+            global_from_sensor = _pose(pose) @ _pose(calibration)
+            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ global_from_sensor, seconds))
         corners, visibility = _vehicles(nusc, sample, ego_from_global) if with_boxes else (np.zeros((0, 8, 3)), [])
     except ValueError as err:
         return Keyframe(**identity, problem=str(err))
@@ -190,93 +205,80 @@ def _keyframe(
     )
 
 
-def _sample_data(nusc: Any, sample: dict[str, Any], channel: str) -> dict[str, Any]:
+def _sample_data(nusc: Any, sample: _Record, channel: str) -> _Record:
     if channel not in sample["data"]:
         raise ValueError(
             f"sample_data.json has no keyframe record of {channel}: re-extract the tables, or skip the sample"
         )
-    record: dict[str, Any] = nusc.get("sample_data", sample["data"][channel])
-    return record
+    return _get(nusc, "sample_data", sample["data"][channel])
 
 
-def _path(nusc: Any, record: dict[str, Any]) -> Path:
+def _path(nusc: Any, record: _Record) -> Path:
     return Path(nusc.dataroot) / record["filename"]
 
 
-def _pose(nusc: Any, table: str, sample_data: dict[str, Any]) -> Matrix:
-    """global_from_ego for the table ego_pose, ego_from_sensor for calibrated_sensor."""
-    rotation, translation = (_value(nusc, table, sample_data, key) for key in ("rotation", "translation"))
+def _referred(nusc: Any, table: str, sample_data: _Record) -> _Record:
+    """The record in `table` that a sample_data record refers to."""
+    return _get(nusc, table, sample_data[f"{table}_token"], sample_data["filename"])
+
+
+def _pose(record: _Record) -> Matrix:
+    """global_from_ego of a record of ego_pose, ego_from_sensor of one of calibrated_sensor."""
+    rotation, translation = record["rotation"], record["translation"]
     try:
         return rigid(rotation, translation)
     except (TypeError, ValueError) as err:
-        raise ValueError(f"{_place(table, sample_data)}: {err}; re-extract the tables") from err
+        raise ValueError(f"{record.place}: {err}; re-extract the tables") from err
 
 
-def _value(nusc: Any, table: str, sample_data: dict[str, Any], key: str) -> Any:
-    """A value of the record in `table` that a sample_data record refers to. Raises ValueError if there is none."""
-    try:
-        record = nusc.get(table, sample_data[f"{table}_token"])
-    except KeyError as err:
-        raise ValueError(f"{_place(table, sample_data)}: no such record; re-extract the tables") from err
-    if key not in record:
-        raise ValueError(f"{_place(table, sample_data)}: the record has no key {key!r}; re-extract the tables")
-    return record[key]
-
-
-def _place(table: str, sample_data: dict[str, Any]) -> str:
-    return f"{table}.json, token {sample_data[f'{table}_token']}, of {sample_data['filename']}"
-
-
-def _view(nusc: Any, sample: dict[str, Any], channel: str, global_from_ego: Matrix) -> CameraView:
+def _view(nusc: Any, sample: _Record, channel: str, global_from_ego: Matrix) -> CameraView:
     try:
         return _usable_view(nusc, _sample_data(nusc, sample, channel), global_from_ego)
     except ValueError as err:
         return broken_view(str(err))
 
 
-def _usable_view(nusc: Any, record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
-    ego_from_cam = _pose(nusc, "calibrated_sensor", record)
-    global_from_cam = _pose(nusc, "ego_pose", record) @ ego_from_cam
-    values = _value(nusc, "calibrated_sensor", record, "camera_intrinsic")
+def _usable_view(nusc: Any, record: _Record, global_from_ego: Matrix) -> CameraView:
+    calibration, pose = (_referred(nusc, table, record) for table in ("calibrated_sensor", "ego_pose"))
+    ego_from_cam = _pose(calibration)
+    global_from_cam = _pose(pose) @ ego_from_cam
+    size = record["height"], record["width"]
+    if not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(
+            f"{record.place}: height and width of {record['filename']} are {size}: expected whole numbers above 0; "
+            "re-extract the tables"
+        )
+    values = calibration["camera_intrinsic"]
     try:
         intrinsics = np.asarray(values, np.float64)
     except (TypeError, ValueError) as err:
-        raise ValueError(
-            f"{_place('calibrated_sensor', record)}: camera_intrinsic: {err}; re-extract the tables"
-        ) from err
-    if (
-        intrinsics.shape != (3, 3)
-        or not np.isfinite(intrinsics).all()
-        or intrinsics[0, 0] <= 0
-        or intrinsics[1, 1] <= 0
-    ):
+        raise ValueError(f"{calibration.place}: camera_intrinsic: {err}; re-extract the tables") from err
+    if intrinsics.shape != (3, 3) or not np.isfinite(intrinsics).all() or not (np.diagonal(intrinsics)[:2] > 0).all():
         raise ValueError(
             f"calibrated_sensor.json: intrinsics {intrinsics.tolist()} of {record['filename']} are not those of a pinhole camera"
         )
     return CameraView(
         path=_path(nusc, record),
-        source_size=(record["height"], record["width"]),
+        source_size=size,
         intrinsics=intrinsics,
         ego_from_cam=ego_from_cam,
         cam_from_ego=inverse_rigid(global_from_cam) @ global_from_ego,
     )
 
 
-def _backwards(nusc: Any, lidar: dict[str, Any], num_sweeps: int) -> Iterator[dict[str, Any]]:
+def _backwards(nusc: Any, lidar: _Record, num_sweeps: int) -> Iterator[_Record]:
     """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
     record = lidar
     for _ in range(num_sweeps):
         yield record
         if not record["prev"]:
             return
-        record = nusc.get("sample_data", record["prev"])
+        record = _get(nusc, "sample_data", record["prev"])
 
 
-def _vehicles(
-    nusc: Any, sample: dict[str, Any], ego_from_global: Matrix
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+def _vehicles(nusc: Any, sample: _Record, ego_from_global: Matrix) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """Corners and visibility of all annotations whose category contains "vehicle" (also bicycles), as in Simple-BEV."""
-    boxes = [nusc.get("sample_annotation", token) for token in sample["anns"]]
+    boxes = [_get(nusc, "sample_annotation", token) for token in sample["anns"]]
     boxes = [box for box in boxes if "vehicle" in box["category_name"]]
     corners = np.zeros((len(boxes), 8, 3))
     # The devkit's order (Box.corners): four of the front face, four of the back, each from the top left clockwise.
@@ -290,5 +292,5 @@ def _vehicles(
     if not np.isfinite(corners).all():
         raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
     # A box without a visibility token counts as visible.
-    visibility = np.array([int(box["visibility_token"] or 4) for box in boxes], np.uint8)
+    visibility = np.array([int(box.get("visibility_token") or 4) for box in boxes], np.uint8)
     return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility

@@ -78,8 +78,9 @@ def note_problems(split: Split, wanted: Collection[int], *, mask_cameras: bool) 
 def _files_in(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}  # accesses the file only if it is a link
-    except FileNotFoundError:
+            # Only links are accessed. A link to nothing or to itself is no file.
+            return {e.name for e in entries if e.is_file(follow_symlinks=False) or os.path.isfile(e.path)}
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from occfeat_targets.cache.plural import count
 from occfeat_targets.synth.expansion import write_map
 from occfeat_targets.synth.filming import Film, plan_shots
 from occfeat_targets.synth.layout import NUM_SITES, District, plan_district
@@ -167,6 +168,6 @@ def _estimate(num_scenes: int, keyframes: int, num_shots: int, image_size: tuple
     megabytes = (pixels * _BYTES_PER_PIXEL + sweeps * NUM_COLUMNS * NUM_RINGS * 20) / 1e6
     seconds = (pixels * _SECONDS_PER_PIXEL + sweeps * _SECONDS_PER_SWEEP) / workers
     return (
-        f"synthetic city: {num_scenes} scenes, {images} images, {sweeps} sweeps; about {megabytes:.0f} MB, "
-        f"{seconds:.0f} s with {workers} workers (the first run compiles for another half minute)"
+        f"synthetic city: {count(num_scenes, 'scene')}, {count(images, 'image')}, {count(sweeps, 'sweep')}; about {megabytes:.0f} MB, "
+        f"{seconds:.0f} s with {count(workers, 'worker')} (the first run compiles for another half minute)"
     )

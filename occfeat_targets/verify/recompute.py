@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
@@ -53,7 +54,7 @@ def _masked(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
     of = {"camera": cameras, "frame": [i for i, frame in enumerate(spec.frames) if frame in _names(spec, cameras)]}
     indexed = [(array.name, of[array.dims[0]]) for array in spec.arrays() if array.dims and array.dims[0] in of]
     filled = [name for name, masked in indexed if reader.read(name, keyframe)[masked].any()]
-    text = f"{len(cameras)} masked cameras" + (f", but their {', '.join(filled)} are not zero" if filled else "")
+    text = count(len(cameras), "masked camera") + (f", but their {', '.join(filled)} are not zero" if filled else "")
     yield not filled, text
 
 
@@ -88,7 +89,7 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source
             yield False, str(err)
             return
         wrong += int((must & ~volume).sum() + (volume & ~may).sum())
-    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {wrong} voxels wrong"
+    yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {count(wrong, 'voxel')} wrong"
 
 
 def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
@@ -154,7 +155,7 @@ def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
             if cached_valid is not None:
                 wrong += int(((cached_valid[i] != is_valid) & is_decided).sum())
     if spec.labels:
-        yield wrong == 0, f"{wrong} label cells wrong"
+        yield wrong == 0, f"{count(wrong, 'label cell')} wrong"
 
 
 def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
@@ -169,13 +170,13 @@ def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
                 expected.append([*(sweep.ego_from_sensor @ [x, y, z, 1])[:3], intensity, number])
     found = np.column_stack([points.xyz, points.intensity, points.sweep])
     if found.shape != np.shape(expected):
-        yield False, f"{len(found)} LiDAR points, {len(expected)} expected"
+        yield False, f"{count(len(found), 'LiDAR point')}, {len(expected)} expected"
         return
     errors = [np.nan_to_num(found) - np.nan_to_num(expected)]
     errors += [points.origins - [sweep.ego_from_sensor[:3, 3] for sweep in source.sweeps]]
     errors += [points.times - [sweep.seconds for sweep in source.sweeps]]
     worst = max(float(np.abs(error).max()) for error in errors)
-    yield worst <= MAX_CALIBRATION_ERROR, f"{len(found)} LiDAR points within {worst:.1e}"
+    yield worst <= MAX_CALIBRATION_ERROR, f"{count(len(found), 'LiDAR point')} within {worst:.1e}"
 
 
 CHECKS = (_masked, _calibration, _occupancy, _points, _images, _features, _labels)

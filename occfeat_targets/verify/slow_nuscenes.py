@@ -22,11 +22,16 @@ from occfeat_targets.verify.slow_targets import SlowSource
 
 
 def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: TargetSpec) -> SlowSource:
-    """What `verify` needs of these samples. Raises ValueError if `root` has no tables of this version or not all samples."""
+    """What `verify` needs of these samples. Raises ValueError if `root` has no tables of this version or they lack something."""
     found = [p.parent for p in (root / version, *root.glob(f"*/{version}")) if (p / "sample.json").is_file()]
     if not found:
         raise ValueError(f"{root} holds no {version}: pass the --dataroot of the data set the cache was built from")
-    keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps)
+    try:
+        keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps)
+    except KeyError as err:
+        raise ValueError(
+            f"the tables of {found[0] / version} have no {err}: pass the --dataroot the cache was built from, or re-extract them"
+        ) from err
 
     @cache
     def read_map(location: str) -> MapGeometry:
@@ -70,7 +75,7 @@ def read_keyframes(
             global_from_cam = _matrix(poses[record["ego_pose_token"]]) @ _matrix(calibrated)
             return CameraView(
                 path=dataroot / record["filename"],
-                source_size=(record["height"], record["width"]),
+                source_size=(int(record["height"]), int(record["width"])),
                 intrinsics=np.array(calibrated["camera_intrinsic"]),
                 ego_from_cam=_matrix(calibrated),
                 cam_from_ego=np.linalg.inv(global_from_cam) @ global_from_ego,
@@ -107,7 +112,7 @@ def read_keyframes(
                 for record in sweeps
             ),
             vehicle_corners=np.array([_corners(box, global_from_ego) for box in boxes[token]]).reshape(-1, 8, 3),
-            visibility=np.array([int(box["visibility_token"] or 4) for box in boxes[token]], np.uint8),
+            visibility=np.array([int(box.get("visibility_token") or 4) for box in boxes[token]], np.uint8),
         )
     return found
 

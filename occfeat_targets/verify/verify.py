@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
@@ -68,7 +69,9 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
             if sha256 != expected[name]:
                 findings.problems.append(f"{cache.path / name} was changed after it was written: {remedy}")
             bar.update(there[name])
-    findings.notes.append(f"{len(names)} files of {len(sound)} shards read and compared with their SHA-256")
+    findings.notes.append(
+        f"{count(len(names), 'file')} of {count(len(sound), 'shard')} read and compared with their SHA-256"
+    )
     if not findings.problems:
         reader = CacheReader(cache, allow_incomplete=True)
         is_valid = reader.is_valid
@@ -87,7 +90,9 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
                 )
     masked_cameras = [camera for record in sound.values() for why in record["masked"].values() for camera in why]
     if masked_cameras:
-        findings.notes.append(f"{len(masked_cameras)} cameras are masked: 'occfeat-targets status' lists them")
+        findings.notes.append(
+            f"{count(len(masked_cameras), 'masked camera')}: 'occfeat-targets status' lists the reasons"
+        )
     return findings
 
 

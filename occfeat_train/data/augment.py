@@ -8,6 +8,7 @@ cx, a crop shifts cx, and mirroring makes fx negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,19 +117,29 @@ def resample(
 ) -> Float[Tensor, "B V 3 H W"]:
     """Resize, crop and mirror images, then normalise them with ImageNet's statistics.
 
-    images: (B, V, h, w, 3) uint8; resized, crop: (B, V, 2) int64; mirror: (B, V) bool; size: final (height, width).
-    Returns (B, V, 3, height, width) float32, channels-last within an image. Pixels outside the resized image are black.
+    size: final (height, width). Returns images that are channels-last, float32, or of autocast's dtype, to which the first
+    convolution would convert them. Pixels outside the resized image are black.
     """
-    source = images.permute(0, 1, 4, 2, 3).float()
-    rows = filter_matrix(source.shape[-2], resized[..., 0], crop[..., 0], size[0])
-    columns = filter_matrix(source.shape[-1], resized[..., 1], crop[..., 1], size[1])
+    batch, views, height, width, _ = images.shape
+    device = images.device
+    rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0])
+    columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1])
     columns = torch.where(mirror[..., None, None], columns.flip(-2), columns)
-    with torch.autocast(images.device.type, enabled=False):  # pixels need more than bfloat16's eight bits
-        pixels = rows[:, :, None] @ (source @ columns[:, :, None].transpose(-1, -2))
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels / 255 - mean) / std).flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(
-        0, images.shape[:2]
-    )  # fmt: skip
+    with torch.autocast(device.type, enabled=False):  # pixels need more than bfloat16's eight bits
+        pixels = rows @ images.flatten(-2).float()  # one product for all colours, in the order of the memory
+        pixels = pixels.unflatten(-1, (width, 3)).transpose(-1, -2).flatten(2, 3) @ columns.transpose(-1, -2)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    # channels-last within an image
+    out = torch.empty((batch, views, *size, 3), dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+    factor, shift = normalisation(device)
+    return torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3), factor, out=out)
+
+
+@lru_cache
+def normalisation(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """factor, shift: values of 0 to 255 times factor plus shift are normalised with ImageNet's statistics."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def filter_matrix(

@@ -74,26 +74,28 @@ class Batch:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._tensors())
+        return sum(t.nbytes for t in self.tensors())
 
     def to(self, device: torch.device) -> Batch:
         """A copy on the device; asynchronous if this one is pinned."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        return self.map(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell the allocator that `stream` uses these tensors, which another stream copied."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor.record_stream(stream)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy with change(tensor) for every tensor."""
         values: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
         arrays = {name: change(value) for name, value in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays, **values)
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in the same order for all batches of a task."""
         yield from (value for value in vars(self).values() if isinstance(value, Tensor))
         yield from self.arrays.values()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.data.frames import has_grid, none_left, reference_frames, why_left_out
 from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
@@ -37,20 +38,20 @@ class Readiness:
     @property
     def ready_for(self) -> list[str]:
         """Uses for which a keyframe is left."""
-        return [use for use, (count, _) in self.left_out.items() if count < self.num_valid]
+        return [use for use, (number, _) in self.left_out.items() if number < self.num_valid]
 
     def describe(self) -> list[str]:
         lines = [
-            f"{self.num_keyframes} keyframes read; {self.num_skipped} keyframes of the cache are masked (skipped by the build)",
+            f"{count(self.num_keyframes, 'keyframe')} read; {count(self.num_skipped, 'masked keyframe')} in the cache (skipped by the build)",
             f"occupied voxels: {self.occupied:.0f} per keyframe",
             f"reading: {self.read_seconds * 1e3:.2f} ms and {self.megabytes:.2f} MB per keyframe, with checksums",
         ]
         if self.num_masked:
-            lines[0] += f"; {self.num_masked} cameras of other keyframes are masked"
+            lines[0] += f"; {count(self.num_masked, 'masked camera')} in other keyframes"
         lines += [
-            f"{use} leaves out {count} of {self.num_valid} valid keyframes, unless --set frame=... is passed: {why_left_out(frames)}"
-            for use, (count, frames) in self.left_out.items()
-            if count
+            f"{use} leaves out {number} of {self.num_valid} valid keyframes, unless --set frame=... is passed: {why_left_out(frames)}"
+            for use, (number, frames) in self.left_out.items()
+            if number
         ]
         if self.views:
             lines.insert(
@@ -83,10 +84,10 @@ def check_cache(reader: CacheReader, num_keyframes: int, seed: int = 0) -> Readi
         )
     spec = reader.cache.spec
     left_out = {use: _left_out(reader, training=use == "training") for use in ("training", "evaluation")}
-    count, frames = left_out["training"]
-    if count == len(valid):
+    number, frames = left_out["training"]
+    if number == len(valid):
         raise ValueError(
-            f"{reader.cache.path}: none of its {count} valid keyframes can be used: {none_left(spec.frames, frames)}"
+            f"{reader.cache.path}: none of its {number} valid keyframes can be used: {none_left(spec.frames, frames)}"
         )
     names = [array.name for array in spec.arrays()]
     chosen = np.random.default_rng(seed).permutation(valid[has_grid(reader)[valid].any(axis=1)])[:num_keyframes]

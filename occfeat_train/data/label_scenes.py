@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from occfeat_targets.cache.plural import count
+
 
 def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
     """Every (100 / percent)-th scene of the split, in its order, at least one (paper 4.1 leaves the choice open).
@@ -24,7 +26,7 @@ def read_scenes(file: Path, available: Sequence[str]) -> list[str]:
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise ValueError(
-            f"{file} lists {len(names)} scenes, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
+            f"{file} lists {count(len(names), 'scene')}, {len(missing)} of them not among the {len(known)} of this split that have valid keyframes"
             + (f" ({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''})" if missing else "")
             + ": correct the list, or build a cache that has them"
         )

@@ -29,10 +29,15 @@ class Prefetcher:
         ahead: int = 4,
     ) -> None:
         self._dataset, self._batches, self._device = dataset, iter(batches), device
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch", initializer=self._select_device)
         self._ahead = max(ahead, workers)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
+
+    def _select_device(self) -> None:
+        """A new thread's current device is the first GPU, where it would open a second CUDA context of 0.5 GB."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _load(self, samples: Sequence[tuple[int, int]]) -> tuple[Batch, torch.cuda.Event | None]:
         batch = self._dataset.batch(samples)

@@ -59,7 +59,8 @@ class BEVFormer(nn.Module):
         call: Callable[..., Any] = recomputed if self.recompute else nn.Module.__call__
         for layer in self.layers:
             query = call(layer, query, positions, tokens, cells, cameras, num_views.flatten(), (height, width))
-        return query.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        # layer norms return float32 under autocast
+        return query.view(batch, height, width, channels).permute(0, 3, 1, 2).to(features.dtype)
 
     def cell_anchors(self, device: torch.device) -> Float[Tensor, "HW 2"]:
         """Position (column, row) [cells] around which each cell attends to the map of queries: its own."""
@@ -72,17 +73,18 @@ class BEVFormer(nn.Module):
         """Every cell reads the cameras that see a voxel centre of its column, around the projections of all its voxel centres.
 
         A centre behind a camera is not read. Learned offsets may read tokens outside of the area that shows the scene.
+        The reads have a row for each camera of a cell, those that are read first: the host does not wait for their number.
         Returns the reads and the number of cameras in a cell's mean.
         """
-        maps, anchors, counts, num_views = [], [], [], []
-        for sample, (placed, is_read, number) in enumerate(self.column_reads(views, feature_size)):
-            cell, cam = is_read.nonzero(as_tuple=True)
-            anchors.append(placed.transpose(1, 2)[cell, cam].float())
-            maps.append(sample * is_read.shape[1] + cam)
-            counts.append(is_read.sum(1))
-            num_views.append(number)
-        starts = nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
-        return Reads(len(maps), torch.cat(maps), starts, torch.cat(anchors)), torch.stack(num_views)
+        columns = list(self.column_reads(views, feature_size))
+        is_read = torch.stack([each for _, each, _ in columns])  # (B, HW, V)
+        batch, cells, cams = is_read.shape
+        order = is_read.logical_not().flatten().byte().argsort(stable=True)
+        maps = torch.arange(batch * cams, device=is_read.device).view(batch, 1, cams).expand(-1, cells, -1)
+        anchors = torch.stack([placed.transpose(1, 2).float() for placed, _, _ in columns])  # (B, HW, V, Z, 2)
+        starts = nn.functional.pad(is_read.sum(2).flatten().cumsum(0), (1, 0))
+        reads = Reads(batch, maps.flatten()[order], starts, anchors.flatten(0, 2)[order])
+        return reads, torch.stack([number for _, _, number in columns])
 
     def column_reads(self, views: Views, feature_size: tuple[int, int]) -> Iterator[ColumnReads]:
         """Of each sample: projections [tokens], whether a cell reads a camera, and the number of cameras in its mean."""
@@ -219,7 +221,7 @@ def neighbour_reads(batch: int, anchors: Float[Tensor, "HW 2"]) -> Reads:
     cells = len(anchors)
     return Reads(
         batch=batch,
-        maps=torch.arange(batch, device=anchors.device).repeat_interleave(cells),
+        maps=torch.arange(batch, device=anchors.device)[:, None].expand(-1, cells).flatten(),
         starts=torch.arange(batch * cells + 1, device=anchors.device),
         anchors=anchors[:, None].expand(batch, -1, -1, -1).flatten(0, 1),
     )

@@ -6,7 +6,7 @@ The backbones consist of transformers' modules and compute the same function as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -98,7 +98,7 @@ class EfficientNetB0(nn.Module):
 
     def __init__(self, drop_connect: float, recompute: bool) -> None:
         super().__init__()
-        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
+        self.recompute = recompute
         from transformers import EfficientNetConfig
         from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings, EfficientNetEncoder
 
@@ -115,11 +115,21 @@ class EfficientNetB0(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = skip = self.large(self.embeddings, images)
+        x = skip = recomputed(self.embeddings, images) if self.recompute else self.embeddings(images)
+        block: Any
         for index, block in enumerate(self.blocks):
-            x = self.large(block, x) if index < _LARGE_BLOCKS else block(x)
+            # Drawn here, so that the recomputation needs no state of the random numbers, which a CUDA graph cannot save.
+            dropped = partial(_drop_and_call, block, block.projection.dropout.draw(x))
+            large = self.recompute and index < _LARGE_BLOCKS
+            x = recomputed(block, x, call=dropped) if large else dropped(x)
             skip = x if index == 4 else skip
         return skip, x
+
+
+def _drop_and_call(block: Any, factors: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    block.projection.dropout.factors = factors
+    out: torch.Tensor = block(x)
+    return out
 
 
 class ResNet(nn.Module):
@@ -129,7 +139,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depths: list[int], recompute: bool) -> None:
         super().__init__()
-        self.large: Callable[..., Any] = recomputed if recompute else nn.Module.__call__
+        self.recompute = recompute
         from transformers import ResNetConfig
         from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetEncoder
 
@@ -139,10 +149,11 @@ class ResNet(nn.Module):
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.large(self.embedder, images)
+        large = recomputed if self.recompute else nn.Module.__call__
+        x = large(self.embedder, images)
         blocks: Any = self.stages[0].layers
         for block in blocks:
-            x = self.large(block, x)
+            x = large(block, x)
         skip = self.stages[1](x)
         return skip, self.stages[2](skip)
 
@@ -153,11 +164,16 @@ class DropConnect(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.factors: torch.Tensor | None = None
+
+    def draw(self, x: torch.Tensor) -> torch.Tensor | None:
+        """A factor for each of the N images of x, (N, 1, 1, 1); None if nothing is dropped. Set `factors` to it before a call."""
+        if not self.training or self.rate == 0:
+            return None
+        return x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+        return x if self.factors is None else x * self.factors
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

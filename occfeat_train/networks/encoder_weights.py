@@ -6,6 +6,7 @@ import functools
 import hashlib
 import pickle
 import re
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,25 +122,29 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
 
 
 def _moco_v2_file() -> Path:
-    """The official checkpoint in torch.hub's folder; downloaded if it is missing."""
+    """The official checkpoint in torch.hub's folder; downloaded if it is missing.
+
+    Each process downloads to a file of its own, so that ranks that start together do not share one.
+    """
     file = Path(torch.hub.get_dir()) / "checkpoints" / MOCO_V2_URL.rsplit("/", 1)[1]
     if file.exists():
         return file
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(MOCO_V2_URL, str(part))
+        with part.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "md5").hexdigest()
+        if not digest.startswith(MOCO_V2_MD5):
+            raise ValueError(f"{MOCO_V2_URL} arrived with MD5 {digest[:8]}, {MOCO_V2_MD5} expected: download it again")
+        part.replace(file)
     except OSError as err:
         raise ValueError(
             f"MoCo-v2's weights are not at {file} and cannot be downloaded ({_first_line(err)}): fetch {MOCO_V2_URL} "
             "where there is internet and put it there, or pass its path, or pass 'none' to start from random weights"
         ) from err
-    with part.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "md5").hexdigest()
-    if not digest.startswith(MOCO_V2_MD5):
-        part.unlink()
-        raise ValueError(f"{MOCO_V2_URL} arrived with MD5 {digest[:8]}, {MOCO_V2_MD5} expected: download it again")
-    part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
     return file
 
 

@@ -12,37 +12,54 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.ops.devices import host_waits
 from occfeat_train.ops.views import Views, check_shapes
 
 NEAREST = 2.0  # m
+_CPU = torch.device("cpu")
+_UNUSED = 64  # points without a cell that are summed at a time
 
 
-def depth_bins(grid: VoxelGrid) -> Float[Tensor, " D"]:
+@lru_cache(maxsize=8)
+def depth_bins(grid: VoxelGrid, device: torch.device = _CPU) -> Float[Tensor, " D"]:
     """float64 depths [m] from 2 m to 0.9 of the distance of the map's corner; D is half the cells of its longer side."""
     farthest = math.hypot(*(max(abs(grid.lower[i]), abs(grid.upper[i])) for i in (1, 2)))
     # The reference rounds the range to whole metres.
     return torch.linspace(
         NEAREST, max(int(0.9 * farthest), NEAREST + 1), max(max(grid.map_shape) // 2, 2), dtype=torch.float64
-    )
+    ).to(device)
 
 
 @dataclass(frozen=True)
 class Points:
-    """The points of one sample inside the grid, sorted by the map's cells.
+    """The points of one sample inside the grid, sorted by the map's cells; on a GPU, all other points follow, with share 0.
 
     places: index into (V, h, w, D). shares: float64, weight of each in its voxel's mean.
-    starts: index of each of H * W cells' first point, and n.
+    starts: index of each of H * W cells' first point, and the number of points inside.
     """
 
     places: Int[Tensor, " n"]
     shares: Float[Tensor, " n"]
     starts: Int[Tensor, " HW_plus_1"]
+
+    @property
+    def bags(self) -> Int[Tensor, " bags_plus_1"]:
+        """starts; on a GPU also bags of the other points, so that the last bag ends at n.
+
+        They are small, because a GPU sums a bag one point after the other.
+        """
+        count = len(self.places)
+        if not host_waits(self.places.device):
+            return self.starts
+        rest = torch.arange(1, count // _UNUSED + 2, device=self.places.device) * _UNUSED
+        return torch.cat([self.starts, (self.starts[-1] + rest).clamp(max=count)])
 
 
 class LSS(nn.Module):
@@ -75,12 +92,11 @@ class LSS(nn.Module):
         for sample in range(batch):
             points = self.find_points(views, sample, (h, w))
             weights = probability[sample].flatten()[points.places] * points.shares.to(dtype)
-            maps.append(
-                nn.functional.embedding_bag(
-                    points.places // self.num_depths, tokens[sample], points.starts,
-                    mode="sum", per_sample_weights=weights, include_last_offset=True,
-                )
+            sums = nn.functional.embedding_bag(
+                points.places // self.num_depths, tokens[sample], points.bags,
+                mode="sum", per_sample_weights=weights, include_last_offset=True,
             )  # fmt: skip
+            maps.append(sums[: math.prod(self.grid.map_shape)])
         lifted = torch.stack(maps).unflatten(1, self.grid.map_shape).permute(0, 3, 1, 2)
         return lifted.to(features.dtype)
 
@@ -97,19 +113,21 @@ class LSS(nn.Module):
         u, v = (columns + self.token_center) * (width / w), (rows + self.token_center) * (height / h)
         pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
         rays = pixels @ grid_from_pixels[:, :3, :3].mT  # (V, h * w, 3) per metre of depth
-        depths = depth_bins(self.grid).to(device)
+        depths = depth_bins(self.grid, device)
         points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
         voxel, is_inside = self.voxels(points.view(-1, 3))
         center_u, center_v = (columns + 0.5) * (width / w), (rows[:, None] + 0.5) * (height / h)
         is_shown = views.cameras[sample].is_inside(center_u[:, None], center_v[..., None])  # (h, w, V)
         is_used = is_shown.permute(2, 0, 1) & (failed == 0)[:, None, None]
-        places = (is_inside.view(-1, len(depths)) & is_used.reshape(-1, 1)).flatten().nonzero().flatten()
-        voxel, cells = voxel[places], math.prod(self.grid.map_shape)
-        cell, order = (voxel % cells).sort(stable=True)
-        places, voxel = places[order], voxel[order]
-        share = 1 / torch.bincount(voxel, minlength=self.grid.num_voxels)[voxel].double()
-        per_cell = torch.bincount(cell, minlength=cells)
-        return Points(places, share, nn.functional.pad(per_cell.cumsum(0), (1, 0)))
+        is_point = (is_inside.view(-1, len(depths)) & is_used.reshape(-1, 1)).flatten()
+        places = torch.arange(len(is_point), device=device) if host_waits(device) else is_point.nonzero().flatten()
+        is_point, voxel, cells = is_point[places], voxel[places], math.prod(self.grid.map_shape)
+        cell, order = torch.where(is_point, voxel % cells, cells).sort(stable=True)
+        places, voxel, is_point = places[order], voxel[order], is_point[order]
+        number = torch.zeros(self.grid.num_voxels, dtype=torch.int64, device=device)
+        number.scatter_add_(0, voxel, is_point.long())  # bincount waits for a GPU
+        share = is_point.double() / number[voxel].clamp(min=1)
+        return Points(places, share, torch.searchsorted(cell, torch.arange(cells + 1, device=device)))
 
     def voxels(self, points: Float[Tensor, "n 3"]) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
         """Points (right, forward, up) -> flat indices into (Z, H, W), and whether they are inside."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import lifting_class
@@ -23,7 +24,7 @@ class Lifting(Protocol):
     grid: the VoxelGrid of the map.
     feature_channels: number of channels it takes from the encoder. All beyond `channels` are extra (LSS: depths).
     mirrors_grid: whether a mirrored grid gives exactly the mirrored map. If not, the augmentation mirrors the map itself.
-    recompute: set by `build_network`; whether to use activation checkpointing, if the lifting has large activations.
+    recompute: set by `BEVNetwork`; whether to use activation checkpointing, if the lifting has large activations.
     """
 
     grid: VoxelGrid
@@ -44,6 +45,15 @@ class BEVNetwork(nn.Module):
         self.encoder = encoder
         self.lifting = lifting
         self.decoder = decoder
+
+    @property
+    def recompute(self) -> bool:
+        """Whether activation checkpointing is used, see `ImageEncoder` and `BEVFormer`."""
+        return self.encoder.backbone.recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        self.encoder.backbone.recompute = self.lifting.recompute = value
 
     def forward(
         self, views: Views, bev_flip: Bool[torch.Tensor, "B 2"] | None = None
@@ -88,14 +98,36 @@ def unmirror(
     return features, replace(views, intrinsics=intrinsics, area=area)
 
 
+class _Flip(torch.autograd.Function):
+    """(B, C, H, W) mirrored along the axes marked in (B, 2). Mirroring is its own transpose, so the gradient is mirrored, too.
+
+    The gradient of an index_select would be a sum with atomic additions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(flips)
+        return _flipped(maps, flips)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _flipped(grad, *ctx.saved_tensors), None
+
+
 def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) mirrored along the axes marked in (B, 2), in one pass and without synchronising with a GPU."""
+    flipped: torch.Tensor = _Flip.apply(maps, flips.to(maps.device))
+    return flipped
+
+
+def _flipped(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """In one pass and without synchronising with a GPU."""
     batch, channels, height, width = maps.shape
     rows, columns = (
         torch.where(
             flipped[:, None], torch.arange(n - 1, -1, -1, device=maps.device), torch.arange(n, device=maps.device)
         )
-        for flipped, n in zip(flips.to(maps.device).unbind(1), (height, width), strict=True)
+        for flipped, n in zip(flips.unbind(1), (height, width), strict=True)
     )
     samples = torch.arange(batch, device=maps.device)[:, None, None]
     cells = (samples * height + rows[:, :, None]) * width + columns[:, None, :]
@@ -129,11 +161,11 @@ def build_network(
     """A network with random weights, channels-last.
 
     backbone: one of BACKBONES; lifting: one of `config.LIFTINGS`; compat: "simple-bev" reproduces the reference's defects.
-    recompute: activation checkpointing, see `ImageEncoder` and `BEVFormer`.
+    recompute: activation checkpointing.
     Raises ValueError on an unknown name, or on a number of channels that the lifting or the decoder does not support.
     """
     lifted: Lifting = pkgutil.resolve_name(lifting_class(lifting, compat))(grid, channels)
-    lifted.recompute = recompute
-    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels, recompute)
+    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels)
     network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
+    network.recompute = recompute
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

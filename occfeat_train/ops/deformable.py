@@ -24,10 +24,11 @@ _CHUNK = 2048  # queries per task
 
 @dataclass(frozen=True)
 class Reads:
-    """Which query reads which map, around which points: n (query, map) pairs sorted by query; B samples one after another.
+    """Which query reads which map, around which points: (query, map) pairs sorted by query; B samples one after another.
 
-    maps: index of a pair's map; samples share no map. starts: index of each of Q queries' first pair, and n.
+    maps: index of a pair's map; samples share no map. starts: index of each of Q queries' first pair, and the number of pairs.
     anchors: reference points (column, row) of a pair, in tokens; 0 is the centre of the first token.
+    The n rows of maps and anchors may be more than the pairs: their number is then unknown to the host. The rest is not read.
     """
 
     batch: int
@@ -37,7 +38,7 @@ class Reads:
 
     @property
     def queries(self) -> Int[Tensor, " n"]:
-        """Index of a pair's query."""
+        """Index of a pair's query, if all rows are pairs."""
         every = torch.arange(len(self.starts) - 1, device=self.starts.device)
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.maps))
 

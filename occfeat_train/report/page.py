@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.html import render
 from occfeat_train.config import PRETEXTS
@@ -61,7 +62,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
     cameras = [figures.draw_cameras(reader, keyframe) for keyframe in chosen]
     return render(
         Path(__file__).with_name("report.html"),
-        title=f"OccFeat: {len(runs)} run{'s' * (len(runs) > 1)} on {split}",
+        title=f"OccFeat: {count(len(runs), 'run')} on {split}",
         warnings=dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.info.warnings())]),
         evaluated=evaluated(runs),
         left_out={line: None for run in runs for line in left_out(run.dataset)},
@@ -109,7 +110,11 @@ def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for run in runs:
         info = run.checkpoint.info
-        row = {} if run.config.is_pretext else {"labels": f"{info.config.labels:g} % ({info.num_samples} keyframes)"}
+        row = (
+            {}
+            if run.config.is_pretext
+            else {"labels": f"{info.config.labels:g} % ({count(info.num_samples, 'keyframe')})"}
+        )
         row["initial weights"] = initial_weights(info.initial)
         rows.append({**row, **run.config.task_class.columns(run.results)})
     header = [name for name in dict.fromkeys(chain(*rows)) if any(row.get(name, "-") != "-" for row in rows)]

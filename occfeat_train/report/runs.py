@@ -25,7 +25,7 @@ from occfeat_train.training.compatibility import changes_of_meaning, measured, n
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import restore
 from occfeat_train.training.log import read_log
-from occfeat_train.training.step import autocast
+from occfeat_train.training.precision import autocast, forbid_tf32, note_on_precision
 
 RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 
@@ -73,7 +73,8 @@ def load_runs(
     runs: list[Run] = []
     for (path, checkpoint, log), dataset in zip(opened, datasets, strict=True):
         print_line(f"{path}: {checkpoint.info.config.task}, step {checkpoint.step}")
-        for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset)):
+        precision = note_on_precision(checkpoint.info.config.precision, process.device)
+        for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset), *precision):
             print_line(line)
         task = restore(checkpoint)
         results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
@@ -119,6 +120,7 @@ def draw_predictions(
     """A network's predictions for keyframes, computed as in evaluation."""
     if not task.pictures:
         return []
+    forbid_tf32(task.config.precision, process.device)
     move_to_device(task, process.device)
     task.eval()
     frame = dataset.reader.cache.spec.frames.index(dataset.frames[0])

@@ -96,5 +96,6 @@ class ReferenceLSS(LSS):
 
     def find_points(self, views: Views, sample: int, feature_size: tuple[int, int]) -> Points:
         points: Points = super().find_points(views, sample, feature_size)
-        counts = points.starts.diff()
-        return replace(points, shares=points.shares / counts.repeat_interleave(counts))
+        place = torch.arange(len(points.places), device=points.places.device)
+        cell = (torch.searchsorted(points.starts, place, right=True) - 1).clamp(max=len(points.starts) - 2)
+        return replace(points, shares=points.shares / points.starts.diff()[cell].clamp(min=1))

@@ -24,7 +24,8 @@ from occfeat_train.tasks.metrics import LossMetric, Metric
 class Task(nn.Module):
     """A network with a head for one task. Subclasses set `head` in their constructor, and define `arrays` and `forward`.
 
-    ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked.
+    ragged: names of targets whose first axis differs between samples. They are concatenated to a batch instead of stacked. On
+    a GPU rows are added to them, -1 in arrays of integers and 0 in others, which must not change the losses.
     pictures: "module:function" that draws a run's predictions for the report, like `report.segmentation:draw`; without one,
     the report has none.
     """
@@ -58,7 +59,7 @@ class Task(nn.Module):
         return bev
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
-        """{"loss": the loss that is minimised, and its parts}, scalars. DDP and torch.compile see the whole step."""
+        """{"loss": the loss that is minimised, and its parts}, scalars. A GPU repeats it as a CUDA graph, so it must not wait for the GPU (`.item()`, boolean indices)."""
         raise NotImplementedError
 
     def metric(self) -> Metric:

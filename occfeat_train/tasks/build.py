@@ -23,7 +23,7 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> Task:
             config.network.lifting,
             config.network.drop_connect,
             config.network.compat,
-            config.network.recompute,
+            config.network.recompute is not False,
         )
         task: Task = config.task_class(network, config, grid, feature_dim)
         return task

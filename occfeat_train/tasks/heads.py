@@ -20,6 +20,7 @@ from occfeat_train.ops.instance_norm import InstanceNorm
 
 # Hidden values per block: few enough for a core's cache, or enough to fill a GPU.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 27
+_BLOCK_ROWS = 64  # rows that share a layer in `_linear_by_level`
 
 
 class OccFeatHead(nn.Module):
@@ -49,7 +50,7 @@ class OccFeatHead(nn.Module):
     def forward(
         self, bev: Float[Tensor, "B C H W"], voxels: Int64[Tensor, " n"] | None
     ) -> tuple[Float[Tensor, "B Z H W"] | None, Float[Tensor, "n Y"] | None]:
-        """bev: F_B. voxels: flat indices into (B, Z_B, H, W) whose features are computed.
+        """bev: F_B. voxels: flat indices into (B, Z_B, H, W) whose features are computed; those of -1 are arbitrary.
 
         Returns occupancy logits or None without that projection, and features or None without voxels.
         """
@@ -63,7 +64,7 @@ class OccFeatHead(nn.Module):
             logits = self._occupancy(cells, weight, bias).view(batch, height, width, self.height).permute(0, 3, 1, 2)
         if voxels is not None:
             assert self.features is not None, "this head was built without a feature projection"
-            area = height * width
+            voxels, area = voxels.clamp(min=0), height * width
             cell = voxels % area + voxels // (self.height * area) * area
             softened = F.softplus(_linear_by_level(cells, cell, voxels // area % self.height, weight, bias))
             features = self.features(self.reduce(softened))
@@ -89,12 +90,27 @@ class OccFeatHead(nn.Module):
 
 
 def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Row i: the linear layer of level[i], applied to cells[cell[i]]. weight: (Z, out, in), bias: (Z, out) -> (n, out)."""
+    """Row i: the linear layer of level[i], applied to cells[cell[i]]. weight: (Z, out, in), bias: (Z, out) -> (n, out).
+
+    Rows are sorted by level, and each level's rows fill whole blocks, so that a block has one layer. The number of blocks
+    depends only on n. Splitting into levels would depend on their numbers of rows, for which the host would wait.
+    """
+    num_levels, count, device = len(weight), len(level), level.device
+    blocks = count // _BLOCK_ROWS + num_levels
+    rows = (level == torch.arange(num_levels, device=device)[:, None]).sum(1)
+    first = F.pad(rows.cumsum(0), (1, 0))
+    first_block = F.pad(((rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS).cumsum(0), (1, 0))
     order = level.argsort(stable=True)
-    counts = torch.bincount(level, minlength=len(weight)).tolist()
-    rows = cells.index_select(0, cell[order]).split(counts)
-    found = torch.cat([F.linear(*layer) for layer in zip(rows, weight, bias, strict=True)])
-    return found.index_select(0, order.argsort())
+    of_row = level[order]
+    position = torch.arange(count, device=device) - first[of_row] + first_block[of_row] * _BLOCK_ROWS
+    position = torch.empty_like(order).index_copy_(0, order, position)
+    layer = torch.searchsorted(first_block[1:], torch.arange(blocks, device=device), right=True).clamp(
+        max=num_levels - 1
+    )
+    inputs = cells.new_zeros(blocks * _BLOCK_ROWS, cells.shape[1]).index_copy(0, position, cells.index_select(0, cell))
+    weight, bias = (t.to(cells.dtype).index_select(0, layer) for t in (weight, bias))
+    outputs = torch.baddbmm(bias[:, None], inputs.unflatten(0, (blocks, _BLOCK_ROWS)), weight.transpose(1, 2))
+    return outputs.flatten(0, 1).index_select(0, position)
 
 
 def softplus_logits(

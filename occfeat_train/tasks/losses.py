@@ -24,12 +24,14 @@ def feature_loss(
     """Eq. 3: negative cosine similarity, averaged over a sample's occupied and seen voxels, then over samples.
 
     sample: index of each voxel's sample. The caller leaves out voxels without a
-    valid view (end of 3.3). A sample without voxels adds 0 and counts in the mean.
+    valid view (end of 3.3). A sample without voxels adds 0 and counts in the mean. Rows of sample -1, whose target is 0,
+    change nothing.
     Returns the loss and the cosines.
     """
     predicted = _exact(predicted)
     cosine = F.cosine_similarity(predicted, target.to(predicted), dim=1)
-    count = torch.bincount(sample, minlength=num_samples)
+    # bincount would make the host wait for a GPU
+    count = (sample == torch.arange(num_samples, device=sample.device)[:, None]).sum(1).clamp(min=1)
     return -(cosine / (count[sample] * num_samples)).sum(), cosine.detach()
 
 
@@ -38,7 +40,7 @@ def segmentation_loss(
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy over valid cells."""
     logits = _exact(logits)
-    weight = torch.tensor(pos_weight, dtype=logits.dtype, device=logits.device)
+    weight = logits.new_full((1,), pos_weight)
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits), pos_weight=weight, reduction="none")
     mask = valid.to(loss).expand_as(loss)
     return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.plural import count
 from occfeat_train.config import FIXED, MEANING
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import why_left_out
@@ -67,7 +68,7 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
     reader, lines = dataset.reader, left_out(dataset)
     masked = int((~reader.camera_valid[dataset.keyframes]).sum())
     if masked:
-        lines.append(f"{masked} cameras of the keyframes used are masked: no feature is read from them")
+        lines.append(f"{count(masked, 'masked camera')} in the keyframes used: no feature is read from masked cameras")
     if dataset.enlarges:
         size = "x".join(map(str, reader.cache.spec.image_size))
         lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")

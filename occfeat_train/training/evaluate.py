@@ -12,7 +12,8 @@ from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
-from occfeat_train.training.step import autocast
+from occfeat_train.training.memory import evaluation_remedy, explains_memory
+from occfeat_train.training.precision import autocast, forbid_tf32
 
 
 @torch.no_grad()
@@ -29,14 +30,16 @@ def evaluate(
 
     Keyframes are assigned to ranks in turn, so their numbers differ by at most one, and no sample is padded or repeated.
     batch: samples per forward pass and rank. The task stays in evaluation mode.
+    Raises MemoryShortage, a ValueError, if the GPU has too little memory.
     """
+    forbid_tf32(task.config.precision, process.device)
     move_to_device(task, process.device)
     task.eval()
     metric = task.metric()
     mine = dataset.keyframes[process.rank :: process.world].tolist()
     samples = ([(0, keyframe) for keyframe in mine[i : i + batch]] for i in range(0, len(mine), batch))
     bar = tqdm(total=len(mine), unit="sample", desc="evaluate", disable=not (progress and process.is_main), leave=False)
-    with bar:
+    with bar, explains_memory(process.device, "in evaluation", evaluation_remedy(batch)):
         for loaded in Prefetcher(dataset, samples, process.device, workers=workers):
             with autocast(process.device, task.config.precision):
                 task.measure(loaded, metric)

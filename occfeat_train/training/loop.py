@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -82,7 +81,7 @@ def train(
                 measure()  # the run was stopped between the checkpoint and its validation
             while trainer.step < num_steps:
                 began, waited = time.perf_counter(), prefetcher.waited
-                record = trainer.take_step(batches, stop=stop.flag(process.device))
+                record = trainer.take_step(batches, stop=stop.is_set)
                 must_stop = record.pop("stop") > 0
                 if log is not None:
                     seconds = time.perf_counter() - began
@@ -124,9 +123,6 @@ class StopRequest:
     """Whether this process has received a stop signal."""
 
     is_set = False
-
-    def flag(self, device: torch.device) -> Tensor:
-        return torch.tensor(float(self.is_set), device=device)
 
     def set(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -25,7 +26,9 @@ from occfeat_train.training.compatibility import changes_of_meaning, measured, n
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
+from occfeat_train.training.memory import explains_memory, training_remedy
 from occfeat_train.training.paper import DATA, describe_data
+from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 
 
@@ -65,7 +68,10 @@ class TrainingSetup:
 
 
 def run_training(config: Config, options: RunOptions, process: Process) -> bool:
-    """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished."""
+    """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished.
+
+    Raises MemoryShortage, a ValueError, if the GPU has too little memory.
+    """
     ready = prepare_together(lambda: prepare(config, options, process))
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
@@ -74,7 +80,8 @@ def run_training(config: Config, options: RunOptions, process: Process) -> bool:
         process.print(prepare_together(lambda: load_initial(task, config, ready.start)))
     if ready.scenes is not None:
         record_scenes(ready.scenes, ready, options.out, process)
-    process.print(*summary(task, ready, options, process, resume))
+    process.print(*summary(task, ready, options, process, resume), *note_on_precision(config.precision, process.device))
+    forbid_tf32(config.precision, process.device)
     validate = None
     if held_out is not None:
 
@@ -82,11 +89,13 @@ def run_training(config: Config, options: RunOptions, process: Process) -> bool:
             metric = evaluate(task, held_out, process, workers=options.loop.workers, progress=False)
             return dict(metric.results())
 
-    return train(task, info, ready.dataset, options.out, process, resume, options.loop, validate)
+    with explains_memory(process.device, "in training", training_remedy(config, process.world)):
+        return train(task, info, ready.dataset, options.out, process, resume, options.loop, validate)
 
 
 def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSetup:
-    """Open caches and initial checkpoint, and check that they match each other and the config. Raises ValueError."""
+    """Open caches and initial checkpoint, and check that they match each other, the config and the device. Raises ValueError."""
+    require_precision(config.precision, process.device)
     reader = open_reader(options.cache, options.split)
     cache, spec = reader.cache, reader.cache.spec
     process.print(*cache.warnings)
@@ -133,7 +142,7 @@ def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: P
     """Print the number of label scenes, and write their names to out/scenes.txt."""
     everything = dict.fromkeys(ready.dataset.reader.cache.identity.scenes)
     without = [scene for scene in everything if scene not in ready.usable]
-    note = f"; {len(without)} more have no valid keyframe: {', '.join(without)}" if without else ""
+    note = f"; {count(len(without), 'more scene')} without a valid keyframe: {', '.join(without)}" if without else ""
     process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {out / 'scenes.txt'}{note}")
     if process.is_main:
         lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
@@ -152,7 +161,7 @@ def summary(
     lines = [
         f"{config.task}: {config.network.lifting} {config.network.backbone}, {parameters:,} parameters "
         f"({count_parameters(task.head):,} of them the head's), images {size}, grid {ready.info.grid}",
-        f"{len(dataset):,} samples ({read / 1e6:.1f} MB each), {optim.epochs:g} epochs, {steps:,} steps of {batch}; "
+        f"{count(len(dataset), 'sample')} ({read / 1e6:.1f} MB each), {count(optim.epochs, 'epoch')}, {count(steps, 'step')} of {batch}; "
         f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}",
         f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept",
     ]
@@ -173,8 +182,9 @@ def run_evaluation(
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
     process.print(
-        f"{checkpoint.path}: {info.config.task}, {len(dataset)} samples of {reader.cache.path}, "
-        f"reference frame {dataset.frames[0]}, on {process.device}"
+        f"{checkpoint.path}: {info.config.task}, {count(len(dataset), 'sample')} of {reader.cache.path}, "
+        f"reference frame {dataset.frames[0]}, on {process.device}",
+        *note_on_precision(info.config.precision, process.device),
     )
     began = time.perf_counter()
     metric = evaluate(task, dataset, process, batch=batch, workers=loop.workers, progress=loop.progress)
@@ -187,7 +197,7 @@ def run_evaluation(
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)
     table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]
-    process.print(f"{metric.num_samples} samples", *table, f"{rate:.3g} samples/s")
+    process.print(count(metric.num_samples, "sample"), *table, f"{rate:.3g} samples/s")
     if process.is_main:
         options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{options.split}.json"

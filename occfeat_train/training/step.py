@@ -5,23 +5,24 @@ The random numbers of a step follow from (seed, step, micro-batch, rank).
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_train.config import Config
-from occfeat_train.distributed import Process, average_statistics, gather, sum_over_processes
+from occfeat_train.data.batch import Batch
+from occfeat_train.distributed import Process, average_gradients, average_statistics, gather, sum_over_processes
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import freeze_batchnorm, move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, load_weights
+from occfeat_train.training.graph import CudaGraphs, GraphedPass, Pass
 from occfeat_train.training.optim import build_optimizer
+from occfeat_train.training.precision import autocast
 
 
 class TrainingError(ValueError):
@@ -32,19 +33,30 @@ class Trainer:
     """A task with its optimiser and schedule. step: number of the next step, from 0."""
 
     def __init__(
-        self, task: Task, config: Config, process: Process, num_steps: int, resume: Checkpoint | None = None
+        self,
+        task: Task,
+        config: Config,
+        process: Process,
+        num_steps: int,
+        resume: Checkpoint | None = None,
+        *,
+        cuda_graphs: bool = True,
     ) -> None:
-        """num_steps: of the whole run. Raises TrainingError if the ranks cannot share a batch."""
+        """num_steps: of the whole run. cuda_graphs: whether to use them on a GPU.
+
+        Raises TrainingError if the ranks cannot share a batch.
+        """
         optim, device = config.optim, process.device
         if optim.batch % process.world:
             raise TrainingError(
                 f"optim.batch={optim.batch} is no multiple of the {process.world} processes: change one of them"
             )
         self.task, self.config, self.process, self.step = task, config, process, 0
+        self.is_cuda = device.type == "cuda"
+        if config.network.recompute == "auto" and self.is_cuda:
+            task.network.recompute = False  # until a step runs out of memory
         move_to_device(task, device)
-        self.optimizer, self.schedule = build_optimizer(
-            task.parameters(), optim, num_steps, fused=device.type == "cuda"
-        )
+        self.optimizer, self.schedule = build_optimizer(task.parameters(), optim, num_steps, fused=self.is_cuda)
         if resume is not None:
             load_weights(task, resume.weights(), resume.path)
             state = resume.trainer_state()
@@ -52,30 +64,38 @@ class Trainer:
             self.schedule.load_state_dict(state["schedule"])
             self.step = resume.step
         if config.compile:
-            task.network.compile()
-        self.model: Any = task if process.world == 1 else distribute(task)
+            task.network.encoder.compile()
+        self.run: Pass = partial(forward_backward, task, config, process.device)
+        if self.is_cuda and cuda_graphs:
+            self.run = GraphedPass(self.run, task.parameters(), task.ragged, CudaGraphs(device), process.print)
 
     def state(self) -> dict[str, Any]:
         """Optimiser and schedule, as a checkpoint holds them."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
 
-    def take_step(self, batches: Iterator[Any], **flags: Tensor) -> dict[str, float]:
-        """One optimiser step on the next batches. Returns losses, grad_norm, lr, and the sum of each flag over all ranks.
+    def take_step(self, batches: Iterator[Any], **flags: bool) -> dict[str, float]:
+        """One optimiser step on the next batches. Returns losses, grad_norm, lr, and the number of ranks with each flag.
 
         Raises TrainingError on a loss or gradient that is not finite, before it changes a weight.
         """
         set_training(self.task, self.config)
-        losses, tokens = forward_backward(self.model, batches, self.config, self.process, self.step)
+        losses, tokens = accumulate(self.run, batches, self.config, self.process, self.step)
+        average_gradients(self.task)
         average_statistics(self.task)  # after every step, so that saving and validating do not change the run
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.optim.clip)
-        record = reduce_losses({**losses, "grad_norm": norm / self.process.world, **flags})
+        if self.is_cuda:  # the kernel checks, so that the host does not wait before it
+            self.optimizer.found_inf = (~torch.isfinite(norm + losses["loss"])).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        counts = {name: norm.new_full((), flag) for name, flag in flags.items()}
+        record = reduce_losses({**losses, "grad_norm": norm / self.process.world, **counts})
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise TrainingError(
                 f"step {self.step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
                 f"{', '.join(gather(tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
                 "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
             )
-        self.optimizer.step()
+        if not self.is_cuda:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         record["lr"] = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
@@ -83,23 +103,12 @@ class Trainer:
         return record
 
 
-def distribute(task: Task) -> DistributedDataParallel:
-    """DDP without synchronisation of buffers, which torch 2.13 renamed.
-
-    DDP would overwrite all ranks' BatchNorm statistics with rank 0's before each forward pass, and the ranks would differ
-    after it. `average_statistics` averages them instead.
-    """
-    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    keep_buffers: Any = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
-    return DistributedDataParallel(task, **keep_buffers)
-
-
-def forward_backward(
-    model: Any, batches: Iterator[Any], config: Config, process: Process, step: int
+def accumulate(
+    run: Pass, batches: Iterator[Any], config: Config, process: Process, step: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Forward and backward passes of one optimiser step; the gradient is that of the mean loss over all its samples.
+    """The passes of one optimiser step; the gradient is that of the mean loss over all its samples of this rank.
 
-    Returns the averaged losses, and the tokens of this rank's samples.
+    Returns the averaged losses, divided by the number of ranks, and the tokens of this rank's samples.
     """
     count = config.optim.accumulation
     total: dict[str, Tensor] = {}
@@ -108,25 +117,38 @@ def forward_backward(
         batch = next(batches)
         tokens += batch.tokens
         seed_step(config.seed, step, micro, process.rank)
-        is_last = micro == count - 1
-        with contextlib.nullcontext() if is_last or process.world == 1 else model.no_sync():
-            with autocast(process.device, config.precision):
-                losses = model(batch)
-            (losses["loss"] / count).backward()
-        for name, loss in losses.items():
-            total[name] = total.get(name, 0) + loss.detach().double() / (count * process.world)
+        for name, loss in run(batch).items():
+            total[name] = total.get(name, 0) + loss.double() / (count * process.world)
     return total, tokens
+
+
+def forward_backward(task: Task, config: Config, device: torch.device, batch: Batch) -> dict[str, Tensor]:
+    """Adds the gradient of a batch's loss, divided by the number of accumulated batches. Returns its detached losses.
+
+    If the GPU's memory is exceeded in the first batch of a step and network.recompute is "auto", activation checkpointing is
+    turned on for the rest of the run.
+    """
+    can_retry = config.network.recompute == "auto" and not task.network.recompute
+    can_retry &= all(p.grad is None for p in task.parameters())
+    try:
+        with autocast(device, config.precision):
+            losses = task(batch)
+        (losses["loss"] / config.optim.accumulation).backward()
+    except torch.OutOfMemoryError:
+        if not can_retry:
+            raise
+    else:
+        return {name: loss.detach() for name, loss in losses.items()}
+    print("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower", flush=True)
+    task.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    task.network.recompute = True
+    return forward_backward(task, config, device, batch)
 
 
 def seed_step(*numbers: int) -> None:
     """Seed torch's random numbers (stochastic depth, dropout) from (seed, step, micro-batch, rank)."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast if requested, or by default on a GPU; weights stay float32."""
-    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def set_training(task: Task, config: Config) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from occfeat_train.config import Config
+from occfeat_train.distributed import Process
+from occfeat_train.training.step import Trainer
 from pipelines.gpu_check.inputs import DoubleBatch, config_of, random_batch, task_on
 from pipelines.gpu_check.measure import Check, distance
 
@@ -71,6 +74,43 @@ def loss_and_gradient(config: Config, device: torch.device, dtype: torch.dtype) 
         loss = task(batch.to(device))["loss"]
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None])
+
+
+def graphs(check: Check) -> None:
+    """Losses of a training with CUDA graphs and without, and a step that cannot be recorded. Batches have different shapes."""
+    for recompute in (False, True):
+        config = config_of(True, recompute=recompute)
+        given = [
+            replace(random_batch(config, 2, True), tokens=("a", "b")).to(check.device)
+            for _ in range(12 if check.is_cuda else 4)
+        ]
+        for i, batch in enumerate(given):
+            rows = len(batch.arrays["voxels"]) - i
+            shorter = {name: batch.arrays[name][:rows] for name in config.task_class.ragged}
+            given[i] = replace(batch, arrays={**batch.arrays, **shorter})
+        graphed, plain, again = (
+            [trainer.take_step(iter([batch]))["loss"] for batch in given]
+            for trainer in (
+                Trainer(task_on(config, True, check.device), config, Process(0, 1, check.device), 100, cuda_graphs=use)
+                for use in (True, False, False)
+            )
+        )
+        off, noise = (max(abs(a / b - 1) for a, b in zip(found, plain, strict=True)) for found in (graphed, again))
+        check.record(f"{len(given)} steps, recompute={recompute}", largest_relative_difference=off, of_two_plain_runs=noise,
+                     ok=off < max(5 * noise, 1e-3))  # fmt: skip
+    if not check.is_cuda:
+        return check.record("a step that waits", skipped="needs a GPU")
+    for what, fault in (("waits", waits), ("cannot be recorded", torch.cuda.get_rng_state)):
+        task, messages = task_on(config, True, check.device), []
+        task.network.decoder.register_forward_hook(lambda module, inputs, out, fault=fault: fault())
+        with mock.patch.object(Process, "print", lambda self, *lines, into=messages: into.extend(lines)):
+            trainer = Trainer(task, config, Process(0, 1, check.device), 100)
+            losses = [trainer.take_step(iter([batch]))["loss"] for batch in given]
+        check.record(f"a step that {what}", messages=messages, losses=losses[-2:], ok=len(messages) == 1)
+
+
+def waits() -> None:
+    torch.zeros(1, device="cuda").item()
 
 
 def batch_on_device(check: Check) -> None:

@@ -109,11 +109,11 @@ def task_on(config: Config, small: bool, device: torch.device) -> Task:
 class Step:
     """One optimiser step of the training loop on a resident batch. Returns the loss."""
 
-    def __init__(self, check: Check, config: Config, batch: int | None = None) -> None:
+    def __init__(self, check: Check, config: Config, batch: int | None = None, *, cuda_graphs: bool = True) -> None:
         self.config = config
         self.task = task_on(config, check.small, check.device)
         self.batch = random_batch(config, batch or check.batch, check.small).to(check.device)
-        self.trainer = Trainer(self.task, config, Process(0, 1, check.device), 10_000)
+        self.trainer = Trainer(self.task, config, Process(0, 1, check.device), 10_000, cuda_graphs=cuda_graphs)
 
     def __call__(self) -> float:
         return self.trainer.take_step(itertools.repeat(self.batch))["loss"]

@@ -110,6 +110,11 @@ class Check:
         peak = torch.cuda.max_memory_allocated(self.device)
         return {"peak_gb": round(peak / 1e9, 2), "increase_gb": round((peak - before) / 1e9, 2)}
 
+    def reserved(self) -> dict[str, float]:
+        """Memory held by all tensors and recorded graphs [GB]. Empty on a CPU."""
+        self.free()
+        return {"reserved_gb": round(torch.cuda.memory_reserved(self.device) / 1e9, 2)} if self.is_cuda else {}
+
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, in float64 on the host."""

@@ -52,22 +52,30 @@ def env(check: Check) -> None:
         check.record(f"product, {dtype}", tflop_per_s=round(rate, 1))
 
 
-def measure_step(check: Check, what: str, config: Config, *, batch: int | None = None, rounds: int = 10) -> Step:
-    """Record time, samples/s and peak memory of a training step. Returns the step."""
+def measure_step(
+    check: Check, what: str, config: Config, *, batch: int | None = None, rounds: int = 10, cuda_graphs: bool = True
+) -> Step:
+    """Record time, samples/s and memory of a training step, which is recorded before it is timed. Returns the step."""
+    check.free()
     began = time.perf_counter()
-    step = Step(check, config, batch)
+    step = Step(check, config, batch, cuda_graphs=cuda_graphs)
     step()
     check.synchronize()
     first = time.perf_counter() - began
     took, size = check.ms(step, rounds), len(step.batch)
     rate = round(1e3 * size / took, 1)
-    check.record(what, ms=took, samples_per_s=rate, batch=size, **check.memory(step), first_step_s=round(first, 1))
+    memory = check.memory(step) | check.reserved()
+    check.record(what, ms=took, samples_per_s=rate, batch=size, **memory, first_step_s=round(first, 1))
     return step
 
 
 def step(check: Check) -> None:
-    """The paper's step: time, memory, parts, dtypes and layouts between them, waits of the host, kernels."""
-    whole = measure_step(check, "step", config_of(check.small))
+    """The paper's step with and without CUDA graphs: time, memory, parts, dtypes and layouts, waits of the host, kernels."""
+    graphed = measure_step(check, "step", config_of(check.small))
+    with check.guarded("kernels"):
+        kernel_table(check, graphed)
+    del graphed
+    whole = measure_step(check, "step without CUDA graphs", config_of(check.small), cuda_graphs=False)
     with check.guarded("layouts"):
         layouts(check, whole)
     with check.guarded("waits"):
@@ -75,7 +83,7 @@ def step(check: Check) -> None:
     with check.guarded("parts"):
         parts(check, whole)
     with check.guarded("kernels"):
-        kernel_table(check, whole)
+        kernel_table(check, whole, "-without-graphs")
 
 
 def layouts(check: Check, whole: Step) -> None:
@@ -188,8 +196,8 @@ def parts(check: Check, whole: Step) -> None:
     whole.trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def kernel_table(check: Check, whole: Step) -> None:
-    """The most expensive kernels of a step, to OUT/kernels.txt; number of launches and busy time of the device."""
+def kernel_table(check: Check, whole: Callable[[], float], suffix: str = "") -> None:
+    """The most expensive kernels of a step, to OUT/kernels-PART.txt; number of launches and busy time of the device."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.is_cuda else [])]
     with profile(activities=activities) as profiled:
         whole()
@@ -197,10 +205,10 @@ def kernel_table(check: Check, whole: Step) -> None:
     events = profiled.key_averages()
     order = "self_cuda_time_total" if check.is_cuda else "self_cpu_time_total"
     table = events.table(sort_by=order, row_limit=60, max_name_column_width=90)
-    (check.out / "kernels.txt").write_text(table)
+    (check.out / f"kernels-{check.part}{suffix}.txt").write_text(table)
     launches = sum(e.count for e in events if "LaunchKernel" in e.key)
     busy = sum(e.self_device_time_total for e in events if e.device_type == torch.autograd.DeviceType.CUDA) / 1e3
-    check.record("kernels", launches=launches, busy_ms=round(busy, 1))
+    check.record("kernels" + suffix, launches=launches, busy_ms=round(busy, 1))
 
 
 def network(**fields: Any) -> Callable[[Check], None]:
@@ -208,7 +216,9 @@ def network(**fields: Any) -> Callable[[Check], None]:
 
     def run(check: Check) -> None:
         chosen = {k: v for k, v in fields.items() if not (check.small and k == "image_size")}
-        measure_step(check, "step", config_of(check.small, **chosen), rounds=5)
+        whole = measure_step(check, "step", config_of(check.small, **chosen), rounds=5)
+        with check.guarded("kernels"):
+            kernel_table(check, whole)
 
     return run
 
@@ -216,7 +226,7 @@ def network(**fields: Any) -> Callable[[Check], None]:
 def variants(check: Check) -> None:
     """Modified steps against the plain step, alternating in the same process. `ratio` below 1 is a gain."""
     config = config_of(check.small)
-    kept = replace(config, network=replace(config.network, recompute=False))
+    less_memory = replace(config, network=replace(config.network, recompute=True))
     plain = Step(check, config)
 
     def with_benchmark() -> Callable[[], float]:
@@ -231,15 +241,17 @@ def variants(check: Check) -> None:
 
         return run
 
-    def with_compiled_encoder() -> Callable[[], float]:
-        step = Step(check, kept)
-        step.task.network.encoder.compile()
+    def with_compiled_decoder() -> Step:
+        step = Step(check, replace(config, compile=True))
+        step.task.network.decoder.compile()
         return step
 
     made: dict[str, Callable[[], Callable[[], float]]] = {
-        "no recomputation": lambda: Step(check, kept),
+        "no CUDA graphs": lambda: Step(check, config, cuda_graphs=False),
         "cudnn.benchmark": with_benchmark,
-        "compiled encoder, no recomputation": with_compiled_encoder,
+        "activation checkpointing": lambda: Step(check, less_memory),
+        "compiled encoder": lambda: Step(check, replace(config, compile=True)),
+        "compiled encoder and decoder": with_compiled_decoder,
     }
     for name, make in made.items():
         if not check.is_cuda and "compiled" in name:
@@ -256,7 +268,8 @@ def variants(check: Check) -> None:
             took, plainly = (round(statistics.median(times[key]), 2) for key in (name, "plain"))
             memory = check.memory(changed).get("increase_gb"), check.memory(plain).get("increase_gb")
             check.record(name, ms=took, plain_ms=plainly, ratio=round(ratio, 3), first_step_s=first,
-                         increase_gb=memory[0], plain_increase_gb=memory[1])  # fmt: skip
+                         increase_gb=memory[0], plain_increase_gb=memory[1], **check.reserved())  # fmt: skip
+            kernel_table(check, changed, f"-{name.replace(' ', '-')}")
             del changed
 
 

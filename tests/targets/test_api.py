@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import occfeat_targets
 from occfeat_targets.build.plan import BuildOptions
@@ -81,6 +83,13 @@ def test_build_cache_writes_the_bytes_of_the_command(city, tiny_teacher, tmp_pat
         ({"label_kinds": ["cars"]}, "label_kinds=.'cars'.: a list of some of vehicles, map expected"),
         ({"label_kinds": "map"}, "label_kinds='map': a list of some of vehicles, map expected"),
         ({"scenes": "scene-0061"}, "scenes='scene-0061': a list of names expected"),
+        ({"scenes": ["scene-0061", 61]}, r"scenes=\['scene-0061', 61\]: a list of names expected"),
+        ({"label_kinds": [["map"]]}, r"label_kinds=\[\['map'\]\]: a list of some of vehicles, map expected"),
+        ({"grid": (8, 200, 200)}, r"grid=\(8, 200, 200\): an occfeat_targets.VoxelGrid expected"),
+        ({"image_size": "270x480"}, r"image_size='270x480': \(height, width\) \[px\] expected"),
+        ({"feature_size": 224}, r"feature_size=224: \(height, width\) \[px\] expected"),
+        ({"sweeps": "3"}, "sweeps='3': a whole number expected"),
+        ({"shard": "0/3"}, "shard='0/3': .k, n. with 0 <= k < n expected"),
         ({"workers": -1}, "workers=-1: at least 0 expected"),
         ({"teacher_batch": 0}, "teacher_batch=0: at least 1 expected"),
         ({"shard": (3, 3)}, "shard=.3, 3.: .k, n. with 0 <= k < n expected"),
@@ -93,10 +102,17 @@ def test_build_cache_refuses_before_it_writes(city, tmp_path, options, message):
     assert not (tmp_path / "cache").exists()
 
 
+def test_build_cache_refuses_several_paths_and_a_split_that_is_no_name(tmp_path):
+    with pytest.raises(ValueError, match=r"dataroot=\['a', 'b'\]: one string or Path expected"):
+        occfeat_targets.build_cache(["a", "b"], tmp_path, "train")
+    with pytest.raises(ValueError, match="split=None: its name expected"):
+        occfeat_targets.build_cache("a", tmp_path, None)
+
+
 def test_build_cache_raises_when_a_shard_fails(broken_city, tmp_path):
     for sweep in (broken_city / "samples" / "LIDAR_TOP").iterdir():
         sweep.write_bytes(sweep.read_bytes()[:1001])
-    with pytest.raises(ValueError, match="1 shards of .* failed .shard 0: sample .*past a whole return"):
+    with pytest.raises(ValueError, match="1 shard of .* failed .shard 0: sample .*past a whole return"):
         occfeat_targets.build_cache(
             broken_city, tmp_path, "mini_train", teacher=None, image_size=(96, 160), workers=0, log=None, progress=False
         )
@@ -119,6 +135,29 @@ def test_voxelize_refuses_other_shapes():
         occfeat_targets.voxelize(np.zeros((1, 3), np.float32), grid_from_points=np.zeros((2, 4, 4)))
     with pytest.raises(ValueError, match=r"points of shape \(3,\)"):
         occfeat_targets.voxelize(np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"points": "sweep.bin"}, "points of type str cannot be read as an array of numbers .*; read a file into one"),
+        ({"points": [Path("a.bin"), Path("b.bin")]}, "points of type list cannot be read as an array of numbers"),
+        (
+            {"points": torch.zeros(1, 3, requires_grad=True)},
+            r"points of type Tensor .* as tensor.detach\(\).cpu\(\).numpy\(\)",
+        ),
+        ({"grid_from_points": "ego"}, "grid_from_points of type str cannot be read"),
+        ({"grid": (8, 200, 200)}, r"grid=\(8, 200, 200\): an occfeat_targets.VoxelGrid expected"),
+    ],
+)
+def test_voxelize_refuses_other_types(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        occfeat_targets.voxelize(**{"points": np.zeros((1, 3), np.float32), **arguments})
+
+
+def test_voxelize_takes_a_tensor_on_the_cpu():
+    points = torch.tensor([[1.0, 2.0, 0.5]])
+    assert np.array_equal(occfeat_targets.voxelize(points), occfeat_targets.voxelize(points.numpy()))
 
 
 def test_voxelize_equals_a_caches_occupancy(city, serial):

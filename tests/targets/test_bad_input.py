@@ -61,6 +61,12 @@ def remove_image(city: Path) -> str:
     return record["filename"]
 
 
+def link_image_to_itself(city: Path) -> str:
+    file = city / remove_image(city)
+    file.symlink_to(file)
+    return file.name
+
+
 def remove_camera_record(city: Path) -> str:
     token = keyframe_record(city, "CAM_BACK")["token"]
     write_table(city, "sample_data", [r for r in table(city, "sample_data") if r["token"] != token])
@@ -75,6 +81,18 @@ def nan_pose(city: Path) -> str:
             pose["translation"][1] = float("nan")
     write_table(city, "ego_pose", poses)
     return record["filename"]
+
+
+def change_image_record(change):
+    def damage(city: Path) -> str:
+        record, data = keyframe_record(city, "CAM_FRONT"), table(city, "sample_data")
+        for other in data:
+            if other["token"] == record["token"]:
+                change(other)
+        write_table(city, "sample_data", data)
+        return f"sample_data.json, token {record['token']}"
+
+    return damage
 
 
 def change_calibration(change):
@@ -102,6 +120,7 @@ BAD_INPUT = {
     "empty sweep": (cut_file(0.0, "LIDAR_TOP"), "is empty"),
     "half a JPEG": (cut_file(0.5, "CAM_FRONT"), "truncated or damaged"),
     "missing image": (remove_image, "is missing"),
+    "link to itself": (link_image_to_itself, "is missing"),
     "missing camera": (remove_camera_record, "no keyframe record"),
     "NaN pose": (nan_pose, "not three finite numbers"),
 }
@@ -109,7 +128,13 @@ BAD_CALIBRATION = {
     "zero rotation": (change_calibration(lambda c: c.update(rotation=[0, 0, 0, 0])), "[0, 0, 0, 0] is no quaternion"),
     "no translation": (change_calibration(lambda c: c.pop("translation")), "has no key 'translation'"),
     "no intrinsics": (change_calibration(lambda c: c.pop("camera_intrinsic")), "has no key 'camera_intrinsic'"),
+    "no width": (change_image_record(lambda r: r.pop("width")), "has no key 'width'; re-extract the tables"),
+    "no height value": (
+        change_image_record(lambda r: r.update(height=None)),
+        "are (None, 320): expected whole numbers",
+    ),
 }
+OF_CAM_BACK = ("missing image", "link to itself", "missing camera")
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
@@ -125,7 +150,7 @@ def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(nam
     assert "Traceback" not in message
     for part in (token, file, reason):
         assert part in message
-    if name in ("missing image", "missing camera", "NaN pose"):  # found when planning, before a cache exists
+    if name in (*OF_CAM_BACK, "NaN pose"):  # found when planning, before a cache exists
         assert not cache.exists()
     else:
         assert open_cache(cache / "mini_train.zarr").finished_shards().keys() == {0}
@@ -141,11 +166,11 @@ def test_bad_input_is_an_error_with_its_name_and_can_be_skipped_and_recorded(nam
     assert reason in status.stdout
 
 
-@pytest.mark.parametrize("name", ["missing image", "missing camera", "NaN pose", "zero rotation"])
+@pytest.mark.parametrize("name", [*OF_CAM_BACK, "NaN pose", "zero rotation", "no width"])
 def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(name, broken_city, tmp_path, expected):
     damage, reason = {**BAD_INPUT, **BAD_CALIBRATION}[name]
     damage(broken_city)
-    camera = CAMERAS.index("CAM_BACK" if name in ("missing image", "missing camera") else "CAM_FRONT")
+    camera = CAMERAS.index("CAM_BACK" if name in OF_CAM_BACK else "CAM_FRONT")
     arguments = build_arguments(broken_city, tmp_path, "none", "--workers", "0", "--frames", "both")
     assert run(*arguments, "--on-error", "mask-camera", check=False).returncode == 3
     found = contents(tmp_path)
@@ -163,7 +188,7 @@ def test_a_camera_that_nuscenes_lacks_is_masked_and_the_other_five_are_built(nam
     seed = next(seed for seed in range(100) if np.random.default_rng(seed).permutation(10)[0] == 2)  # verify the third
     verify = ["verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "1", "--seed", seed]
     verified = run(*verify).stdout
-    assert verified.count("1 masked cameras") == 1
+    assert verified.count("1 masked camera;") == 1
     assert "is sound; 0 keyframes skipped, 1 keyframe with masked cameras" in verified
 
 

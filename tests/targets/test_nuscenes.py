@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from occfeat_targets.cache.geometry import project, transform
-from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.cache.spec import CAMERAS, TargetSpec
 from occfeat_targets.sources.keyframe import DatasetError
 from occfeat_targets.sources.nuscenes import find_dataroot, read_map, read_split
-from occfeat_targets.verify.slow_nuscenes import read_keyframes
+from occfeat_targets.verify.slow_nuscenes import read_keyframes, read_slow_source
 
 
 def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=True):
@@ -115,6 +115,57 @@ def test_a_missing_split_scene_or_table_is_named(city, tmp_path):
     (copy / "v1.0-mini" / "log.json").unlink()
     with pytest.raises(DatasetError, match=r"do not load: .*log\.json"):
         split_of(copy)
+
+
+@pytest.fixture
+def without_key(city, tmp_path):
+    """Function that removes a key from every record of a table of a copy; it returns the copy's dataroot."""
+
+    def remove(table: str, key: str):
+        shutil.copytree(city, tmp_path, ignore=shutil.ignore_patterns("samples", "sweeps"), dirs_exist_ok=True)
+        file = tmp_path / "v1.0-mini" / f"{table}.json"
+        records = json.loads(file.read_text())
+        file.write_text(json.dumps([{k: v for k, v in record.items() if k != key} for record in records]))
+        return tmp_path
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("scene", "first_sample_token"), ("log", "location"), ("sample", "timestamp"), ("sample", "next")],
+)
+def test_a_key_that_a_split_needs_is_named_with_its_record(without_key, table, key):
+    with pytest.raises(DatasetError, match=rf"{table}\.json, token \w+: the record has no key '{key}'; re-extract the"):
+        split_of(without_key(table, key))
+
+
+@pytest.mark.parametrize(
+    ("table", "key"), [("sample_data", "filename"), ("sample_data", "prev"), ("sample_annotation", "size")]
+)
+def test_a_key_that_a_keyframe_needs_is_the_problem_of_the_keyframe(without_key, table, key):
+    for keyframe in split_of(without_key(table, key), num_sweeps=2).keyframes:
+        assert keyframe.problem.startswith(f"{table}.json, token ")
+        assert f"the record has no key {key!r}; re-extract the tables" in keyframe.problem
+
+
+def test_a_box_without_visibility_counts_as_visible_in_both_readers(without_key):
+    root = without_key("sample_annotation", "visibility_token")
+    split = split_of(root)
+    slow = read_keyframes(root, "v1.0-mini", [k.token for k in split.keyframes], CAMERAS, 1)
+    assert sum(len(k.visibility) for k in split.keyframes) > 0
+    for keyframe in split.keyframes:
+        assert (keyframe.visibility == 4).all() and (slow[keyframe.token].visibility == 4).all()
+
+
+def test_a_log_without_a_vehicle_is_not_synthetic(without_key):
+    assert not split_of(without_key("log", "vehicle")).is_synthetic
+
+
+def test_the_independent_reader_names_a_key_that_the_tables_lack(city, without_key):
+    tokens, spec = [k.token for k in split_of(city).keyframes], TargetSpec(num_sweeps=2)
+    with pytest.raises(ValueError, match="have no 'prev': pass the --dataroot"):
+        read_slow_source(without_key("sample_data", "prev"), "v1.0-mini", tokens, spec)
 
 
 def test_a_missing_or_outdated_map_is_named(city, tmp_path):

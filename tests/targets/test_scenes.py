@@ -80,7 +80,7 @@ def test_a_cache_contains_only_the_chosen_scenes_and_keeps_that_choice(partial, 
         assert (values == expected[name][5:]).all(), name
     listed.write_text(f"{scenes[1]}\n# another: {scenes[0]}\n")
     assert "to build here: 0 shards" in run(*arguments, "--scenes", listed).stdout
-    assert "1 scenes left out by --scenes" in run("info", "--cache", cache, "--split", "mini_train").stdout
+    assert "1 scene left out by --scenes" in run("info", "--cache", cache, "--split", "mini_train").stdout
     other = run(*arguments, "--scenes", ",".join(scenes), "--on-error", "skip", check=False)
     assert other.returncode == 1
     assert "pass the same --scenes as at its first build" in other.stderr

@@ -43,7 +43,7 @@ def test_a_record_copied_over_another_is_refused_without_advice_to_remove_good_f
         assert "00001.json is not the record of this shard" in command(name, finished_cache).stderr
     found = command("verify", finished_cache, "--samples", "0")
     assert found.returncode == 1
-    assert "1 problems found" in found.stderr
+    assert "1 problem found" in found.stderr
     assert "remove it" not in found.stdout
     record_file(finished_cache, 1).unlink()  # as the message advises
     assert finished_cache.pending_shards() == [1]
@@ -206,7 +206,7 @@ def test_every_command_refuses_a_cache_with_missing_files_of_finished_shards(fin
     shard_file(finished_cache.path, finished_cache.spec.arrays()[0], 1).unlink()
     found = command(name, finished_cache, *(["--out", str(tmp_path / "preview")] if name == "preview" else []))
     assert found.returncode == 1
-    lost = "is_valid/c/1 is damaged" if name == "preview" else "lost 1 files of finished shards (is_valid/c/1): restore"
+    lost = "is_valid/c/1 is damaged" if name == "preview" else "lost 1 file of finished shards (is_valid/c/1): restore"
     assert lost in found.stderr
     (problem,) = problems(finished_cache)
     assert (

@@ -65,7 +65,7 @@ def test_a_missing_and_a_foreign_file_are_found(cache, city, tiny_teacher):
     assert "aside does not belong to the cache" in result.stdout
     build = run(*build_arguments(city, cache, tiny_teacher, "--workers", "0", "--shard-size", "10"), check=False)
     assert build.returncode == 1
-    assert "lost 1 files of finished shards (features/c/0/0/0/0/0): restore them, or delete" in build.stderr
+    assert "lost 1 file of finished shards (features/c/0/0/0/0/0): restore them, or delete" in build.stderr
     file.with_name("aside").rename(file)
 
 
@@ -100,7 +100,7 @@ def test_wrong_targets_with_valid_checksums_are_found(sound, tmp_path, name, cha
     result = verify(cache, samples=1)
     assert result.returncode == 1
     assert complaint in result.stdout
-    assert "problems found" in result.stderr
+    assert "1 problem found" in result.stderr
 
 
 def test_a_sweep_of_another_layout_that_the_build_accepted_is_found(broken_city, tmp_path, monkeypatch):

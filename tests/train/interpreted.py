@@ -92,6 +92,18 @@ class _Recorder:
         return lambda *arguments, **options: self.calls.append((self.kernel, arguments, options))
 
 
+def not_launched(name: str, patch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace the kernels of the module `name`, so that its functions call them without effect. Returns the list of their launches."""
+    from triton.runtime.jit import JITFunction
+
+    calls: list[Any] = []
+    module = importlib.import_module(name)
+    for key, value in list(vars(module).items()):
+        if isinstance(value, JITFunction):
+            patch.setattr(module, key, _Recorder(value, calls))
+    return calls
+
+
 def compiled(
     name: str, target: int, call: Callable[[ModuleType], Any], patch: pytest.MonkeyPatch, cache: Path
 ) -> dict[str, str]:
@@ -99,15 +111,11 @@ def compiled(
     pytest.importorskip("triton", minversion="3.3", reason="its compiler is called otherwise")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-    from triton.runtime.jit import JITFunction
 
     patch.setenv("TRITON_CACHE_DIR", str(cache))
     module = importlib.import_module(name)
-    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     with pytest.MonkeyPatch.context() as recording:
-        for key, value in vars(module).items():
-            if isinstance(value, JITFunction):
-                recording.setattr(module, key, _Recorder(value, calls))
+        calls = not_launched(name, recording)
         call(module)
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
     types |= {torch.int64: "*i64"}

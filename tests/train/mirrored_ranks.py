@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from occfeat_train.config import LIFTINGS
-from occfeat_train.distributed import processes
+from occfeat_train.distributed import average_gradients, processes
 from tests.train.test_network import augmented, mirrorable_network
 
 
@@ -15,8 +14,9 @@ def check(lifting: str, rank: int) -> None:
     alone, network = (mirrorable_network(lifting) for _ in range(2))
     plain = alone(augmented([[False, False]] * 2))
     plain.square().mean().backward()
-    found = DistributedDataParallel(network)(augmented([[rank == 1] * 2] * 2))
+    found = network(augmented([[rank == 1] * 2] * 2))
     found.square().mean().backward()
+    average_gradients(network)
     maps = [torch.empty_like(plain) for _ in range(2)]
     dist.all_gather(maps, found.detach().contiguous())
     for each in maps:

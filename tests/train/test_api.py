@@ -28,16 +28,11 @@ from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
-from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache, write_caches
+from tests.train.runs import copy_of, pretrain, reader, steps, succeed, update_digests, write_cache
 
 CALIBRATION = ("camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego")
 # Warnings on machines with a single core, and about forking a process with threads.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +106,7 @@ def test_nothing_outside_of_an_area_is_read(cache, runs):
     assert seen[2].area.tolist() == [[[0, 0, 16, 24]] * 6]
     for wrong, message in (
         (part[:, 1:], r"torch.int32 of shape \(1, 5, 4\): expected a tensor .* of \(1, 6, 4\)"),
-        (part.numpy(), "ndarray: expected a tensor"),
+        (part.numpy(), "of type ndarray: expected a torch.Tensor"),
         (part.flip(-1), r"\[30.0, 20.0, 0.0, 0.0\]: expected .* top < bottom, left < right"),
     ):
         with pytest.raises(ValueError, match=f"image_area is {message}"):
@@ -202,9 +197,7 @@ def test_an_imported_reference_has_its_grid_in_the_front_cameras_frame(runs):
 def test_a_network_in_a_camera_frame_needs_its_cameras_or_the_grid(cache, runs):
     network, sample = occfeat_train.load(runs["cameras"]), batched(occfeat_train.open_cache(cache / "val.zarr")[0])
     two = [sample[name][:, :2] for name in ("images", "intrinsics", "cam_from_ego")]
-    with pytest.raises(
-        ValueError, match="lies in the frame of CAM_FRONT, and 2 cameras were given: .* or grid_from_ego"
-    ):
+    with pytest.raises(ValueError, match="lies in the frame of CAM_FRONT, and 2 cameras given: .* or grid_from_ego"):
         network.features(*two)
     with torch.no_grad():
         assert network.features(*two, sample["grid_from_ego"][:, 1]).isfinite().all()

@@ -71,7 +71,7 @@ def test_a_cache_with_a_missing_chunk_is_neither_ready_nor_trained_on(small, tmp
         file = shard_file(small / "train.zarr", array, 1)
         file.rename(tmp_path / "aside")
         message = refuse("check", "--cache", small, "--split", "train")
-        assert f"lost 1 files of finished shards ({array.name}/c/1" in message
+        assert f"lost 1 file of finished shards ({array.name}/c/1" in message
         if not array.name.startswith("labels/"):  # pretraining does not open them
             assert f"{array.name}/c/1" in refuse(*pretrain(small, tmp_path / "run", *steps(1)), out=tmp_path / "run")
         (tmp_path / "aside").rename(file)

@@ -45,11 +45,6 @@ class Hostile:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory) -> Path:
     """A pretraining of four steps with a checkpoint after each step."""
     out = tmp_path_factory.mktemp("trained") / "run"

@@ -309,6 +309,28 @@ def test_the_official_file_is_downloaded_once_and_checked(tmp_path, monkeypatch,
     assert asked == [backbones.MOCO_V2_URL] * 2
 
 
+def test_ranks_that_download_the_official_file_together_each_get_it_whole(tmp_path, monkeypatch, resnet):
+    """Every rank starts to write before any of them has finished, and another rank finishes first."""
+    source = tmp_path / "source"
+    write_moco(source, torchvision_resnet50())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(backbones, "MOCO_V2_MD5", hashlib.md5(source.read_bytes()).hexdigest()[:8])
+    targets: list[str] = []
+
+    def download(url: str, target: str) -> None:
+        targets.append(target)
+        Path(target).write_bytes(b"half")
+        if len(targets) == 1:
+            load_backbone_weights(resnet, "moco-v2")  # the other rank
+        Path(target).write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    assert "MoCo-v2 weights from" in load_backbone_weights(resnet, "moco-v2")
+    assert len(set(targets)) == 2
+    (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
+    assert file.read_bytes() == source.read_bytes()
+
+
 def test_the_official_file_offline_is_an_error_with_its_address_and_path(tmp_path, monkeypatch, resnet):
     def download(url: str, target: str) -> None:
         raise URLError("no route")

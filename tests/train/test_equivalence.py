@@ -6,6 +6,7 @@ import dataclasses
 import json
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.loop import stream_of_batches, train
-from occfeat_train.training.step import TrainingError, forward_backward, set_training
+from occfeat_train.training.step import TrainingError, accumulate, forward_backward, set_training
 from tests.train.runs import (
     VAL_SCENES,
     evaluate,
@@ -30,7 +31,6 @@ from tests.train.runs import (
     steps,
     succeed,
     weights,
-    write_caches,
 )
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -43,13 +43,8 @@ CONFIG = Config(
 SEPARATE = ["--set", "network.freeze_batchnorm=true", "--set", "network.drop_connect=0"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("equivalence"))
-
-
 def gradients(cache: Path, config: Config, world: int = 1) -> tuple[Task, dict[str, torch.Tensor]]:
-    """Gradients and losses of one step, averaged over the ranks as DDP does. Float64 makes the order of sums irrelevant."""
+    """Gradients and losses of one step, averaged over the ranks. Float64 makes the order of sums irrelevant."""
     dataset = KeyframeDataset(reader(cache), config, training=True)
     task = build_task(config, dataset.grid, 6).double()
     task.network.register_forward_pre_hook(
@@ -60,25 +55,12 @@ def gradients(cache: Path, config: Config, world: int = 1) -> tuple[Task, dict[s
     for rank in range(world):
         process = Process(rank, world, ALONE.device)
         batches = (dataset.batch(samples) for samples in stream_of_batches(dataset, config, process, 0, 1))
-        losses, tokens = forward_backward(_NoSync(task), batches, config, process, 0)
+        losses, tokens = accumulate(partial(forward_backward, task, config, ALONE.device), batches, config, process, 0)
         assert len(tokens) == 8 // world
         for name, loss in losses.items():
             total[name] = total.get(name, 0) + loss
     grads = {name: p.grad / world for name, p in task.named_parameters()}
     return task, {**grads, **total}
-
-
-class _NoSync:
-    """Has DDP's interface, and accumulates gradients without synchronising them."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __call__(self, batch):
-        return self.task(batch)
-
-    def no_sync(self):
-        return torch.autograd.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize("task", ["occfeat", "vehicles", "map"])

@@ -27,15 +27,9 @@ from tests.train.runs import (
     succeed,
     weights,
     write_cache,
-    write_caches,
 )
 
 INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compilation takes minutes on a small machine
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("loop"))
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +123,14 @@ def test_a_nan_loss_names_the_samples_and_stops_the_run_without_saving(tmp_path)
 
 
 def test_an_infinite_gradient_stops_the_run(cache, tmp_path, monkeypatch):
-    passes = step.forward_backward
+    passes, calls = step.forward_backward, []
 
-    def damaged(model, batches, config, process, step):
-        result = passes(model, batches, config, process, step)
-        if step == 2:
-            next(iter(model.parameters())).grad[:] = torch.inf
-        return result
+    def damaged(task, config, device, batch):
+        losses = passes(task, config, device, batch)
+        calls.append(batch)
+        if len(calls) == 3:
+            next(iter(task.parameters())).grad[:] = torch.inf
+        return losses
 
     monkeypatch.setattr(step, "forward_backward", damaged)
     result = invoke(*pretrain(cache, tmp_path / "run", *steps(6), "--save-every", "1"))

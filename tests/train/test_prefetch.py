@@ -62,3 +62,18 @@ def test_a_closed_prefetcher_stops_its_threads_and_reads_no_further(tmp_path):
     batches.close()
     assert not prefetch_threads()
     assert len(asked) <= 5
+
+
+def test_every_thread_selects_the_gpu_that_it_copies_to(tmp_path, monkeypatch):
+    """Batches are not copied here: there may be no GPU."""
+    device, selected = torch.device("cuda", 3), {}
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: selected.update({threading.get_ident(): device}))
+    used = []
+    dataset = dataset_of(write_cache(tmp_path))
+    read = dataset.batch
+    monkeypatch.setattr(dataset, "batch", lambda samples: used.append(threading.get_ident()) or read(samples))
+    batches = [[dataset.stream(i)] for i in range(6)]
+    assert len(list(Prefetcher(dataset, batches, device, workers=2))) == 6
+    assert set(used) <= set(selected)
+    assert set(selected.values()) == {device}

@@ -18,16 +18,10 @@ from tests.train.runs import (
     start_process,
     steps,
     succeed,
-    write_caches,
 )
 
 # BatchNorm is in training mode and its statistics change much in a few steps, because each rank sees other samples.
 STEPS = [*steps(3), "--validate", "val"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("ranks"))
 
 
 def run_pair(arguments: list[str], expected: int = 0) -> str:

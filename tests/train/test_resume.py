@@ -30,7 +30,6 @@ from tests.train.runs import (
     steps,
     succeed,
     write_cache,
-    write_caches,
 )
 
 # Drop-connect, augmentation, accumulation and a schedule: all of their states must resume correctly.
@@ -42,11 +41,6 @@ VARIED = [
 
 class Killed(BaseException):
     """Simulates SIGKILL: no code after it runs."""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_caches(tmp_path_factory.mktemp("resume"))
 
 
 @pytest.fixture(scope="module")

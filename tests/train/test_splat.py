@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_train.networks import lss
 from occfeat_train.networks.lss import LSS, depth_bins
 from occfeat_train.ops.views import Views
 from occfeat_train.simple_bev.quirks import ReferenceLSS
@@ -115,6 +116,31 @@ def test_lss_passes_gradcheck(lifting: type[LSS]) -> None:
     views, features = random_views(1, 1, 2), random_input(1, 2, 2, 2, 3).double().requires_grad_()
     lss = lifting(GRID, 2)
     assert torch.autograd.gradcheck(lambda given: lss(given, views), (features,))
+
+
+@pytest.mark.parametrize("lifting", [LSS, ReferenceLSS])
+def test_a_gpus_lists_with_unused_points_give_the_same_values_and_gradients(
+    lifting: type[LSS], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU keeps all points, because the host would wait for the number of those in the grid."""
+    views, features = random_views(1, 2, 3), random_input(2)
+    found = []
+    for waits in (False, True):
+        monkeypatch.setattr(lss, "host_waits", lambda device, waits=waits: waits)
+        leaf, model = features.clone().requires_grad_(), lifting(GRID, 5)
+        out = model(leaf, views)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        points = model.find_points(views, 0, (4, 6))
+        found.append((out, leaf.grad, points))
+        assert points.bags[-1] == len(points.places)
+        assert (len(points.places) == points.starts[-1]) == (not waits)
+        assert points.bags[len(points.starts) - 1 :].diff().le(64).all()
+    for ours, theirs in zip(found[1][:2], found[0][:2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    used = found[0][2]
+    assert torch.equal(found[1][2].places[: len(used.places)], used.places)
+    assert torch.equal(found[1][2].shares[: len(used.places)], used.shares)
+    assert not found[1][2].shares[len(used.places) :].any()
 
 
 # -- invariances ------------------------------------------------------------------------------------------------------
