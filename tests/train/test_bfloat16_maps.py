@@ -74,7 +74,6 @@ def test_every_map_of_a_bfloat16_step_is_bfloat16_and_channels_last(name: str, l
     assert {grad.dtype for grad in grads} == {torch.bfloat16}
 
 
-@pytest.mark.xfail(reason="the encoder resizes its deep map under autocast", strict=True)
 @pytest.mark.parametrize("lifting", LIFTINGS)
 def test_no_map_is_given_to_a_function_that_a_gpu_computes_in_float32(lifting: str) -> None:
     network = dataclasses.replace(CONFIG.network, lifting=lifting, recompute=False)
