@@ -66,7 +66,8 @@ def build_cache(
     Options and defaults are the command's; environment variables are not read. What differs from the command:
     grid: its --grid and --range. teacher: None for none. label_kinds: some of "vehicles" and "map", () for none
     (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
-    workers: local processes, one a core by default, 0 for this process alone. In a script, call with workers only under
+    workers: local processes, by default one a core, on GPUs at most 16 a GPU and no more than its memory holds; 0 for this
+    process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
     log: gets what the command prints, line by line; None for silence. progress: show a progress bar.
 
@@ -101,7 +102,8 @@ def build_cache(
     _require(ways <= 1, "workers, scheduler and shard are three ways to run a build: choose one")
 
     from occfeat_targets.build.plan import BuildOptions, make_plan
-    from occfeat_targets.build.run import default_workers, run
+    from occfeat_targets.build.run import run
+    from occfeat_targets.build.workers import choose_workers, find_build_devices
     from occfeat_targets.messages import describe_outcome, describe_plan
 
     def write(line: str) -> None:
@@ -118,11 +120,12 @@ def build_cache(
         keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
+    devices = find_build_devices(options, scheduler)
     plan = make_plan(options)
-    processes = 0 if shard is not None else default_workers() if workers is None else workers
-    for line in describe_plan(plan, workers=processes, scheduler=scheduler):
+    chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
+    for line in describe_plan(plan, chosen):
         write(line)
-    outcome = run(plan, workers=processes, scheduler=scheduler, print_line=write, progress=progress)
+    outcome = run(plan, chosen, print_line=write, progress=progress)
     for line in describe_outcome(plan, outcome, time.monotonic() - started):
         write(line)
     if outcome.failed:

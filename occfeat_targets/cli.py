@@ -83,7 +83,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     "--teacher-batch",
     type=click.IntRange(1),
     default=None,
-    help="Keyframes per batch.  [default: 1 on a CPU, 8 on a GPU]",
+    help="Keyframes per batch.  [default: 1 on a CPU; on a GPU 8, or fewer if its free memory is short]",
 )
 @click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
               help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
@@ -99,7 +99,8 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 )
 @click.option("--points", is_flag=True, help="Also store the LiDAR returns of each keyframe.")
 @click.option("--workers", type=click.IntRange(0), default=None,
-              help="Local worker processes; one per core by default, 0 builds in this process.")  # fmt: skip
+              help="Local worker processes; 0 builds in this process.  [default: one per core; on GPUs at most 16 per GPU, and no "
+              "more than its free memory holds]")  # fmt: skip
 @click.option("--scheduler", default=None, metavar="TCP://...", help="Address of an existing Dask cluster.")
 @click.option(
     "--shard", type=ShardOf(), default=None, help="Build every N-th shard, starting with the K-th, in this process."
@@ -112,7 +113,13 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     is_flag=True,
     help="Rebuild skipped keyframes, and those with masked cameras, of finished shards.",
 )
-@click.option("--device", default="auto", show_default=True, help="Device of the teacher: auto, cpu, cuda, cuda:1.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device of the teacher: auto, cpu, cuda, cuda:1. With cuda, local workers are spread over all GPUs; with cuda:1 "
+    "they use only this GPU.",
+)
 @reports_errors
 def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
@@ -124,7 +131,8 @@ def build(
 ) -> None:  # fmt: skip
     """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.plan import BuildOptions, make_plan
-    from occfeat_targets.build.run import default_workers, run
+    from occfeat_targets.build.run import run
+    from occfeat_targets.build.workers import choose_workers, find_build_devices
     from occfeat_targets.cache.store import is_whole
     from occfeat_targets.messages import describe_outcome, describe_plan
     from occfeat_targets.sources.scenes import parse_scenes
@@ -134,26 +142,23 @@ def build(
     if no_labels and label_kinds is not None:
         raise click.UsageError("--label-kinds and --no-labels contradict each other: pass one of them")
     started = time.monotonic()
+    options = BuildOptions(
+        dataroot=dataroot, cache=cache, split=split, source=source, version=version,
+        scenes=None if scenes is None else parse_scenes(scenes),
+        grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
+        frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
+        teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
+        feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(label_kinds), dividers=dividers,
+        compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
+        device=device, keyframes_per_batch=teacher_batch,
+    )  # fmt: skip
+    devices = find_build_devices(options, scheduler)
     weights = "" if teacher == "none" else f" and the weights of {teacher}"
     click.echo(f"reading the tables of {dataroot}{weights} ...")
-    plan = make_plan(
-        BuildOptions(
-            dataroot=dataroot, cache=cache, split=split, source=source, version=version,
-            scenes=None if scenes is None else parse_scenes(scenes),
-            grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
-            frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
-            teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
-            feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(label_kinds), dividers=dividers,
-            compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
-            device=device, keyframes_per_batch=teacher_batch,
-        )
-    )  # fmt: skip
-    if shard is not None:
-        workers = 0
-    elif workers is None:
-        workers = default_workers()
-    click.echo("\n".join(describe_plan(plan, workers=workers, scheduler=scheduler)))
-    outcome = run(plan, workers=workers, scheduler=scheduler, print_line=click.echo)
+    plan = make_plan(options)
+    chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
+    click.echo("\n".join(describe_plan(plan, chosen)))
+    outcome = run(plan, chosen, print_line=click.echo)
     click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)

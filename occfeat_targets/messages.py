@@ -11,12 +11,14 @@ from typing import Any
 from occfeat_targets.build.estimate import estimate_seconds, format_bytes, format_seconds, free_bytes
 from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
+from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
+from occfeat_targets.build.workers import Workers, count_cores
 from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
 
-def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[str]:
+def describe_plan(plan: Plan, workers: Workers) -> list[str]:
     """What will be built, where, how large it gets and how long it takes."""
     split, cache, spec = plan.split, plan.cache, plan.cache.spec
     scenes = Counter(k.scene for k in split.keyframes)
@@ -46,15 +48,27 @@ def describe_plan(plan: Plan, *, workers: int, scheduler: str | None) -> list[st
     )
     if plan.shards:
         size = spec.bytes_per_keyframe * plan.num_keyframes
-        where = f"on {scheduler}" if scheduler else f"with {count(workers, 'worker')}" if workers else "in this process"
-        seconds = estimate_seconds(spec, plan.num_keyframes, device=plan.options.device, workers=max(workers, 1))
+        seconds = estimate_seconds(
+            spec, plan.num_keyframes, devices=workers.devices,
+            processes=count_cores() if workers.scheduler else max(workers.processes, 1),
+            keyframes_per_batch=workers.keyframes_per_batch or KEYFRAMES_PER_GPU_BATCH,
+        )  # fmt: skip
         lines.append(
             f"size: {format_bytes(spec.bytes_per_keyframe)} per keyframe, {format_bytes(size)} in total "
             f"({format_bytes(free_bytes(cache.path))} free); "
-            f"time: about {format_seconds(seconds)} {where}"
-            + (" (estimated with the speed of this machine)" if scheduler else "")
+            f"time: about {format_seconds(seconds)} {_where(workers)}"
         )
     return lines
+
+
+def _where(workers: Workers) -> str:
+    if workers.scheduler:
+        return f"on {workers.scheduler} (estimated with the speed of this machine)"
+    where = f"with {count(workers.processes, 'worker')}" if workers.processes else "in this process"
+    if workers.on_gpus:
+        gpus = count(len(workers.devices), "GPU") if workers.processes else workers.devices[0]
+        where += f" on {gpus}, {count(workers.keyframes_per_batch or 1, 'keyframe')} per teacher batch"
+    return where
 
 
 def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
 from occfeat_targets.cache.plural import count
@@ -31,10 +33,12 @@ def run_on_dask(
     keep_going: Callable[[], bool],
     *,
     workers: int = 0,
+    devices: tuple[str, ...] = ("cpu",),
     scheduler: str | None = None,
 ) -> Iterator[ShardReport]:
     """Build shards on `workers` local processes, or on the cluster at `scheduler`; yields reports in order of completion.
 
+    devices: local worker k runs the teacher on devices[k % len(devices)], instead of the device of its task.
     If a worker dies, its shard is retried on another worker, at most three times. When `keep_going` returns false, no more
     shards are started, and running ones are still reported.
     Raises ValueError if local workers do not start, or if the scheduler is not reached or has no workers within a minute.
@@ -83,6 +87,7 @@ def run_on_dask(
                 f"the Dask scheduler at {client.scheduler.address} has had no workers for a minute: "  # type: ignore[union-attr]
                 f"start some with 'dask worker {client.scheduler.address}'"  # type: ignore[union-attr]
             ) from err
+        build = build_shard if scheduler is not None else partial(_build_on_worker, devices=devices)
         queue = iter(shards)
         running = as_completed()
         shard_of = {}
@@ -90,9 +95,7 @@ def run_on_dask(
         def submit_next() -> None:
             shard = next(queue, None) if keep_going() else None
             if shard is not None:
-                future = client.submit(
-                    build_shard, make_task(shard), key=f"shard-{shard:05d}-{os.getpid()}", pure=False
-                )
+                future = client.submit(build, make_task(shard), key=f"shard-{shard:05d}-{os.getpid()}", pure=False)
                 shard_of[future.key] = shard
                 running.add(future)
 
@@ -105,6 +108,13 @@ def run_on_dask(
             else:
                 yield ShardReport(shard, 0, error=_why(future, shard))
             submit_next()
+
+
+def _build_on_worker(task: ShardTask, devices: tuple[str, ...]) -> ShardReport:
+    from distributed import get_worker
+
+    number = int(get_worker().name)  # a local cluster counts its workers from 0; a restarted one keeps its number
+    return build_shard(replace(task, device=devices[number % len(devices)]))
 
 
 def _why(future: object, shard: int) -> str:

@@ -10,7 +10,7 @@ from occfeat_targets.sources.keyframe import DatasetError
 
 _READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
 _START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
-_TEACHER_EFFICIENCY = 0.55  # fraction of the measured matmul rate (BENCHMARKS.md)
+_TEACHER_EFFICIENCY = 0.55  # of the teacher on a CPU, as a fraction of the measured matmul rate (BENCHMARKS.md)
 
 
 def check_disk(directory: Path, spec: TargetSpec, num_keyframes: int) -> None:
@@ -43,15 +43,23 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def estimate_seconds(spec: TargetSpec, num_keyframes: int, *, device: str, workers: int) -> float:
-    """Estimated seconds for these keyframes on this machine, from its matmul rate; workers: processes, at least 1."""
-    read = _READ_SECONDS / workers
+def estimate_seconds(
+    spec: TargetSpec, num_keyframes: int, *, devices: tuple[str, ...], processes: int, keyframes_per_batch: int
+) -> float:
+    """Estimated seconds for these keyframes on this machine.
+
+    devices: of the teacher. On GPUs the teacher itself is timed on the first one, and on a CPU a matrix product is timed.
+    processes: those that read keyframes, at least 1.
+    Raises TeacherError if the teacher does not run on the GPU.
+    """
+    read = _READ_SECONDS / processes
     if spec.teacher is None:
         return _START_SECONDS + num_keyframes * read
-    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, resolve_device
+    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, seconds_per_image
 
-    device = resolve_device(device)
-    flops = flops_per_image(spec.teacher) * len(spec.cameras)
-    teacher = flops / (_TEACHER_EFFICIENCY * matmul_flops(device, spec.teacher.dtype))
-    per_keyframe = teacher + read if device == "cpu" else max(teacher, read)
-    return _START_SECONDS + num_keyframes * per_keyframe
+    cameras = len(spec.cameras)
+    if devices == ("cpu",):
+        teacher = cameras * flops_per_image(spec.teacher) / (_TEACHER_EFFICIENCY * matmul_flops(spec.teacher.dtype))
+        return _START_SECONDS + num_keyframes * (teacher + read)
+    teacher = cameras * seconds_per_image(spec.teacher, devices[0], keyframes_per_batch * cameras) / len(devices)
+    return _START_SECONDS + num_keyframes * max(teacher, read)

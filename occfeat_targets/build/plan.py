@@ -102,7 +102,9 @@ class Plan:
         """Indices of the split's keyframes that are still to be built."""
         return _indices(self.cache, self.rows)
 
-    def task(self, shard: int, *, num_threads: int | None) -> ShardTask:
+    def task(
+        self, shard: int, *, device: str, keyframes_per_batch: int | None = None, num_threads: int | None = None
+    ) -> ShardTask:
         """The task of a shard, with only the keyframes and the parts of the maps that it needs."""
         keyframes = tuple(self.split.keyframes[i] for i in self.cache.shard_range(shard))
         return ShardTask(
@@ -113,8 +115,8 @@ class Plan:
             maps=self._maps_near(keyframes),
             teacher=self.teacher,
             on_error=self.options.on_error,
-            device=self.options.device,
-            keyframes_per_batch=self.options.keyframes_per_batch or default_batch(self.options.device),
+            device=device,
+            keyframes_per_batch=keyframes_per_batch,
             num_threads=num_threads,
         )
 
@@ -134,13 +136,6 @@ class Plan:
             location: self.maps[location].near(np.min(points, axis=0), np.max(points, axis=0))
             for location, points in corners.items()
         }
-
-
-def default_batch(device: str) -> int:
-    """Keyframes per teacher batch: one on a CPU, eight (48 images) to fill a GPU."""
-    from occfeat_targets.targets.teacher import resolve_device
-
-    return 1 if resolve_device(device) == "cpu" else 8
 
 
 def make_plan(options: BuildOptions) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from occfeat_targets.build.cluster import run_on_dask, run_serially
 from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.shard import ShardReport, ShardTask, stage_seconds
+from occfeat_targets.build.workers import Workers, count_cores
 
 
 @dataclass
@@ -40,37 +40,31 @@ class Outcome:
         return stage_seconds([r for r in self.reports if r.error is None])
 
 
-def default_workers() -> int:
-    """One process per core if there are several, which is faster than one process with several threads; else 0 (serial)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return cores if cores > 1 else 0
-
-
-def run(
-    plan: Plan, *, workers: int, scheduler: str | None, print_line: Callable[[str], None], progress: bool = True
-) -> Outcome:
-    """Build the plan's shards on `workers` local processes (0: in this one) or on the cluster at `scheduler`.
+def run(plan: Plan, workers: Workers, *, print_line: Callable[[str], None], progress: bool = True) -> Outcome:
+    """Build the plan's shards.
 
     After the first failed shard no further shard is started; running ones are finished, recorded and reported.
     """
     outcome = Outcome()
     if not plan.shards:
         return outcome
-    cores = max(default_workers(), 1)
-    local = min(workers, len(plan.shards))
-    num_threads = None if scheduler is not None or local == 0 else max(1, cores // local)
+    device = plan.options.device if workers.scheduler is not None else workers.devices[0]
+    num_threads = max(1, count_cores() // workers.processes) if workers.processes else None
 
     def make_task(shard: int) -> ShardTask:
-        return plan.task(shard, num_threads=num_threads)
+        return plan.task(shard, device=device, keyframes_per_batch=workers.keyframes_per_batch, num_threads=num_threads)
 
     def keep_going() -> bool:
         return not outcome.failed
 
     reports: Iterator[ShardReport]
-    if scheduler is None and local == 0:
+    if workers.scheduler is None and workers.processes == 0:
         reports = run_serially(plan.shards, make_task, keep_going)
     else:
-        reports = run_on_dask(plan.shards, make_task, keep_going, workers=local, scheduler=scheduler)
+        reports = run_on_dask(
+            plan.shards, make_task, keep_going,
+            workers=workers.processes, devices=workers.devices, scheduler=workers.scheduler,
+        )  # fmt: skip
     bar = tqdm(total=plan.num_keyframes, unit="keyframe", disable=not progress, dynamic_ncols=True)
     with bar:
         for report in reports:

@@ -26,13 +26,17 @@ from occfeat_targets.targets.quantize import quantization_cosine, quantize
 
 logger = logging.getLogger(__name__)
 
+# An H100 computes 882 images/s in batches of one keyframe (6 images) and 2,602 in batches of eight (BENCHMARKS.md).
+KEYFRAMES_PER_GPU_BATCH = 8
+
 
 @dataclass(frozen=True)
 class ShardTask:
     """Message to a worker: one shard, its keyframes, and the nearby parts of the maps.
 
     rows: keyframes to build; the others are kept from the finished shard. teacher: its name is where the weights are now.
-    keyframes_per_batch: keyframes per teacher batch. num_threads: torch threads, None to keep their number.
+    keyframes_per_batch: keyframes per teacher batch; None for one on a CPU, KEYFRAMES_PER_GPU_BATCH on a GPU.
+    num_threads: torch threads, None to keep their number.
     on_error: if a keyframe cannot be built, ``fail`` the shard, or ``skip`` the keyframe (recorded, masked in `is_valid`, zeros).
     ``mask-camera``: mask only its cameras that cannot be used (recorded, masked in `camera_valid`, zeros); skip it without any.
     """
@@ -45,7 +49,7 @@ class ShardTask:
     teacher: TeacherSpec | None = None
     on_error: str = "fail"
     device: str = "auto"
-    keyframes_per_batch: int = 1
+    keyframes_per_batch: int | None = None
     num_threads: int | None = None
 
 
@@ -99,8 +103,10 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
     else:
         arrays = {a.name: np.zeros((len(task.keyframes), *a.shape), a.dtype) for a in spec.arrays()}
     teacher = _teacher(task)
+    on_gpu = teacher is not None and teacher.device.type == "cuda"
+    size = task.keyframes_per_batch or (KEYFRAMES_PER_GPU_BATCH if on_gpu else 1)
     cosines = []
-    for batch in _batches_ahead(task, spec, report):
+    for batch in _batches_ahead(task, spec, report, size):
         for i, targets in batch:
             for name, value in targets.arrays.items():
                 arrays[name][i] = value
@@ -147,10 +153,9 @@ def _teacher(task: ShardTask) -> Any:
 
 
 def _batches_ahead(
-    task: ShardTask, spec: TargetSpec, report: ShardReport
+    task: ShardTask, spec: TargetSpec, report: ShardReport, size: int
 ) -> Iterator[list[tuple[int, KeyframeTargets]]]:
-    """Batches of (row in the shard, targets); the next batch is read while the caller processes the current one."""
-    size = task.keyframes_per_batch
+    """Batches of up to `size` (row in the shard, targets); the next is read while the caller processes the current one."""
     starts = range(0, len(task.rows), size)
 
     def read(start: int) -> list[tuple[int, KeyframeTargets]]:

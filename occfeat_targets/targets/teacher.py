@@ -8,6 +8,7 @@ random weights of a published architecture.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
+from occfeat_targets.targets.teacher_devices import find_devices
+
+logger = logging.getLogger(__name__)
 
 # {model_type of config.json: class}. Resolved when used, so that only the needed families are imported.
 TEACHERS = {
@@ -35,6 +39,8 @@ TEACHERS = {
 
 Architectures = Mapping[str, Mapping[str, Any]]  # {hub id: contents of its config.json}
 
+_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries
+_BYTES_PER_TOKEN_AND_CHANNEL = 80  # of all tensors that exist at a time; 54 to 69 with DINOv2, counted on a CPU
 _BUDGET = (224, 400)  # student resolution of the paper; the teacher input is the largest patch multiple within it
 
 
@@ -152,7 +158,11 @@ class LoadedTeacher:
     """A teacher with its weights on a device. Call it with images of the spec's input size."""
 
     def __init__(self, spec: TeacherSpec, device: str = "auto") -> None:
-        """Raises TeacherError if the weights cannot be loaded or their digest is not that of the spec."""
+        """device: as in `find_devices`, which gives the first one.
+
+        Raises TeacherError if the weights cannot be loaded, if their digest is not that of the spec, or if the device's memory
+        is too small for them, and ValueError if there is no such device.
+        """
         self.teacher = open_teacher(spec.name, spec.layer)
         if self.teacher.digest != spec.digest:
             raise TeacherError(
@@ -160,28 +170,65 @@ class LoadedTeacher:
                 f"{spec.digest}: restore those weights, or build another cache"
             )
         self.spec = spec
-        self.device = torch.device(resolve_device(device))
-        self.teacher.to(self.device)
+        self.device = torch.device(find_devices(device)[0])
+        try:
+            self.teacher.to(self.device)
+        except RuntimeError as err:
+            if not _is_out_of_memory(err):
+                raise
+            raise TeacherError(_too_large(spec, self.device, "its weights")) from err
         self._mean = torch.tensor(spec.mean, device=self.device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(spec.std, device=self.device).view(1, 3, 1, 1) * 255
+        self._most_images: int | None = None  # that the device's memory holds at a time, None if not known
 
-    @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(n, H, W, 3) uint8 RGB -> (n, h, w, C) float32 patch tokens, row-major.
 
-        Raises ValueError if the model returns a NaN or an infinity.
+        If a GPU runs out of memory, this batch and all later ones are computed in parts.
+        Raises ValueError if the model returns a NaN or an infinity, and TeacherError if the memory is too small for one image.
         """
         if images.shape[1:] != (*self.spec.input_size, 3):
             raise ValueError(f"teacher input {images.shape}: (n, {self.spec.input_size}, 3) expected")
+        while True:
+            size = min(len(images), self._most_images or len(images))
+            try:
+                parts = [self._tokens(images[i : i + size]) for i in range(0, len(images), size)]
+                break
+            except RuntimeError as err:
+                if not _is_out_of_memory(err):
+                    raise
+                if size == 1:
+                    raise TeacherError(_too_large(self.spec, self.device, "one image")) from err
+            # Only here are the tensors of the failed call freed: the exception refers to them.
+            torch.cuda.empty_cache()
+            self._most_images = size // 2
+            logger.warning("%s is out of memory for %d images: teacher batches are halved", self.device, size)
+        features = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not np.isfinite(features).all():
+            raise ValueError(f"teacher {self.spec.name} returned a NaN or an infinity: try --teacher-dtype float32")
+        return features
+
+    @torch.inference_mode()
+    def _tokens(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.dtype == "bfloat16"):
             tokens = self.teacher.dense_tokens((pixels - self._mean) / self._std)
         expected = (len(images), *self.spec.map_size, self.spec.dim)
         assert tokens.shape == expected, f"{type(self.teacher)}: tokens {tuple(tokens.shape)}, not {expected}"
         features: NDArray[np.float32] = tokens.float().cpu().numpy()
-        if not np.isfinite(features).all():
-            raise ValueError(f"teacher {self.spec.name} returned a NaN or an infinity: try --teacher-dtype float32")
         return features
+
+
+def _is_out_of_memory(err: RuntimeError) -> bool:
+    """Of the allocator, of a new CUDA context, or of cuBLAS."""
+    return "out of memory" in str(err) or "ALLOC_FAILED" in str(err)
+
+
+def _too_large(spec: TeacherSpec, device: torch.device, what: str) -> str:
+    return (
+        f"{device} is out of memory with {what} of teacher {spec.name}: use fewer --workers, end other programs on this "
+        "device, or choose a smaller --teacher or another --device"
+    )
 
 
 def load_teacher(spec: TeacherSpec, device: str = "auto", num_threads: int | None = None) -> LoadedTeacher:
@@ -196,25 +243,43 @@ def _load_once(spec: TeacherSpec, device: str) -> LoadedTeacher:
     return LoadedTeacher(spec, device)
 
 
-def resolve_device(device: str) -> str:
-    """``auto`` -> cuda where there is one, else cpu."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def flops_per_image(spec: TeacherSpec) -> float:
-    """Floating-point operations of one forward pass, for the estimate of a build's time."""
+    """Floating-point operations of one forward pass, for the estimates of a build's time and memory."""
     return open_teacher(spec.name, spec.layer).flops(spec.map_size)
 
 
-def matmul_flops(device: str, dtype: str, size: int = 2048, rounds: int = 6) -> float:
-    """Floating-point operations per second of a square matrix product on this machine, the best of several."""
-    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+def gpu_bytes(spec: TeacherSpec, images: int) -> float:
+    """Estimated GPU memory of a process that runs the teacher in batches of so many images [bytes]. Rather too high."""
+    tokens = spec.map_size[0] * spec.map_size[1]
+    weights = flops_per_image(spec) / (
+        2 * tokens
+    )  # each is used in one multiply-add per token; attention adds a little
+    return _CONTEXT_BYTES + 4 * weights + images * tokens * spec.dim * _BYTES_PER_TOKEN_AND_CHANNEL
+
+
+def matmul_flops(dtype: str, size: int = 2048, rounds: int = 6) -> float:
+    """Floating-point operations per second of a square matrix product on this machine's CPU, the best of several."""
+    a = torch.randn(size, size).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
-        float((a @ a)[0, 0])  # reading an element synchronises with a GPU
+        a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int = 3) -> float:
+    """Measured time of the teacher [s] per image, in batches of so many images; the best of several batches."""
+    teacher = LoadedTeacher(spec, device)
+    batch = np.zeros((images, *spec.input_size, 3), np.uint8)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        teacher(batch)
+        best = min(best, time.perf_counter() - start)
+    teacher.teacher.to(torch.device("cpu"))  # gives the memory of a GPU to the worker processes
+    torch.cuda.empty_cache()
+    return best / images
 
 
 def _has_fast_bfloat16() -> bool:

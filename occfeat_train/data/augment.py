@@ -128,11 +128,10 @@ def resample(
     with torch.autocast(device.type, enabled=False):  # pixels need more than bfloat16's eight bits
         pixels = rows @ images.flatten(-2).float()  # one product for all colours, in the order of the memory
         pixels = pixels.unflatten(-1, (width, 3)).transpose(-1, -2).flatten(2, 3) @ columns.transpose(-1, -2)
+        factor, shift = normalisation(device)
+        pixels = torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3), factor)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    # channels-last within an image
-    out = torch.empty((batch, views, *size, 3), dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
-    factor, shift = normalisation(device)
-    return torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3), factor, out=out)
+    return pixels.flatten(0, 1).to(dtype, memory_format=torch.channels_last).unflatten(0, (batch, views))
 
 
 @lru_cache

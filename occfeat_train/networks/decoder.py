@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from occfeat_train.ops.instance_norm import InstanceNorm
+from occfeat_train.ops.resize import resize
 
 
 class BEVDecoder(nn.Module):
@@ -102,7 +103,4 @@ class UpAdd(nn.Module):
         self.norm = InstanceNorm()
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        up = self.conv(x)
-        with torch.autocast(x.device.type, enabled=False):  # autocast on a GPU would return float32
-            up = functional.interpolate(up, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        return skip + self.norm(up)
+        return skip + self.norm(resize(self.conv(x), (skip.shape[2], skip.shape[3])))

@@ -12,11 +12,11 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import nn
-from torch.nn import functional
 
 from occfeat_train.config import Backbone
 from occfeat_train.ops.checkpointing import recomputed
 from occfeat_train.ops.instance_norm import InstanceNorm
+from occfeat_train.ops.resize import resize
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 _STRIDE = 16
@@ -87,8 +87,7 @@ class ImageEncoder(nn.Module):
                 f"the nearest are {nearest[0]}x{nearest[1]}"
             )
         skip, deep = self.backbone(images)
-        deep = functional.interpolate(deep, scale_factor=2, mode="bilinear", align_corners=False)
-        return self.fuse(torch.cat([skip, deep], 1))
+        return self.fuse(torch.cat([skip, resize(deep, (skip.shape[2], skip.shape[3]))], 1))
 
 
 class EfficientNetB0(nn.Module):

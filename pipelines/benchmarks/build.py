@@ -19,6 +19,7 @@ from _timing import machine
 
 from occfeat_targets.build.plan import BuildOptions, make_plan
 from occfeat_targets.build.run import run
+from occfeat_targets.build.workers import choose_workers, find_build_devices
 
 
 def main() -> None:
@@ -48,7 +49,8 @@ def main() -> None:
                 dataroot=dataroot, split=arguments.split, cache=cache, teacher=arguments.teacher, keyframes_per_shard=4
             )
             plan = make_plan(options)
-            outcome = run(plan, workers=workers, scheduler=None, print_line=print, progress=False)
+            chosen = choose_workers(plan, find_build_devices(options, None), workers=workers)
+            outcome = run(plan, chosen, print_line=print, progress=False)
             elapsed = time.perf_counter() - start
             assert not outcome.failed
             # a worker's first shard also loads libraries, weights and compiled kernels

@@ -69,7 +69,7 @@ PARTS = {
     "ranks": Part("programs", "ranks", 40),
     "memory": Part("speed", "memory", 120),
     "loader": Part("programs", "loader", 60),
-    "teacher": Part("programs", "teacher", 50),
+    "teacher": Part("teacher", "teacher", 60),
 }
 _START_S = 120.0  # time limit for a worker to reach its first part
 _LAST_S = 20.0  # no worker starts if less time is left

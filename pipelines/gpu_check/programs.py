@@ -1,4 +1,4 @@
-"""Other programs on the device: the command line, the loader, the all-reduce of one process, and the teacher."""
+"""Other programs on the device: the command line, the loader, and the all-reduce of one process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from occfeat_targets.targets.teacher import LoadedTeacher, flops_per_image, teacher_spec
 from occfeat_train.cli import main as occfeat_train
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
@@ -93,21 +91,3 @@ def ranks(check: Check) -> None:
 
 def gradient(task: Task) -> Tensor:
     return torch.cat([p.grad.detach().flatten().cpu() for p in task.parameters() if p.grad is not None])
-
-
-def teacher(check: Check) -> None:
-    """Images/s of the teacher as the build calls it, with its copies, and of the model alone."""
-    spec = teacher_spec("random:facebook/dinov2-small", input_size=(56, 56) if check.small else None)
-    model = LoadedTeacher(spec, check.device.type)
-    for count in (6,) if check.small else (6, 48, 192):
-        images = np.random.default_rng(0).integers(0, 256, (count, *spec.input_size, 3), np.uint8)
-        pixels = torch.randn(count, 3, *spec.input_size, device=check.device)
-
-        def alone(pixels: Tensor = pixels) -> None:
-            with torch.inference_mode(), check.autocast(spec.dtype == "bfloat16"):
-                model.teacher.dense_tokens(pixels)
-
-        whole, bare = check.ms(lambda i=images: model(i), rounds=3), check.ms(alone, rounds=3)
-        rate = flops_per_image(spec) * count / bare / 1e9
-        check.record(f"{count} images", images_per_s=round(1e3 * count / whole), dtype=spec.dtype,
-                     model_images_per_s=round(1e3 * count / bare), tflop_per_s=round(rate, 2))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from occfeat_targets.targets.teacher import teacher_spec
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_in_subprocess, write_table
 
 
-def test_a_build_prints_its_contents_size_and_estimated_time(city, tiny_teacher, tmp_path):
-    output = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0")).stdout
+def test_a_build_prints_its_contents_size_estimated_time_and_rate(city, tiny_teacher, tmp_path):
+    result = run(*build_arguments(city, tmp_path, tiny_teacher, "--workers", "0"))
+    output = result.stdout
+    assert re.search(r"10/10 \[.*(keyframe/s|s/keyframe)", result.stderr)
     assert "10 keyframes of 2 scenes" in output
     assert "6 of the split's 8 scenes are not in this data set" in output
     assert "per keyframe" in output
-    assert "free); time: about" in output
+    assert re.search(r"free\); time: about .* in this process\n", output)
     assert "SIMULATED: the data set is a synthetic city\n" in output
     assert "is complete: 10 keyframes" in output
     assert "wait" in output

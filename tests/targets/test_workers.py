@@ -1,0 +1,313 @@
+"""Worker processes of a build and their GPUs. Nothing here needs a GPU: torch's answers about GPUs are replaced."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from occfeat_targets.build import estimate, shard, workers
+from occfeat_targets.build.cluster import run_on_dask
+from occfeat_targets.build.plan import BuildOptions, make_plan
+from occfeat_targets.build.workers import Workers, choose_workers, find_build_devices
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.messages import describe_plan
+from occfeat_targets.targets import teacher as teacher_module
+from occfeat_targets.targets import teacher_devices
+from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, gpu_bytes, teacher_spec
+from occfeat_targets.targets.teacher_devices import find_devices, free_memory
+from occfeat_targets.targets.teacher_dino import Dinov2
+from tests.targets.command_line import build_arguments, run
+
+TEACHERS = {name: teacher_spec(f"random:facebook/dinov2-{name}") for name in ("small", "base", "large", "giant")}
+GB = 10**9
+
+
+def give_gpus(patch: pytest.MonkeyPatch, count: int) -> None:
+    patch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    patch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "devices"),
+    [
+        (0, "auto", ("cpu",)),
+        (2, "auto", ("cuda:0", "cuda:1")),
+        (2, "cpu", ("cpu",)),
+        (3, "cuda", ("cuda:0", "cuda:1", "cuda:2")),
+        (2, "cuda:1", ("cuda:1",)),
+    ],
+)
+def test_cuda_stands_for_all_gpus_and_cuda_1_for_one(monkeypatch, count, name, devices):
+    give_gpus(monkeypatch, count)
+    assert find_devices(name) == devices
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "message"),
+    [
+        (0, "cuda", "--device cuda: torch .* sees no GPU: use --device cpu"),
+        (0, "cuda:1", "--device cuda:1: torch .* sees no GPU: use --device cpu"),
+        (2, "cuda:7", "--device cuda:7: GPU 7 asked for, torch sees 2, from cuda:0: use --device cuda"),
+        (2, "gpu", "--device gpu: auto, cpu, cuda or cuda:N expected"),
+    ],
+)
+def test_a_missing_gpu_is_refused_before_the_data_set_is_read(monkeypatch, tmp_path, count, device, message):
+    give_gpus(monkeypatch, count)
+    arguments = build_arguments(tmp_path / "none", tmp_path / "cache", "random:facebook/dinov2-small")
+    result = run(*arguments, "--device", device, check=False)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(result.stderr)
+    assert not result.stdout and not list(tmp_path.iterdir())
+
+
+def options(**changes: object) -> BuildOptions:
+    return BuildOptions(dataroot="data", cache="cache", split="train", **changes)  # type: ignore[arg-type]
+
+
+def test_a_planning_machine_needs_no_gpu_for_a_cluster_or_for_a_build_without_teacher(monkeypatch):
+    give_gpus(monkeypatch, 0)
+    assert find_build_devices(options(device="cuda"), "tcp://10.0.0.1:8786") == ("cpu",)
+    assert find_build_devices(options(device="cuda", teacher=None), None) == ("cpu",)
+
+
+def choose(
+    teacher: str | None, gpus: int, free_gb: float, *, cores: int = 64, asked: int | None = None, **more: object
+) -> Workers:
+    """The workers for 1000 shards of six cameras."""
+    spec = None if teacher is None else TEACHERS[teacher]
+    plan = SimpleNamespace(
+        options=options(**more), teacher=spec, shards=range(1000), cache=SimpleNamespace(spec=TargetSpec(teacher=spec))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "count_cores", lambda: cores)
+        patch.setattr(teacher_devices, "free_memory", lambda device: int(free_gb * GB))
+        devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
+        return choose_workers(plan, devices, workers=asked)  # type: ignore[arg-type]
+
+
+def test_one_process_a_core_is_spread_over_the_gpus_with_at_most_16_on_one():
+    assert choose("small", 2, 80) == Workers(32, ("cuda:0", "cuda:1"), 8)
+    assert choose("small", 2, 80, cores=8) == Workers(8, ("cuda:0", "cuda:1"), 8)
+    assert choose("small", 2, 80, cores=1) == Workers(0, ("cuda:0",), 8)
+    assert choose("small", 2, 80, asked=1) == Workers(1, ("cuda:0",), 8)
+    assert choose("small", 0, 0, cores=4) == Workers(4, ("cpu",), 1)
+    assert choose(None, 2, 80, cores=4) == Workers(4, ("cuda:0",), 1)
+
+
+def test_array_tasks_on_one_machine_use_different_gpus():
+    used = [choose("small", 2, 80, shard=(k, 4)) for k in range(4)]
+    assert used == [Workers(0, (f"cuda:{k % 2}",), 8) for k in range(4)]
+
+
+def test_the_free_memory_limits_first_the_processes_and_then_the_batch():
+    assert choose("small", 1, 8).processes < 16
+    assert choose("giant", 1, 40).processes < choose("large", 1, 40).processes
+    small_gpu = choose("giant", 1, 8)
+    assert small_gpu.processes == 1 and 1 <= small_gpu.keyframes_per_batch < 8
+    assert choose("giant", 1, 8, keyframes_per_batch=20).keyframes_per_batch == 20
+    crowded = choose("small", 1, 8, asked=10)
+    assert crowded.processes == 10 and crowded.keyframes_per_batch < 8
+
+
+@given(
+    name=st.sampled_from(list(TEACHERS)), gpus=st.integers(1, 8), free_gb=st.floats(0.5, 160), cores=st.integers(1, 128)
+)
+def test_default_workers_fit_into_the_free_memory(name, gpus, free_gb, cores):
+    least = gpu_bytes(TEACHERS[name], 6)
+    try:
+        chosen = choose(name, gpus, free_gb, cores=cores)
+    except ValueError as err:
+        assert least > free_gb * GB
+        assert "use fewer --workers" in str(err) and f"{free_gb:.2g}"[:1] in str(err)
+        return
+    on_one = -(-max(chosen.processes, 1) // len(chosen.devices))
+    assert on_one * gpu_bytes(TEACHERS[name], 6 * chosen.keyframes_per_batch) <= max(free_gb * GB, least)
+    assert on_one <= 16 and chosen.processes <= cores
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    with pytest.raises(ValueError, match=r"cuda:1 cannot be used \(CUDA error: out of memory\): end other programs"):
+        free_memory("cuda:1")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+        if storage is not None and storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, storage._cdata)
+        return out
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", ["small", "giant"])
+def test_the_estimated_memory_bounds_that_of_a_forward_pass(monkeypatch, size, dtype):
+    """Of one layer, which takes as much memory as many: the layers follow one another."""
+    architecture = {**Dinov2.architectures[f"facebook/dinov2-{size}"], "num_hidden_layers": 1}
+    monkeypatch.setitem(Dinov2.architectures, f"one-layer-{size}", architecture)
+    teacher = LoadedTeacher(teacher_spec(f"random:one-layer-{size}", input_size=(112, 196), dtype=dtype), "cpu")
+    images = np.zeros((4, 112, 196, 3), np.uint8)
+    with LiveBytes() as live:
+        teacher(images)
+    estimated = gpu_bytes(teacher.spec, 4) - gpu_bytes(teacher.spec, 0)
+    assert 0.4 * estimated < live.peak < estimated
+
+
+@pytest.mark.parametrize(("name", "millions"), [("small", 22.06), ("base", 86.58), ("large", 304.4), ("giant", 1136.5)])
+def test_the_estimated_memory_of_the_weights_is_a_little_too_high(name, millions):
+    weights = gpu_bytes(TEACHERS[name], 0) - teacher_module._CONTEXT_BYTES
+    assert 1 <= weights / (4e6 * millions) < 1.2
+
+
+def tiny(tiny_teacher: str) -> tuple[TeacherSpec, np.ndarray]:
+    spec = teacher_spec(tiny_teacher, input_size=(28, 42), dtype="float32")
+    return spec, np.random.default_rng(0).integers(0, 256, (12, 28, 42, 3), dtype=np.uint8)
+
+
+def limit_images(teacher: LoadedTeacher, most: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Let the teacher run out of memory beyond `most` images. Returns the list of batch sizes it was called with."""
+    dense_tokens, sizes = teacher.teacher.dense_tokens, []
+
+    def limited(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return dense_tokens(images)
+
+    patch.setattr(teacher.teacher, "dense_tokens", limited)
+    return sizes
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_stays_so(tiny_teacher, monkeypatch, caplog):
+    spec, images = tiny(tiny_teacher)
+    teacher = LoadedTeacher(spec, "cpu")
+    expected = teacher(images)
+    sizes = limit_images(teacher, 4, monkeypatch)
+    np.testing.assert_allclose(teacher(images), expected, atol=1e-5)
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    np.testing.assert_allclose(teacher(images[:5]), expected[:5], atol=1e-5)
+    assert sizes[6:] == [3, 2]
+    assert "cpu is out of memory for 12 images: teacher batches are halved" in caplog.text
+
+
+def test_a_teacher_that_does_not_fit_is_an_error_with_the_remedy(tiny_teacher, monkeypatch):
+    spec, images = tiny(tiny_teacher)
+    teacher = LoadedTeacher(spec, "cpu")
+    limit_images(teacher, 0, monkeypatch)
+    remedy = "use fewer --workers, end other programs on this device"
+    with pytest.raises(TeacherError, match=f"cpu is out of memory with one image of teacher .*: {remedy}"):
+        teacher(images)
+
+    def refuse(self, device):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Dinov2, "to", refuse)
+    with pytest.raises(TeacherError, match=f"cpu is out of memory with its weights of teacher .*: {remedy}"):
+        LoadedTeacher(spec, "cpu")
+
+
+def test_other_errors_of_a_teacher_are_not_taken_for_missing_memory(tiny_teacher, monkeypatch):
+    spec, images = tiny(tiny_teacher)
+    teacher = LoadedTeacher(spec, "cpu")
+
+    def fail(images):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(teacher.teacher, "dense_tokens", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        teacher(images)
+
+
+def toy_plan(toy, cache, teacher):
+    return make_plan(
+        BuildOptions(
+            toy, cache, "all", source="toy", teacher=teacher, image_size=(48, 80), feature_size=(56, 98),
+            teacher_dtype="float32", keyframes_per_shard=4,
+        )
+    )  # fmt: skip
+
+
+def test_the_plan_announces_workers_gpus_and_the_time_of_the_teacher_on_them(toy, tiny_teacher, tmp_path, monkeypatch):
+    plan = toy_plan(toy, tmp_path, tiny_teacher)
+    timed = []
+
+    def seconds_per_image(spec, device, images):
+        timed.append((device, images))
+        return 10.0
+
+    monkeypatch.setattr(teacher_module, "seconds_per_image", seconds_per_image)
+    last = describe_plan(plan, Workers(8, ("cuda:0", "cuda:1"), 2))[-1]
+    assert timed == [("cuda:0", 2 * 3)]
+    # 4 keyframes of 3 images, half of them on each GPU
+    assert f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} with 8 workers on 2 GPUs" in last
+    assert "2 keyframes per teacher batch" in last
+    assert "in this process on cuda:1, 1 keyframe per" in describe_plan(plan, Workers(0, ("cuda:1",), 1))[-1]
+
+
+def test_the_time_of_a_teacher_is_measured_in_batches(tiny_teacher):
+    spec, _ = tiny(tiny_teacher)
+    assert 0 < teacher_module.seconds_per_image(spec, "cpu", 2) < 60
+
+
+def test_a_cluster_worker_with_a_gpu_takes_eight_keyframes_at_a_time(toy, tiny_teacher, tmp_path, monkeypatch):
+    plan = toy_plan(toy, tmp_path, tiny_teacher)
+    loaded, sizes = LoadedTeacher(plan.teacher, "cpu"), []
+
+    class OnGpu:
+        spec, device = plan.teacher, torch.device("cuda", 0)
+
+        def __call__(self, images):
+            sizes.append(len(images))
+            return loaded(images)
+
+    task = plan.task(0, device="cuda")
+    monkeypatch.setattr(shard, "_teacher", lambda task: OnGpu())
+    monkeypatch.setattr(shard, "KEYFRAMES_PER_GPU_BATCH", 3)
+    assert shard.build_shard(task).error is None
+    assert shard.build_shard(replace(task, keyframes_per_batch=2)).error is None
+    assert sizes == [9, 3, 6, 6]
+
+
+def test_local_worker_k_uses_device_k(city, tiny_teacher, tmp_path):
+    """Worker 1 of two has a GPU that does not exist, so exactly its shards fail."""
+    plan = make_plan(
+        BuildOptions(
+            city, tmp_path, "mini_train", teacher=tiny_teacher, image_size=(96, 160), feature_size=(56, 98),
+            keyframes_per_shard=1,
+        )
+    )  # fmt: skip
+    reports = list(
+        run_on_dask(
+            plan.shards, lambda number: plan.task(number, device="cpu", num_threads=1), lambda: True, workers=2,
+            devices=("cpu", "cuda:99"),
+        )
+    )  # fmt: skip
+    errors = [report.error for report in reports if report.error is not None]
+    assert len(reports) == 10 and 1 <= len(errors) <= 9
+    assert all(error.startswith("--device cuda:99: ") for error in errors)
