@@ -126,8 +126,16 @@ class Layer(nn.Module):
     ) -> Float[Tensor, "BHW C"]:
         query = self.norm1(query + self.self_attention(query + positions, cells, map_shape))
         query = self.norm2(query + self.cross_attention(query + positions, tokens, cameras, num_views))
-        normed: Tensor = self.norm3(query + self.feed_forward(query))
+        normed: Tensor = self.norm3(query + self._feed_forward(query))
         return normed
+
+    def _feed_forward(self, query: Float[Tensor, "BHW C"]) -> Float[Tensor, "BHW C"]:
+        """`feed_forward` with zeros added up to a multiple of 8 hidden channels: products with aligned rows are faster."""
+        first, _, last = self.feed_forward
+        extra = -len(first.weight) % 8
+        weight, bias = nn.functional.pad(first.weight, (0, 0, 0, extra)), nn.functional.pad(first.bias, (0, extra))
+        hidden = nn.functional.linear(query, weight, bias).relu()
+        return nn.functional.linear(hidden, nn.functional.pad(last.weight, (0, extra)), last.bias)
 
 
 class SelfAttention(nn.Module):
@@ -203,10 +211,15 @@ class SamplingPoints(nn.Module):
     def forward(self, query: Float[Tensor, "BHW C"]) -> Float[Tensor, "BHW heads P 3"]:
         """float32 also under autocast: bfloat16 has a resolution of only 1/32 token at an offset of 8 tokens."""
         with torch.autocast(query.device.type, enabled=False):
-            exact = torch.promote_types(query.dtype, self.offsets.weight.dtype)
-            offsets, scores = self.offsets(query.to(exact)), self.weights(query.to(exact))
-        shape = (-1, HEADS, self.points)
-        return torch.cat([offsets.view(*shape, 2), scores.view(*shape, 1)], -1)
+            weight, bias = (
+                torch.cat([p.unflatten(0, (HEADS, self.points, -1)) for p in pair], 2).flatten(0, 2)
+                for pair in ((self.offsets.weight, self.weights.weight), (self.offsets.bias, self.weights.bias))
+            )
+            exact = torch.promote_types(query.dtype, weight.dtype)
+            places = nn.functional.linear(
+                query.to(exact), weight, bias
+            )  # one product, already in the order of the result
+        return places.view(-1, HEADS, self.points, 3)
 
 
 def _linear(channels: int) -> nn.Linear:
