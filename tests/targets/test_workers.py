@@ -128,7 +128,7 @@ def test_default_workers_fit_into_the_free_memory(name, gpus, free_gb, cores):
         chosen = choose(name, gpus, free_gb, cores=cores)
     except ValueError as err:
         assert least > free_gb * GB
-        assert "use fewer --workers" in str(err) and f"{free_gb:.2g}"[:1] in str(err)
+        assert f"{estimate.format_bytes(int(free_gb * GB))} free: use fewer --workers, end other" in str(err)
         return
     on_one = -(-max(chosen.processes, 1) // len(chosen.devices))
     assert on_one * gpu_bytes(TEACHERS[name], 6 * chosen.keyframes_per_batch) <= max(free_gb * GB, least)
