@@ -121,17 +121,20 @@ class KeyframeDataset:
         epoch, offset = divmod(position, len(self))
         return epoch, int(self.keyframes[_permutation(self.config.seed, epoch, len(self))[offset]])
 
-    def batch(self, samples: Sequence[tuple[int, int]]) -> Batch:
-        """Read (epoch, keyframe) pairs and compute the task's targets. Raises CacheError naming the sample if a chunk is damaged."""
+    def batch(self, samples: Sequence[tuple[int, int]], *, pinned: bool = False) -> Batch:
+        """Read (epoch, keyframe) pairs and compute the task's targets. Raises CacheError naming the sample if a chunk is damaged.
+
+        pinned: images and targets in page-locked memory, from which a GPU copies without the host.
+        """
         task = self.config.task_class
-        images = np.empty((len(samples), *self._specs["images"].shape), np.uint8)
+        images = torch.empty((len(samples), *self._specs["images"].shape), dtype=torch.uint8, pin_memory=pinned)
         columns: dict[str, list[Any]] = defaultdict(list)
         targets = []
         for index, (epoch, keyframe) in enumerate(samples):
             rng = np.random.default_rng((self.config.seed, epoch, keyframe))
             frames = [frame for frame, there in zip(self._frames, self._has_grid[keyframe], strict=True) if there]
             drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], frames)
-            sample = self._read(index, keyframe, drawn.frame, images[index])
+            sample = self._read(index, keyframe, drawn.frame, images[index].numpy())
             for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
                 columns[name].append(getattr(drawn, name))
             for name in ("intrinsics", "cam_from_grid", *(["area"] if self._is_letterboxed else [])):
@@ -140,8 +143,8 @@ class KeyframeDataset:
         return Batch(
             tokens=tuple(self.reader.cache.identity.tokens[keyframe] for _, keyframe in samples),
             grid=self.grid,
-            images=torch.from_numpy(images),
-            arrays=collate(targets, task.ragged),
+            images=images,
+            arrays=collate(targets, task.ragged, pinned=pinned),
             **{name: torch.from_numpy(np.stack(values)) for name, values in columns.items()},
         )
 

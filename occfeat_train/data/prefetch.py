@@ -40,7 +40,7 @@ class Prefetcher:
             torch.cuda.set_device(self._device)
 
     def _load(self, samples: Sequence[tuple[int, int]]) -> tuple[Batch, torch.cuda.Event | None]:
-        batch = self._dataset.batch(samples)
+        batch = self._dataset.batch(samples, pinned=self._stream is not None)
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):

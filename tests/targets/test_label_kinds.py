@@ -97,7 +97,7 @@ def test_the_reference_of_a_new_kind_finds_a_wrong_cell(city, ring, tmp_path, mo
     run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--label-kinds", "ring"))
     found = run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "1", check=False)
     assert found.returncode == 1
-    assert "1 label cells wrong" in found.stdout
+    assert "1 label cell wrong" in found.stdout
 
 
 def test_a_spec_has_the_arrays_of_its_kinds_in_the_tables_order(ring):

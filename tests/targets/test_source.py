@@ -122,7 +122,7 @@ def test_cached_points_contain_all_sweeps_and_give_their_occupancy_on_any_grid(t
         )
 
     verified = run("verify", *WHERE, tmp_path / "points", "--samples", "2").stdout
-    assert verified.count(f"{2 * each} LiDAR points within") == 2
+    assert verified.count(f"{2 * each:,} LiDAR points within") == 2
     shutil.rmtree(toy)
     run("preview", *WHERE, tmp_path / "points", "--out", tmp_path / "preview", "--points", "--samples", "1")
     dataset = occfeat_train.open_cache(tmp_path / "points" / "all.zarr")

@@ -156,6 +156,22 @@ def test_labels_belong_to_the_chosen_frame(tmp_path):
     assert (list(vehicles), list(layout)) == (["labels", "valid"], ["labels"])
 
 
+def test_a_pinned_batch_is_read_at_once_into_pinned_memory_and_is_the_same(tmp_path, monkeypatch):
+    dataset, pinned = dataset_of(write_cache(tmp_path)), []
+    plain, empty = dataset.batch([(0, 1), (4, 6)]), torch.empty
+
+    def pinnable(*given: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*given, **options)  # pinned memory needs a GPU
+        pinned.extend([made.data_ptr()] * pin_memory)
+        return made
+
+    monkeypatch.setattr(torch, "empty", pinnable)
+    batch = dataset.batch([(0, 1), (4, 6)], pinned=True)
+    assert set(pinned) == {t.data_ptr() for t in (batch.images, *batch.arrays.values())}
+    for ours, theirs in zip(batch.tensors(), plain.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_augmentation_depends_only_on_seed_epoch_and_sample(tmp_path):
     dataset = dataset_of(write_cache(tmp_path, small_spec(frames=ALL_FRAMES)))
     together, alone = dataset.batch([(0, 1), (4, 6), (1, 1)]), dataset.batch([(4, 6)])

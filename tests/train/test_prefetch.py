@@ -72,7 +72,9 @@ def test_every_thread_selects_the_gpu_that_it_copies_to(tmp_path, monkeypatch):
     used = []
     dataset = dataset_of(write_cache(tmp_path))
     read = dataset.batch
-    monkeypatch.setattr(dataset, "batch", lambda samples: used.append(threading.get_ident()) or read(samples))
+    monkeypatch.setattr(
+        dataset, "batch", lambda *given, **options: used.append(threading.get_ident()) or read(*given, **options)
+    )
     batches = [[dataset.stream(i)] for i in range(6)]
     assert len(list(Prefetcher(dataset, batches, device, workers=2))) == 6
     assert set(used) <= set(selected)
