@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from occfeat_targets.build.estimate import format_bytes
 from occfeat_targets.build.plan import BuildOptions, Plan
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
+from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import TeacherSpec
 
 # Sixteen processes read about 270 keyframes/s at 60 ms each; one H100 computes a ViT-S for 430 (BENCHMARKS.md).
@@ -96,8 +97,8 @@ def _choose_gpu_workers(
     least = gpu_bytes(teacher, cameras)
     if sharing * least > free[fullest]:
         raise ValueError(
-            f"{sharing} x about {format_bytes(least)} of GPU memory needed for teacher {teacher.name} in {sharing} processes "
-            f"per GPU, {fullest} has {format_bytes(free[fullest])} free: use fewer --workers, end other programs on it, or "
-            "choose a smaller --teacher or another --device"
+            f"teacher {teacher.name} needs about {format_bytes(least)} of GPU memory per worker, {format_bytes(sharing * least)} for "
+            f"{count(sharing, 'worker')} on a GPU, and {fullest} has {format_bytes(free[fullest])} free: use fewer --workers, end other "
+            "programs on it, or choose a smaller --teacher or another --device"
         )
     return Workers(workers, devices, batch)

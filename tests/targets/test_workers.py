@@ -25,6 +25,7 @@ from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, gpu_byt
 from occfeat_targets.targets.teacher_devices import find_devices, free_memory
 from occfeat_targets.targets.teacher_dino import Dinov2
 from tests.targets.command_line import build_arguments, run
+from tests.targets.toy_source import build
 
 TEACHERS = {name: teacher_spec(f"random:facebook/dinov2-{name}") for name in ("small", "base", "large", "giant")}
 GB = 10**9
@@ -127,7 +128,7 @@ def test_default_workers_fit_into_the_free_memory(name, gpus, free_gb, cores):
         chosen = choose(name, gpus, free_gb, cores=cores)
     except ValueError as err:
         assert least > free_gb * GB
-        assert "use fewer --workers" in str(err) and f"{free_gb:.2g}"[:1] in str(err)
+        assert f"{estimate.format_bytes(int(free_gb * GB))} free: use fewer --workers, end other" in str(err)
         return
     on_one = -(-max(chosen.processes, 1) // len(chosen.devices))
     assert on_one * gpu_bytes(TEACHERS[name], 6 * chosen.keyframes_per_batch) <= max(free_gb * GB, least)
@@ -292,6 +293,16 @@ def test_a_cluster_worker_with_a_gpu_takes_eight_keyframes_at_a_time(toy, tiny_t
     assert shard.build_shard(task).error is None
     assert shard.build_shard(replace(task, keyframes_per_batch=2)).error is None
     assert sizes == [9, 3, 6, 6]
+
+
+def test_the_command_line_builds_on_a_gpu(toy, tiny_teacher, tmp_path, monkeypatch):
+    """The teacher itself runs on the CPU."""
+    give_gpus(monkeypatch, 2)
+    monkeypatch.setattr(teacher_devices, "free_memory", lambda device: 80 * GB)
+    monkeypatch.setattr(teacher_module, "find_devices", lambda name: {"cuda:0": ("cpu",)}[name])
+    built = build(toy, tmp_path / "cache", tiny_teacher, "--device", "cuda", "--teacher-dtype", "float32")
+    assert "in this process on cuda:0, 8 keyframes per teacher batch\n" in built.stdout
+    assert "is complete: 4 keyframes" in built.stdout
 
 
 def test_local_worker_k_uses_device_k(city, tiny_teacher, tmp_path):
