@@ -131,7 +131,8 @@ class Layer(nn.Module):
 
     def _feed_forward(self, query: Float[Tensor, "BHW C"]) -> Float[Tensor, "BHW C"]:
         """`feed_forward` with zeros added up to a multiple of 8 hidden channels: products with aligned rows are faster."""
-        first, _, last = self.feed_forward
+        layers: Any = self.feed_forward
+        first, last = layers[0], layers[2]
         extra = -len(first.weight) % 8
         weight, bias = nn.functional.pad(first.weight, (0, 0, 0, extra)), nn.functional.pad(first.bias, (0, extra))
         hidden = nn.functional.linear(query, weight, bias).relu()
@@ -211,14 +212,12 @@ class SamplingPoints(nn.Module):
     def forward(self, query: Float[Tensor, "BHW C"]) -> Float[Tensor, "BHW heads P 3"]:
         """float32 also under autocast: bfloat16 has a resolution of only 1/32 token at an offset of 8 tokens."""
         with torch.autocast(query.device.type, enabled=False):
-            weight, bias = (
+            weight, bias = (  # of both layers, in the order of the result
                 torch.cat([p.unflatten(0, (HEADS, self.points, -1)) for p in pair], 2).flatten(0, 2)
                 for pair in ((self.offsets.weight, self.weights.weight), (self.offsets.bias, self.weights.bias))
             )
             exact = torch.promote_types(query.dtype, weight.dtype)
-            places = nn.functional.linear(
-                query.to(exact), weight, bias
-            )  # one product, already in the order of the result
+            places = nn.functional.linear(query.to(exact), weight, bias)
         return places.view(-1, HEADS, self.points, 3)
 
 
