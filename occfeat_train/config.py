@@ -188,7 +188,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32.
+    float32. float32 excludes TF32. compile: torch.compile for the image encoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
@@ -200,11 +200,11 @@ class Config:
     frame: str = "auto"
     allow_upsampling: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    compile: Literal[True, False, "auto"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_one_of(self, "precision")
+        require_one_of(self, "precision", "compile")
         if self.task not in (*PRETEXTS, *LABEL_KINDS):
             raise ValueError(f"task={self.task!r}: one of {', '.join((*PRETEXTS, *LABEL_KINDS))} expected")
         if not 0 < self.labels <= 100:

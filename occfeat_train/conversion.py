@@ -48,8 +48,9 @@ def require_one_of(value: Any, *names: str) -> None:
     hints = typing.get_type_hints(type(value))
     for name in names:
         allowed = typing.get_args(hints[name])
-        if getattr(value, name) not in allowed:
-            raise ValueError(f"{name}={getattr(value, name)!r}: one of {', '.join(map(str, allowed))} expected")
+        given = getattr(value, name)
+        if not any(type(given) is type(each) and given == each for each in allowed):  # 1 is not True
+            raise ValueError(f"{name}={given!r}: one of {', '.join(map(str, allowed))} expected")
 
 
 def parse_value(text: str) -> Any:

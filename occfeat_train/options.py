@@ -82,7 +82,7 @@ training_options = options(
     click.option("--epochs", type=float, help="Number of epochs; overrides the preset."),
     click.option("--batch", type=click.IntRange(1), help="Samples per forward pass, over all ranks."),
     click.option("--seed", type=click.IntRange(0), help="Seed of the initial weights, the sample order and the augmentation."),
-    click.option("--compile/--no-compile", default=None, help="Compile the image encoder with torch.compile."),
+    click.option("--compile/--no-compile", default=None, help="Compile the image encoder with torch.compile; by default for long runs on a GPU."),
     click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint."),
     click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
     click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard in addition to RUN/log.jsonl."),

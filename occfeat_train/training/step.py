@@ -24,6 +24,9 @@ from occfeat_train.training.graph import CudaGraphs, GraphedPass, Pass
 from occfeat_train.training.optim import build_optimizer
 from occfeat_train.training.precision import autocast
 
+# Compilation takes 70 to 100 s, and a step is then 10 ms faster on a large GPU (BENCHMARKS.md).
+COMPILED_FROM = 20_000  # steps of a run
+
 
 class TrainingError(ValueError):
     """Training cannot continue, for example because of a loss that is not finite."""
@@ -63,7 +66,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.step = resume.step
-        if config.compile:
+        if is_compiled(config, device, num_steps):
             task.network.encoder.compile()
         self.run: Pass = partial(forward_backward, task, config, process.device)
         if self.is_cuda and cuda_graphs:
@@ -101,6 +104,11 @@ class Trainer:
         self.schedule.step()
         self.step += 1
         return record
+
+
+def is_compiled(config: Config, device: torch.device, num_steps: int) -> bool:
+    """Whether a run of `num_steps` compiles the image encoder."""
+    return device.type == "cuda" and num_steps >= COMPILED_FROM if config.compile == "auto" else config.compile
 
 
 def accumulate(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -100,17 +101,21 @@ def graphs(check: Check) -> None:
                      ok=off < max(5 * noise, 1e-3))  # fmt: skip
     if not check.is_cuda:
         return check.record("a step that waits", skipped="needs a GPU")
-    for what, fault in (("waits", waits), ("cannot be recorded", torch.cuda.get_rng_state)):
+    for what, fault in (("waits", wait), ("cannot be recorded", save_random_numbers)):
         task, messages = task_on(config, True, check.device), []
-        task.network.decoder.register_forward_hook(lambda module, inputs, out, fault=fault: fault())
+        task.network.decoder.register_forward_hook(fault)
         with mock.patch.object(Process, "print", lambda self, *lines, into=messages: into.extend(lines)):
             trainer = Trainer(task, config, Process(0, 1, check.device), 100)
             losses = [trainer.take_step(iter([batch]))["loss"] for batch in given]
         check.record(f"a step that {what}", messages=messages, losses=losses[-2:], ok=len(messages) == 1)
 
 
-def waits() -> None:
+def wait(*_: Any) -> None:
     torch.zeros(1, device="cuda").item()
+
+
+def save_random_numbers(*_: Any) -> None:
+    torch.cuda.get_rng_state()
 
 
 def batch_on_device(check: Check) -> None:

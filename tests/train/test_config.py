@@ -82,7 +82,7 @@ def test_overrides_apply_in_order():
         ("optim.lr=true", "optim.lr=True: a value of type float expected"),
         ("optim.batch=1.5", "optim.batch=1.5: a value of type int expected"),
         ("optim.batch=True", "optim.batch=True: a value of type int expected"),
-        ("compile=1", "compile=1: a value of type bool expected"),
+        ("compile=1", "compile=1: one of True, False, auto expected"),
         ("frame=1", "frame=1: a value of type str expected"),
         ("network.image_size=224", r"network.image_size=224: a value of type tuple\[int, int\] expected"),
         ("network.image_size=1x2x3", r"network.image_size=\[1, 2, 3\]: a value of type tuple"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,6 +29,8 @@ from tests.train.runs import (
     weights,
     write_cache,
 )
+from tests.train.test_batch import make_batch
+from tests.train.test_tasks import CONFIG, task_of
 
 INDUCTOR = bool(os.environ.get("OCCFEAT_INDUCTOR"))  # compilation takes minutes on a small machine
 
@@ -184,3 +187,49 @@ def test_a_compiled_network_trains_like_an_uncompiled_one(run, cache, tmp_path, 
     for ours, theirs in zip(records(tmp_path / "run"), records(run), strict=False):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert weights(tmp_path / "run").keys() == weights(run).keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "num_steps", "expected"),
+    [
+        ("auto", "cuda", step.COMPILED_FROM, True),
+        ("auto", "cuda", step.COMPILED_FROM - 1, False),
+        ("auto", "cpu", step.COMPILED_FROM, False),
+        (True, "cpu", 1, True),
+        (False, "cuda", step.COMPILED_FROM, False),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(value, device, num_steps, expected):
+    assert step.is_compiled(Config(compile=value), torch.device(device), num_steps) is expected
+
+
+def test_a_step_that_exceeds_the_memory_is_repeated_with_activation_checkpointing(monkeypatch, capsys):
+    """An optimiser step, too, is the same as without the shortage."""
+    plain, short = (task_of(network=dataclasses.replace(CONFIG.network, recompute="auto")).train() for _ in range(2))
+    short.load_state_dict(plain.state_dict())
+    short.network.recompute = False
+    head = type(short.head).forward
+
+    def exceed(self, *given):
+        if self is short.head and not short.network.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return head(self, *given)
+
+    monkeypatch.setattr(type(short.head), "forward", exceed)
+    losses = [step.forward_backward(task, task.config, torch.device("cpu"), make_batch(2)) for task in (plain, short)]
+    assert losses[0]["loss"] == pytest.approx(float(losses[1]["loss"]), rel=1e-6)
+    assert short.network.recompute and "continues with activation checkpointing" in capsys.readouterr().out
+    for ours, other in zip(short.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (other.grad is None)
+        assert ours.grad is None or torch.allclose(ours.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_exceeds_the_memory_with_activation_checkpointing_fails(monkeypatch):
+    task = task_of(network=dataclasses.replace(CONFIG.network, recompute="auto")).train()
+
+    def exceed(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(task.head), "forward", exceed)
+    with pytest.raises(torch.OutOfMemoryError):
+        step.forward_backward(task, task.config, torch.device("cpu"), make_batch(2))

@@ -46,7 +46,7 @@ OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
     "task": None, "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
-    "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
+    "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
 }  # fmt: skip
 
 
