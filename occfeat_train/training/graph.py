@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class CudaGraphs:
             torch.cuda.default_generators[self._device.index].graphsafe_set_state(torch.Generator(self._device))
             raise
         return graph.replay, losses
+
+    def release(self) -> None:
+        """Return the memory of graphs that no longer exist."""
+        self._pool = torch.cuda.graph_pool_handle()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -120,13 +127,31 @@ class GraphedPass:
             self._record(recording)
         self._calls, recording.calls = self._calls + 1, recording.calls + 1
         if recording.replay is None:
-            losses, recording.waits = self._graphs.run(lambda: self._run(recording.batch))
-            return losses
+            return self._call(recording)
         before = [None if p.grad is None else p.grad.clone() for p in self._parameters]  # of earlier micro-batches
         recording.replay()
         for parameter, earlier, grad in zip(self._parameters, before, recording.grads, strict=True):
             parameter.grad = grad if earlier is None or grad is None else grad.add_(earlier)
         return recording.losses
+
+    def release(self) -> None:
+        """Forget all recordings and return their memory. Passes are recorded again when they are called."""
+        self._recordings = {}
+        self._graphs.release()
+
+    def _call(self, recording: _Recording) -> Losses:
+        """Call the pass as it is. If the memory that recordings hold is needed for it, they are released."""
+        is_first = all(p.grad is None for p in self._parameters)
+        try:
+            losses, recording.waits = self._graphs.run(lambda: self._run(recording.batch))
+            return losses
+        except torch.OutOfMemoryError:
+            if not is_first or all(each.replay is None for each in self._recordings.values()):
+                raise
+        for parameter in self._parameters:
+            parameter.grad = None  # of the incomplete pass
+        self.release()
+        return self._call(recording)
 
     def _recording(self, batch: Batch) -> _Recording:
         shapes = tuple(

@@ -70,6 +70,7 @@ def train(
 
     def measure() -> None:
         if validate is not None:
+            trainer.release_memory()
             results = validate(task)
             if log is not None:
                 log.validation(trainer.step, results)

@@ -56,8 +56,6 @@ class Trainer:
             )
         self.task, self.config, self.process, self.step = task, config, process, 0
         self.is_cuda = device.type == "cuda"
-        if config.network.recompute == "auto" and self.is_cuda:
-            task.network.recompute = False  # until a step runs out of memory
         move_to_device(task, device)
         self.optimizer, self.schedule = build_optimizer(task.parameters(), optim, num_steps, fused=self.is_cuda)
         if resume is not None:
@@ -69,12 +67,23 @@ class Trainer:
         if is_compiled(config, device, num_steps):
             task.network.encoder.compile()
         self.run: Pass = partial(forward_backward, task, config, process.device)
+        self.graphed: GraphedPass | None = None
         if self.is_cuda and cuda_graphs:
-            self.run = GraphedPass(self.run, task.parameters(), task.ragged, CudaGraphs(device), process.print)
+            self.run = self.graphed = GraphedPass(
+                self.run, task.parameters(), task.ragged, CudaGraphs(device), process.print
+            )
+        if self.is_cuda and config.network.recompute == "auto":
+            task.network.recompute = False
+            self.run = partial(recompute_if_needed, self.run, task)
 
     def state(self) -> dict[str, Any]:
         """Optimiser and schedule, as a checkpoint holds them."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def release_memory(self) -> None:
+        """Return the memory that recorded passes hold, for example before a validation. They are recorded again."""
+        if self.graphed is not None:
+            self.graphed.release()
 
     def take_step(self, batches: Iterator[Any], **flags: bool) -> dict[str, float]:
         """One optimiser step on the next batches. Returns losses, grad_norm, lr, and the number of ranks with each flag.
@@ -131,27 +140,29 @@ def accumulate(
 
 
 def forward_backward(task: Task, config: Config, device: torch.device, batch: Batch) -> dict[str, Tensor]:
-    """Adds the gradient of a batch's loss, divided by the number of accumulated batches. Returns its detached losses.
+    """Adds the gradient of a batch's loss, divided by the number of accumulated batches. Returns its detached losses."""
+    with autocast(device, config.precision):
+        losses = task(batch)
+    (losses["loss"] / config.optim.accumulation).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
 
-    If the GPU's memory is exceeded in the first batch of a step and network.recompute is "auto", activation checkpointing is
-    turned on for the rest of the run.
+
+def recompute_if_needed(run: Pass, task: Task, batch: Batch) -> dict[str, Tensor]:
+    """run(batch), if necessary with activation checkpointing, which is then turned on for all later batches.
+
+    Raises torch.OutOfMemoryError if the memory is exceeded nevertheless, or not in the first of several accumulated batches.
     """
-    can_retry = config.network.recompute == "auto" and not task.network.recompute
-    can_retry &= all(p.grad is None for p in task.parameters())
+    is_first = all(p.grad is None for p in task.parameters())
     try:
-        with autocast(device, config.precision):
-            losses = task(batch)
-        (losses["loss"] / config.optim.accumulation).backward()
+        return run(batch)
     except torch.OutOfMemoryError:
-        if not can_retry:
+        if task.network.recompute or not is_first:
             raise
-    else:
-        return {name: loss.detach() for name, loss in losses.items()}
     print("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower", flush=True)
     task.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     task.network.recompute = True
-    return forward_backward(task, config, device, batch)
+    return run(batch)
 
 
 def seed_step(*numbers: int) -> None:

@@ -22,7 +22,7 @@ class Repeated(CudaGraphs):
     """Counts recordings. A recorded function writes to the addresses of its first result, also of the gradients."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.recordings, self.waits = task, 0, ""
+        self.task, self.recordings, self.releases, self.waits = task, 0, 0, ""
 
     def run(self, function: Any) -> Any:
         return function(), self.waits
@@ -42,6 +42,9 @@ class Repeated(CudaGraphs):
                     grad.copy_(new)
 
         return replay, losses
+
+    def release(self) -> None:
+        self.releases += 1
 
     def gradients_of(self, function: Any, losses: Any) -> list[Any]:
         before = [p.grad for p in self.task.parameters()]
@@ -110,6 +113,45 @@ def test_every_shape_is_called_once_before_it_is_recorded():
         run(batch)
         recordings.append(graphs.recordings)
     assert recordings == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_recordings_are_released_if_a_new_shape_needs_their_memory():
+    task = task_of().train()
+    graphs = Repeated(task)
+    run, messages = graphed(task, graphs)
+    small, large = make_batch(2), make_batch(3)
+    for _ in range(4):
+        run(small)
+    assert graphs.recordings == 1
+    call, attempts = graphs.run, []
+
+    def short_of_memory(function: Any) -> Any:
+        attempts.append(graphs.releases)
+        if not graphs.releases:
+            task.zero_grad(set_to_none=True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(function)
+
+    graphs.run = short_of_memory  # type: ignore[method-assign]
+    task.zero_grad(set_to_none=True)
+    assert float(run(large)["loss"]) > 0 and attempts == [0, 1]
+    assert any(p.grad is not None for p in task.parameters())
+    for batch in (small, small, large, large):  # each is called, then recorded again
+        run(batch)
+    assert graphs.recordings == 3 and not messages
+
+
+def test_a_pass_that_exceeds_the_memory_without_recordings_raises():
+    task = task_of().train()
+    graphs = Repeated(task)
+    run, _ = graphed(task, graphs)
+
+    def short_of_memory(function: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs.run = short_of_memory  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make_batch(2))
 
 
 @pytest.mark.parametrize("fault", ["waits", "raises"])

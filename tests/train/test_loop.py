@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,10 @@ def test_long_runs_on_a_gpu_are_compiled(value, device, num_steps, expected):
     assert step.is_compiled(Config(compile=value), torch.device(device), num_steps) is expected
 
 
+def run_of(task):
+    return partial(step.forward_backward, task, task.config, torch.device("cpu"))
+
+
 def test_a_step_that_exceeds_the_memory_is_repeated_with_activation_checkpointing(monkeypatch, capsys):
     """An optimiser step, too, is the same as without the shortage."""
     plain, short = (task_of(network=dataclasses.replace(CONFIG.network, recompute="auto")).train() for _ in range(2))
@@ -216,7 +221,7 @@ def test_a_step_that_exceeds_the_memory_is_repeated_with_activation_checkpointin
         return head(self, *given)
 
     monkeypatch.setattr(type(short.head), "forward", exceed)
-    losses = [step.forward_backward(task, task.config, torch.device("cpu"), make_batch(2)) for task in (plain, short)]
+    losses = [step.recompute_if_needed(run_of(task), task, make_batch(2)) for task in (plain, short)]
     assert losses[0]["loss"] == pytest.approx(float(losses[1]["loss"]), rel=1e-6)
     assert short.network.recompute and "continues with activation checkpointing" in capsys.readouterr().out
     for ours, other in zip(short.parameters(), plain.parameters(), strict=True):
@@ -232,4 +237,4 @@ def test_a_step_that_exceeds_the_memory_with_activation_checkpointing_fails(monk
 
     monkeypatch.setattr(type(task.head), "forward", exceed)
     with pytest.raises(torch.OutOfMemoryError):
-        step.forward_backward(task, task.config, torch.device("cpu"), make_batch(2))
+        step.recompute_if_needed(run_of(task), task, make_batch(2))
