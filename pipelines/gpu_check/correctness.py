@@ -78,7 +78,7 @@ def loss_and_gradient(config: Config, device: torch.device, dtype: torch.dtype) 
 
 
 def graphs(check: Check) -> None:
-    """Losses of a training with CUDA graphs and without, and a step that cannot be recorded. Batches have different shapes."""
+    """Losses of a training with CUDA graphs and without, and steps that cannot be recorded. Batches have two shapes."""
     for recompute in (False, True):
         config = config_of(True, recompute=recompute)
         given = [
@@ -86,9 +86,9 @@ def graphs(check: Check) -> None:
             for _ in range(12 if check.is_cuda else 4)
         ]
         for i, batch in enumerate(given):
-            rows = len(batch.arrays["voxels"]) - i
-            shorter = {name: batch.arrays[name][:rows] for name in config.task_class.ragged}
-            given[i] = replace(batch, arrays={**batch.arrays, **shorter})
+            repeats = 1 + 7 * (i % 2)  # of all voxels, so that there are two padded lengths
+            ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
+            given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (
             [trainer.take_step(iter([batch]))["loss"] for batch in given]
             for trainer in (
