@@ -83,7 +83,7 @@ def graphs(check: Check) -> None:
         config = config_of(True, recompute=recompute)
         given = [
             replace(random_batch(config, 2, True), tokens=("a", "b")).to(check.device)
-            for _ in range(12 if check.is_cuda else 4)
+            for _ in range(12 if check.is_cuda else 2)
         ]
         for i, batch in enumerate(given):
             repeats = 1 + 7 * (i % 2)  # of all voxels, so that there are two padded lengths
