@@ -38,7 +38,7 @@ def correct(check: Check) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     host = torch.device("cpu")
     try:
-        for name, network in NETWORKS.items():
+        for name, network in list(NETWORKS.items())[: 1 if check.small else None]:  # a dry run shows that the code runs
             with check.guarded(name):
                 size = (32, 64) if check.small else (64, 112)
                 config = config_of(True, drop_connect=0.0, image_size=size, **network)
