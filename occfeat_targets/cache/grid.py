@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 _LARGEST_ASPECT = 4.0  # of a cell seen from above; its height is free, because one layer of tall cells is a common grid
 
 
