@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.paths import local_path
 from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
 from occfeat_train.options import (
@@ -22,6 +23,7 @@ from occfeat_train.options import (
     DIRECTORY,
     NETWORK,
     PATH,
+    LocalPath,
     cache_option,
     initial_option,
     machine_options,
@@ -90,7 +92,7 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
 
     changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given[option] is not None]
     config = config.override([*changed, *given["overrides"]])
-    out = given["out"] or Path("runs") / run_name(name, given, arms=arms)
+    out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
     loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
     options = RunOptions(
         given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
@@ -205,7 +207,7 @@ def pretrain(
 )
 @click.option(
     "--scenes",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=LocalPath(path_type=Path, exists=True, dir_okay=False),
     help="File with the names of the scenes whose labels are used, one per line; replaces --labels.",
 )
 @click.option("--preset", "asked", help="A finetuning preset of 'config list'; replaces --task and --labels.")
@@ -284,7 +286,7 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 
 
 @main.command("import-reference")
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.argument("checkpoint", type=LocalPath(path_type=Path, exists=True))
 @click.option(
     "--network",
     type=NETWORK,

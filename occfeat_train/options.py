@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import click
 
+from occfeat_targets.cache.paths import local_path
 from occfeat_train.config import LIFTINGS, Backbone
 
 
@@ -21,8 +22,18 @@ def names_of(table: dict[str, Any]) -> click.Choice[str]:
     return choice
 
 
-PATH = click.Path(path_type=Path)
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
+class LocalPath(click.Path):
+    """A path as `local_path` makes it: absolute, and no URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(value), param, ctx)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+PATH = LocalPath(path_type=Path)
+DIRECTORY = LocalPath(path_type=Path, file_okay=False)
 NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def load_runs(
         task = restore(checkpoint)
         results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
         predictions = draw_predictions(task, dataset, chosen, process)
-        name = path.name if names.count(path.name) == 1 else str(path)
+        name = path.name if names.count(path.name) == 1 else os.path.relpath(path)
         color = RUN_COLORS[len(runs) % len(RUN_COLORS)]
         runs.append(Run(name, color, checkpoint, log, dataset, results, source, predictions))
     return runs, chosen
