@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.paths import local_path
 from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import STUDENT_SIZE
 
@@ -74,8 +75,7 @@ def build_cache(
     Raises ValueError or OSError, saying what to do: on options that don't fit, a data set or teacher that is not there, a
     cache of other options, and shards that failed; finished shards stay, and the same call continues.
     """
-    for name, path in (("dataroot", dataroot), ("cache", cache)):
-        _require(isinstance(path, str | os.PathLike), f"{name}={path!r}: one string or Path expected")
+    dataroot, cache = _local("dataroot", dataroot), _local("cache", cache)
     _require(isinstance(split, str), f"split={split!r}: its name expected, such as 'train'")
     _require_grid(grid)
     numbers = {"workers": workers, "teacher_batch": teacher_batch, "sweeps": sweeps, "shard_size": shard_size}
@@ -112,7 +112,7 @@ def build_cache(
 
     started = time.monotonic()
     options = BuildOptions(
-        dataroot=Path(dataroot), cache=Path(cache), split=split, source=source, version=version,
+        dataroot=dataroot, cache=cache, split=split, source=source, version=version,
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
@@ -169,6 +169,14 @@ def voxelize(
 def _require(is_met: bool, message: str) -> None:
     if not is_met:
         raise ValueError(message)
+
+
+def _local(name: str, path: Any) -> Path:
+    _require(isinstance(path, str | os.PathLike), f"{name}={path!r}: one string or Path expected")
+    try:
+        return local_path(path)
+    except ValueError as err:
+        raise ValueError(f"{name}: {err}") from err
 
 
 def _require_grid(grid: Any) -> None:

@@ -17,7 +17,7 @@ import click
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.plural import count
-from occfeat_targets.options import ShardOf, Size, cache_options, dataroot_option, names_of, reports_errors
+from occfeat_targets.options import LocalPath, ShardOf, Size, cache_options, dataroot_option, names_of, reports_errors
 from occfeat_targets.sources.source import SOURCES
 
 EXIT_INCOMPLETE = 3
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New directory for the data set.")
+@click.option("--out", type=LocalPath(path_type=Path), required=True, help="New directory for the data set.")
 @click.option("--scenes", default=2, show_default=True, help="Training scenes.")
 @click.option("--val-scenes", default=0, show_default=True, help="Validation scenes, in another town.")
 @click.option("--keyframes", default=10, show_default=True, help="Keyframes per scene, at 2 Hz.")
@@ -212,7 +212,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 
 @main.command()
 @cache_options
-@click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
+@click.option("--dataroot", type=LocalPath(path_type=Path), default=None, envvar="NUSCENES_ROOT",
               help="The data set; the one the cache was built from by default.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
               help="Random keyframes to recompute from the data set by independent code; 0: checksums only.")  # fmt: skip
@@ -252,7 +252,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
 
 @main.command()
 @cache_options
-@click.option("--out", type=click.Path(path_type=Path), default=Path("preview"), show_default=True)
+@click.option("--out", type=LocalPath(path_type=Path), default=Path("preview"), show_default=True)
 @click.option(
     "--keyframes",
     "numbers",
@@ -266,7 +266,7 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
 )
 @click.option("--frame", default=None, help="Reference frame of the grid; the cache's first by default.")
 @click.option("--points", is_flag=True, help="Also draw the LiDAR returns, from the cache or the data set.")
-@click.option("--dataroot", type=click.Path(path_type=Path), default=None, envvar="NUSCENES_ROOT",
+@click.option("--dataroot", type=LocalPath(path_type=Path), default=None, envvar="NUSCENES_ROOT",
               help="The data set; the one the cache was built from by default.")  # fmt: skip
 @reports_errors
 def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool, dataroot: Path | None,

@@ -11,6 +11,18 @@ from typing import Any
 
 import click
 
+from occfeat_targets.cache.paths import local_path
+
+
+class LocalPath(click.Path):
+    """A path as `local_path` makes it: absolute, and no URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(value), param, ctx)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
 
 class Size(click.ParamType[tuple[int, ...]]):
     """Numbers joined by x, such as 224x392."""
@@ -68,13 +80,13 @@ def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--split", required=True, help="Split of the data set; nuScenes has train, val, test, mini_train, mini_val."
     )(command)
     return click.option(
-        "--cache", type=click.Path(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
+        "--cache", type=LocalPath(path_type=Path), default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
         help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
     )(command)  # fmt: skip
 
 
 def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--dataroot", type=click.Path(path_type=Path), default=Path("data/nuscenes"), show_default=True,
+        "--dataroot", type=LocalPath(path_type=Path), default=Path("data/nuscenes"), show_default=True,
         envvar="NUSCENES_ROOT", help="Root directory of the data set.",
     )(command)  # fmt: skip

@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from occfeat_targets.cache.paths import local_path
+
 
 def checked_path(path: Any, what: str) -> Path:
-    """The path. Raises ValueError unless it is a string or path, for example if it is a list of paths."""
+    """The path, absolute. Raises ValueError unless it is a string or path (a list of paths is none), and if it is a URL."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path is of type {type(path).__name__}: expected {what} as one string or Path")
-    return Path(path)
+    return local_path(path)
 
 
 def check_images(

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import click
 
+from occfeat_targets.cache.paths import local_path
 from occfeat_train.config import LIFTINGS, Backbone
 
 
@@ -21,8 +22,18 @@ def names_of(table: dict[str, Any]) -> click.Choice[str]:
     return choice
 
 
-PATH = click.Path(path_type=Path)
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
+class LocalPath(click.Path):
+    """A path as `local_path` makes it: absolute, and no URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(value), param, ctx)
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
+
+PATH = LocalPath(path_type=Path)
+DIRECTORY = LocalPath(path_type=Path, file_okay=False)
 NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
 
@@ -58,7 +69,15 @@ cache_option = click.option(
     "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
     help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
 )  # fmt: skip
-initial_option = functools.partial(click.option, "--from", "initial", type=PATH)
+
+
+def initial_option(help: str) -> Callable[..., Any]:
+    return options(
+        click.option("--from", "initial", type=PATH, help=help),
+        click.option("--allow-unfinished", is_flag=True, help="Let --from be a run whose training has not finished."),
+    )
+
+
 set_option = functools.partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
 machine_options = options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_LARGEST_ASPECT = 4.0  # of a cell seen from above; its height is free, because one layer of tall cells is a common grid
+
 
 @dataclass(frozen=True)
 class VoxelGrid:
@@ -49,6 +51,20 @@ class VoxelGrid:
         """Edge lengths [m] along (up, forward, right)."""
         up, forward, right = ((u - lo) / n for u, lo, n in zip(self.upper, self.lower, self.shape, strict=True))
         return up, forward, right
+
+    @property
+    def shape_warning(self) -> str | None:
+        """Why shape and bounds are probably in another order than (up, forward, right); None for usual grids."""
+        up, forward, right = (high - low for low, high in zip(self.lower, self.upper, strict=True))
+        _, cell_forward, cell_right = self.cell_size
+        order = (
+            "the order is up, forward, right: the shape is ZxHxW, such as 8x200x200, and the bounds of up come first"
+        )
+        if max(cell_forward, cell_right) > _LARGEST_ASPECT * min(cell_forward, cell_right):
+            return f"cells are {cell_forward:g} m long and {cell_right:g} m wide; {order}"
+        if up > min(forward, right):
+            return f"the grid is {up:g} m high, {forward:g} m long and {right:g} m wide; {order}"
+        return None
 
     @property
     def num_voxels(self) -> int:

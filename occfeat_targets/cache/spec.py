@@ -183,7 +183,13 @@ class TargetSpec:
     def describe(self) -> list[str]:
         """The spec in a few lines of text."""
         height, width = self.image_size
-        lines = [f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}"]
+        up, forward, right = self.grid.cell_size
+        lines = [
+            f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}",
+            f"cells {up:g} m high, {forward:g} m long (forward), {right:g} m wide (right)",
+        ]
+        if self.grid.shape_warning is not None:
+            lines.append(f"warning: {self.grid.shape_warning}")
         trained, plain = ("{}x{}".format(*largest_network(self.image_size, r)) for r in (LARGEST_RESIZE, 1.0))
         lines.append(
             f"images {height}x{width} of {count(len(self.cameras), 'camera')}: without upsampling, networks can train at up to {trained} "

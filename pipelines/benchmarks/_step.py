@@ -35,7 +35,7 @@ OCCUPIED = 6000 / 320_000  # share of the voxels
 class Setting:
     """Settings of a measured step.
 
-    cameras: more than six repeat cameras of the rig, fewer omit some. compiled: compile our network, as `--compile` does.
+    cameras: more than six repeat cameras of the rig, fewer omit some. compiled: compile our image encoder, as `--compile` does.
     dataroot: the rig is that of the first keyframe; None: a synthetic rig.
     """
 
@@ -121,7 +121,7 @@ class OurStep(Step):
         self.head = OccFeatHead(CHANNELS, setting.grid.shape[0], FEATURE_DIM).to(setting.device)
         self.to(memory_format=torch.channels_last)
         if setting.compiled:
-            self.network.compile()
+            self.network.encoder.compile()
 
     def bev(self) -> Tensor:
         return self.network(self.views)

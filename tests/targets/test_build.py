@@ -82,8 +82,11 @@ def dask_cluster(directory: Path) -> Iterator[str]:
 
 
 def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny_teacher, tmp_path, expected):
+    """Paths are relative, and the workers have another working directory than the command."""
+    here = [Path(os.path.relpath(path)) for path in (city, tmp_path)]
+    teacher = os.path.relpath(tiny_teacher)
     with dask_cluster(tmp_path) as address:
-        run_in_subprocess(*build_arguments(city, tmp_path, tiny_teacher, "--scheduler", address, "--frames", "both"))
+        run_in_subprocess(*build_arguments(*here, teacher, "--scheduler", address, "--frames", "both"))
     assert_same_bytes(tmp_path, expected)
 
 

@@ -16,6 +16,37 @@ def test_default_grid_is_simple_bevs():
     np.testing.assert_allclose(centers[7, 199, 0], [-49.75, 49.75, 4.375])
 
 
+@pytest.mark.parametrize(
+    ("grid", "found"),
+    [
+        (VoxelGrid((200, 200, 8)), "cells are 0.5 m long and 12.5 m wide; the order is up, forward, right"),
+        (VoxelGrid((200, 8, 200)), "cells are 12.5 m long and 0.5 m wide; "),
+        (
+            VoxelGrid((200, 200, 8), (-50, -50, -5), (50, 50, 5)),
+            "the grid is 100 m high, 100 m long and 10 m wide; the order is up, forward, right",
+        ),
+    ],
+    ids=str,
+)
+def test_a_grid_whose_axes_are_probably_in_another_order_has_a_warning(grid, found):
+    assert found in grid.shape_warning
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        VoxelGrid(),
+        VoxelGrid((1, 400, 400)),  # one layer of tall cells
+        VoxelGrid((80, 100, 100)),  # flat cells
+        VoxelGrid((8, 200, 50)),  # four times as wide as long
+        VoxelGrid((16, 200, 80), (-2, 0, -20), (6, 100, 20)),  # only the road ahead
+    ],
+    ids=str,
+)
+def test_cells_of_usual_shapes_have_no_warning(grid):
+    assert grid.shape_warning is None
+
+
 def test_axes_are_up_forward_right():
     centers = VoxelGrid((2, 3, 4), (0, 0, 0), (2, 3, 4)).voxel_centers()
     np.testing.assert_allclose(centers[1, 2, 3], [3.5, 2.5, 1.5])  # (right, forward, up)

@@ -114,6 +114,14 @@ def test_a_spec_states_the_largest_network_that_needs_no_enlarged_images(cached,
     assert line.endswith("evaluated at up to {}x{}".format(*evaluated))
 
 
+def test_a_spec_states_the_size_of_the_cells_and_warns_of_a_grid_in_another_order():
+    usual, other = TargetSpec().describe(), TargetSpec(grid=VoxelGrid((200, 200, 8))).describe()
+    assert usual[1] == "cells 1.25 m high, 0.5 m long (forward), 0.5 m wide (right)"
+    assert other[1] == "cells 0.05 m high, 0.5 m long (forward), 12.5 m wide (right)"
+    assert "warning" not in "\n".join(usual)
+    assert other[2].startswith("warning: cells are 0.5 m long and 12.5 m wide; the order is up, forward, right")
+
+
 def test_a_spec_without_teacher_or_labels_has_no_such_arrays():
     names = [a.name for a in TargetSpec(labels=()).arrays()]
     expected = ["is_valid", "camera_valid", "image_area", "intrinsics", "cam_from_ego", "grid_from_ego", "images"]

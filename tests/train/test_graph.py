@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from occfeat_train.distributed import Process
 from occfeat_train.tasks.base import Task
 from occfeat_train.training.graph import CudaGraphs, GraphedPass, copy_padded, padded, padded_length
-from occfeat_train.training.step import forward_backward
+from occfeat_train.training.step import Trainer, TrainingError, forward_backward
 from tests.train.test_batch import make_batch
 from tests.train.test_tasks import CONFIG, task_of
 
@@ -192,3 +193,17 @@ def test_added_rows_mark_no_voxel():
     assert (target.arrays["voxels"][rows:] == -1).all() and len(target.arrays["voxels"]) > rows
     assert (target.arrays["features"][rows:] == 0).all()
     assert torch.equal(target.images, batch.images)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_a_step_that_is_not_finite_changes_no_weight(device):
+    """On a GPU the optimiser's kernel finds this out, because the host looks at the loss only after it."""
+    task = task_of()
+    trainer = Trainer(task, CONFIG, Process(0, 1, torch.device(device)), 10)
+    batch = make_batch(2).to(torch.device(device))
+    trainer.take_step(iter([batch]))
+    before = [p.detach().clone() for p in task.parameters()]
+    task.head.conv.weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(TrainingError, match="step 1: loss"):
+        trainer.take_step(iter([batch]))
+    assert all(torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True))
