@@ -1,11 +1,13 @@
 """The command line: occfeat-train check, config, pretrain, finetune, evaluate, report, import-reference.
 
-Exit codes: 0 success, or stopped by a signal with a checkpoint saved; 1 error; 2 wrong usage.
+Exit codes: 0 success; 1 error; 2 wrong usage; 3 training stopped early by a signal, with a checkpoint saved; 130
+interrupted by a second Ctrl-C.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from occfeat_train.options import (
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 PRETRAINING = "table1/simplebev-enb0/occfeat"
+STOPPED, INTERRUPTED = 3, 130  # exit codes of a training that the same command continues
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -79,7 +82,10 @@ def run_name(name: str, given: dict[str, Any], *, arms: bool) -> str:
 
 
 def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms: bool = False) -> None:
-    """Train with the values of `initial_option`, `training_options` and `machine_options`. --set is applied last."""
+    """Train with the values of `initial_option`, `training_options` and `machine_options`. --set is applied last.
+
+    Exits with STOPPED or INTERRUPTED if the training has not finished.
+    """
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_training
@@ -89,12 +95,19 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
     out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
     loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
     options = RunOptions(
-        given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset
-    )
-    with processes(given["device"]) as process:
-        finished = run_training(config, options, process)
-        stopped = f"stopped by a signal and saved: run the same command again to continue {out}"
-        process.print(f"finished: {out}" if finished else stopped)
+        given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
+        given["allow_unfinished"],
+    )  # fmt: skip
+    again = f"run the same command again to continue {out}"
+    try:
+        with processes(given["device"]) as process:
+            finished = run_training(config, options, process)
+            process.print(f"finished: {out}" if finished else f"stopped by a signal and saved: {again}")
+    except KeyboardInterrupt:
+        click.echo(f"interrupted, and nothing saved after the newest checkpoint: {again}", err=True)
+        sys.exit(INTERRUPTED)
+    if not finished:
+        sys.exit(STOPPED)
 
 
 @main.command()

@@ -69,7 +69,15 @@ cache_option = click.option(
     "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
     help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
 )  # fmt: skip
-initial_option = functools.partial(click.option, "--from", "initial", type=PATH)
+
+
+def initial_option(help: str) -> Callable[..., Any]:
+    return options(
+        click.option("--from", "initial", type=PATH, help=help),
+        click.option("--allow-unfinished", is_flag=True, help="Let --from be a run whose training has not finished."),
+    )
+
+
 set_option = functools.partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
 machine_options = options(
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),

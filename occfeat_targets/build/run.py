@@ -32,6 +32,12 @@ class Outcome:
         return {token: cameras for r in self.reports for token, cameras in r.masked.items()}
 
     @property
+    def lacks_expected(self) -> list[tuple[str, str]]:
+        """(kind of labels, scene) whose keyframes built here have no cell of the kind's expected class."""
+        found = {key for r in self.reports for key, is_there in r.has_expected.items() if is_there}
+        return list(dict.fromkeys(key for r in self.reports for key in r.has_expected if key not in found))
+
+    @property
     def num_keyframes(self) -> int:
         return sum(r.num_keyframes for r in self.reports if r.error is None)
 

@@ -2,20 +2,23 @@
 
 A JPEG is decoded once, with libjpeg's scaled inverse DCT, to half (quarter, eighth) of its size if that leaves enough
 pixels, and resized to all requested sizes with an antialiased bilinear (triangle) filter. Training never decodes a JPEG.
+libjpeg goes on after damage with a warning, which Pillow and OpenCV do not report; simplejpeg makes it an error.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numba
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from occfeat_targets.cache.geometry import Area
+from occfeat_targets.compiled import compiled
 
 # The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
 # result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.
@@ -34,15 +37,17 @@ def load_image(
     expected_size: (height, width) of the file in the data set's tables; another size is an error.
     Returns one (height, width, 3) uint8 RGB array per size; the same bytes on every machine with the same libjpeg.
     Raises ValueError that names the file and the remedy if the file is missing, no JPEG, truncated, of another size, or
-        damaged in a way that libjpeg detects (other damage shows only in a checksum).
+        damaged in a way that libjpeg detects: always an area of zeros, seldom a single bit. Other damage shows only in a checksum.
     """
-    with _open(path) as image:
-        source = (image.height, image.width)
-        _check_sizes(path, source, sizes, expected_size)
-        scale = _decoding_scale(source, sizes)
-        image.draft("RGB", (source[1] // scale, source[0] // scale))
-        assert image.size == (-(-source[1] // scale), -(-source[0] // scale)), (path, scale)  # libjpeg rounds up
-        pixels = np.asarray(_decode(path, image, source))
+    content, source = _read(path)
+    _check_sizes(path, source, sizes, expected_size)
+    scale = _decoding_scale(source, sizes)
+    height, width = (-(-n // scale) for n in source)  # libjpeg rounds up
+    try:
+        pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width, strict=True)
+    except ValueError as err:
+        raise _damaged(path, len(content), source, err) from err
+    assert pixels.shape == (height, width, 3), (path, scale, pixels.shape)
     resized = []
     for height, width in sizes:
         out = np.empty((height, width, 3), np.uint8)
@@ -55,10 +60,12 @@ def load_image_reference(
     path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.uint8], ...]:
     """Slow reference of `load_image`: full decode, then Pillow's antialiased bilinear resize to each size."""
-    with _open(path) as image:
-        source = (image.height, image.width)
-        _check_sizes(path, source, sizes, None)
-        full = _decode(path, image, source)
+    content, source = _read(path)
+    _check_sizes(path, source, sizes, None)
+    try:
+        full = Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB")
+    except (OSError, SyntaxError) as err:
+        raise _damaged(path, len(content), source, err) from err
     return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
 
 
@@ -72,27 +79,28 @@ def letterbox(image: NDArray[np.uint8], area: Area, size: tuple[int, int]) -> ND
     return out
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _read(path: str | os.PathLike[str]) -> tuple[bytes, tuple[int, int]]:
+    """The bytes of a JPEG, and its (height, width) in pixels."""
+    if not os.path.isfile(path):  # a pipe would never end
+        if os.path.exists(path):
+            raise ValueError(f"image {path} is no regular file; expected a JPEG: restore the file")
+        raise ValueError(f"image {path} is missing: check the dataroot, or download its blob again")
+    with open(path, "rb") as file:
+        content = file.read()
     try:
-        return Image.open(path, formats=("JPEG",))
-    except FileNotFoundError as err:
-        raise ValueError(f"image {path} is missing: check the dataroot, or download its blob again") from err
-    except (OSError, SyntaxError) as err:
-        size = os.path.getsize(path) if os.path.isfile(path) else None
-        seen = "is no regular file" if size is None else f"({size} bytes) has no JPEG header"
-        raise ValueError(f"image {path} {seen}; expected a JPEG: restore the file") from err
-
-
-def _decode(path: str | os.PathLike[str], image: Image.Image, source: tuple[int, int]) -> Image.Image:
-    """The completely decoded image as RGB."""
-    try:
-        image.load()
-    except (OSError, SyntaxError) as err:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    except ValueError as err:
         raise ValueError(
-            f"image {path} ({os.path.getsize(path)} bytes) is truncated or damaged ({err}); expected a complete JPEG of "
-            f"{source[1]}x{source[0]}: restore the file"
+            f"image {path} ({len(content)} bytes) has no JPEG header; expected a JPEG: restore the file"
         ) from err
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return content, (height, width)
+
+
+def _damaged(path: str | os.PathLike[str], size: int, source: tuple[int, int], err: Exception) -> ValueError:
+    return ValueError(
+        f"image {path} ({size} bytes) is truncated or damaged ({err}); expected a complete JPEG of {source[1]}x{source[0]}: "
+        "restore the file"
+    )
 
 
 def _check_sizes(
@@ -148,7 +156,7 @@ def _taps(source: int, target: int, scale: int) -> tuple[NDArray[np.int64], NDAr
     return first, np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1).astype(np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _resize(
     source: NDArray[np.uint8],  # (H, W, 3)
     first_row: NDArray[np.int64],  # (h,)

@@ -70,8 +70,7 @@ def deformable_triton(
 
     The last bits of gradients differ between runs.
     """
-    places = places.float()
-    found: Tensor = _TritonDeformable.apply(values, places[..., :2], places[..., 2].softmax(-1), reads)
+    found: Tensor = _TritonDeformable.apply(values, places.float(), reads)
     return found
 
 
@@ -117,25 +116,25 @@ def _one_sample(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
 
 
 class _TritonDeformable(torch.autograd.Function):
-    """Values (M, h, w, heads, d), offsets (Q, heads, P, 2) and weights (Q, heads, P) float32 -> (Q, heads, d) float32."""
+    """Values (M, h, w, heads, d) and places (Q, heads, P, 3) float32 -> (Q, heads, d) float32."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, offsets: Tensor, weights: Tensor, reads: Reads) -> Tensor:
+    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
         from occfeat_train.ops.deformable_triton import weighted_samples
 
-        given = [t.contiguous() for t in (values, offsets, weights)]
+        given = [t.contiguous() for t in (values, places)]
         ctx.save_for_backward(*given)
         ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
         return weighted_samples(*given, *ctx.reads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         from occfeat_train.ops.deformable_triton import weighted_samples_backward
 
         given = ctx.saved_tensors  # read once: activation checkpointing allows only one read
-        of_values, of_offsets, of_weights = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
-        return of_values.to(given[0].dtype), of_offsets, of_weights, None
+        of_values, of_places = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
+        return of_values.to(given[0].dtype), of_places, None
 
 
 class _Deformable(torch.autograd.Function):
@@ -152,7 +151,7 @@ class _Deformable(torch.autograd.Function):
         target = out.numpy()
 
         def work(first: int) -> None:
-            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)
 
         in_threads(work, list(range(0, num_queries, _CHUNK)))
         return out
@@ -171,7 +170,7 @@ class _Deformable(torch.autograd.Function):
 
         def work(task: tuple[int, int]) -> None:
             first, head = task
-            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)  # type: ignore[call-arg]
+            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)
 
         in_threads(work, [(first, head) for first in range(0, num_queries, per_sample) for head in range(heads)])
         return *grads, None

@@ -1,7 +1,7 @@
 """Triton kernels of deformable attention, forward and backward; `deformable.deformable_torch` is the reference.
 
-A program processes a block of rows and loops over their maps and points; a row is one head of one query. Samples are not
-stored. Values have any floating-point type and are converted in registers; sums are float32.
+A program processes a block of rows and loops over their maps and points; a row is one head of one query. Neither samples nor
+weights are stored. Values have any floating-point type and are converted in registers; sums are float32.
 
 The gradient of the values uses atomic additions, so its last bits differ between runs.
 """
@@ -23,58 +23,54 @@ _WARPS = 4
 
 def weighted_samples(
     values: Tensor,  # (M, h, w, heads, d)
-    offsets: Tensor,  # (Q, heads, P, 2) float32, column and row [tokens]
-    weights: Tensor,  # (Q, heads, P) float32
+    places: Tensor,  # (Q, heads, P, 3) float32: offset's column and row [tokens], score
     maps: Tensor,  # (n,) int64
     starts: Tensor,  # (Q + 1,) int64
     anchors: Tensor,  # (n, A, 2) float32
 ) -> Tensor:
     """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p.
 
-    All tensors are contiguous. Returns (Q, heads, d) float32.
+    The weights are the softmax of the scores over p. All tensors are contiguous. Returns (Q, heads, d) float32.
     """
-    out = torch.empty((*weights.shape[:2], values.shape[-1]), dtype=torch.float32, device=values.device)
-    grid, sizes = _sizes(values, weights, anchors)
+    out = torch.empty((*places.shape[:2], values.shape[-1]), dtype=torch.float32, device=values.device)
+    grid, sizes = _sizes(values, places, anchors)
     with torch.cuda.device_of(values):  # Triton launches on the current device
-        _forward[grid](values, offsets, weights, maps, starts, anchors, out, *sizes, num_warps=_WARPS)
+        _forward[grid](values, places, maps, starts, anchors, out, *sizes, num_warps=_WARPS)
     return out
 
 
 def weighted_samples_backward(
     grad: Tensor,  # (Q, heads, d) float32
     values: Tensor,
-    offsets: Tensor,
-    weights: Tensor,
+    places: Tensor,
     maps: Tensor,
     starts: Tensor,
     anchors: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Float32 gradients of values, offsets and weights of `weighted_samples`. All tensors are contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """Float32 gradients of values and places of `weighted_samples`. All tensors are contiguous."""
     of_values = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
-    of_offsets, of_weights = torch.empty_like(offsets), torch.empty_like(weights)
-    grid, sizes = _sizes(values, weights, anchors)
+    of_places = torch.empty_like(places)
+    grid, sizes = _sizes(values, places, anchors)
     with torch.cuda.device_of(values):
         _backward[grid](
-            grad, values, offsets, weights, maps, starts, anchors, of_values, of_offsets, of_weights, *sizes,
-            num_warps=_WARPS,
+            grad, values, places, maps, starts, anchors, of_values, of_places, *sizes, num_warps=_WARPS
         )  # fmt: skip
-    return of_values, of_offsets, of_weights
+    return of_values, of_places
 
 
-def _sizes(values: Tensor, weights: Tensor, anchors: Tensor) -> tuple[tuple[int], tuple[int, ...]]:
+def _sizes(values: Tensor, places: Tensor, anchors: Tensor) -> tuple[tuple[int], tuple[int, ...]]:
     """Launch grid and sizes of the kernels; a row is one head of one query."""
     _, h, w, heads, d = values.shape
     padded = triton.next_power_of_2(d)
     block = max(1, _TILE // padded)
-    rows = len(weights) * heads
-    return (triton.cdiv(rows, block),), (rows, h, w, heads, d, padded, weights.shape[2], anchors.shape[1], block)
+    rows = len(places) * heads
+    return (triton.cdiv(rows, block),), (rows, h, w, heads, d, padded, places.shape[2], anchors.shape[1], block)
 
 
 @triton.jit
 def _forward(
     values: tl.tensor,  # (M, h, w, heads, d)
-    offsets: tl.tensor,  # (rows, P, 2)
-    weights: tl.tensor,  # (rows, P)
+    places: tl.tensor,  # (rows, P, 3)
     maps: tl.tensor,  # (n,)
     starts: tl.tensor,  # (Q + 1,)
     anchors: tl.tensor,  # (n, A, 2)
@@ -90,15 +86,16 @@ def _forward(
     block: tl.constexpr,  # rows of a program
 ) -> None:
     row, is_row, first, count, channel, is_channel = _rows(starts, rows, heads, d, padded, block)
+    highest, scale = _softmax(places, row, is_row, points, block)
     total = tl.full((block, padded), 0, tl.float32)
     for i in range(tl.max(count, 0)):
         is_pair, pair = i < count, first + i
         start = tl.load(maps + pair, is_pair, 0) * (h * w * heads) + row % heads
         for p in range(points):
             i00, i01, i10, i11, m00, m01, m10, m11, right, lower = _taps(
-                offsets, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
+                places, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
             )
-            weight = tl.load(weights + row * points + p, is_row, 0)
+            weight = _weight(places, row, is_row, highest, scale, p, points)
             upper, lower = (weight * (1 - lower))[:, None], (weight * lower)[:, None]
             left, right = 1 - right[:, None], right[:, None]
             v00 = _read(values, start, i00, m00, heads, d, channel, is_channel)
@@ -113,14 +110,12 @@ def _forward(
 def _backward(
     grad: tl.tensor,  # (rows, d)
     values: tl.tensor,
-    offsets: tl.tensor,
-    weights: tl.tensor,
+    places: tl.tensor,
     maps: tl.tensor,
     starts: tl.tensor,
     anchors: tl.tensor,
     of_values: tl.tensor,  # (M, h, w, heads, d) added to
-    of_offsets: tl.tensor,  # (rows, P, 2) out
-    of_weights: tl.tensor,  # (rows, P) out
+    of_places: tl.tensor,  # (rows, P, 3) out
     rows: tl.tensor,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -133,16 +128,18 @@ def _backward(
 ) -> None:
     row, is_row, first, count, channel, is_channel = _rows(starts, rows, heads, d, padded, block)
     g = tl.load(grad + row[:, None] * d + channel, is_row[:, None] & is_channel, 0)
+    highest, scale = _softmax(places, row, is_row, points, block)
+    mean = tl.full((block,), 0, tl.float32)
     most = tl.max(count, 0)
     for p in range(points):
-        weight = tl.load(weights + row * points + p, is_row, 0)
+        weight = _weight(places, row, is_row, highest, scale, p, points)
         along_x, along_y = tl.full((block,), 0, tl.float32), tl.full((block,), 0, tl.float32)
         of_weight = tl.full((block,), 0, tl.float32)
         for i in range(most):
             is_pair, pair = i < count, first + i
             start = tl.load(maps + pair, is_pair, 0) * (h * w * heads) + row % heads
             i00, i01, i10, i11, m00, m01, m10, m11, right, lower = _taps(
-                offsets, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
+                places, anchors, row, is_row, pair, is_pair, p, h, w, points, num_anchors
             )
             left, upper = 1 - right, 1 - lower
             s00 = tl.sum(g * _read(values, start, i00, m00, heads, d, channel, is_channel), 1)
@@ -156,10 +153,16 @@ def _backward(
             _add(of_values, start, i01, m01, weight * upper * right, g, heads, d, channel, is_channel)
             _add(of_values, start, i10, m10, weight * lower * left, g, heads, d, channel, is_channel)
             _add(of_values, start, i11, m11, weight * lower * right, g, heads, d, channel, is_channel)
-        out = row * points + p
-        tl.store(of_offsets + 2 * out, weight * along_x, is_row)
-        tl.store(of_offsets + 2 * out + 1, weight * along_y, is_row)
-        tl.store(of_weights + out, of_weight, is_row)
+        out = of_places + (row * points + p) * 3
+        tl.store(out, weight * along_x, is_row)
+        tl.store(out + 1, weight * along_y, is_row)
+        tl.store(out + 2, of_weight, is_row)
+        mean += weight * of_weight
+    tl.debug_barrier()  # the threads that read the gradients of the weights are not those that stored them
+    for p in range(points):  # from the weights to the scores, through the softmax
+        weight, out = _weight(places, row, is_row, highest, scale, p, points), of_places + (row * points + p) * 3 + 2
+        of_weight = tl.load(out, is_row, 0)
+        tl.store(out, weight * (of_weight - mean), is_row)
 
 
 @triton.jit
@@ -181,8 +184,34 @@ def _rows(
 
 
 @triton.jit
+def _softmax(places: tl.tensor, row: tl.tensor, is_row: tl.tensor, points: tl.constexpr, block: tl.constexpr) -> Any:
+    """For `_weight`: the highest score of the rows, and one over their sum of exponentials; both (block,)."""
+    score = places + row * points * 3 + 2
+    highest, total = tl.load(score, is_row, 0), tl.full((block,), 0, tl.float32)
+    for p in range(1, points):
+        highest = tl.maximum(highest, tl.load(score + p * 3, is_row, 0))
+    for p in range(points):
+        total += tl.exp(tl.load(score + p * 3, is_row, 0) - highest)
+    return highest, 1 / total
+
+
+@triton.jit
+def _weight(
+    places: tl.tensor,
+    row: tl.tensor,
+    is_row: tl.tensor,
+    highest: tl.tensor,
+    scale: tl.tensor,
+    p: tl.tensor,
+    points: tl.constexpr,
+) -> Any:
+    score = tl.load(places + (row * points + p) * 3 + 2, is_row, 0)
+    return tl.exp(score - highest) * scale
+
+
+@triton.jit
 def _taps(
-    offsets: tl.tensor,
+    places: tl.tensor,
     anchors: tl.tensor,
     row: tl.tensor,
     is_row: tl.tensor,
@@ -195,7 +224,7 @@ def _taps(
     num_anchors: tl.constexpr,
 ) -> Any:
     """For point p of every row: the four tokens around it, which of them are read, and the distances to the upper left one."""
-    offset, anchor = offsets + (row * points + p) * 2, anchors + (pair * num_anchors + p % num_anchors) * 2
+    offset, anchor = places + (row * points + p) * 3, anchors + (pair * num_anchors + p % num_anchors) * 2
     x = tl.load(anchor, is_pair, 0) + tl.load(offset, is_row, 0)
     y = tl.load(anchor + 1, is_pair, 0) + tl.load(offset + 1, is_row, 0)
     x0, y0 = tl.floor(x), tl.floor(y)

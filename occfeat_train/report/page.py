@@ -115,19 +115,21 @@ def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
             if run.config.is_pretext
             else {"labels": f"{info.config.labels:g} % ({count(info.num_samples, 'keyframe')})"}
         )
-        row["initial weights"] = initial_weights(info.initial)
+        row["initial weights"] = initial_weights(info.initial, 0 if info.parent is None else info.parent.num_steps)
         rows.append({**row, **run.config.task_class.columns(run.results)})
     header = [name for name in dict.fromkeys(chain(*rows)) if any(row.get(name, "-") != "-" for row in rows)]
     texts = [[row.get(name, "-") for name in header] for row in rows]
     return [*header, "source"], [[*row, run.source] for row, run in zip(texts, runs, strict=True)]
 
 
-def initial_weights(initial: str) -> str:
-    """RunInfo.initial without directories: ``r1, step 42`` for a pretraining, or the backbone weights."""
+def initial_weights(initial: str, num_steps: int) -> str:
+    """RunInfo.initial without directories: ``r1, step 42`` for a pretraining of `num_steps`, or the backbone weights."""
     text, _, kind = initial.rpartition(" (")
     if kind.removesuffix(")") in PRETEXTS:
         path = Path(text)
-        return f"pretrained: {path.parent.parent.name}, step {int(path.name.removeprefix('step-'))}"
+        step = int(path.name.removeprefix("step-"))
+        unfinished = f" of {num_steps}, unfinished" if step < num_steps else ""
+        return f"pretrained: {path.parent.parent.name}, step {step}{unfinished}"
     return initial.replace("backbone weights: none", "none (random)")
 
 

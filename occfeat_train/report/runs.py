@@ -51,6 +51,11 @@ class Run:
     def config(self) -> Config:
         return self.checkpoint.info.config
 
+    @property
+    def mark(self) -> str:
+        """``step 3 of 60, unfinished``; empty for a finished run."""
+        return "" if self.checkpoint.is_finished else self.checkpoint.describe_step()
+
 
 def load_runs(
     paths: Sequence[Path],
@@ -73,7 +78,7 @@ def load_runs(
     names = [path.name for path, _, _ in opened]
     runs: list[Run] = []
     for (path, checkpoint, log), dataset in zip(opened, datasets, strict=True):
-        print_line(f"{path}: {checkpoint.info.config.task}, step {checkpoint.step}")
+        print_line(f"{path}: {checkpoint.info.config.task}, {checkpoint.describe_step()}")
         precision = note_on_precision(checkpoint.info.config.precision, process.device)
         for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset), *precision):
             print_line(line)

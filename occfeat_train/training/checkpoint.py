@@ -78,6 +78,11 @@ class RunInfo:
             values["parent"] = cls.from_dict(values["parent"])
         return cls(**values)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training; 0 for weights that were imported."""
+        return self.config.optim.num_steps(self.num_samples) if self.num_samples else 0
+
     def warnings(self) -> list[str]:
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
@@ -90,6 +95,15 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(_read_record(self.path)["step"])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the training ended with this checkpoint."""
+        return self.step >= self.info.num_steps
+
+    def describe_step(self) -> str:
+        """``step 60``, or ``step 3 of 60, unfinished``."""
+        return f"step {self.step}" if self.is_finished else f"step {self.step} of {self.info.num_steps}, unfinished"
 
     @property
     def weights_digest(self) -> str:

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from occfeat_train.config import Config
 from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS, load_backbone_weights
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task
-from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, load_weights
+from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_weights
+
+
+def find_initial(path: Path, *, allow_unfinished: bool) -> Checkpoint:
+    """The checkpoint that another run starts from: of a finished run, or the one whose directory is given, of any step.
+
+    Raises CheckpointError on a run that has not finished, unless allow_unfinished is true.
+    """
+    start = find_checkpoint(path)
+    if not (start.is_finished or allow_unfinished or start.path == path):
+        raise CheckpointError(
+            f"{path} has not finished, it is at step {start.step} of {start.info.num_steps}: run its command again, or pass "
+            "--allow-unfinished to start from these weights"
+        )
+    return start
 
 
 def describe_initial(config: Config, start: Checkpoint | None) -> str:
@@ -30,7 +46,7 @@ def load_initial(task: Task, config: Config, start: Checkpoint | None) -> str:
         )
     same_head = start.info.config.task == config.task
     load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
-    return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, step {start.step})"
+    return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, {start.describe_step()})"
 
 
 def restore(checkpoint: Checkpoint, config: Config | None = None) -> Task:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def train(
     options: LoopOptions,
     validate: Callable[[Task], dict[str, Any]] | None = None,
 ) -> bool:
-    """Train a task to its last step, or until SIGTERM or SIGUSR1.
+    """Train a task to its last step, or until SIGTERM, SIGUSR1 or SIGINT (Ctrl-C).
 
     validate: called on all ranks at every checkpoint, and at the start of a continued run whose last validation is missing.
     Returns whether the run is finished; if not, the same call continues it. Raises TrainingError on a loss or gradient that is
@@ -76,7 +77,7 @@ def train(
                 log.validation(trainer.step, results)
 
     try:
-        with stop_signals() as stop:
+        with stop_signals(process) as stop:
             is_due = start > 0 and (start % save_every == 0 or start == num_steps)
             if validate is not None and is_due and not is_validated(run, start, process):
                 measure()  # the run was stopped between the checkpoint and its validation
@@ -123,17 +124,24 @@ def is_validated(run: Path, step: int, process: Process) -> bool:
 class StopRequest:
     """Whether this process has received a stop signal."""
 
-    is_set = False
+    def __init__(self, process: Process) -> None:
+        self.is_set = False
+        self._is_main = process.is_main
 
     def set(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C interrupts at once
+            if self._is_main:  # print is not safe in a signal handler
+                os.write(2, b"\nstopping after the current step; press Ctrl-C again to stop without saving\n")
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """SIGTERM and SIGUSR1 (sent by Slurm before a job's time limit) stop the run after the current step."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request.set) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def stop_signals(process: Process) -> Iterator[StopRequest]:
+    """SIGTERM, SIGUSR1 (sent by Slurm before a job's time limit) and Ctrl-C stop the run after the current step."""
+    request = StopRequest(process)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, request.set) for number in numbers}
     try:
         yield request
     finally:

@@ -24,12 +24,13 @@ from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, find_checkpoint
 from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
-from occfeat_train.training.initial import describe_initial, load_initial, restore
+from occfeat_train.training.initial import describe_initial, find_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.memory import explains_memory, training_remedy
 from occfeat_train.training.paper import DATA, describe_data
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
+from occfeat_train.training.run_lock import locked_run
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RunOptions:
 
     cache: directory of caches. validate: split to evaluate at every checkpoint, or None. initial: a run or checkpoint with the
     initial weights of the network, and of the head if its task is the same. scenes_file: names of the label scenes, one per
-    line, instead of config.labels. preset: name of the config's preset, for the report.
+    line, instead of config.labels. preset: name of the config's preset, for the report. allow_unfinished: whether `initial` may
+    be a run that has not finished.
     """
 
     cache: Path
@@ -49,6 +51,7 @@ class RunOptions:
     initial: Path | None = None
     scenes_file: Path | None = None
     preset: str = ""
+    allow_unfinished: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,16 @@ class TrainingSetup:
 def run_training(config: Config, options: RunOptions, process: Process) -> bool:
     """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished.
 
-    Raises MemoryShortage, a ValueError, if the GPU has too little memory.
+    Raises CheckpointError if another training writes to options.out, and MemoryShortage if the GPU has too little memory. Both
+    are a ValueError.
     """
     ready = prepare_together(lambda: prepare(config, options, process))
+    with locked_run(options.out, process):
+        return train_run(ready, options, process)
+
+
+def train_run(ready: TrainingSetup, options: RunOptions, process: Process) -> bool:
+    """Train, or continue, the run in options.out, whose lock is held. Returns whether it is finished."""
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
     resume = begin_or_resume(options.out, info, process)
@@ -112,7 +122,8 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
     if options.validate is not None:
         held_out = KeyframeDataset(open_reader(options.cache, options.validate), config, training=False)
         require_fit(held_out, dataset.grid, feature_dim, f"the {options.split} split")
-    start = find_checkpoint(options.initial) if options.initial is not None else None
+    initial, allowed = options.initial, options.allow_unfinished
+    start = find_initial(initial, allow_unfinished=allowed) if initial is not None else None
     if start is not None:
         process.print(*changes_of_meaning(dataset, start))
     process.print(*notes_on_data(dataset))
@@ -182,7 +193,7 @@ def run_evaluation(
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
     process.print(
-        f"{checkpoint.path}: {info.config.task}, {count(len(dataset), 'sample')} of {reader.cache.path}, "
+        f"{checkpoint.path}: {info.config.task}, {checkpoint.describe_step()}, {count(len(dataset), 'sample')} of {reader.cache.path}, "
         f"reference frame {dataset.frames[0]}, on {process.device}",
         *note_on_precision(info.config.precision, process.device),
     )

@@ -123,7 +123,7 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     versions = []
-    for package in ("numpy", "numba", "torch", "triton", "pillow"):
+    for package in ("numpy", "numba", "torch", "triton", "pillow", "simplejpeg"):
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:

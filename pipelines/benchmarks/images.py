@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import simplejpeg
 from _inputs import find_dataroot, find_images
 from _timing import compare, machine, table
 from PIL import Image
@@ -36,9 +37,8 @@ def opencv(flag: int, interpolation: int, path: Path, sizes: Sizes) -> list[np.n
 
 
 def decode_only(scale: int, path: Path, sizes: Sizes) -> None:
-    image = Image.open(path)
-    image.draft("RGB", (1600 // scale, 900 // scale))
-    image.load()
+    content = path.read_bytes()
+    simplejpeg.decode_jpeg(content, "RGB", min_height=-(-900 // scale), min_width=1600 // scale)
 
 
 def in_turn(method: Callable[..., object], paths: Sequence[Path], sizes: Sizes) -> Callable[[], object]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -115,10 +118,11 @@ def test_sizes_that_half_does_not_oversample_enough_use_the_full_decode(jpeg: Pa
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 8))
 def test_any_source_is_decoded_at_the_scale_that_the_filter_assumes(height: int, width: int, divisor: int) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (90, 120, 150)).save(buffer, format="JPEG", quality=100)
     size = (max(1, height // divisor), max(1, width // divisor))
-    (picture,) = load_image(buffer, [size])  # type: ignore[arg-type]
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.new("RGB", (width, height), (90, 120, 150)).save(file, format="JPEG", quality=100)
+        file.flush()
+        (picture,) = load_image(file.name, [size])
     np.testing.assert_allclose(picture.reshape(-1, 3), [[90, 120, 150]] * (size[0] * size[1]), atol=2)
 
 
@@ -201,6 +205,38 @@ def test_a_jpeg_whose_second_half_was_never_written_is_an_error(jpeg: Path, tmp_
     (tmp_path / "zeros.jpg").write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
     with pytest.raises(ValueError, match="truncated or damaged"):
         load_image(tmp_path / "zeros.jpg", SIZES)
+
+
+def test_a_jpeg_with_damage_inside_is_an_error(jpeg: Path, tmp_path: Path) -> None:
+    """libjpeg decodes it completely, with a warning only; Pillow accepts it."""
+    content = bytearray(jpeg.read_bytes())
+    path = tmp_path / "hole.jpg"
+    for start in range(len(content) // 8, len(content) - 4096, len(content) // 8):
+        damaged = content.copy()
+        damaged[start : start + 4096] = bytes(4096)  # a block that was never written
+        path.write_bytes(damaged)
+        load_image_reference(path, SIZES)
+        with pytest.raises(ValueError, match=r"hole\.jpg \(\d+ bytes\) is truncated or damaged .*restore the file"):
+            load_image(path, SIZES)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_a_decode_has_the_same_bytes_as_pillows_at_the_same_scale(jpeg: Path, scale: int) -> None:
+    """Caches that were built with Pillow's decoder can be continued and verified."""
+    size = (900 // scale, 1600 // scale)
+    with Image.open(jpeg) as image:
+        image.draft("RGB", size[::-1])
+        pixels = np.asarray(image)
+    content = jpeg.read_bytes()
+    found = simplejpeg.decode_jpeg(content, "RGB", min_height=pixels.shape[0], min_width=pixels.shape[1])
+    np.testing.assert_array_equal(found, pixels)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"pipe\.jpg is no regular file"):
+        load_image(tmp_path / "pipe.jpg", SIZES)
 
 
 def test_a_truncated_jpeg_is_an_error_or_decodes_completely(tmp_path: Path) -> None:

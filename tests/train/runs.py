@@ -131,6 +131,13 @@ def succeed(*arguments: object) -> str:
     return result.output
 
 
+def stop_early(*arguments: object) -> str:
+    """Output of a training that a signal stopped, which has an exit code of its own."""
+    result = invoke(*arguments)
+    assert result.exit_code == 3, result.output
+    return result.output
+
+
 def refuse(*arguments: object, out: Path | None = None) -> str:
     """Output of a command that must fail without a traceback and before a step was trained at `out`."""
     result = invoke(*arguments)

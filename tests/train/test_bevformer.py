@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.networks import bevformer
 from occfeat_train.networks.bevformer import (
     BEVFormer,
     CrossAttention,
+    FeedForward,
     SamplingPoints,
     neighbour_reads,
 )
@@ -302,6 +304,34 @@ def test_bfloat16_autocast_samples_at_the_positions_of_float32() -> None:
     exact = copy.deepcopy(places).double()(query.double())
     assert (found - exact).abs().max() < 1e-4
     assert (low.view(100, 4, 8, 2) - exact[..., :2]).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("channels", [8, 128])
+def test_an_aligned_feed_forward_network_has_the_same_values_and_gradients(channels: int) -> None:
+    torch.manual_seed(0)
+    network, query = FeedForward(channels).double(), torch.randn(50, channels, dtype=torch.float64)
+    results = []
+    for function in (network, network.aligned):
+        leaves = query.clone().requires_grad_(), *network.parameters()
+        out = function(leaves[0])
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, other in zip(*results, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+@pytest.mark.parametrize(("autocast", "width"), [(True, 1032), (False, 1028)])
+def test_only_half_precision_has_an_aligned_hidden_width(autocast: bool, width: int) -> None:
+    widths: list[int] = []
+
+    class Widths(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.linear:
+                widths.append(args[0].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    with Widths(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        FeedForward(128)(torch.ones(5, 128))
+    assert widths == [128, width]
 
 
 # -- structure --------------------------------------------------------------------------------------------------------

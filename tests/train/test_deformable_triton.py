@@ -28,7 +28,7 @@ def inputs(
     anchors: int,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Reads]:
-    """Values, offsets and weights, and reads. Every query reads 0 to `maps` maps; some positions are outside."""
+    """Values, sampling points, and reads. Every query reads 0 to `maps` maps; some positions are outside."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, maps + 1, (batch * queries,), generator=generator)
     total = int(counts.sum())
@@ -93,7 +93,7 @@ def _far_from_centres(places: Tensor, reads: Reads) -> Tensor:
 @pytest.mark.parametrize("target", [80, 90])
 def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values, places, reads = inputs(1, 40, 2, (4, 6), 4, 32, 8, 8)
-    rest = places[..., :2].contiguous(), places[..., 2].contiguous(), reads.maps, reads.starts, reads.anchors
+    rest = places, reads.maps, reads.starts, reads.anchors
 
     def launch(kernels: object) -> None:
         given = values.bfloat16(), *rest

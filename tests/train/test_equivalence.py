@@ -29,6 +29,7 @@ from tests.train.runs import (
     records,
     start_process,
     steps,
+    stop_early,
     succeed,
     weights,
 )
@@ -123,7 +124,7 @@ def test_two_processes_train_like_one(pair, cache, tmp_path, monkeypatch):
     alone = pretrain(cache, tmp_path / "run", *SEPARATE, "--set", "optim.accumulation=2", *steps(200, batch=4))
     with monkeypatch.context() as patch:
         interrupt_at(patch, step - 2)
-        succeed(*alone)
+        stop_early(*alone)
     assert find_checkpoint(tmp_path / "run").step == step
     for ours, theirs in zip(records(run), records(tmp_path / "run"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -135,7 +136,7 @@ def test_two_processes_train_like_one(pair, cache, tmp_path, monkeypatch):
     assert distance(found, expected) < 0.02 * moved  # Adam amplifies rounding errors of the smallest gradients
     interrupt_at(monkeypatch, step)
     again = [str(run) if a == str(tmp_path / "run") else a for a in alone]
-    assert f"continuing at step {step} of 200" in succeed(*again)
+    assert f"continuing at step {step} of 200" in stop_early(*again)
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

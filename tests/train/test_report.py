@@ -227,9 +227,11 @@ def test_curves_are_read_from_steps_or_from_validations():
 
 
 def test_initial_weights_are_named_without_directories():
-    assert initial_weights("/a/b/runs/pre/checkpoints/step-00000042 (occfeat)") == "pretrained: pre, step 42"
-    assert initial_weights("backbone weights: none") == "none (random)"
-    assert initial_weights("backbone weights: google/efficientnet-b0") == "backbone weights: google/efficientnet-b0"
+    pretrained = "/a/b/runs/pre/checkpoints/step-00000042 (occfeat)"
+    assert initial_weights(pretrained, 42) == "pretrained: pre, step 42"
+    assert initial_weights(pretrained, 60) == "pretrained: pre, step 42 of 60, unfinished"
+    assert initial_weights("backbone weights: none", 0) == "none (random)"
+    assert initial_weights("backbone weights: google/efficientnet-b0", 0) == "backbone weights: google/efficientnet-b0"
 
 
 def test_keyframes_of_the_report_are_spread_over_the_split():

@@ -28,6 +28,7 @@ from tests.train.runs import (
     refuse,
     start_process,
     steps,
+    stop_early,
     succeed,
     write_cache,
 )
@@ -79,11 +80,11 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
             output = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL, output
     assert find_checkpoint(out).step < number
-    succeed(*arguments)
+    assert "lock was left by process " in succeed(*arguments)
     assert_same_run(out, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_signal_saves_after_the_current_step_and_the_same_command_continues(
     cache, whole, tmp_path, monkeypatch, number, step
@@ -92,7 +93,7 @@ def test_a_signal_saves_after_the_current_step_and_the_same_command_continues(
     arguments = pretrain(cache, tmp_path / "run", *VARIED, *steps(10))
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, number)
-        assert "stopped by a signal and saved: run the same command again" in succeed(*arguments)
+        assert "stopped by a signal and saved: run the same command again" in stop_early(*arguments)
     assert signal.getsignal(number) == before
     assert find_checkpoint(tmp_path / "run").step == step + 2 == len(records(tmp_path / "run"))
     output = succeed(*arguments)
@@ -112,7 +113,7 @@ def test_a_finetuning_resumes_to_the_same_bytes(cache, whole, tmp_path, monkeypa
     succeed(*commands[0])
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
-        succeed(*commands[1])
+        stop_early(*commands[1])
     succeed(*commands[1])
     assert_same_run(runs[1], runs[0])
 
@@ -130,12 +131,29 @@ def test_a_half_written_line_of_the_log_is_dropped(cache, whole, tmp_path, monke
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
-        succeed(*pretrain(cache, out, *VARIED, *steps(10)))
+        stop_early(*pretrain(cache, out, *VARIED, *steps(10)))
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps({**read_log(out)[-1], "step": 6}) + '\n{"step": 7, "lo')
     assert [record["step"] for record in read_log(out)] == list(range(7))
     succeed(*pretrain(cache, out, *VARIED, *steps(10)))
     assert_same_run(out, whole)
+
+
+def test_damaged_lines_of_the_log_are_kept_on_resuming_and_cost_no_other_line(cache, tmp_path, monkeypatch):
+    """Also one whose step is not known to lie before the checkpoint, and one that is JSON but no record."""
+    out = tmp_path / "run"
+    command = pretrain(cache, out, *steps(7), "--save-every", "4")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        stop_early(*command)
+    lines = (out / "log.jsonl").read_bytes().splitlines()
+    shutil.rmtree(out / "checkpoints" / "step-00000006")  # it continues at step 4
+    broken = [lines[0], lines[1][:9] + b"\xff\n\n" + lines[1][10:], lines[2].replace(b"data_wait", b"data-wait")]
+    (out / "log.jsonl").write_bytes(b"\n".join([*broken, b"{" + lines[3], *lines[4:]]) + b"\n")
+    assert [record["step"] for record in read_log(out)] == [0, 4, 5]
+    assert f"{out / 'log.jsonl'} has 5 damaged lines (2, 3, 4, 5, 6), kept unchanged" in succeed(*command)
+    assert (out / "log.jsonl").read_bytes().startswith(b"\n".join([*broken, b"{" + lines[3]]) + b"\n")
+    assert [record["step"] for record in read_log(out)] == [0, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -178,10 +196,10 @@ def test_a_checkpoint_that_was_not_validated_is_validated_on_resuming(cache, tmp
     runs = [tmp_path / "whole", tmp_path / "stopped"]
     commands = [pretrain(cache, out, "--validate", "val", "--save-every", "2", *steps(4)) for out in runs]
     succeed(*commands[0])
-    for step in (0, 2):  # stops at the checkpoints after 2 and 4 steps
+    for step, run in ((0, stop_early), (2, succeed)):  # stops at the checkpoints after 2 and 4 steps
         with monkeypatch.context() as patch:
             interrupt_at(patch, step)
-            succeed(*commands[1])
+            run(*commands[1])
     succeed(*commands[1])
     validations = [[r for r in read_log(run) if "validation" in r] for run in runs]
     assert validations[0] == validations[1]
