@@ -128,10 +128,10 @@ class _TritonDeformable(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads, dtype: torch.dtype) -> Tensor:
         from occfeat_train.ops.deformable_triton import weighted_samples
 
-        given = [t.contiguous() for t in (values, places)]
-        ctx.save_for_backward(*given)
-        ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
-        return weighted_samples(*given, *ctx.reads, dtype=dtype)
+        values, places = values.contiguous(), places.contiguous()
+        ctx.save_for_backward(values, places)
+        maps, starts, anchors = ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
+        return weighted_samples(values, places, maps, starts, anchors, dtype)
 
     @staticmethod
     @once_differentiable
