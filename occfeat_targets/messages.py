@@ -13,6 +13,7 @@ from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.build.workers import Workers, count_cores
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
@@ -91,6 +92,7 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     if cosines:
         mean, low = (f(c[i] for c in cosines) for i, f in ((0, lambda v: math.fsum(v) / len(cosines)), (1, min)))
         lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
+    lines += _describe_lacks(plan, outcome)
     if outcome.skipped:
         lines.append(
             f"  skipped {count(len(outcome.skipped), 'keyframe')}: 'occfeat-targets status' lists the reasons; "
@@ -112,6 +114,21 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
     else:
         lines.append(f"{cache.path} is complete: {count(len(cache), 'keyframe')}, {format_bytes(bytes_on_disk(cache))}")
+    return lines
+
+
+def _describe_lacks(plan: Plan, outcome: Outcome) -> list[str]:
+    location = {keyframe.scene: keyframe.location for keyframe in plan.split.keyframes}
+    lines = []
+    for name in plan.cache.spec.labels:
+        scenes = [scene for kind, scene in outcome.lacks_expected if kind == name]
+        if scenes:
+            named = [f"{scene} at {location[scene]}" for scene in scenes[:5]]
+            lines.append(
+                f"  warning: no {LABEL_KINDS[name].expected} in the {name} labels of {count(len(scenes), 'scene')} "
+                f"({', '.join(named)}{', ...' if len(scenes) > 5 else ''}): check that the maps are of this data set and cover "
+                "these scenes, or leave the labels out with --label-kinds or --no-labels"
+            )
     return lines
 
 

@@ -38,10 +38,11 @@ class Process:
 def processes(device: str) -> Iterator[Process]:
     """Initialise the process group under torchrun, and destroy it at the end.
 
-    device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if the device does not exist.
+    device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if the device does not exist,
+    or if the launcher's variables do not match.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    world, rank, local_rank = ranks()
+    chosen = choose_device(device, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
@@ -51,6 +52,21 @@ def processes(device: str) -> Iterator[Process]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def ranks() -> tuple[int, int, int]:
+    """(WORLD_SIZE, RANK, LOCAL_RANK), which torchrun sets; (1, 0, 0) without it. Raises ValueError if they do not match."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    world, rank, local_rank = (given.get(name, default) for name, default in zip(names, ("1", "0", "0"), strict=True))
+    numbers = all(value.isdecimal() for value in (world, rank, local_rank))
+    if not numbers or int(rank) >= int(world) or (int(world) > 1 and "RANK" not in given):
+        shown = ", ".join(f"{name}={given[name]!r}" if name in given else f"{name} not set" for name in names)
+        raise ValueError(
+            f"{shown}: a number of processes and a rank below it are expected: start the processes with torchrun, or unset "
+            f"{' and '.join(given)} to train with one"
+        )
+    return int(world), int(rank), int(local_rank)
 
 
 def prepare_together(prepare: Callable[[], Result]) -> Result:

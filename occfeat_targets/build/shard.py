@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
 from occfeat_targets.sources.keyframe import Keyframe
@@ -61,6 +62,7 @@ class ShardReport:
     num_keyframes: number of keyframes to build.
     seconds: time by stage. ``wait`` is the time the teacher waited for keyframes. ``images``, ``occupancy`` and ``labels``
     run in parallel, so ``total`` is less than the sum.
+    has_expected: {(kind of labels, scene): whether a keyframe built here has a cell of the kind's expected class}.
     cosine: (mean, minimum) over tokens of the cosine between int8 and float16 features, if they are int8.
     """
 
@@ -70,6 +72,7 @@ class ShardReport:
     skipped: dict[str, str] = field(default_factory=dict)
     masked: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    has_expected: dict[tuple[str, str], bool] = field(default_factory=dict)
     cosine: tuple[float, float] | None = None
 
 
@@ -81,6 +84,7 @@ def build_shard(task: ShardTask) -> ShardReport:
         with timed(report.seconds, "total"):
             cache = open_cache(task.cache)
             arrays = _shard_arrays(task, cache.spec, report)
+            report.has_expected = _has_expected(task, cache.spec, arrays)
             with timed(report.seconds, "write"):
                 cosine = _cosine_of_all(task, cache, report)
                 notes = {"skipped": report.skipped, "masked": report.masked, "cosine": cosine}
@@ -131,6 +135,21 @@ def _shard_arrays(task: ShardTask, spec: TargetSpec, report: ShardReport) -> dic
         mean, low = np.array(cosines).T
         report.cosine = (float(mean.mean()), float(low.min()))
     return arrays
+
+
+def _has_expected(task: ShardTask, spec: TargetSpec, arrays: Mapping[str, NDArray[Any]]) -> dict[tuple[str, str], bool]:
+    found: dict[tuple[str, str], bool] = {}
+    for kind in (LABEL_KINDS[name] for name in spec.labels):
+        if kind.expected is None:
+            continue
+        masks = arrays[kind.array]
+        if kind.class_shape:
+            masks = masks[:, :, kind.classes.index(kind.expected)]
+        for row in task.rows:
+            if arrays["is_valid"][row]:
+                key = kind.name, task.keyframes[row].scene
+                found[key] = found.get(key, False) or bool(masks[row].any())
+    return found
 
 
 def _cosine_of_all(task: ShardTask, cache: Cache, report: ShardReport) -> tuple[float, float] | None:

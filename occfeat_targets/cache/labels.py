@@ -25,6 +25,7 @@ class LabelKind:
     invalid: which cells are not valid, if the kind has a validity mask, the array ``labels/<name>_valid``. Cells that are
     not valid count neither in the loss nor in the IoU.
     is_solid: the classes are objects that LiDAR hits, so their cells must coincide with occupied voxels.
+    expected: a class that surrounds the ego vehicle in every scene, if there is one. A build warns of scenes without it.
     description: of the array ``labels/<name>``.
     """
 
@@ -37,6 +38,7 @@ class LabelKind:
     needs: tuple[str, ...] = ()
     invalid: str | None = None
     is_solid: bool = False
+    expected: str | None = None
 
     def __post_init__(self) -> None:
         if set(self.colors) != set(self.classes):
@@ -97,6 +99,7 @@ LABEL_KINDS: dict[str, LabelKind] = {
             reference="occfeat_targets.verify.slow_labels:map_reference",
             description="map cells; classes: " + ", ".join(MAP_CLASSES),
             needs=("maps",),
+            expected="road",
         ),
     )
 }

@@ -157,7 +157,7 @@ class _Deformable(torch.autograd.Function):
         target = out.numpy()
 
         def work(first: int) -> None:
-            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)  # type: ignore[call-arg]  # mypy counts a starred argument as many
+            weighted_samples(*arguments, (first, min(first + _CHUNK, num_queries)), target)
 
         in_threads(work, list(range(0, num_queries, _CHUNK)))
         return out
@@ -176,7 +176,7 @@ class _Deformable(torch.autograd.Function):
 
         def work(task: tuple[int, int]) -> None:
             first, head = task
-            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)  # type: ignore[call-arg]
+            weighted_samples_backward(given, *arguments, (first, first + per_sample), head, *targets)
 
         in_threads(work, [(first, head) for first in range(0, num_queries, per_sample) for head in range(heads)])
         return *grads, None

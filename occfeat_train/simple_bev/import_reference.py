@@ -14,10 +14,12 @@ import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import LIFTINGS, Config
+from occfeat_train.distributed import Process
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import CheckpointError, RunInfo, load_weights, save_checkpoint
 from occfeat_train.training.run_directory import begin_run
+from occfeat_train.training.run_lock import locked_run
 
 # Tensors that only one of the reference's networks has.
 _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
@@ -44,8 +46,9 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
     info = RunInfo(
         config, grid, feature_dim=0, cache="", num_samples=0, initial=f"imported from {file.name} ({digest})"
     )
-    begin_run(out, info)
-    return save_checkpoint(out, 0, info, task.state_dict(), {})
+    with locked_run(out, Process(0, 1, torch.device("cpu"))):
+        begin_run(out, info)
+        return save_checkpoint(out, 0, info, task.state_dict(), {})
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:

@@ -8,16 +8,28 @@ from typing import Any
 
 from tqdm import tqdm
 
+from occfeat_targets.cache.plural import count
+
+# Fields of every record of a step that the report and the benchmarks read.
+FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}
+
 
 class RunLog:
-    """RUN/log.jsonl and RUN/tensorboard. Records from `start` on are dropped when a killed run continues there."""
+    """RUN/log.jsonl and RUN/tensorboard. Records from `start` on are dropped when a killed run continues there.
+
+    Damaged lines before them are kept unchanged, and their numbers are printed.
+    """
 
     def __init__(self, run: Path, *, start: int, total: int, tensorboard: bool, progress: bool) -> None:
         file = run / "log.jsonl"
-        kept = read_log(run, before=start) if file.is_file() else []
+        kept = lines_before(start, run) if start and file.is_file() else []
         partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.write_bytes(b"".join(line + b"\n" for line, _ in kept))
         partial.rename(file)
+        damaged = [str(number) for number, (_, record) in enumerate(kept, 1) if record is None]
+        if damaged:
+            shown = ", ".join(damaged[:5]) + ", ..." * (len(damaged) > 5)
+            print(f"{file} has {count(len(damaged), 'damaged line')} ({shown}), kept unchanged", flush=True)
         self._file = file.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:
@@ -52,14 +64,32 @@ class RunLog:
             self._writer.close()
 
 
-def read_log(run: Path, *, before: int | None = None) -> list[dict[str, Any]]:
-    """The records of a run for steps below `before`. A truncated last line of a killed run is ignored."""
-    records = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if before is None or record["step"] < before:
-            records.append(record)
-    return records
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The records of a run. Damaged lines are left out."""
+    return [record for _, record in read_lines(run) if record is not None]
+
+
+def read_lines(run: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a run's log and their records, None for a damaged line. The half-written last line of a killed run is left out."""
+    *lines, rest = (run / "log.jsonl").read_bytes().split(b"\n")
+    if parse(rest) is not None:
+        lines.append(rest)
+    return [(line, parse(line)) for line in lines]
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if is_record and ("validation" in record or record.keys() >= FIELDS) else None
+
+
+def lines_before(step: int, run: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a run's log before `step`, with the damaged lines among them."""
+    lines = read_lines(run)
+    last = max((i for i, (_, record) in enumerate(lines) if record and record["step"] < step), default=-1)
+    end = next((i for i, (_, record) in enumerate(lines) if record and i > last), len(lines))
+    return [(line, record) for line, record in lines[:end] if record is None or record["step"] < step]

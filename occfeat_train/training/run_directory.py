@@ -18,10 +18,13 @@ from occfeat_train.training.checkpoint import (
     first_line,
     flush,
 )
+from occfeat_train.training.run_lock import LOCK
+
+_PARTIAL = "config.partial"
 
 
 def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
-    """Create RUN for this config, or continue the existing run if its config is the same.
+    """Create RUN for this config, or continue the existing run if its config is the same. Its lock is held.
 
     A run that has not begun training (it has no log) is overwritten. Returns the checkpoint to continue from, or None at the
     beginning. Raises CheckpointError that lists every difference.
@@ -51,10 +54,10 @@ def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
             )
         if not differences:
             return find_checkpoint(run) if checkpoint_folders(run) else None
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and {path.name for path in run.iterdir()} - {LOCK, _PARTIAL}:
         raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
     run.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    partial = run / _PARTIAL
     partial.write_text(json.dumps(info.to_dict(), indent=1))
     flush(partial)
     partial.rename(file)

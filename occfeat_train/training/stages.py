@@ -30,6 +30,7 @@ from occfeat_train.training.memory import explains_memory, training_remedy
 from occfeat_train.training.paper import DATA, describe_data
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
+from occfeat_train.training.run_lock import locked_run
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,16 @@ class TrainingSetup:
 def run_training(config: Config, options: RunOptions, process: Process) -> bool:
     """Train `config.task` to the end or until a signal, or continue the run in options.out. Returns whether it is finished.
 
-    Raises MemoryShortage, a ValueError, if the GPU has too little memory.
+    Raises CheckpointError if another training writes to options.out, and MemoryShortage if the GPU has too little memory. Both
+    are a ValueError.
     """
     ready = prepare_together(lambda: prepare(config, options, process))
+    with locked_run(options.out, process):
+        return train_run(ready, options, process)
+
+
+def train_run(ready: TrainingSetup, options: RunOptions, process: Process) -> bool:
+    """Train, or continue, the run in options.out, whose lock is held. Returns whether it is finished."""
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
     resume = begin_or_resume(options.out, info, process)

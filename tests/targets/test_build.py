@@ -16,7 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occfeat_targets.build.run import Outcome
+from occfeat_targets.build.shard import ShardReport
+from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.cache.store import open_cache
+from occfeat_targets.sources.nuscenes import read_split
 from occfeat_targets.targets import teacher
 from occfeat_targets.targets.teacher import teacher_spec
 from tests.targets.command_line import assert_same_bytes, build_arguments, contents, run, run_in_subprocess, write_table
@@ -125,6 +129,35 @@ def test_without_annotations_only_map_labels_are_built(broken_city, tmp_path):
     asked = run(*build_arguments(broken_city, tmp_path / "c2", "none", "--label-kinds", "vehicles"), check=False)
     assert asked.returncode == 1
     assert "no annotations" in asked.stderr
+
+
+def test_a_map_that_does_not_cover_the_ego_is_a_warning_with_scenes_and_location(broken_city, tmp_path, city):
+    arguments = ["--label-kinds", "map", "--workers", "0"]
+    assert "warning" not in run(*build_arguments(city, tmp_path / "right", "none", *arguments)).stdout
+    (file,) = (p for p in (broken_city / "maps" / "expansion").glob("*.json") if p.stem in located(city, "mini_train"))
+    tables = json.loads(file.read_text())
+    for node in tables["node"]:
+        node["x"] += 10_000
+    file.write_text(json.dumps(tables))
+    output = run(*build_arguments(broken_city, tmp_path / "moved", "none", *arguments)).stdout
+    scenes = list(dict.fromkeys(open_cache(tmp_path / "moved" / "mini_train.zarr").identity.scenes))
+    expected = ", ".join(f"{scene} at {file.stem}" for scene in scenes)
+    assert f"warning: no road in the map labels of 2 scenes ({expected}): check that the maps" in output
+    assert not contents(tmp_path / "moved")["labels/map"].any()
+
+
+def located(city: Path, split: str) -> set[str]:
+    """The locations of a split."""
+    return set(read_split(city, split, version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False).locations)
+
+
+def test_a_scene_is_only_reported_without_road_if_no_shard_has_any():
+    reports = [
+        ShardReport(0, 2, has_expected={("map", "scene-1"): False}),
+        ShardReport(1, 2, has_expected={("map", "scene-1"): True, ("map", "scene-2"): False}),
+        ShardReport(2, 2, has_expected={("map", "scene-2"): False}),
+    ]
+    assert Outcome(reports).lacks_expected == [("map", "scene-2")]
 
 
 def test_a_missing_map_expansion_is_printed_or_refused(broken_city, tmp_path):

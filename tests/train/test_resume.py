@@ -80,7 +80,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bytes(cache, tmp_path):
             output = process.communicate()[0]
         assert process.returncode == -signal.SIGKILL, output
     assert find_checkpoint(out).step < number
-    succeed(*arguments)
+    assert "lock was left by process " in succeed(*arguments)
     assert_same_run(out, whole)
 
 
@@ -137,6 +137,23 @@ def test_a_half_written_line_of_the_log_is_dropped(cache, whole, tmp_path, monke
     assert [record["step"] for record in read_log(out)] == list(range(7))
     succeed(*pretrain(cache, out, *VARIED, *steps(10)))
     assert_same_run(out, whole)
+
+
+def test_damaged_lines_of_the_log_are_kept_on_resuming_and_cost_no_other_line(cache, tmp_path, monkeypatch):
+    """Also one whose step is not known to lie before the checkpoint, and one that is JSON but no record."""
+    out = tmp_path / "run"
+    command = pretrain(cache, out, *steps(7), "--save-every", "4")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        stop_early(*command)
+    lines = (out / "log.jsonl").read_bytes().splitlines()
+    shutil.rmtree(out / "checkpoints" / "step-00000006")  # it continues at step 4
+    broken = [lines[0], lines[1][:9] + b"\xff\n\n" + lines[1][10:], lines[2].replace(b"data_wait", b"data-wait")]
+    (out / "log.jsonl").write_bytes(b"\n".join([*broken, b"{" + lines[3], *lines[4:]]) + b"\n")
+    assert [record["step"] for record in read_log(out)] == [0, 4, 5]
+    assert f"{out / 'log.jsonl'} has 5 damaged lines (2, 3, 4, 5, 6), kept unchanged" in succeed(*command)
+    assert (out / "log.jsonl").read_bytes().startswith(b"\n".join([*broken, b"{" + lines[3]]) + b"\n")
+    assert [record["step"] for record in read_log(out)] == [0, 4, 5, 6]
 
 
 @pytest.mark.slow
