@@ -87,6 +87,8 @@ def test_every_package_has_a_docstring():
         ("shapely", {"slow_labels.py"}),
         ("cv2", {"labels.py"}),
         ("jinja2", {"html.py"}),
+        ("numba", {"compiled.py"}),
+        ("simplejpeg", {"images.py"}),
     ],
 )
 def test_a_heavy_library_is_imported_only_where_it_is_needed(library, where):
@@ -113,9 +115,9 @@ def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for
     for name, file in modules("occfeat_train").items():
         used = {i for i in imports(file) if i.startswith("occfeat_targets.")}
         pictures |= {i for i in used if i.startswith("occfeat_targets.pictures.")}
-        assert {i.split(".")[1] for i in used} <= {"cache"} | ({"pictures"} if name.startswith("report.") else set()), (
-            name
-        )
+        assert {i.split(".")[1] for i in used} <= {"cache", "compiled"} | (
+            {"pictures"} if name.startswith("report.") else set()
+        ), name
         assert not {n.split(".")[0] for n in imports(file)} & {"nuscenes", "dask", "distributed", "cv2", "shapely"}
     for name in pictures:
         used = {i for i in imports(REPOSITORY / f"{name.replace('.', '/')}.py") if i.startswith("occfeat_targets.")}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import EGO_BOX
+from occfeat_targets.compiled import compiled
 
 COLUMNS = 5  # x, y, z [m], intensity, ring of each return in a nuScenes .pcd.bin
 MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131
@@ -46,7 +46,7 @@ _OTHER_LAYOUTS = (
 )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _all_finite(bits: NDArray[np.int32]) -> bool:
     """Whether all float32 values, given as bits, are finite. Uses a maximum, because that vectorises."""
     top = np.int32(0)
@@ -55,7 +55,7 @@ def _all_finite(bits: NDArray[np.int32]) -> bool:
     return bool(top < np.int32(0x7F800000))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _exceeds_limits(
     blocks: NDArray[np.float32],  # (n, whole returns)
     center: NDArray[np.float32],
@@ -72,7 +72,7 @@ def _exceeds_limits(
     return bool(bad != 0)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _sectors_of(points: NDArray[np.float32], step: int) -> int:
     """Bits, in the order of SECTORS, of the sectors with one of every step-th return; borders belong to both sides.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from occfeat_targets.compiled import compiled
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
 _STAMP = hashlib.sha256(b"".join(p.read_bytes() for p in _SOURCES)).hexdigest()
@@ -18,7 +18,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     Numba checks only the function's own file, so callers of a kernel in another file would keep an old inlined version.
     """
-    compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"arcp", "contract", "nsz"})(function)
-    if cache := getattr(compiled, "_cache", None):  # none under NUMBA_DISABLE_JIT
+    machine_code: Any = compiled(error_model="numpy", fastmath={"arcp", "contract", "nsz"})(function)
+    if cache := getattr(machine_code, "_cache", None):  # none under NUMBA_DISABLE_JIT
         cache._cache_file._source_stamp = _STAMP
-    return compiled
+    return machine_code

@@ -12,13 +12,13 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numba
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from occfeat_targets.cache.geometry import Area
+from occfeat_targets.compiled import compiled
 
 # The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
 # result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.
@@ -156,7 +156,7 @@ def _taps(source: int, target: int, scale: int) -> tuple[NDArray[np.int64], NDAr
     return first, np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1).astype(np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _resize(
     source: NDArray[np.uint8],  # (H, W, 3)
     first_row: NDArray[np.int64],  # (h,)

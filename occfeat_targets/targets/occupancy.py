@@ -9,18 +9,18 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_BOX
+from occfeat_targets.compiled import compiled
 
 MAX_VOXELS = 2**27  # limit of the kernel's 24-bit byte index: 16 MiB of bits per volume
 _BLOCK = 4096  # returns per block: their coordinates and bits stay in the nearest cache
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _voxelize(
     points: NDArray[np.float32],  # (n, >=3)
     transforms: NDArray[np.float32],  # (frames, 4, 4)

@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from occfeat_targets.compiled import compiled
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _first_cell(x: float, num_cells: int) -> int:
     """The first of num_cells cells whose centre is at or beyond x; num_cells if there is none or x is NaN."""
     if x <= 0.5:
@@ -31,7 +32,7 @@ def _first_cell(x: float, num_cells: int) -> int:
     return num_cells
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _fill_ring(window: Mask, top: int, left: int, ring: Floats, value: bool) -> None:
     """Set the cells whose centre is in a ring to `value`; `window` is the part of the map from cell (top, left) on."""
     rows, columns = window.shape
@@ -66,7 +67,7 @@ def _fill_ring(window: Mask, top: int, left: int, ring: Floats, value: bool) -> 
                 window[row - top, column - left] = value
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def fill_polygon(mask: Mask, vertices: Floats, ring_offsets: Ints) -> int:
     """Draw one polygon: the cells whose centre is in its exterior ring and in none of its holes.
 
@@ -98,7 +99,7 @@ def fill_polygon(mask: Mask, vertices: Floats, ring_offsets: Ints) -> int:
     return count
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def fill_polygons(masks: Mask, channels: Ints, vertices: Floats, ring_offsets: Ints, polygon_offsets: Ints) -> None:
     """Draw p polygons, each into its channel.
 
@@ -111,7 +112,7 @@ def fill_polygons(masks: Mask, channels: Ints, vertices: Floats, ring_offsets: I
             fill_polygon(masks[channels[i]], vertices, rings)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _draw_segment(mask: Mask, start: Floats, stop: Floats, size_w: float, size_h: float, radius: float) -> None:
     """Set the cells whose centre is within `radius` metres of a segment between two (w, h) cell positions."""
     height, width = mask.shape
@@ -141,7 +142,7 @@ def _draw_segment(mask: Mask, start: Floats, stop: Floats, size_w: float, size_h
                 mask[row, column] = True
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def draw_polylines(
     masks: Mask,
     channels: Ints,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from occfeat_targets.compiled import compiled
 from occfeat_train.ops.mean_over_views_numba import bilinear_taps
 
 Ints = NDArray[np.int64]
@@ -35,7 +36,7 @@ def _softmax(places: Any, weights: Any) -> None:
         weights[p] /= total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@compiled(error_model="numpy", fastmath={"contract"})
 def weighted_samples(
     values: Floats,  # (M, h * w, heads, d)
     size: tuple[int, int],  # h, w
@@ -71,7 +72,7 @@ def weighted_samples(
             out[q, head] = total
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+@compiled(error_model="numpy", fastmath={"contract", "reassoc"})
 def weighted_samples_backward(
     grad: Floats,  # (Q, heads, d)
     values: Floats,  # (M, h * w, heads, d)

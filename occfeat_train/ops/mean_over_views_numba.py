@@ -8,6 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from occfeat_targets.compiled import compiled
+
 _BLOCK = 256  # voxels projected at a time
 
 
@@ -35,7 +37,7 @@ def _blend(c: int, t00: Any, t01: Any, t10: Any, t11: Any, w00: Any, w01: Any, w
     return top + (w10 * np.float32(t10[c]) + w11 * np.float32(t11[c]))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _project(
     cameras: NDArray[np.float64],  # as in `mean_over_views`
     size: tuple[int, int],
@@ -63,7 +65,7 @@ def _project(
             rows[i] = min(max(v * (h / height) - 0.5, first_row), last_row)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def mean_over_views(
     maps: NDArray[Any],  # (V, h * w, C) float32 or int8; the channels of a token are contiguous
     scale: NDArray[np.float32] | None,  # (V, h * w)
