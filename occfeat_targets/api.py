@@ -54,6 +54,7 @@ def build_cache(
     points: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
+    scheduler_file: str | Path | None = None,
     shard: tuple[int, int] | None = None,
     shard_size: int = 16,
     on_error: OnError = "fail",
@@ -98,9 +99,10 @@ def build_cache(
         shard is None or (_is_pair(shard) and 0 <= shard[0] < shard[1]),
         f"shard={shard!r}: (k, n) with 0 <= k < n expected",
     )
-    ways = sum(x is not None for x in (workers, scheduler, shard))
-    _require(ways <= 1, "workers, scheduler and shard are three ways to run a build: choose one")
+    ways = sum(x is not None for x in (workers, scheduler, scheduler_file, shard))
+    _require(ways <= 1, "workers, scheduler, scheduler_file and shard are ways to run a build: choose one")
 
+    from occfeat_targets.build.cluster import read_scheduler_file
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
@@ -110,6 +112,8 @@ def build_cache(
         if log is not None:
             log(line)
 
+    if scheduler_file is not None:
+        scheduler = read_scheduler_file(_local("scheduler_file", scheduler_file))
     started = time.monotonic()
     options = BuildOptions(
         dataroot=dataroot, cache=cache, split=split, source=source, version=version,

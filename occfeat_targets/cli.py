@@ -103,6 +103,12 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
               "more than its free memory holds]")  # fmt: skip
 @click.option("--scheduler", default=None, metavar="TCP://...", help="Address of an existing Dask cluster.")
 @click.option(
+    "--scheduler-file",
+    type=LocalPath(path_type=Path),
+    default=None,
+    help="File that 'dask scheduler --scheduler-file' wrote, instead of the address.",
+)
+@click.option(
     "--shard", type=ShardOf(), default=None, help="Build every N-th shard, starting with the K-th, in this process."
 )
 @click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes per shard.")
@@ -126,10 +132,11 @@ def build(
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
-    scheduler: str | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
+    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
     device: str,
 ) -> None:  # fmt: skip
     """Build the cache of a split. If the build is killed, the same command resumes it."""
+    from occfeat_targets.build.cluster import read_scheduler_file
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
@@ -137,8 +144,12 @@ def build(
     from occfeat_targets.messages import describe_outcome, describe_plan
     from occfeat_targets.sources.scenes import parse_scenes
 
-    if sum(x is not None for x in (workers, scheduler, shard)) > 1:
-        raise click.UsageError("--workers, --scheduler and --shard are three ways to run a build: choose one of them")
+    if sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
+        raise click.UsageError(
+            "--workers, --scheduler, --scheduler-file and --shard are ways to run a build: choose one of them"
+        )
+    if scheduler_file is not None:
+        scheduler = read_scheduler_file(scheduler_file)
     if no_labels and label_kinds is not None:
         raise click.UsageError("--label-kinds and --no-labels contradict each other: pass one of them")
     started = time.monotonic()

@@ -63,6 +63,12 @@ def run(plan: Plan, workers: Workers, *, print_line: Callable[[str], None], prog
     def keep_going() -> bool:
         return not outcome.failed
 
+    bar = tqdm(total=plan.num_keyframes, unit="keyframe", disable=not progress, dynamic_ncols=True)
+
+    def print_above(line: str) -> None:
+        with bar.external_write_mode():
+            print_line(line)
+
     reports: Iterator[ShardReport]
     if workers.scheduler is None and workers.processes == 0:
         reports = run_serially(plan.shards, make_task, keep_going)
@@ -70,18 +76,17 @@ def run(plan: Plan, workers: Workers, *, print_line: Callable[[str], None], prog
         reports = run_on_dask(
             plan.shards, make_task, keep_going,
             workers=workers.processes, devices=workers.devices, scheduler=workers.scheduler,
+            print_line=print_above,
         )  # fmt: skip
-    bar = tqdm(total=plan.num_keyframes, unit="keyframe", disable=not progress, dynamic_ncols=True)
     with bar:
         for report in reports:
             outcome.reports.append(report)
-            with bar.external_write_mode():
-                if report.error is not None:
-                    print_line(f"shard {report.shard} failed: {report.error}")
-                for why in report.skipped.values():
-                    print_line(f"skipped: {why}")
-                for token, cameras in report.masked.items():
-                    for camera, why in cameras.items():
-                        print_line(f"masked: {camera} of sample {token}: {why}")
+            if report.error is not None:
+                print_above(f"shard {report.shard} failed: {report.error}")
+            for why in report.skipped.values():
+                print_above(f"skipped: {why}")
+            for token, cameras in report.masked.items():
+                for camera, why in cameras.items():
+                    print_above(f"masked: {camera} of sample {token}: {why}")
             bar.update(report.num_keyframes if report.error is None else 0)
     return outcome
