@@ -19,6 +19,7 @@ from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.sources.tables import describe_broken_table
 
 LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
@@ -99,10 +100,10 @@ def read_split(
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
     except Exception as err:  # the devkit raises bare Exception for old tables
-        raise DatasetError(
-            f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}. A table, a record that another "
-            "table refers to, or a key of a record is missing or damaged: re-extract the tables"
-        ) from err
+        broken = describe_broken_table(dataroot / version) or (
+            f"{type(err).__name__}: {err}. A record that another table refers to, or a key of a record is missing"
+        )
+        raise DatasetError(f"the tables of {dataroot / version} do not load: {broken}: re-extract the tables") from err
     scenes = {scene["name"]: scene for scene in (_get(nusc, "scene", scene["token"]) for scene in nusc.scene)}
     present = [name for name in splits[split] if name in scenes]
     if not present:

@@ -124,7 +124,7 @@ def _random_model(config: Any) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_RANDOM_SEED)
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config, trust_remote_code=False)
 
 
 def _load_model(name: str, config: Any) -> Any:
@@ -134,10 +134,11 @@ def _load_model(name: str, config: Any) -> Any:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # without transformers' report: the faults are reported below
-    try:  # mismatched sizes are accepted here
+    try:  # mismatched sizes are accepted here; a folder's or repository's own code is never run
         model, info = AutoModel.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
         raise TeacherError(unavailable(name, err)) from err
     finally:

@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Tensor, "BHW C"]:
         """query: positions added."""
         values = self.value(query).unflatten(0, (-1, *map_shape)).unflatten(-1, (HEADS, -1))
-        read = deformable(values, self.places(query), cells).flatten(1)
+        read = deformable(values, self.places(query), cells, values.dtype).flatten(1)  # as autocast would round it
         dropped: Tensor = self.dropout(self.output(self.inner(read)))
         return dropped
 

@@ -73,7 +73,8 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
     kind, expected = "efficientnet", EFFICIENTNET
     if backbone in RESNET_DEPTHS:
         kind, expected = "resnet", {**RESNET, "depths": RESNET_DEPTHS[backbone]}
-    config = _local_first(weights, AutoConfig.from_pretrained)
+    # Without trust_remote_code=False, transformers asks on the terminal whether to run a folder's or repository's code.
+    config = _local_first(weights, functools.partial(AutoConfig.from_pretrained, trust_remote_code=False))
     if config.model_type != kind:
         raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
     for key, value in expected.items():
@@ -85,7 +86,11 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
     model, info = _local_first(
         weights,
         functools.partial(
-            model_class.from_pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            model_class.from_pretrained,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         ),
     )
     # transformers initialises tensors that are missing or have another shape at random.
@@ -106,8 +111,8 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
     except (OSError, ValueError, SafetensorError) as err:
         if Path(weights).is_dir():
             raise ValueError(
-                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json and "
-                "whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json of "
+                "a model of transformers (a model's own code is never run) and whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
             ) from err
     try:
         return load(weights)

@@ -45,32 +45,38 @@ class Reads:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def deformable(
-    values: Float[Tensor, "M h w heads d"], places: Float[Tensor, "Q heads P 3"], reads: Reads
+    values: Float[Tensor, "M h w heads d"],
+    places: Float[Tensor, "Q heads P 3"],
+    reads: Reads,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "Q heads d"]:
     """Sum over a query's pairs and over its points p of weight p times its map at anchor (p mod A) plus offset p.
 
     values: maps, bilinearly sampled, 0 outside. places: sampling points, each an offset (column, row) in tokens and a score.
     The weights are the softmax of the scores over the points of a query and head. P is a multiple of A.
-    Returns float32, or float64 if values are; gradients reach values and places.
+    Returns `dtype`, to which the float32 sums are rounded, or float64 if values are; gradients reach values and places.
     """
     if values.dtype == torch.float64:
         return deformable_torch(values, places, reads)
     if runs_triton(values.device) and not torch.are_deterministic_algorithms_enabled():
-        return deformable_triton(values, places, reads)
+        return deformable_triton(values, places, reads, dtype)
     if values.device.type == "cpu":
         found: Tensor = _Deformable.apply(values.float(), places.float(), reads)
-        return found
-    return deformable_torch(values, places, reads)
+        return found.to(dtype)
+    return deformable_torch(values, places, reads).to(dtype)
 
 
 def deformable_triton(
-    values: Float[Tensor, "M h w heads d"], places: Float[Tensor, "Q heads P 3"], reads: Reads
+    values: Float[Tensor, "M h w heads d"],
+    places: Float[Tensor, "Q heads P 3"],
+    reads: Reads,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "Q heads d"]:
     """`deformable` with the Triton kernels, for a GPU and any floating-point type except float64.
 
     The last bits of gradients differ between runs.
     """
-    found: Tensor = _TritonDeformable.apply(values, places.float(), reads)
+    found: Tensor = _TritonDeformable.apply(values, places.float(), reads, dtype)
     return found
 
 
@@ -116,25 +122,25 @@ def _one_sample(values: Tensor, places: Tensor, reads: Reads) -> Tensor:
 
 
 class _TritonDeformable(torch.autograd.Function):
-    """Values (M, h, w, heads, d) and places (Q, heads, P, 3) float32 -> (Q, heads, d) float32."""
+    """Values (M, h, w, heads, d) and places (Q, heads, P, 3) float32 -> (Q, heads, d)."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads) -> Tensor:
+    def forward(ctx: Any, values: Tensor, places: Tensor, reads: Reads, dtype: torch.dtype) -> Tensor:
         from occfeat_train.ops.deformable_triton import weighted_samples
 
-        given = [t.contiguous() for t in (values, places)]
-        ctx.save_for_backward(*given)
-        ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
-        return weighted_samples(*given, *ctx.reads)
+        values, places = values.contiguous(), places.contiguous()
+        ctx.save_for_backward(values, places)
+        maps, starts, anchors = ctx.reads = reads.maps, reads.starts, reads.anchors.float().contiguous()
+        return weighted_samples(values, places, maps, starts, anchors, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from occfeat_train.ops.deformable_triton import weighted_samples_backward
 
         given = ctx.saved_tensors  # read once: activation checkpointing allows only one read
         of_values, of_places = weighted_samples_backward(grad.contiguous(), *given, *ctx.reads)
-        return of_values.to(given[0].dtype), of_places, None
+        return of_values.to(given[0].dtype), of_places, None, None
 
 
 class _Deformable(torch.autograd.Function):

@@ -27,12 +27,13 @@ def weighted_samples(
     maps: Tensor,  # (n,) int64
     starts: Tensor,  # (Q + 1,) int64
     anchors: Tensor,  # (n, A, 2) float32
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """out[query, head] = sum over the query's pairs and over p of weight * the map at anchor p % A + offset p.
 
-    The weights are the softmax of the scores over p. All tensors are contiguous. Returns (Q, heads, d) float32.
+    The weights are the softmax of the scores over p. All tensors are contiguous. Returns (Q, heads, d) of `dtype`.
     """
-    out = torch.empty((*places.shape[:2], values.shape[-1]), dtype=torch.float32, device=values.device)
+    out = torch.empty((*places.shape[:2], values.shape[-1]), dtype=dtype, device=values.device)
     grid, sizes = _sizes(values, places, anchors)
     with torch.cuda.device_of(values):  # Triton launches on the current device
         _forward[grid](values, places, maps, starts, anchors, out, *sizes, num_warps=_WARPS)
@@ -40,7 +41,7 @@ def weighted_samples(
 
 
 def weighted_samples_backward(
-    grad: Tensor,  # (Q, heads, d) float32
+    grad: Tensor,  # (Q, heads, d)
     values: Tensor,
     places: Tensor,
     maps: Tensor,
@@ -127,7 +128,7 @@ def _backward(
     block: tl.constexpr,
 ) -> None:
     row, is_row, first, count, channel, is_channel = _rows(starts, rows, heads, d, padded, block)
-    g = tl.load(grad + row[:, None] * d + channel, is_row[:, None] & is_channel, 0)
+    g = tl.load(grad + row[:, None] * d + channel, is_row[:, None] & is_channel, 0).to(tl.float32)
     highest, scale = _softmax(places, row, is_row, points, block)
     mean = tl.full((block,), 0, tl.float32)
     most = tl.max(count, 0)

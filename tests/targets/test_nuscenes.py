@@ -210,6 +210,34 @@ def test_a_log_without_a_vehicle_is_not_synthetic(without_key):
     assert not split_of(without_key("log", "vehicle")).is_synthetic
 
 
+@pytest.mark.parametrize(
+    ("table", "content", "found"),
+    [
+        ("sample_data", b'[\n{"token": "a1", "prev', r"sample_data\.json \(23 bytes\) is no complete JSON file"),
+        ("sample_annotation", b"", r"sample_annotation\.json \(0 bytes\) is no complete JSON file"),
+        ("sample", b"<html>403</html>", r"sample\.json \(16 bytes\) is no complete JSON file"),
+        ("ego_pose", b"[]", r"ego_pose\.json has no records"),
+        ("scene", b'{"token": "a1"}', r"scene\.json is no list of records"),
+        ("visibility", None, r"visibility\.json cannot be read \(No such file"),
+    ],
+)
+def test_a_table_that_is_cut_empty_or_missing_is_named(city, tmp_path, table, content, found):
+    shutil.copytree(city / "v1.0-mini", tmp_path / "v1.0-mini")
+    file = tmp_path / "v1.0-mini" / f"{table}.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"the tables of .* do not load: {found}.*: re-extract the tables"):
+        split_of(tmp_path)
+
+
+def test_the_independent_reader_names_a_table_that_is_cut(city, tmp_path):
+    tokens = [k.token for k in split_of(city).keyframes]
+    shutil.copytree(city / "v1.0-mini", tmp_path / "v1.0-mini")
+    file = tmp_path / "v1.0-mini" / "ego_pose.json"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"ego_pose\.json is no complete JSON file .*: re-extract the tables"):
+        read_slow_source(tmp_path, "v1.0-mini", tokens, TargetSpec())
+
+
 def test_the_independent_reader_names_a_key_that_the_tables_lack(city, without_key):
     tokens, spec = [k.token for k in split_of(city).keyframes], TargetSpec(num_sweeps=2)
     with pytest.raises(ValueError, match="have no 'prev': pass the --dataroot"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from occfeat_targets.targets.teacher import TEACHERS, LoadedTeacher, TeacherError, teacher_spec
+from occfeat_targets.targets.teacher import TEACHERS, LoadedTeacher, TeacherError, _config, teacher_spec
 from tests.targets.command_line import build_arguments, contents, run
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -63,6 +64,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(folder: Path, size: tuple[int, int] = (56, 98), **options: Any) -> LoadedTeacher:
     return LoadedTeacher(teacher_spec(str(folder), input_size=size, dtype="float32", **options), "cpu")
+
+
+def test_code_in_a_teachers_folder_is_never_run_and_nothing_asks(folders, tmp_path, monkeypatch):
+    """The model has a type that transformers knows, and then one that it does not know."""
+    folder, marker = tmp_path / "own", tmp_path / "marker"
+    shutil.copytree(folders["dinov2"], folder)
+    own = {"auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoImageProcessor": "own.Processor"}}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "preprocessor_config.json").write_text(json.dumps(own | {"image_processor_type": "Processor"}))
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    assert load(folder)(images()).shape == load(folders["dinov2"])(images()).shape
+    (folder / "config.json").write_text(json.dumps(config | own | {"model_type": "own"}))
+    _config.cache_clear()
+    with pytest.raises(TeacherError, match="is a model of type 'own'"):
+        load(folder)
+    assert not asked and not marker.exists()
 
 
 def images(seed: int = 0) -> np.ndarray:

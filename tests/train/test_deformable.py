@@ -111,6 +111,7 @@ def test_bfloat16_values_are_read_in_float32() -> None:
     out = deformable(low, places, reads)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, deformable(low.float(), places, reads))
+    assert torch.equal(deformable(low, places, reads, torch.bfloat16), out.bfloat16())
     out.sum().backward()
     assert low.grad is not None and low.grad.dtype == torch.bfloat16
 

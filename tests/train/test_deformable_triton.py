@@ -90,6 +90,16 @@ def _far_from_centres(places: Tensor, reads: Reads) -> Tensor:
     return count == 0
 
 
+def test_a_half_precision_result_is_the_rounded_float32_result_and_takes_half_precision_gradients() -> None:
+    values, places, reads = inputs(1, 5, 2, (3, 4), 2, 4, 4, 2)
+    with interpreted(KERNELS):
+        exact = values_and_gradients(deformable_triton, values, places, reads)
+        found = values_and_gradients(lambda *given: deformable_triton(*given, torch.float16), values, places, reads)
+    assert torch.equal(found[0], exact[0].half())
+    for ours, other in zip(found[1:], exact[1:], strict=True):  # the gradient of the result is rounded
+        torch.testing.assert_close(ours, other, atol=2e-3 * other.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("target", [80, 90])
 def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values, places, reads = inputs(1, 40, 2, (4, 6), 4, 32, 8, 8)
@@ -97,7 +107,7 @@ def test_the_kernels_compile_for_a_gpu(target: int, monkeypatch: pytest.MonkeyPa
 
     def launch(kernels: object) -> None:
         given = values.bfloat16(), *rest
-        out = kernels.weighted_samples(*given)  # type: ignore[attr-defined]
+        out = kernels.weighted_samples(*given, torch.bfloat16)  # type: ignore[attr-defined]
         kernels.weighted_samples_backward(out, *given)  # type: ignore[attr-defined]
 
     assert set(compiled(KERNELS, target, launch, monkeypatch, tmp_path)) == {"_forward", "_backward"}

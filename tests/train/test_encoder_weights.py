@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -91,6 +93,23 @@ def test_weights_none_changes_nothing(resnet):
     before = {name: value.clone() for name, value in resnet.state_dict().items()}
     assert load_backbone_weights(resnet, "none") == "backbone: from scratch, random weights"
     assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+
+
+def test_code_in_a_folder_is_never_run_and_nothing_asks(efficientnet_folder, efficientnet, tmp_path, monkeypatch):
+    """The model has a type that transformers does not know, and then one that it knows."""
+    folder, marker = tmp_path / "own", tmp_path / "marker"
+    shutil.copytree(efficientnet_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    with pytest.raises(ValueError, match="in folder .* cannot be read .*a model's own code is never run"):
+        load_backbone_weights(efficientnet, str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    load_backbone_weights(efficientnet, str(folder))
+    assert not asked and not marker.exists()
 
 
 def test_another_kind_of_model_is_refused(resnet_folder, efficientnet):
