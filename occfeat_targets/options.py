@@ -60,16 +60,22 @@ def names_of(table: dict[str, Any]) -> click.Choice[str]:
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print ValueError and OSError as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
+    """Print ValueError, OSError and a missing package as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, OSError) as err:
+        except (ValueError, OSError, ModuleNotFoundError) as err:
+            message = str(err)
+            if isinstance(err, ModuleNotFoundError):
+                package = (err.name or "").split(".")[0]
+                if package.startswith("occfeat_"):
+                    raise
+                message = f"the Python package {package} is missing: pip install 'occfeat[targets]'"
             if os.environ.get("OCCFEAT_TRACEBACK"):
                 raise
-            click.echo(f"error: {err}", err=True)
+            click.echo(f"error: {message}", err=True)
             sys.exit(1)
 
     return wrapper

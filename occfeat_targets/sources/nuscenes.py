@@ -19,6 +19,7 @@ from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.sweeps import read_sweep
+from occfeat_targets.sources.tables import describe_broken_table
 
 LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
@@ -46,7 +47,9 @@ class NuScenes:
         missing = [str(file) for file in files if not file.is_file()]
         if not missing:
             return None
-        return f"no map expansion {', '.join(missing)}: unpack nuScenes-map-expansion-v1.3.zip into {split.dataroot / 'maps'}"
+        some = f" (map labels need all {len(files)}, and the others are there)" if len(missing) < len(files) else ""
+        where = split.dataroot / "maps"
+        return f"no map expansion {', '.join(missing)}{some}: unpack nuScenes-map-expansion-v1.3.zip into {where}"
 
     def map_file(self, split: Split, location: str) -> Path:
         return map_file(split.dataroot, location)
@@ -97,10 +100,10 @@ def read_split(
     try:
         nusc = NuScenes(version, str(dataroot), verbose=False)
     except Exception as err:  # the devkit raises bare Exception for old tables
-        raise DatasetError(
-            f"the tables of {dataroot / version} do not load: {type(err).__name__}: {err}. A table, a record that another "
-            "table refers to, or a key of a record is missing or damaged: re-extract the tables"
-        ) from err
+        broken = describe_broken_table(dataroot / version) or (
+            f"{type(err).__name__}: {err}. A record that another table refers to, or a key of a record is missing"
+        )
+        raise DatasetError(f"the tables of {dataroot / version} do not load: {broken}: re-extract the tables") from err
     scenes = {scene["name"]: scene for scene in (_get(nusc, "scene", scene["token"]) for scene in nusc.scene)}
     present = [name for name in splits[split] if name in scenes]
     if not present:
@@ -269,11 +272,12 @@ def _usable_view(nusc: Any, record: _Record, global_from_ego: Matrix) -> CameraV
 def _backwards(nusc: Any, lidar: _Record, num_sweeps: int) -> Iterator[_Record]:
     """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
     record = lidar
-    for _ in range(num_sweeps):
-        yield record
+    yield record
+    for _ in range(num_sweeps - 1):
         if not record["prev"]:
             return
         record = _get(nusc, "sample_data", record["prev"])
+        yield record
 
 
 def _vehicles(nusc: Any, sample: _Record, ego_from_global: Matrix) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
@@ -291,6 +295,13 @@ def _vehicles(nusc: Any, sample: _Record, ego_from_global: Matrix) -> tuple[NDAr
         corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
     if not np.isfinite(corners).all():
         raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
-    # A box without a visibility token counts as visible.
-    visibility = np.array([int(box.get("visibility_token") or 4) for box in boxes], np.uint8)
+    visibility = np.array([_visibility(box) for box in boxes], np.uint8)
     return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility
+
+
+def _visibility(box: _Record) -> int:
+    """1 to 4. A box without a visibility token counts as visible."""
+    token = box.get("visibility_token") or "4"
+    if str(token) not in ("1", "2", "3", "4"):
+        raise ValueError(f"{box.place}: visibility_token is {token!r}: 1 to 4 expected; re-extract the tables")
+    return int(token)

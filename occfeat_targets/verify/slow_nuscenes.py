@@ -50,7 +50,11 @@ def read_keyframes(
     """
 
     def table(name: str) -> dict[str, dict[str, Any]]:
-        records = json.loads((dataroot / version / f"{name}.json").read_text())
+        file = dataroot / version / f"{name}.json"
+        try:
+            records = json.loads(file.read_text())
+        except ValueError as err:
+            raise ValueError(f"{file} is no complete JSON file ({err}): re-extract the tables") from err
         return {record["token"]: record for record in records}
 
     samples = {token: record for token, record in table("sample").items() if token in tokens}

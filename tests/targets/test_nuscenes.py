@@ -6,8 +6,8 @@ import pytest
 
 from occfeat_targets.cache.geometry import project, transform
 from occfeat_targets.cache.spec import CAMERAS, TargetSpec
-from occfeat_targets.sources.keyframe import DatasetError
-from occfeat_targets.sources.nuscenes import find_dataroot, read_map, read_split
+from occfeat_targets.sources.keyframe import DatasetError, Split
+from occfeat_targets.sources.nuscenes import NuScenes, find_dataroot, read_map, read_split
 from occfeat_targets.verify.slow_nuscenes import read_keyframes, read_slow_source
 
 
@@ -118,15 +118,26 @@ def test_a_missing_split_scene_or_table_is_named(city, tmp_path):
 
 
 @pytest.fixture
-def without_key(city, tmp_path):
-    """Function that removes a key from every record of a table of a copy; it returns the copy's dataroot."""
+def changed(city, tmp_path):
+    """Function that changes the list of records of a table of a copy; it returns the copy's dataroot."""
 
-    def remove(table: str, key: str):
+    def change(table: str, function):
         shutil.copytree(city, tmp_path, ignore=shutil.ignore_patterns("samples", "sweeps"), dirs_exist_ok=True)
         file = tmp_path / "v1.0-mini" / f"{table}.json"
         records = json.loads(file.read_text())
-        file.write_text(json.dumps([{k: v for k, v in record.items() if k != key} for record in records]))
+        function(records)
+        file.write_text(json.dumps(records))
         return tmp_path
+
+    return change
+
+
+@pytest.fixture
+def without_key(changed):
+    """Function that removes a key from every record of a table of a copy; it returns the copy's dataroot."""
+
+    def remove(table: str, key: str):
+        return changed(table, lambda records: [record.pop(key, None) for record in records])
 
     return remove
 
@@ -149,6 +160,43 @@ def test_a_key_that_a_keyframe_needs_is_the_problem_of_the_keyframe(without_key,
         assert f"the record has no key {key!r}; re-extract the tables" in keyframe.problem
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [
+        ("calibrated_sensor", "sensor_token"), ("instance", "category_token"), ("sample", "next"), ("sample_annotation", "sample_token"),
+        ("sample_annotation", "instance_token"), ("sample_data", "sample_token"), ("sample_data", "calibrated_sensor_token"),
+        ("scene", "log_token"), ("scene", "first_sample_token"),
+    ],
+)  # fmt: skip
+def test_a_token_that_no_record_has_is_one_line_that_names_it(changed, table, key):
+    def dangle(records):
+        next(record for record in records if record[key])[key] = "f" * 32
+
+    with pytest.raises(DatasetError, match=f"(json, token '?|KeyError: '){'f' * 32}.*re-extract the tables") as raised:
+        split_of(changed(table, dangle))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_earlier_sweep_that_is_absent_matters_only_to_keyframes_that_need_it(city, changed):
+    lidar = next(k for k in split_of(city, num_sweeps=2).keyframes if len(k.sweeps) == 2).sweeps[0].path.name
+
+    def dangle(records):
+        next(record for record in records if record["filename"].endswith(lidar))["prev"] = "f" * 32
+
+    root = changed("sample_data", dangle)
+    assert not [k.problem for k in split_of(root).keyframes if k.problem is not None]
+    (problem,) = [k.problem for k in split_of(root, num_sweeps=2).keyframes if k.problem is not None]
+    assert problem == f"sample_data.json, token {'f' * 32}: no such record; re-extract the tables"
+
+
+@pytest.mark.parametrize("token", ["f" * 32, "0", "5", "v60-80"])
+def test_a_visibility_that_is_none_of_the_four_is_the_problem_of_its_keyframe(changed, token):
+    split = split_of(changed("sample_annotation", lambda records: [r.update(visibility_token=token) for r in records]))
+    problems = [k.problem for k in split.keyframes if k.problem is not None]
+    expected = f"visibility_token is '{token}': 1 to 4 expected; re-extract the tables"
+    assert problems and all(p.startswith("sample_annotation.json, token ") and p.endswith(expected) for p in problems)
+
+
 def test_a_box_without_visibility_counts_as_visible_in_both_readers(without_key):
     root = without_key("sample_annotation", "visibility_token")
     split = split_of(root)
@@ -162,10 +210,53 @@ def test_a_log_without_a_vehicle_is_not_synthetic(without_key):
     assert not split_of(without_key("log", "vehicle")).is_synthetic
 
 
+@pytest.mark.parametrize(
+    ("table", "content", "found"),
+    [
+        ("sample_data", b'[\n{"token": "a1", "prev', r"sample_data\.json \(23 bytes\) is no complete JSON file"),
+        ("sample_annotation", b"", r"sample_annotation\.json \(0 bytes\) is no complete JSON file"),
+        ("sample", b"<html>403</html>", r"sample\.json \(16 bytes\) is no complete JSON file"),
+        ("ego_pose", b"[]", r"ego_pose\.json has no records"),
+        ("scene", b'{"token": "a1"}', r"scene\.json is no list of records"),
+        ("visibility", None, r"visibility\.json cannot be read \(No such file"),
+    ],
+)
+def test_a_table_that_is_cut_empty_or_missing_is_named(city, tmp_path, table, content, found):
+    shutil.copytree(city / "v1.0-mini", tmp_path / "v1.0-mini")
+    file = tmp_path / "v1.0-mini" / f"{table}.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"the tables of .* do not load: {found}.*: re-extract the tables"):
+        split_of(tmp_path)
+
+
+def test_the_independent_reader_names_a_table_that_is_cut(city, tmp_path):
+    tokens = [k.token for k in split_of(city).keyframes]
+    shutil.copytree(city / "v1.0-mini", tmp_path / "v1.0-mini")
+    file = tmp_path / "v1.0-mini" / "ego_pose.json"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"ego_pose\.json is no complete JSON file .*: re-extract the tables"):
+        read_slow_source(tmp_path, "v1.0-mini", tokens, TargetSpec())
+
+
 def test_the_independent_reader_names_a_key_that_the_tables_lack(city, without_key):
     tokens, spec = [k.token for k in split_of(city).keyframes], TargetSpec(num_sweeps=2)
     with pytest.raises(ValueError, match="have no 'prev': pass the --dataroot"):
         read_slow_source(without_key("sample_data", "prev"), "v1.0-mini", tokens, spec)
+
+
+def test_the_only_missing_map_expansion_of_four_is_named(tmp_path):
+    towns = ("boston-seaport", "singapore-hollandvillage", "singapore-onenorth", "singapore-queenstown")
+    folder = tmp_path / "maps" / "expansion"
+    folder.mkdir(parents=True)
+    for town in towns[:3]:
+        (folder / f"{town}.json").touch()
+    split = Split("train", "v1.0-trainval", tmp_path, (), (), towns, has_annotations=True, is_synthetic=False)
+    assert NuScenes().why_no_maps(split) == (
+        f"no map expansion {folder / 'singapore-queenstown.json'} (map labels need all 4, and the others are there): "
+        f"unpack nuScenes-map-expansion-v1.3.zip into {tmp_path / 'maps'}"
+    )
+    (folder / "singapore-queenstown.json").touch()
+    assert NuScenes().why_no_maps(split) is None
 
 
 def test_a_missing_or_outdated_map_is_named(city, tmp_path):
