@@ -26,10 +26,11 @@ _PARTIAL = "config.partial"
 def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
     """Create RUN for this config, or continue the existing run if its config is the same. Its lock is held.
 
-    A run that has not begun training (it has no log) is overwritten. Returns the checkpoint to continue from, or None at the
-    beginning. Raises CheckpointError that lists every difference.
+    A run without a checkpoint is overwritten, because there is nothing to continue. Returns the checkpoint to continue from,
+    or None at the beginning. Raises CheckpointError that lists every difference, or if RUN is not a run.
     """
     file = run / INFO
+    has_checkpoint = bool(checkpoint_folders(run))
     if file.is_file():
         try:
             found = RunInfo.from_dict(json.loads(file.read_text()))
@@ -48,15 +49,17 @@ def begin_run(run: Path, info: RunInfo) -> Checkpoint | None:
             differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
         if found.initial != info.initial:
             differences.append(f"initial weights: {found.initial} != {info.initial}")
-        if differences and ((run / "log.jsonl").exists() or checkpoint_folders(run)):
+        if differences and has_checkpoint:
             raise CheckpointError(
                 f"{run} holds another run ({'; '.join(differences)} [there != here]): choose another --out, or delete it"
             )
-        if not differences:
-            return find_checkpoint(run) if checkpoint_folders(run) else None
+        if has_checkpoint:
+            return find_checkpoint(run)
     elif run.exists() and {path.name for path in run.iterdir()} - {LOCK, _PARTIAL}:
         raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
     run.mkdir(parents=True, exist_ok=True)
+    for name in ("log.jsonl", "scenes.txt"):  # of the run that is overwritten
+        (run / name).unlink(missing_ok=True)
     partial = run / _PARTIAL
     partial.write_text(json.dumps(info.to_dict(), indent=1))
     flush(partial)

@@ -23,6 +23,7 @@ from tests.train.runs import (
     assert_same_run,
     finetune,
     interrupt_at,
+    invoke,
     pretrain,
     records,
     refuse,
@@ -233,6 +234,28 @@ def test_a_finetuning_from_other_weights_or_with_other_scenes_is_refused(cache, 
     assert "initial weights: backbone weights: none != " in message
     (tmp_path / "scenes").write_text("b\n")
     assert "list of label scenes: " in refuse(*start)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_gives_way_to_another(cache, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "require_finite", fail)
+        result = invoke(*finetune(cache, out, *steps(1)))
+    assert result.exit_code == 1 and "no space" in result.output
+    assert len(records(out)) == 1 and (out / "scenes.txt").exists() and not list((out / "checkpoints").glob("step-*"))
+    succeed(*pretrain(cache, out, *steps(2), "--seed", "7"))
+    assert find_checkpoint(out).info.config.seed == 7 and len(records(out)) == 2
+    assert not (out / "scenes.txt").exists()
+
+
+def test_the_folder_of_a_model_is_not_taken_for_a_run_without_a_checkpoint(cache, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    assert "config.json can't be used" in refuse(*pretrain(cache, tmp_path, *steps(1)), out=tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "dinov2"}'
+
+
+def fail(*arguments: object) -> None:
+    raise OSError("no space")
 
 
 def test_a_failed_start_leaves_an_output_folder_that_another_config_may_use(cache, tmp_path):
