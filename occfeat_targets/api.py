@@ -71,6 +71,7 @@ def build_cache(
     workers: local processes, by default one a core, on GPUs at most 16 a GPU and no more than its memory holds; 0 for this
     process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
+    scheduler: address of an existing Dask cluster. scheduler_file: the file that 'dask scheduler --scheduler-file' wrote, instead.
     log: gets what the command prints, line by line; None for silence. progress: show a progress bar.
 
     Raises ValueError or OSError, saying what to do: on options that don't fit, a data set or teacher that is not there, a

@@ -96,7 +96,10 @@ def read_scheduler_file(file: Path) -> str:
 
 @contextmanager
 def _local_client(workers: int) -> Iterator[Any]:
-    """A client of a new local cluster."""
+    """A client of a new local cluster, whose temporary TLS credentials exist only in memory and in its workers.
+
+    Without them, every user of this machine could connect to the scheduler and run code as the user of the build.
+    """
     from distributed import Client, LocalCluster
 
     try:
@@ -107,7 +110,13 @@ def _local_client(workers: int) -> Iterator[Any]:
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             memory_limit=0,
+            security=True,
         )
+    except ImportError as err:
+        raise ValueError(
+            f"local workers use TLS, which needs the package cryptography ({err}): install it with pip install 'occfeat[targets]', "
+            "or use --workers 0"
+        ) from err
     except RuntimeError as err:
         raise ValueError(
             f"{count(workers, 'local worker')} did not start ({err}): run the same command again, "

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed import Security
 
+from occfeat_targets.build.cluster import read_scheduler_file
 from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import ShardReport
 from occfeat_targets.cache.spec import CAMERAS
@@ -56,8 +58,8 @@ def test_array_tasks_build_the_same_bytes_without_a_scheduler(city, tiny_teacher
 
 
 @contextmanager
-def dask_cluster(directory: Path) -> Iterator[str]:
-    """A scheduler and two workers, started separately."""
+def dask_cluster(directory: Path, *options: str) -> Iterator[Path]:
+    """The scheduler file of a scheduler and two workers, started separately with these options."""
     address_file = directory / "scheduler.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": directory}
@@ -65,7 +67,7 @@ def dask_cluster(directory: Path) -> Iterator[str]:
     processes = [
         subprocess.Popen(
             [*dask[:2], "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-             "--scheduler-file", str(address_file)], **quiet
+             "--scheduler-file", str(address_file), *options], **quiet
         )
     ]  # fmt: skip
     try:
@@ -76,8 +78,9 @@ def dask_cluster(directory: Path) -> Iterator[str]:
         address = json.loads(address_file.read_text())["address"]
         for _ in range(2):
             worker = [*dask[:2], "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+            worker += options
             processes.append(subprocess.Popen(worker, **quiet))
-        yield address
+        yield address_file
     finally:
         for process in processes:
             process.terminate()
@@ -85,12 +88,28 @@ def dask_cluster(directory: Path) -> Iterator[str]:
             process.wait(30)
 
 
-def test_an_external_scheduler_with_two_workers_builds_the_same_bytes(city, tiny_teacher, tmp_path, expected):
+def test_an_external_scheduler_with_tls_and_two_workers_builds_the_same_bytes(
+    city, tiny_teacher, tmp_path, expected, monkeypatch
+):
     """Paths are relative, and the workers have another working directory than the command."""
     here = [Path(os.path.relpath(path)) for path in (city, tmp_path)]
     teacher = os.path.relpath(tiny_teacher)
-    with dask_cluster(tmp_path) as address:
-        run_in_subprocess(*build_arguments(*here, teacher, "--scheduler", address, "--frames", "both"))
+    credentials = Security.temporary()
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
+    for file, text in zip(
+        files.values(),
+        (credentials.tls_ca_file, credentials.tls_client_cert, credentials.tls_client_key),
+        strict=True,
+    ):
+        file.write_text(text)
+    # As in the README.
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CA_FILE", str(files["ca"]))
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT", str(files["cert"]))
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY", str(files["key"]))
+    options = ["--tls-ca-file", files["ca"], "--tls-cert", files["cert"], "--tls-key", files["key"]]
+    with dask_cluster(tmp_path, "--protocol", "tls", *map(str, options)) as file:
+        assert read_scheduler_file(file).startswith("tls://")
+        run_in_subprocess(*build_arguments(*here, teacher, "--scheduler-file", str(file), "--frames", "both"))
     assert_same_bytes(tmp_path, expected)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from distributed import LocalCluster
+from distributed import Client, LocalCluster, Security
 
 from occfeat_targets.build import cluster as module
 from occfeat_targets.build.cluster import read_scheduler_file, run_on_dask
@@ -46,6 +46,33 @@ def fail_first(shard: int) -> ShardReport:
     if shard > 0:
         assert RELEASED.wait(PATIENCE)
     return ShardReport(shard, 1, error="broken" if shard == 0 else None)
+
+
+def test_a_local_cluster_refuses_clients_without_its_own_credentials():
+    """A client may run any code on the workers."""
+    with module._local_client(1) as client:
+        address = client.scheduler.address
+        assert address.startswith("tls://127.0.0.1:")
+        for stranger, security in [(address.replace("tls:", "tcp:"), None), (address, Security.temporary())]:
+            with pytest.raises(OSError):
+                Client(stranger, timeout="1s", security=security)
+        assert client.submit(int, "7").result() == 7
+
+
+def test_an_address_with_tls_needs_credentials():
+    with pytest.raises(
+        ValueError, match=r"no Dask scheduler answers at tls://127.0.0.1:9 .*check your TLS configuration"
+    ):
+        list(run_on_dask((0, 1), int, lambda: True, scheduler="tls://127.0.0.1:9"))
+
+
+def test_local_workers_without_the_package_of_tls_are_refused_with_the_remedy(monkeypatch):
+    def refuse(**_):
+        raise ImportError("Using `Security.temporary` requires `cryptography`")
+
+    monkeypatch.setattr("distributed.LocalCluster", refuse)
+    with pytest.raises(ValueError, match=r"install it with pip install 'occfeat\[targets\]', or use --workers 0"):
+        list(run_on_dask((0, 1), int, lambda: True, workers=2))
 
 
 def test_an_adaptive_cluster_without_workers_starts_them(monkeypatch):
