@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from occfeat_targets.cache.plural import count
-from occfeat_targets.cache.records import CacheError, sync_and_digest, write_record, writing
+from occfeat_targets.cache.records import CacheError, sync_and_digest, unique_suffix, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, Identity, open_cache
 
@@ -38,8 +37,7 @@ def create_cache(
         return _open_matching(wanted)
     with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.creating-{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = path.with_name(f".{path.name}.creating-{unique_suffix()}")
         try:
             _write_skeleton(draft, wanted)
             draft.rename(path)

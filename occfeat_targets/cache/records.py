@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,26 @@ def sync_and_digest(file: Path) -> str:
     return digest(file)
 
 
+def unique_suffix() -> str:
+    """Of a name that no other process uses at the same time: host, process id, and a random part.
+
+    Containers that share a file system may have equal process ids, and even equal host names.
+    """
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record with its own checksum, atomically."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("wb") as f:
-        f.write(_record_bytes(record))
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(file)
+    partial = file.with_name(f".{file.name}.{unique_suffix()}.partial")
+    try:
+        with partial.open("wb") as f:
+            f.write(_record_bytes(record))
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from occfeat_targets.cache.plural import count
+from occfeat_targets.cache.records import unique_suffix
 from occfeat_targets.progress import progress_bar
 from occfeat_targets.synth.expansion import write_map
 from occfeat_targets.synth.filming import Film, plan_shots
@@ -126,7 +127,7 @@ def write_city(
     if progress:
         print(_estimate(len(plans), keyframes, num_shots, image_size, workers), file=sys.stderr)
 
-    part = out.parent / f".{out.name}.incomplete-{os.getpid()}"
+    part = out.parent / f".{out.name}.incomplete-{unique_suffix()}"
     part.mkdir(parents=True)
     try:
         for channel in (*(c.channel for c in CAMERAS), LIDAR_CHANNEL):

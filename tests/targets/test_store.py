@@ -1,6 +1,8 @@
 import itertools
 import multiprocessing
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import pytest
 import xarray
 import zarr
 
+from occfeat_targets.cache import create as create_module
 from occfeat_targets.cache import store
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
@@ -187,13 +190,36 @@ def test_a_missing_cache_is_reported_with_the_caches_that_exist(small_cache):
         open_cache(small_cache.path.with_name("val.zarr"))
 
 
+def test_drafts_of_builders_with_equal_process_ids_have_different_names(tmp_path, monkeypatch):
+    """Host names may be equal, too, as those of two containers that are copies."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-3")
+    write, drafts = create_module._write_skeleton, []
+
+    def note(draft: Path, cache: store.Cache) -> None:
+        drafts.append(draft.name)
+        write(draft, cache)
+
+    monkeypatch.setattr(create_module, "_write_skeleton", note)
+    for _ in range(2):
+        create(tmp_path / "t.zarr")
+        shutil.rmtree(tmp_path / "t.zarr")
+    assert all(name.startswith(".t.zarr.creating-node-3-7-") for name in drafts)
+    assert drafts[0] != drafts[1]
+
+
 def _create_in_process(path: Path, barrier) -> None:
+    """Creates a cache as a process of id 7, which it has in its container."""
+    getpid, os.getpid = os.getpid, lambda: 7
     barrier.wait()
-    create(path)
+    try:
+        create(path)
+    finally:
+        os.getpid = getpid
 
 
 @pytest.mark.slow
-def test_processes_that_create_the_same_cache_at_once_all_succeed(tmp_path):
+def test_processes_of_equal_ids_that_create_the_same_cache_at_once_all_succeed(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(4)
     processes = [context.Process(target=_create_in_process, args=(tmp_path / "t.zarr", barrier)) for _ in range(4)]
@@ -211,6 +237,20 @@ def test_changed_metadata_is_found_on_opening(small_cache):
     metadata.write_text(metadata.read_text().replace("float16", "float32"))
     with pytest.raises(CacheError, match="features/zarr.json is missing or was changed"):
         open_cache(small_cache.path)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one_and_no_other_file(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+    write_record(file, {"shard": 3})
+
+    def refuse(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_record(file, {"shard": 4})
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    assert read_record(file) == {"shard": 3}
 
 
 def test_a_record_with_any_byte_changed_is_damaged(tmp_path):
