@@ -95,7 +95,9 @@ machine_options = options(
         show_default=True,
         help="Threads that load batches ahead.",
     ),
-    click.option("--progress/--no-progress", default=True, help="Progress bars."),
+    click.option(
+        "--progress/--no-progress", default=True, help="Progress bars; a line a minute if stderr is no terminal."
+    ),
 )
 training_options = options(
     click.option("--split", default="train", show_default=True, help="Split to train on."),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from occfeat_targets.build.cluster import run_on_dask, run_serially
 from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.shard import ShardReport, ShardTask, stage_seconds
 from occfeat_targets.build.workers import Workers, count_cores
+from occfeat_targets.progress import progress_bar
 
 
 @dataclass
@@ -63,7 +62,7 @@ def run(plan: Plan, workers: Workers, *, print_line: Callable[[str], None], prog
     def keep_going() -> bool:
         return not outcome.failed
 
-    bar = tqdm(total=plan.num_keyframes, unit="keyframe", disable=not progress, dynamic_ncols=True)
+    bar = progress_bar(plan.num_keyframes, unit="keyframe", disable=not progress)
 
     def print_above(line: str) -> None:
         with bar.external_write_mode():

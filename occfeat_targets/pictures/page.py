@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
@@ -17,6 +16,7 @@ from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, why_absent
+from occfeat_targets.progress import progress_bar
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
 
@@ -120,13 +120,14 @@ def write_preview(
     returns = read_returns(cache, valid, dataroot) if points and valid else {}
     feature_colors = fit_features(reader, keyframes)
     names = [f"keyframe-{keyframe:06d}.png" for keyframe in keyframes]
-    bar = tqdm(keyframes, desc="preview", unit="keyframe", disable=not progress, dynamic_ncols=True)
-    for keyframe, name in zip(bar, names, strict=True):
-        sheet = draw_keyframe(
-            reader, keyframe, frame=frame, returns=returns.get(keyframe), feature_colors=feature_colors
-        )
-        with writing(str(out / name)):
-            (out / name).write_bytes(png(sheet))
+    with progress_bar(len(keyframes), desc="preview", unit="keyframe", disable=not progress) as bar:
+        for keyframe, name in zip(keyframes, names, strict=True):
+            sheet = draw_keyframe(
+                reader, keyframe, frame=frame, returns=returns.get(keyframe), feature_colors=feature_colors
+            )
+            with writing(str(out / name)):
+                (out / name).write_bytes(png(sheet))
+            bar.update()
     page = render(
         Path(__file__).with_name("preview.html"),
         title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.records import unique_suffix
+from occfeat_targets.progress import progress_bar
 from occfeat_targets.synth.expansion import write_map
 from occfeat_targets.synth.filming import Film, plan_shots
 from occfeat_targets.synth.layout import NUM_SITES, District, plan_district
@@ -138,7 +137,7 @@ def write_city(
         districts: dict[str, District] = {}
         with (
             ThreadPoolExecutor(workers) as pool,
-            tqdm(total=num_shots * len(plans), desc="synthetic city", unit="file", disable=not progress) as bar,
+            progress_bar(num_shots * len(plans), desc="synthetic city", unit="file", disable=not progress) as bar,
         ):
             for plan in plans:
                 if plan.logfile not in districts:

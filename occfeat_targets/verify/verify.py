@@ -14,12 +14,12 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
+from occfeat_targets.progress import progress_bar
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.verify.recompute import CHECKS, without_masked
 from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source
@@ -63,7 +63,7 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
         if _shard_of(name) not in unfinished:
             findings.problems.append(f"{cache.path / name} does not belong to the cache: remove it")
     names = sorted(set(expected) & set(there))
-    bar = tqdm(total=sum(there[n] for n in names), unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+    bar = progress_bar(sum(there[n] for n in names), unit="B", unit_scale=True, disable=not progress)
     with ThreadPoolExecutor() as pool, bar:
         for name, sha256 in zip(names, pool.map(lambda n: digest(cache.path / n), names), strict=True):
             if sha256 != expected[name]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from occfeat_targets.progress import progress_bar
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process
@@ -38,7 +38,9 @@ def evaluate(
     metric = task.metric()
     mine = dataset.keyframes[process.rank :: process.world].tolist()
     samples = ([(0, keyframe) for keyframe in mine[i : i + batch]] for i in range(0, len(mine), batch))
-    bar = tqdm(total=len(mine), unit="sample", desc="evaluate", disable=not (progress and process.is_main), leave=False)
+    bar = progress_bar(
+        len(mine), unit="sample", desc="evaluate", disable=not (progress and process.is_main), leave=False
+    )
     with bar, explains_memory(process.device, "in evaluation", evaluation_remedy(batch)):
         for loaded in Prefetcher(dataset, samples, process.device, workers=workers):
             with autocast(process.device, task.config.precision):

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from occfeat_targets.cache.plural import count
+from occfeat_targets.progress import progress_bar
 
 # Fields of every record of a step that the report and the benchmarks read.
 FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}
@@ -36,15 +35,16 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
-        self._bar = tqdm(total=total, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+        self._bar = progress_bar(total, initial=start, unit="step", disable=not progress)
 
     def step(self, record: dict[str, Any]) -> None:
         """Log the record of a training step; `step` counts from 0."""
         self._write(record, "train")
-        self._bar.update()
         self._bar.set_postfix_str(
-            f"loss {record['loss']:.4f}, {record['samples_per_s']:.3g} samples/s, waiting for data {record['data_wait']:.1%}"
+            f"loss {record['loss']:.4f}, {record['samples_per_s']:.3g} samples/s, waiting for data {record['data_wait']:.1%}",
+            refresh=False,  # update draws the bar, at most ten times a second
         )
+        self._bar.update()
 
     def validation(self, step: int, results: dict[str, Any]) -> None:
         """Log the validation results after `step` steps."""

@@ -53,7 +53,7 @@ def test_a_cache_of_another_format_is_refused_by_both_tools_with_the_command_tha
     run(*command[1:], "--workers", "0")
     for name, values in contents(cache, "all").items():
         assert (values == expected[name]).all(), name
-    assert run("info", *WHERE, cache).stdout.count("scenes left out") == 1
+    assert run("info", *WHERE, cache).stdout.count(" left out by --scenes") == 1
 
 
 def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_path):
