@@ -118,7 +118,8 @@ class EfficientNetB0(nn.Module):
         block: Any
         for index, block in enumerate(self.blocks):
             # Drawn here, so that the recomputation needs no state of the random numbers, which a CUDA graph cannot save.
-            dropped = partial(_drop_and_call, block, block.projection.dropout.draw(x))
+            factors = block.projection.dropout.draw(x) if block.projection.apply_dropout else None
+            dropped = partial(_drop_and_call, block, factors)
             large = self.recompute and index < _LARGE_BLOCKS
             x = recomputed(block, x, call=dropped) if large else dropped(x)
             skip = x if index == 4 else skip

@@ -212,6 +212,14 @@ def test_drop_connect_is_off_in_evaluation_and_at_rate_0():
     assert drop_connected(0.0, x) is x
 
 
+def test_only_blocks_with_a_shortcut_drop_images(monkeypatch):
+    """The others draw no random numbers either, so that a run's random numbers are those of earlier releases."""
+    draws, draw = [], DropConnect.draw
+    monkeypatch.setattr(DropConnect, "draw", lambda self, x: draws.append(self.rate) or draw(self, x))
+    ImageEncoder("efficientnet-b0", 8, drop_connect=0.3).train()(torch.randn(2, 3, 32, 32))
+    assert draws == pytest.approx([0.3 * block / 11 for block in (2, 4, 6, 7, 9, 10)])
+
+
 def test_drop_rates_increase_by_an_eleventh_per_block():
     blocks = ImageEncoder("efficientnet-b0", 8, drop_connect=0.3).backbone.blocks
     assert [b.projection.dropout.rate for b in blocks] == pytest.approx([0.3 * i / 11 for i in range(11)])
