@@ -1,7 +1,7 @@
 """occfeat_targets: the offline half of OccFeat. A data set such as nuScenes in, a cache of pretraining targets out.
 
 From Python: `build_cache` builds a cache, `voxelize` a volume of points. The rest of the package may change from release to
-release; the trainer imports `occfeat_targets.cache`, and its report `occfeat_targets.pictures`.
+release; the trainer imports `occfeat_targets.common` and `occfeat_targets.cache`, and its report `occfeat_targets.pictures`.
 """
 
 from typing import TYPE_CHECKING, Any

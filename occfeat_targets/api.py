@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.paths import local_path
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import STUDENT_SIZE
+from occfeat_targets.common.paths import local_path
+from occfeat_targets.common.plural import count
 
 __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_cache", "voxelize"]
 

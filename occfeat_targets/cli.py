@@ -16,8 +16,9 @@ import click
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
-from occfeat_targets.options import LocalPath, ShardOf, Size, cache_options, dataroot_option, names_of, reports_errors
+from occfeat_targets.common.command_line import LocalPath, names_of
+from occfeat_targets.common.plural import count
+from occfeat_targets.options import ShardOf, Size, cache_options, dataroot_option, reports_errors
 from occfeat_targets.sources.source import SOURCES
 
 EXIT_INCOMPLETE = 3

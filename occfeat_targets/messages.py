@@ -14,8 +14,8 @@ from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.build.workers import Workers, count_cores
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.store import Cache, is_whole
+from occfeat_targets.common.plural import count
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
 

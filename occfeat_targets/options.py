@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from occfeat_targets.cache.paths import local_path
+from occfeat_targets.common import command_line
+from occfeat_targets.common.command_line import LocalPath
 
-
-class LocalPath(click.Path):
-    """A path as `local_path` makes it: absolute, and no URL."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(local_path(value), param, ctx)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
+reports_errors = command_line.reports_errors("targets")
 
 
 class Size(click.ParamType[tuple[int, ...]]):
@@ -50,35 +40,6 @@ class ShardOf(click.ParamType[tuple[int, int]]):
         if not (k.isdigit() and n.isdigit() and int(k) < int(n)):
             self.fail(f"{value!r} is not K/N with 0 <= K < N, such as 0/3 for the first of three array tasks")
         return int(k), int(n)
-
-
-def names_of(table: dict[str, Any]) -> click.Choice[str]:
-    """The name of a row of a table, which may get rows after the command was defined."""
-    choice = click.Choice(list(table))
-    choice.choices = table.keys()  # type: ignore[assignment]
-    return choice
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print ValueError, OSError and a missing package as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ModuleNotFoundError) as err:
-            message = str(err)
-            if isinstance(err, ModuleNotFoundError):
-                package = (err.name or "").split(".")[0]
-                if package.startswith("occfeat_"):
-                    raise
-                message = f"the Python package {package} is missing: pip install 'occfeat[targets]'"
-            if os.environ.get("OCCFEAT_TRACEBACK"):
-                raise
-            click.echo(f"error: {message}", err=True)
-            sys.exit(1)
-
-    return wrapper
 
 
 def cache_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, GRID_FROM_EGO_AXES, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME
+from occfeat_targets.common.plural import count
 from occfeat_train.arguments import check_images, check_voxels, checked_area, checked_path, refuse_samples
 from occfeat_train.data.augment import resample, transform_area, transform_intrinsics
 from occfeat_train.data.dataset import CALIBRATION

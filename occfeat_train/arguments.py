@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from occfeat_targets.cache.paths import local_path
+from occfeat_targets.common.paths import local_path
 
 
 def checked_path(path: Any, what: str) -> Path:

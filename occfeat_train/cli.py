@@ -15,19 +15,18 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.paths import local_path
 from occfeat_targets.cache.spec import STUDENT_SIZE
+from occfeat_targets.common.command_line import LocalPath, names_of
+from occfeat_targets.common.paths import local_path
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
     DIRECTORY,
     NETWORK,
     PATH,
-    LocalPath,
     cache_option,
     initial_option,
     machine_options,
-    names_of,
     reports_errors,
     set_option,
     training_options,

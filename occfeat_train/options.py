@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from occfeat_targets.cache.paths import local_path
+from occfeat_targets.common import command_line
+from occfeat_targets.common.command_line import LocalPath, names_of
 from occfeat_train.config import LIFTINGS, Backbone
 
-
-def names_of(table: dict[str, Any]) -> click.Choice[str]:
-    """The name of a row of a table, which may get rows after the command was defined."""
-    choice = click.Choice(list(table))
-    choice.choices = table.keys()  # type: ignore[assignment]
-    return choice
-
-
-class LocalPath(click.Path):
-    """A path as `local_path` makes it: absolute, and no URL."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(local_path(value), param, ctx)
-        except ValueError as err:
-            self.fail(str(err), param, ctx)
-
-
+reports_errors = command_line.reports_errors("train")
 PATH = LocalPath(path_type=Path)
 DIRECTORY = LocalPath(path_type=Path, file_okay=False)
 NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print ValueError, OSError and a missing package as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ModuleNotFoundError) as err:
-            message = str(err)
-            if isinstance(err, ModuleNotFoundError):
-                package = (err.name or "").split(".")[0]
-                if package.startswith("occfeat_"):
-                    raise
-                message = f"the Python package {package} is missing: pip install 'occfeat[train]'"
-            if os.environ.get("OCCFEAT_TRACEBACK"):
-                raise
-            click.echo(f"error: {message}", err=True)
-            sys.exit(1)
-
-    return wrapper
 
 
 def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,18 +110,18 @@ def test_only_the_table_of_sources_names_a_data_set():
     assert not [file for file in files if "CAM_FRONT" in file.read_text()]
 
 
-def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_and_for_reports_its_pictures():
+def test_the_trainer_needs_nothing_of_the_targets_but_the_cache_contract_what_both_share_and_for_reports_its_pictures():
     pictures: set[str] = set()
     for name, file in modules("occfeat_train").items():
         used = {i for i in imports(file) if i.startswith("occfeat_targets.")}
         pictures |= {i for i in used if i.startswith("occfeat_targets.pictures.")}
-        assert {i.split(".")[1] for i in used} <= {"cache", "compiled", "progress"} | (
+        assert {i.split(".")[1] for i in used} <= {"cache", "common"} | (
             {"pictures"} if name.startswith("report.") else set()
         ), name
         assert not {n.split(".")[0] for n in imports(file)} & {"nuscenes", "dask", "distributed", "cv2", "shapely"}
     for name in pictures:
         used = {i for i in imports(REPOSITORY / f"{name.replace('.', '/')}.py") if i.startswith("occfeat_targets.")}
-        assert {i.split(".")[1] for i in used} <= {"cache", "pictures"}, name
+        assert {i.split(".")[1] for i in used} <= {"cache", "common", "pictures"}, name
 
 
 @pytest.mark.parametrize("package", ["occfeat_targets", "occfeat_train"])

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 import occfeat_targets
 import occfeat_train
-from occfeat_targets.cache.paths import local_path
 from occfeat_targets.cli import main as targets_main
+from occfeat_targets.common.paths import local_path
 from occfeat_train.arguments import checked_path
 from occfeat_train.cli import main as train_main
 

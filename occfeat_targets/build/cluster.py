@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 
 MakeTask = Callable[[int], ShardTask]
 

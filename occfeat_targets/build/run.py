@@ -9,7 +9,7 @@ from occfeat_targets.build.cluster import run_on_dask, run_serially
 from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.shard import ShardReport, ShardTask, stage_seconds
 from occfeat_targets.build.workers import Workers, count_cores
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common.progress import progress_bar
 
 
 @dataclass

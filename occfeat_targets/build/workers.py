@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from occfeat_targets.build.estimate import format_bytes
 from occfeat_targets.build.plan import BuildOptions, Plan
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.spec import TeacherSpec
+from occfeat_targets.common.plural import count
 
 # Sixteen processes read about 270 keyframes/s at 60 ms each; one H100 computes a ViT-S for 430 (BENCHMARKS.md).
 _MOST_PER_GPU = 16

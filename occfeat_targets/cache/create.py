@@ -12,10 +12,10 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.records import CacheError, sync_and_digest, unique_suffix, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, Identity, open_cache
+from occfeat_targets.common.plural import count
 
 KEYFRAME_DIM = "keyframe"
 

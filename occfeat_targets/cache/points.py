@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 
 Floats = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from typing import Any
 from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 
 FORMAT_VERSION = 2
 

@@ -24,10 +24,10 @@ import zarr
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.arrays import ArraySpec
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.rebuild import require_format
 from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.common.plural import count
 
 PROGRESS = "progress"
 CREATED = "created"

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
+from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.pictures.cameras import read_features
 from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
 from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, why_absent
-from occfeat_targets.progress import progress_bar
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
 

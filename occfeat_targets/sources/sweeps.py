@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import EGO_BOX
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 COLUMNS = 5  # x, y, z [m], intensity, ring of each return in a nuScenes .pcd.bin
 MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.records import unique_suffix
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common.plural import count
+from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.synth.expansion import write_map
 from occfeat_targets.synth.filming import Film, plan_shots
 from occfeat_targets.synth.layout import NUM_SITES, District, plan_district

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from occfeat_targets.cache.geometry import Area
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 # The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
 # result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.

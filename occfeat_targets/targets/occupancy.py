@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_BOX
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 MAX_VOXELS = 2**27  # limit of the kernel's 24-bit byte index: 16 MiB of bits per volume
 _BLOCK = 4096  # returns per block: their coordinates and bits stay in the nearest cache

@@ -15,7 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]

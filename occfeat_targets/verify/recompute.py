@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_targets.verify.slow_labels import Reference

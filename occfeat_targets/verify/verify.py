@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
 from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common.plural import count
+from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.verify.recompute import CHECKS, without_masked
 from occfeat_targets.verify.slow_targets import SlowSource, as_slow_source

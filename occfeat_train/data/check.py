@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from occfeat_targets.cache.geometry import inverse_rigid
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.common.plural import count
 from occfeat_train.data.frames import has_grid, none_left, reference_frames, why_left_out
 from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 
 
 def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 from occfeat_train.ops.mean_over_views_numba import bilinear_taps
 
 Ints = NDArray[np.int64]

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 _BLOCK = 256  # voxels projected at a time
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.common.plural import count
 from occfeat_targets.pictures.html import render
 from occfeat_train.config import PRETEXTS
 from occfeat_train.distributed import Process

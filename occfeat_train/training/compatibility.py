@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 from occfeat_train.config import FIXED, MEANING
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import why_left_out

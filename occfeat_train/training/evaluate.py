@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common.progress import progress_bar
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process

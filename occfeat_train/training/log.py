@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.cache.plural import count
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common.plural import count
+from occfeat_targets.common.progress import progress_bar
 
 # Fields of every record of a step that the report and the benchmarks read.
 FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.cache.plural import count
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.common.plural import count
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import resolve_frame

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from occfeat_targets import compiled
+from occfeat_targets.common import compiled
 from tests.conftest import REPOSITORY
 
 # A module that may not write beside itself: numba creates a folder there, which a file of that name prevents also for root.
 MODULE = """
-from occfeat_targets.compiled import compiled
+from occfeat_targets.common.compiled import compiled
 
 @compiled()
 def double(x):

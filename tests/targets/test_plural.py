@@ -1,6 +1,6 @@
 import pytest
 
-from occfeat_targets.cache.plural import count
+from occfeat_targets.common.plural import count
 
 
 @pytest.mark.parametrize(

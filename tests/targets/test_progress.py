@@ -8,8 +8,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from occfeat_targets import progress
-from occfeat_targets.progress import progress_bar
+from occfeat_targets.common import progress
+from occfeat_targets.common.progress import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,1 @@
+"""What all parts and both halves share: command lines, paths, messages, progress, compiled functions. It imports nothing of ours."""
