@@ -123,8 +123,8 @@ def sum_over_processes(value: Tensor) -> Tensor:
 def average_gradients(module: nn.Module) -> None:
     """Set the gradients of all parameters to their mean over all ranks, with one all-reduce.
 
-    Simpler than DistributedDataParallel, which averages during the backward pass and so cannot be part of a CUDA graph: the
-    gradients of these networks take a few milliseconds. Ranks start with equal weights and so keep them.
+    DistributedDataParallel averages during the backward pass, with hooks that a CUDA graph of the pass cannot contain. Ranks
+    start with equal weights and so keep them.
     """
     if not dist.is_initialized():
         return

@@ -11,7 +11,7 @@ from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.plural import count
 
-# Sixteen processes read about 270 keyframes/s at 60 ms each; one H100 computes a ViT-S for 430 (BENCHMARKS.md).
+# Modelled, not measured: sixteen processes read 270 keyframes/s at 60 ms each; an H100 computes a ViT-S for 430 (BENCHMARKS.md).
 _MOST_PER_GPU = 16
 _USED_MEMORY = 0.9  # of a GPU's free memory
 

@@ -19,7 +19,7 @@ from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.sweeps import read_sweep
-from occfeat_targets.sources.tables import describe_broken_table
+from occfeat_targets.sources.tables import Record, describe_broken_table, get_record
 
 LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
@@ -104,7 +104,7 @@ def read_split(
             f"{type(err).__name__}: {err}. A record that another table refers to, or a key of a record is missing"
         )
         raise DatasetError(f"the tables of {dataroot / version} do not load: {broken}: re-extract the tables") from err
-    scenes = {scene["name"]: scene for scene in (_get(nusc, "scene", scene["token"]) for scene in nusc.scene)}
+    scenes = {scene["name"]: scene for scene in (get_record(nusc, "scene", scene["token"]) for scene in nusc.scene)}
     present = [name for name in splits[split] if name in scenes]
     if not present:
         raise DatasetError(
@@ -112,7 +112,7 @@ def read_split(
             f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
-    logs = {name: _get(nusc, "log", scenes[name]["log_token"]) for name in present}
+    logs = {name: get_record(nusc, "log", scenes[name]["log_token"]) for name in present}
     keyframes = tuple(
         _keyframe(nusc, sample, name, logs[name]["location"], cameras, num_sweeps, with_boxes)
         for name in present
@@ -152,36 +152,16 @@ def map_file(dataroot: Path, location: str) -> Path:
     return dataroot / "maps" / "expansion" / f"{location}.json"
 
 
-class _Record(dict[str, Any]):
-    """A record of a table. place: table and token for messages. A missing key is a DatasetError that names the record."""
-
-    def __init__(self, record: dict[str, Any], place: str) -> None:
-        super().__init__(record)
-        self.place = place
-
-    def __missing__(self, key: str) -> Any:
-        raise DatasetError(f"{self.place}: the record has no key {key!r}; re-extract the tables")
-
-
-def _get(nusc: Any, table: str, token: str, file: str | None = None) -> _Record:
-    """A record, and for messages the file that it belongs to. Raises DatasetError if the table has none."""
-    place = f"{table}.json, token {token}" + (f", of {file}" if file else "")
-    try:
-        return _Record(nusc.get(table, token), place)
-    except KeyError as err:
-        raise DatasetError(f"{place}: no such record; re-extract the tables") from err
-
-
-def _samples(nusc: Any, scene: _Record) -> Iterator[_Record]:
+def _samples(nusc: Any, scene: Record) -> Iterator[Record]:
     token = scene["first_sample_token"]
     while token:
-        sample = _get(nusc, "sample", token)
+        sample = get_record(nusc, "sample", token)
         yield sample
         token = sample["next"]
 
 
 def _keyframe(
-    nusc: Any, sample: _Record, scene: str, location: str, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
+    nusc: Any, sample: Record, scene: str, location: str, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
 ) -> Keyframe:
     identity = {"token": sample["token"], "scene": scene, "timestamp_us": sample["timestamp"], "location": location}
     try:
@@ -208,24 +188,24 @@ def _keyframe(
     )
 
 
-def _sample_data(nusc: Any, sample: _Record, channel: str) -> _Record:
+def _sample_data(nusc: Any, sample: Record, channel: str) -> Record:
     if channel not in sample["data"]:
         raise ValueError(
             f"sample_data.json has no keyframe record of {channel}: re-extract the tables, or skip the sample"
         )
-    return _get(nusc, "sample_data", sample["data"][channel])
+    return get_record(nusc, "sample_data", sample["data"][channel])
 
 
-def _path(nusc: Any, record: _Record) -> Path:
+def _path(nusc: Any, record: Record) -> Path:
     return Path(nusc.dataroot) / record["filename"]
 
 
-def _referred(nusc: Any, table: str, sample_data: _Record) -> _Record:
+def _referred(nusc: Any, table: str, sample_data: Record) -> Record:
     """The record in `table` that a sample_data record refers to."""
-    return _get(nusc, table, sample_data[f"{table}_token"], sample_data["filename"])
+    return get_record(nusc, table, sample_data[f"{table}_token"], sample_data["filename"])
 
 
-def _pose(record: _Record) -> Matrix:
+def _pose(record: Record) -> Matrix:
     """global_from_ego of a record of ego_pose, ego_from_sensor of one of calibrated_sensor."""
     rotation, translation = record["rotation"], record["translation"]
     try:
@@ -234,14 +214,14 @@ def _pose(record: _Record) -> Matrix:
         raise ValueError(f"{record.place}: {err}; re-extract the tables") from err
 
 
-def _view(nusc: Any, sample: _Record, channel: str, global_from_ego: Matrix) -> CameraView:
+def _view(nusc: Any, sample: Record, channel: str, global_from_ego: Matrix) -> CameraView:
     try:
         return _usable_view(nusc, _sample_data(nusc, sample, channel), global_from_ego)
     except ValueError as err:
         return broken_view(str(err))
 
 
-def _usable_view(nusc: Any, record: _Record, global_from_ego: Matrix) -> CameraView:
+def _usable_view(nusc: Any, record: Record, global_from_ego: Matrix) -> CameraView:
     calibration, pose = (_referred(nusc, table, record) for table in ("calibrated_sensor", "ego_pose"))
     ego_from_cam = _pose(calibration)
     global_from_cam = _pose(pose) @ ego_from_cam
@@ -269,20 +249,20 @@ def _usable_view(nusc: Any, record: _Record, global_from_ego: Matrix) -> CameraV
     )
 
 
-def _backwards(nusc: Any, lidar: _Record, num_sweeps: int) -> Iterator[_Record]:
+def _backwards(nusc: Any, lidar: Record, num_sweeps: int) -> Iterator[Record]:
     """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
     record = lidar
     yield record
     for _ in range(num_sweeps - 1):
         if not record["prev"]:
             return
-        record = _get(nusc, "sample_data", record["prev"])
+        record = get_record(nusc, "sample_data", record["prev"])
         yield record
 
 
-def _vehicles(nusc: Any, sample: _Record, ego_from_global: Matrix) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+def _vehicles(nusc: Any, sample: Record, ego_from_global: Matrix) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """Corners and visibility of all annotations whose category contains "vehicle" (also bicycles), as in Simple-BEV."""
-    boxes = [_get(nusc, "sample_annotation", token) for token in sample["anns"]]
+    boxes = [get_record(nusc, "sample_annotation", token) for token in sample["anns"]]
     boxes = [box for box in boxes if "vehicle" in box["category_name"]]
     corners = np.zeros((len(boxes), 8, 3))
     # The devkit's order (Box.corners): four of the front face, four of the back, each from the top left clockwise.
@@ -299,7 +279,7 @@ def _vehicles(nusc: Any, sample: _Record, ego_from_global: Matrix) -> tuple[NDAr
     return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility
 
 
-def _visibility(box: _Record) -> int:
+def _visibility(box: Record) -> int:
     """1 to 4. A box without a visibility token counts as visible."""
     token = box.get("visibility_token") or "4"
     if str(token) not in ("1", "2", "3", "4"):

@@ -39,7 +39,7 @@ TEACHERS = {
 
 Architectures = Mapping[str, Mapping[str, Any]]  # {hub id: contents of its config.json}
 
-_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries
+_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries; assumed, not measured
 _BYTES_PER_TOKEN_AND_CHANNEL = 80  # of all tensors that exist at a time; 54 to 69 with DINOv2, counted on a CPU
 _BUDGET = (224, 400)  # student resolution of the paper; the teacher input is the largest patch multiple within it
 

@@ -35,7 +35,7 @@ class Prefetcher:
         self.waited = 0.0
 
     def _select_device(self) -> None:
-        """A new thread's current device is the first GPU, where it would open a second CUDA context of 0.5 GB."""
+        """A new thread's current device is the first GPU, where it would open a second CUDA context."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 

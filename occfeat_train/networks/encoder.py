@@ -49,7 +49,7 @@ class ImageEncoder(nn.Module):
     backbone: one of BACKBONES, with random weights until `encoder_weights.load_backbone_weights`.
     extra_channels: additional output channels of the last convolution for the lifting.
     drop_connect: EfficientNet's stochastic depth; the rate grows linearly with depth up to this value at block 11 (absent).
-    recompute: activation checkpointing of the first blocks, which have the largest maps.
+    backbone.recompute: activation checkpointing of the first blocks, which have the largest maps.
     Raises ValueError on an unknown backbone, and in `forward` if height or width is no multiple of 16.
     """
 
@@ -59,16 +59,13 @@ class ImageEncoder(nn.Module):
         channels: int = 128,
         drop_connect: float = 0.2,
         extra_channels: int = 0,
-        recompute: bool = True,
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
         self.name = backbone
         self.backbone = (
-            EfficientNetB0(drop_connect, recompute)
-            if backbone == "efficientnet-b0"
-            else ResNet(RESNET_DEPTHS[backbone], recompute)
+            EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(RESNET_DEPTHS[backbone])
         )
         skip, deep = self.backbone.widths
         width = channels if backbone == "efficientnet-b0" else 4 * channels
@@ -95,9 +92,9 @@ class EfficientNetB0(nn.Module):
 
     widths = (40, 112)
 
-    def __init__(self, drop_connect: float, recompute: bool) -> None:
+    def __init__(self, drop_connect: float) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute = True  # set by BEVNetwork
         from transformers import EfficientNetConfig
         from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings, EfficientNetEncoder
 
@@ -137,9 +134,9 @@ class ResNet(nn.Module):
 
     widths = (512, 1024)
 
-    def __init__(self, depths: list[int], recompute: bool) -> None:
+    def __init__(self, depths: list[int]) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.recompute = True  # set by BEVNetwork
         from transformers import ResNetConfig
         from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetEncoder
 

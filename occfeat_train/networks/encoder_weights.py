@@ -6,7 +6,6 @@ import functools
 import hashlib
 import pickle
 import re
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from occfeat_targets.cache.records import unique_suffix
 from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
 
 DEFAULT_WEIGHTS = {
@@ -134,7 +134,7 @@ def _moco_v2_file() -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / MOCO_V2_URL.rsplit("/", 1)[1]
     if file.exists():
         return file
-    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    part = file.with_name(f"{file.name}.{unique_suffix()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(MOCO_V2_URL, str(part))

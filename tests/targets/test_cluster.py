@@ -75,13 +75,17 @@ def test_local_workers_without_the_package_of_tls_are_refused_with_the_remedy(mo
         list(run_on_dask((0, 1), int, lambda: True, workers=2))
 
 
+def assert_all_built(reports, count):
+    assert sorted(report.shard for report in reports) == list(range(count))
+    assert not any(report.error for report in reports)
+
+
 def test_an_adaptive_cluster_without_workers_starts_them(monkeypatch):
     monkeypatch.setattr(module, "build_shard", build_at_once)
     with cluster(0) as made:
         made.adapt(minimum=0, maximum=2, interval="100 ms")
         reports = list(run_on_dask(tuple(range(40)), int, lambda: True, scheduler=made.scheduler_address))
-    assert sorted(report.shard for report in reports) == list(range(40))
-    assert not any(report.error for report in reports)
+    assert_all_built(reports, 40)
 
 
 def test_workers_that_join_later_get_tasks_before_any_is_finished(monkeypatch):
@@ -92,8 +96,7 @@ def test_workers_that_join_later_get_tasks_before_any_is_finished(monkeypatch):
     with cluster(1) as made:
         threading.Timer(1, made.scale, [5]).start()
         reports = list(run_on_dask(tuple(range(5)), int, lambda: True, scheduler=made.scheduler_address))
-    assert sorted(report.shard for report in reports) == list(range(5))
-    assert not any(report.error for report in reports)
+    assert_all_built(reports, 5)
 
 
 def test_a_build_waits_for_workers_and_says_so_once(monkeypatch):

@@ -41,6 +41,8 @@ TINY = [
     "--set", "augment.num_cameras=2", "--set", "optim.lr=1e-4",
 ]  # fmt: skip
 QUIET = ["--no-progress", "--device", "cpu"]
+# Of DataLoaders, on machines with a single core, and about forking a process with threads.
+WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
 TIMES = ("samples_per_s", "data_wait")  # fields of a record that differ between runs
 
 

@@ -53,7 +53,8 @@ def test_checkpointing_changes_no_value_gradient_statistic_or_random_number(name
 
     def trained(recompute: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        encoder = ImageEncoder(name, 8, drop_connect=0.5, recompute=recompute).train()
+        encoder = ImageEncoder(name, 8, drop_connect=0.5).train()
+        encoder.backbone.recompute = recompute
         features = encoder(images)
         after = torch.rand(1)
         features.square().sum().backward()
@@ -76,7 +77,8 @@ def test_checkpointing_saves_memory_in_training_and_is_off_without_gradients(nam
             return tensor
 
         alive: list[torch.Tensor] = []
-        encoder = ImageEncoder(name, 8, recompute=recompute).train()
+        encoder = ImageEncoder(name, 8).train()
+        encoder.backbone.recompute = recompute
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             alive.append(encoder(torch.randn(2, 3, 128, 192)))
         return sum(found.values())
