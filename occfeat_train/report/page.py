@@ -45,17 +45,21 @@ def write_report(
     print_line: Callable[[str], None],
     samples: int,
 ) -> None:
-    """Raises ValueError if a run is absent, has no log, or does not fit the cache; then nothing is written."""
+    """Raises ValueError if no run can be reported; then nothing is written. A run that cannot is left out and listed."""
     reader = open_reader(cache, split)
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs, chosen = load_runs(paths, reader, split, samples, process, print_line)
-    page = build_page(runs, reader, split, chosen)
+    runs, chosen, notes = load_runs(paths, reader, split, samples, process, print_line)
+    page = build_page(runs, reader, split, chosen, notes)
     out.write_text(page, encoding="utf-8")
+    for note in notes:
+        print_line(note)
     print_line(f"written to {out} ({len(page) / 1e6:.1f} MB)")
 
 
-def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int]) -> str:
-    """The page as HTML, without links to other files."""
+def build_page(
+    runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int], notes: Sequence[str]
+) -> str:
+    """The page as HTML, without links to other files. notes: runs and lines of logs that are left out."""
     cache, identity = reader.cache, reader.cache.identity
     groups = [[run for run in runs if run.config.task == name] for name in (*PRETEXTS, *LABEL_KINDS)]
     names = [f"{identity.tokens[keyframe]}, {identity.scenes[keyframe]}" for keyframe in chosen]
@@ -65,6 +69,7 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         title=f"OccFeat: {count(len(runs), 'run')} on {split}",
         warnings=dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.info.warnings())]),
         evaluated=evaluated(runs),
+        notes=notes,
         left_out={line: None for run in runs for line in left_out(run.dataset)},
         rows_of_paper=[(run, nearest_row(run.checkpoint.info)) for run in runs],
         differences=paper_differences(runs, describe_data(cache.provenance, int(reader.is_valid.sum()))),

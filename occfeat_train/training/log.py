@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ class RunLog:
         partial = file.with_suffix(".partial")
         partial.write_bytes(b"".join(line + b"\n" for line, _ in kept))
         partial.rename(file)
-        damaged = [str(number) for number, (_, record) in enumerate(kept, 1) if record is None]
-        if damaged:
-            shown = ", ".join(damaged[:5]) + ", ..." * (len(damaged) > 5)
-            print(f"{file} has {count(len(damaged), 'damaged line')} ({shown}), kept unchanged", flush=True)
+        if note := note_on_damage(file, kept):
+            print(f"{note}, kept unchanged", flush=True)
         self._file = file.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:
@@ -75,6 +74,13 @@ def read_lines(run: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if parse(rest) is not None:
         lines.append(rest)
     return [(line, parse(line)) for line in lines]
+
+
+def note_on_damage(file: Path, lines: Sequence[tuple[bytes, dict[str, Any] | None]]) -> str:
+    """How many lines of `read_lines` are damaged, and which; empty if none is."""
+    damaged = [str(number) for number, (_, record) in enumerate(lines, 1) if record is None]
+    shown = ", ".join(damaged[:5]) + ", ..." * (len(damaged) > 5)
+    return f"{file} has {count(len(damaged), 'damaged line')} ({shown})" if damaged else ""
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

@@ -136,7 +136,7 @@ def test_metrics_equal_those_of_evaluate(work, page):
     header, (row,) = re.findall(r"<th>(.*?)</th>", table), [re.findall(r"<td>(.*?)</td>", table)]
     found = dict(zip(header, row, strict=True))
     assert found["IoU at 0.5 [%]"] == f"{results['iou']:.1f}"
-    assert found["at the best threshold"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
+    assert found["IoU at the best threshold [%]"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
     assert "evaluation/mini_val.json" in table
     assert "pretrained: pre, step 3" in table
     assert "50 % (5 keyframes)" in table
@@ -171,6 +171,28 @@ def test_wrong_input_is_an_error_of_one_line(work, tmp_path):
         assert message in result.output
         assert result.output.count("\n") == 1
     assert "no cache at" in report(work, work / "pre", split="val").output
+
+
+def test_broken_runs_and_damaged_lines_of_logs_are_left_out_and_listed(work, tmp_path):
+    flipped, hurt = (shutil.copytree(work / "vehicles", tmp_path / name) for name in ("flipped", "hurt"))
+    weights = next((flipped / "checkpoints").iterdir()) / "model.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    log = hurt / "log.jsonl"
+    log.write_text("damaged\n" + log.read_text())
+    (hurt / "evaluation" / "mini_val.json").write_text("{")
+    (tmp_path / "notes.txt").touch()
+    result = report(work, flipped, work / "pre", tmp_path / "notes.txt", work / "absent", hurt)
+    assert result.exit_code == 0, result.output
+    page = (work / "report.html").read_text()
+    for line in (
+        f"{flipped} is left out: {weights} is damaged",
+        f"{tmp_path / 'notes.txt'} is left out: {tmp_path / 'notes.txt'} is a file",
+        f"{work / 'absent'} is left out: no checkpoint in",
+        f"{log} has 1 damaged line (1), left out",
+    ):
+        assert line in result.output and line in page
+    assert "2 runs on mini_val" in page
+    assert "evaluated for this report" in section(page, "Vehicles: the whole split")
 
 
 def test_a_task_without_pictures_is_reported_by_its_metric_and_curves(work, monkeypatch):
