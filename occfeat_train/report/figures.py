@@ -17,12 +17,12 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.birdseye import Mask, draw_cells
 from occfeat_targets.pictures.cameras import Cameras
 from occfeat_targets.pictures.canvas import DPI, default_style, png
-from occfeat_targets.pictures.colors import EMPTY, RAMP, Colors, hex_color
+from occfeat_targets.pictures.colors import EMPTY, HEIGHTS, Colors, hex_color
 
-HIT: RGB = (44, 146, 76)
-FALSE_ALARM: RGB = (228, 120, 24)
-MISSED: RGB = (56, 92, 190)
-UNSCORED: RGB = (204, 204, 204)
+HIT: RGB = (26, 112, 64)
+FALSE_ALARM: RGB = (240, 146, 24)
+MISSED: RGB = (40, 74, 200)
+UNSCORED: RGB = (184, 184, 196)
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
 
 
@@ -49,7 +49,7 @@ def key_of(colors: Mapping[str, RGB]) -> list[KeyEntry]:
 
 
 def key_of_heights(grid: VoxelGrid) -> KeyEntry:
-    ramp = (RAMP(np.linspace(0, 1, 6))[:, :3] * 255).round().astype(int)
+    ramp = (HEIGHTS(np.linspace(0, 1, 6))[:, :3] * 255).round().astype(int)
     colors = tuple(hex_color((r, g, b)) for r, g, b in ramp.tolist())
     return KeyEntry(f"height, {grid.lower[0]:g} to {grid.upper[0]:g} m", colors)
 

@@ -29,7 +29,7 @@ from occfeat_train.training.initial import restore
 from occfeat_train.training.log import note_on_damage, read_lines
 from occfeat_train.training.precision import autocast, forbid_tf32, note_on_precision
 
-RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
+RUN_COLORS = ("#0058cc", "#c43b0f", "#0ac079", "#a9568e", "#3fcbfe", "#ebc200", "#35003b", "#72272a")
 
 
 @dataclass(frozen=True)
