@@ -45,8 +45,8 @@ class RunInfo:
     feature_dim: N_y of the teacher, 0 without a teacher. cache: fingerprint of the targets. num_samples: size of the
     training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights, a sentence. scenes: hash of
     the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
-    before options changed it. targets: the cache's spec. data: source of the cache (paper.py). parent: the run whose weights
-    it started from.
+    before options changed it. targets: the cache's spec. data: source of the cache (paper.py). origin: of the process that wrote
+    this (common/provenance.py). parent: the run whose weights it started from.
     """
 
     config: Config
@@ -61,6 +61,7 @@ class RunInfo:
     preset: str = ""
     targets: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     parent: RunInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import Any
 
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.common.plural import count
+from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import resolve_frame
 from occfeat_train.data.label_scenes import label_scenes, read_scenes
-from occfeat_train.distributed import Process, prepare_together
+from occfeat_train.distributed import Process, gpu_names, prepare_together
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, find_checkpoint
@@ -31,6 +32,8 @@ from occfeat_train.training.paper import DATA, describe_data
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
+
+PACKAGES = ("numpy", "zarr", "torch", "triton", "transformers")  # whose versions are saved with a run and with results
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
             "label scenes": "from a list" if options.scenes_file else DATA["label scenes"],
             "simulated": " and ".join(cache.simulated) or DATA["simulated"],
         },
+        origin=describe_origin(PACKAGES, gpu_names(process)),
         parent=None if start is None else start.info,
     )
     return TrainingSetup(info, dataset, held_out, scenes, usable, start)
@@ -204,7 +208,7 @@ def run_evaluation(
         **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()),
         "without_frame": dataset.num_without_frame,
         "with_masked_cameras": int((~reader.camera_valid[dataset.keyframes]).any(axis=1).sum()), "simulated": warnings,
-        **metric.results(),
+        "origin": describe_origin(PACKAGES, gpu_names(process)), **metric.results(),
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)
     table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]
