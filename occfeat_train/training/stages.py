@@ -43,7 +43,7 @@ class RunOptions:
     cache: directory of caches. validate: split to evaluate at every checkpoint, or None. initial: a run or checkpoint with the
     initial weights of the network, and of the head if its task is the same. scenes_file: names of the label scenes, one per
     line, instead of config.labels. preset: name of the config's preset, for the report. allow_unfinished: whether `initial` may
-    be a run that has not finished.
+    be a run that has not finished. overwrite: delete the run in `out`, instead of continuing it.
     """
 
     cache: Path
@@ -55,6 +55,7 @@ class RunOptions:
     scenes_file: Path | None = None
     preset: str = ""
     allow_unfinished: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train_run(ready: TrainingSetup, options: RunOptions, process: Process) -> bo
     """Train, or continue, the run in options.out, whose lock is held. Returns whether it is finished."""
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
-    resume = begin_or_resume(options.out, info, process)
+    resume = begin_or_resume(options.out, info, process, overwrite=options.overwrite)
     if resume is None:
         process.print(prepare_together(lambda: load_initial(task, config, ready.start)))
     if ready.scenes is not None:
@@ -127,6 +128,8 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         require_fit(held_out, dataset.grid, feature_dim, f"the {options.split} split")
     initial, allowed = options.initial, options.allow_unfinished
     start = find_initial(initial, allow_unfinished=allowed) if initial is not None else None
+    if start is not None and options.overwrite and start.path.resolve().is_relative_to(options.out.resolve()):
+        raise ValueError(f"--overwrite would delete {options.out}, which --from starts from: choose another --out")
     if start is not None:
         process.print(*changes_of_meaning(dataset, start))
     process.print(*notes_on_data(dataset))
@@ -178,7 +181,8 @@ def summary(
         f"({count_parameters(task.head):,} of them the head's), images {size}, grid {ready.info.grid}",
         f"{count(len(dataset), 'sample')} ({read / 1e6:.1f} MB each), {count(optim.epochs, 'epoch')}, {count(steps, 'step')} of {batch}; "
         f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}",
-        f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept",
+        f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept"
+        + (f", and the best on {options.validate}" if ready.held_out is not None else ""),
     ]
     if resume is not None:
         is_finished = resume.step >= steps
