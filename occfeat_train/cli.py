@@ -98,20 +98,24 @@ main.add_command(finetune)
 )
 @click.option("--frame", help="Reference frame of the grid: ego, or the name of a camera.  [default: the run's]")
 @click.option(
-    "--out", type=DIRECTORY, help="Directory of the results, written to SPLIT.json.  [default: RUN/evaluation]"
+    "--out",
+    type=DIRECTORY,
+    help="Directory of the results, written to SPLIT.json.  [default: RUN/evaluation; of a checkpoint RUN/evaluation/NAME]",
 )
 @machine_options
 @reports_errors
 def evaluate(
     run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, device: str, workers: int, progress: bool
 ) -> None:  # fmt: skip
-    """Evaluate the newest checkpoint of RUN: IoU over all usable keyframes of the split at 0.5 and at the best threshold, per class and distance."""
+    """Evaluate the newest checkpoint of RUN, or a checkpoint such as RUN/checkpoints/best: IoU over all usable keyframes of the split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_evaluation
 
     loop = LoopOptions(workers=workers, progress=progress)
-    options = RunOptions(cache, split, out or run / "evaluation", loop=loop)
+    is_checkpoint = run.parent.name == "checkpoints"
+    default = run.parent.parent / "evaluation" / run.name if is_checkpoint else run / "evaluation"
+    options = RunOptions(cache, split, out or default, loop=loop)
     with processes(device) as process:
         run_evaluation(run, options, process, batch=batch, frame=frame)
 

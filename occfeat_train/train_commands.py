@@ -73,7 +73,7 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
     loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
     options = RunOptions(
         given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
-        given["allow_unfinished"],
+        given["allow_unfinished"], given["overwrite"],
     )  # fmt: skip
     again = f"run the same command again to continue {out}"
     try:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.pictures.colors import COINCIDENT, EMPTY, OCCUPIED_ONLY, SOLID, depth_scale, height_scale, rgb
-from occfeat_train.report.figures import OUTCOMES, UNSCORED
-from occfeat_train.report.runs import RUN_COLORS
+from occfeat_train.report.figures import LINE_COLORS, OUTCOMES, UNSCORED
 
 # Linear RGB as it looks to each kind of vision (Machado, Oliveira and Fernandes 2009, severity 1).
 VISIONS = {
@@ -41,9 +40,7 @@ def lab(colors: NDArray, vision: str) -> NDArray:
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     xyz = np.clip(linear @ np.transpose(VISIONS[vision]), 0, 1) @ XYZ_FROM_RGB.T / XYZ_FROM_RGB.sum(axis=1)
     root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack(
-        [116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], axis=1
-    )
+    return np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], axis=1)
 
 
 def distances(colors: NDArray, vision: str) -> NDArray:
@@ -56,7 +53,7 @@ def legends() -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     yield "labels", {name: color for kind in LABEL_KINDS.values() for name, color in kind.colors.items()}
     yield "coincidence", {"both": COINCIDENT, "solid": SOLID, "voxel": OCCUPIED_ONLY}
     yield "outcomes", OUTCOMES | {"unscored": UNSCORED}
-    yield "runs", {color: tuple(bytes.fromhex(color[1:])) for color in RUN_COLORS}
+    yield "runs", {color: tuple(bytes.fromhex(color[1:])) for color in LINE_COLORS}
 
 
 @pytest.mark.parametrize("vision", VISIONS)

@@ -23,6 +23,7 @@ HIT: RGB = (26, 112, 64)
 FALSE_ALARM: RGB = (240, 146, 24)
 MISSED: RGB = (40, 74, 200)
 UNSCORED: RGB = (184, 184, 196)
+LINE_COLORS = ("#0058cc", "#c43b0f", "#0ac079", "#a9568e", "#3fcbfe", "#ebc200", "#35003b", "#72272a")  # of runs
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
 
 
@@ -134,6 +135,26 @@ def draw_curves(
     axes.set_title(name, size=9, parse_math=False)
     axes.set_xlabel("step", size=9)
     axes.grid(color="#ddd", linewidth=0.5)
+    return png(figure)
+
+
+@default_style()
+def draw_scores(lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> bytes:
+    """A PNG of {name: (share of labels [%], mean IoU [%], standard deviation) of its points}, over a logarithmic axis of shares."""
+    figure, axes = _figure(6.4, 3.4)
+    for number, (name, points) in enumerate(lines.items()):
+        shares, means, spreads = zip(*points, strict=True)
+        color = LINE_COLORS[number % len(LINE_COLORS)]
+        marker = "osD^v<>"[number % 7]
+        axes.errorbar(shares, means, spreads, color=color, marker=marker, capsize=3, linewidth=1.6, label=name)
+    axes.set_xscale("log")
+    ticks = sorted({share for points in lines.values() for share, _, _ in points})
+    axes.set_xticks(ticks, [f"{share:g}" for share in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("share of the labels [%]", size=9)
+    axes.set_ylabel("IoU at 0.5 [%]", size=9)
+    axes.grid(color="#ddd", linewidth=0.5)
+    axes.legend(fontsize=8)
     return png(figure)
 
 

@@ -19,7 +19,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.report.figures import Prediction
+from occfeat_train.report.figures import LINE_COLORS, Prediction
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
@@ -28,8 +28,6 @@ from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import restore
 from occfeat_train.training.log import note_on_damage, read_lines
 from occfeat_train.training.precision import autocast, forbid_tf32, note_on_precision
-
-RUN_COLORS = ("#0058cc", "#c43b0f", "#0ac079", "#a9568e", "#3fcbfe", "#ebc200", "#35003b", "#72272a")
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def load_run(
     task = restore(checkpoint)
     results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
     predictions = draw_predictions(task, dataset, keyframes, process)
-    color = RUN_COLORS[number % len(RUN_COLORS)]
+    color = LINE_COLORS[number % len(LINE_COLORS)]
     return Run(name, color, checkpoint, opened.log, dataset, results, source, predictions)
 
 

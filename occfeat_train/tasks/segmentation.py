@@ -69,6 +69,11 @@ class Segmentation(Task):
         metric.update(self.logits(batch), *self.labels(batch))
 
     @staticmethod
+    def score(results: Mapping[str, Any]) -> float | None:
+        """IoU at 0.5, the mean over classes [%]."""
+        return results["iou"]
+
+    @staticmethod
     def columns(results: Mapping[str, Any]) -> dict[str, str]:
         best = f"{as_text(results['iou_best'])} ({results['threshold_best']:g})"
         at_half = (

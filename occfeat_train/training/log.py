@@ -9,6 +9,7 @@ from typing import Any
 
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
+from occfeat_targets.common.provenance import timestamp
 
 # Fields of every record of a step that the report and the benchmarks read.
 FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}
@@ -50,7 +51,7 @@ class RunLog:
         self._write({"step": step - 1, "validation": results}, "validation")
 
     def _write(self, record: dict[str, Any], group: str) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({**record, "time": timestamp()}) + "\n")
         if self._writer is not None:
             for name, value in record.get("validation", record).items():
                 if isinstance(value, int | float) and name != "step":
