@@ -7,7 +7,9 @@ no tables, and can be sent to workers.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def read_split(
     Problems of single keyframes (no sweep, a NaN in the LiDAR's pose) and views are recorded in them.
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
+    _require_devkit()
     from nuscenes.nuscenes import NuScenes
     from nuscenes.utils.splits import create_splits_scenes
 
@@ -135,6 +138,7 @@ def read_split(
 
 def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
     """The map expansion of a location. Raises DatasetError if it is missing or too old."""
+    _require_devkit()
     from nuscenes.map_expansion.map_api import NuScenesMap
 
     try:
@@ -146,6 +150,15 @@ def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
         ) from err
     except Exception as err:  # the devkit raises bare Exception for an old map
         raise DatasetError(f"the map expansion {map_file(dataroot, location)} does not load: {err}") from err
+
+
+def _require_devkit() -> None:
+    """Raise DatasetError where the extra `targets` cannot have installed the devkit."""
+    if sys.version_info >= (3, 13) and find_spec("nuscenes") is None:
+        raise DatasetError(
+            "nuScenes needs the package nuscenes-devkit, which asks for NumPy 1, and Python 3.13 has only NumPy 2: run "
+            "'pip install --no-deps nuscenes-devkit' (it works with NumPy 2), or use Python 3.11 or 3.12"
+        )
 
 
 def map_file(dataroot: Path, location: str) -> Path:
