@@ -14,8 +14,8 @@ import zarr
 from occfeat_targets.cache import create as create_module
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
-from occfeat_targets.cache.store import open_cache
-from occfeat_targets.verify.verify import verify_checksums
+from occfeat_targets.cache.shards import shard_file
+from occfeat_targets.cache.store import Cache, open_cache
 from tests.conftest import random_arrays, small_identity, small_spec
 
 NOTES = {"skipped": {}, "cosine": None}
@@ -117,7 +117,7 @@ def test_drafts_of_builders_with_equal_process_ids_have_different_names(tmp_path
     monkeypatch.setattr(socket, "gethostname", lambda: "node-3")
     write, drafts = create_module._write_skeleton, []
 
-    def note(draft: Path, cache: store.Cache) -> None:
+    def note(draft: Path, cache: Cache) -> None:
         drafts.append(draft.name)
         write(draft, cache)
 
