@@ -110,6 +110,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def gpu_names(process: Process) -> list[str]:
+    """Name of the process's GPU, once for each rank; none on a CPU. The ranks' GPUs are taken to be equal."""
+    return [torch.cuda.get_device_name(process.device)] * process.world if process.device.type == "cuda" else []
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """Sum of a tensor over all ranks; the tensor itself without a process group."""
     if not dist.is_initialized():

@@ -62,6 +62,7 @@ machine_options = options(
 training_options = options(
     click.option("--split", default="train", show_default=True, help="Split to train on."),
     click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME]"),
+    click.option("--overwrite", is_flag=True, help="Delete the run in --out and start again, instead of continuing it."),
     set_option(help="Change a field of the config; 'config show' lists them."),
     click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid; overrides the preset."),
     click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder; overrides the preset."),
