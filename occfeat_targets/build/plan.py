@@ -277,8 +277,7 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
     """
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
-    for shard in mine:
-        cache.settle_draft(shard)
+    cache.settle_drafts(mine)
     finished = cache.finished_shards()
     rows = {}
     for shard in mine:
