@@ -17,7 +17,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[targets,train,dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nuscenes-devkit # on Python 3.13; see pyproject.toml
 	touch $@
 
 lint: setup

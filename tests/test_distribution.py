@@ -74,7 +74,7 @@ def test_constraints_pin_what_the_project_requires_to_a_version_that_it_accepts(
         wanted = Requirement(text)
         versions = [part.version for part in pinned[canonicalize_name(wanted.name)].specifier]
         assert versions and all(wanted.specifier.contains(version) for version in versions), text
-    # nuscenes-devkit 1.2 needs NumPy below 2, and the last such version is 1.26.4; without it pip takes NumPy 2.
+    # nuscenes-devkit needs NumPy below 2, of which only 1.26.4 is left; without it pip takes 2.4.6.
     numpy = pinned.pop("numpy").specifier
     assert sorted(numpy.filter(["1.26.3", "1.26.4", "2.4.6", "2.5.0"])) == ["1.26.4", "2.4.6"]
     assert all([part.operator for part in pin.specifier] == ["=="] for pin in pinned.values())

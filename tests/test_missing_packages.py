@@ -9,23 +9,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.options import reports_errors as of_targets
-from occfeat_targets.sources.keyframe import DatasetError
-from occfeat_targets.sources.nuscenes import read_map, read_split
 from occfeat_train.options import reports_errors as of_train
 
 
 @pytest.mark.parametrize(
     ("package", "missing", "arguments", "extra"),
     [
-        pytest.param(
-            "occfeat_targets",
-            "nuscenes",
-            ["build", "--split", "mini_train", "--teacher", "none"],
-            "targets",
-            marks=pytest.mark.skipif(sys.version_info >= (3, 13), reason="the extra does not bring the devkit"),
-        ),
+        ("occfeat_targets", "simplejpeg", ["build", "--split", "mini_train", "--teacher", "none"], "targets"),
         ("occfeat_targets", "numba", ["synth", "--out", "city"], "targets"),
         ("occfeat_train", "torch", ["pretrain"], "train"),
         ("occfeat_train", "torch", ["evaluate", "run"], "train"),
@@ -36,16 +27,6 @@ def test_a_command_without_its_extra_says_what_to_install(package, missing, argu
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == f"error: the Python package {missing} is missing: pip install 'occfeat[{extra}]'\n"
-
-
-def test_python_3_13_says_how_to_install_the_devkit_which_its_extra_does_not_bring(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nuscenes", None)
-    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
-    remedy = "run 'pip install --no-deps nuscenes-devkit' .*, or use Python 3.11 or 3.12"
-    with pytest.raises(DatasetError, match=remedy):
-        read_split(tmp_path, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False)
-    with pytest.raises(DatasetError, match=remedy):
-        read_map(tmp_path, "boston-seaport", "road")
 
 
 @pytest.mark.parametrize("reports_errors", [of_targets, of_train])
