@@ -248,7 +248,7 @@ def _provenance(
     simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
     if teacher is not None and teacher.is_random:
         simulated.append(RANDOM_TEACHER)
-    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers", "nuscenes-devkit")
+    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
     return {
         "simulated": simulated,
         "split": split.name,
@@ -277,8 +277,7 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
     """
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
-    for shard in mine:
-        cache.settle_draft(shard)
+    cache.settle_drafts(mine)
     finished = cache.finished_shards()
     rows = {}
     for shard in mine:
