@@ -76,10 +76,10 @@ def test_every_option_has_a_description_a_named_value_and_its_default(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("trian", ": did you mean train?"), ("vall", ": did you mean val or valid?"), ("zzz", "")]
+    ("name", "text"), [("trian", ": did you mean train?"), ("vall", ": did you mean val or vals?"), ("zzz", "")]
 )
 def test_names_that_resemble_are_suggested(name, text):
-    assert did_you_mean(name, ["train", "val", "valid"]) == text
+    assert did_you_mean(name, ["train", "val", "vals"]) == text
 
 
 def test_presets_fields_and_splits_are_suggested(cache, pretrained, city, tmp_path):
