@@ -9,6 +9,7 @@ from typing import Any
 
 from occfeat_train.training.checkpoint import BEST, checkpoint_folder
 from occfeat_train.training.log import read_log
+from occfeat_train.training.saving import saving
 
 
 def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> None:
@@ -26,6 +27,7 @@ def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> 
         return
     link = run / "checkpoints" / BEST
     partial = link.with_name(f".{BEST}.partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
-    os.replace(partial, link)
+    with saving(link):
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
+        os.replace(partial, link)
