@@ -248,7 +248,7 @@ def _provenance(
     simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
     if teacher is not None and teacher.is_random:
         simulated.append(RANDOM_TEACHER)
-    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers", "nuscenes-devkit")
+    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
     return {
         "simulated": simulated,
         "split": split.name,

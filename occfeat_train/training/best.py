@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.cache.records import delete_folder
 from occfeat_train.training.checkpoint import BEST, checkpoint_folder
 from occfeat_train.training.log import read_log
 from occfeat_train.training.saving import saving
@@ -29,5 +30,7 @@ def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> 
     partial = link.with_name(f".{BEST}.partial")
     with saving(link):
         partial.unlink(missing_ok=True)
+        if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
+            delete_folder(link)
         partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
         os.replace(partial, link)
