@@ -12,17 +12,9 @@ import torch.distributed as dist
 from occfeat_targets.cache.records import delete_folder, is_partial, write_file
 from occfeat_targets.common.plural import count
 from occfeat_train.distributed import Process, prepare_together
-from occfeat_train.training.checkpoint import (
-    INFO,
-    Checkpoint,
-    CheckpointError,
-    RunInfo,
-    checkpoint_folders,
-    find_checkpoint,
-    first_line,
-)
+from occfeat_train.training.checkpoint import INFO, Checkpoint, RunInfo, checkpoint_folders, find_checkpoint
 from occfeat_train.training.run_lock import LOCK
-from occfeat_train.training.saving import saving
+from occfeat_train.training.saving import CheckpointError, first_line, saving
 
 _OWN = {INFO, "log.jsonl", "scenes.txt", "checkpoints", "tensorboard", "evaluation"}
 

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from occfeat_train.distributed import Process, prepare_together
-from occfeat_train.training.checkpoint import CheckpointError
-from occfeat_train.training.saving import saving
+from occfeat_train.training.saving import CheckpointError, saving
 
 LOCK = "lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}

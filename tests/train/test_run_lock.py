@@ -13,8 +13,8 @@ import torch
 
 from occfeat_train.distributed import Process, ranks
 from occfeat_train.training import run_lock
-from occfeat_train.training.checkpoint import CheckpointError
 from occfeat_train.training.run_lock import locked_run
+from occfeat_train.training.saving import CheckpointError
 from tests.train.runs import pretrain, refuse, steps, succeed
 
 ALONE = Process(0, 1, torch.device("cpu"))
