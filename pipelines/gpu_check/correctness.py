@@ -90,7 +90,7 @@ def graphs(check: Check) -> None:
             ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
             given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (
-            [trainer.take_step(iter([batch]))["loss"] for batch in given]
+            [trainer.take_step(iter([batch])).record()["loss"] for batch in given]
             for trainer in (
                 Trainer(task_on(config, True, check.device), config, Process(0, 1, check.device), 100, cuda_graphs=use)
                 for use in (True, False, False)
@@ -106,7 +106,7 @@ def graphs(check: Check) -> None:
         task.network.decoder.register_forward_hook(fault)
         with mock.patch.object(Process, "print", lambda self, *lines, into=messages: into.extend(lines)):
             trainer = Trainer(task, config, Process(0, 1, check.device), 100)
-            losses = [trainer.take_step(iter([batch]))["loss"] for batch in given]
+            losses = [trainer.take_step(iter([batch])).record()["loss"] for batch in given]
         check.record(f"a step that {what}", messages=messages, losses=losses[-2:], ok=len(messages) == 1)
 
 
