@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from occfeat_train.config import Config
-from occfeat_train.networks.network import _flip, unmirror
+from occfeat_train.networks.network import unmirror
+from occfeat_train.ops.mirror import mirror
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from pipelines.gpu_check.inputs import Step, config_of
 from pipelines.gpu_check.measure import Check, describe
@@ -149,7 +150,7 @@ def parts(check: Check, whole: Step) -> None:
         volume = network.lifting.lift(features, views)
         lifted = network.lifting.compressor(volume)
         decoded = network.decoder(lifted)
-        bev = _flip(decoded, batch.bev_flip)
+        bev = mirror(decoded, batch.bev_flip)
         occupied = batch.volume("occupancy")
         voxels, target = batch.arrays["voxels"], batch.arrays["features"]
 
@@ -179,7 +180,7 @@ def parts(check: Check, whole: Step) -> None:
         "lifting": (lambda x: network.lifting.lift(x, views), features),
         "compressor": (network.lifting.compressor, volume),
         "decoder": (network.decoder, lifted),
-        "mirroring of F_B": (lambda x: _flip(x, batch.bev_flip), decoded),
+        "mirroring of F_B": (lambda x: mirror(x, batch.bev_flip), decoded),
         "head, only occupancy": (lambda x: occupancy_loss(task.head(x, None)[0], occupied), bev),
         "head and losses": (losses, bev),
     }
