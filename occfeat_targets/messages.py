@@ -16,6 +16,7 @@ from occfeat_targets.build.workers import Workers, count_cores
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.common.plural import count
+from occfeat_targets.common.provenance import describe_code
 from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
 
@@ -182,6 +183,11 @@ def describe_info(cache: Cache) -> list[str]:
     cosines = [record["cosine"] for record in cache.finished_shards().values() if record["cosine"]]
     if cosines:
         lines.append(f"int8 features: cosine to float16 {min(c[1] for c in cosines):.6f} at worst")
+    if "command" in origin:
+        gpus = f", GPUs: {', '.join(origin['gpus'])}" if origin["gpus"] else ""
+        lines.append(
+            f"begun {origin['date']} on {origin['host']}{gpus}, by {describe_code(origin)}: {origin['command']}"
+        )
     lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))
     return lines
 

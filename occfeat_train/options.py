@@ -62,6 +62,7 @@ machine_options = options(
 training_options = options(
     click.option("--split", default="train", show_default=True, help="Split to train on."),
     click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME]"),
+    click.option("--overwrite", is_flag=True, help="Delete the run in --out and start again, instead of continuing it."),
     set_option(help="Change a field of the config; 'config show' lists them."),
     click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid; overrides the preset."),
     click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder; overrides the preset."),
@@ -69,7 +70,7 @@ training_options = options(
     click.option("--epochs", type=float, help="Number of epochs; overrides the preset."),
     click.option("--batch", type=click.IntRange(1), help="Samples per forward pass, over all ranks."),
     click.option("--seed", type=click.IntRange(0), help="Seed of the initial weights, the sample order and the augmentation."),
-    click.option("--compile/--no-compile", default=None, help="Compile the image encoder with torch.compile; by default for long runs on a GPU."),
+    click.option("--compile/--no-compile", default=None, help="Compile image encoder and decoder with torch.compile; by default for long runs on a GPU."),
     click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint."),
     click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
     click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard in addition to RUN/log.jsonl."),

@@ -6,7 +6,6 @@ another fingerprint, a full disk.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import digest
 from occfeat_targets.cache.spec import EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, Identity, is_whole
+from occfeat_targets.common.provenance import describe_origin
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.scenes import choose_scenes, note_problems, require_no_problems
@@ -248,7 +248,7 @@ def _provenance(
     simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
     if teacher is not None and teacher.is_random:
         simulated.append(RANDOM_TEACHER)
-    names = ("occfeat", "numpy", "zarr", "simplejpeg", "torch", "transformers", "nuscenes-devkit")
+    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
     return {
         "simulated": simulated,
         "split": split.name,
@@ -257,8 +257,17 @@ def _provenance(
         "missing_scenes": list(split.missing_scenes),
         "left_out_scenes": list(split.left_out_scenes),
         "maps_sha256": {location: digest(source.map_file(split, location)) for location in maps},
-        "packages": {name: importlib.metadata.version(name) for name in names},
+        **describe_origin(names, _gpus(teacher)),
     }
+
+
+def _gpus(teacher: TeacherSpec | None) -> list[str]:
+    """Names of the GPUs that this process sees; none are looked for without a teacher."""
+    if teacher is None:
+        return []
+    from occfeat_targets.targets.teacher_devices import gpu_names
+
+    return gpu_names()
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
@@ -268,8 +277,7 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
     """
     k, n = options.shard or (0, 1)
     mine = range(k, cache.num_shards, n)
-    for shard in mine:
-        cache.settle_draft(shard)
+    cache.settle_drafts(mine)
     finished = cache.finished_shards()
     rows = {}
     for shard in mine:

@@ -12,9 +12,10 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from occfeat_targets.cache.records import CacheError, sync_and_digest, unique_suffix, write_record, writing
+from occfeat_targets.cache.drafts import PROGRESS
+from occfeat_targets.cache.records import CacheError, sync, sync_and_digest, unique_suffix, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, Identity, open_cache
+from occfeat_targets.cache.store import CREATED, Cache, Identity, open_cache
 from occfeat_targets.common.plural import count
 
 KEYFRAME_DIM = "keyframe"
@@ -33,19 +34,29 @@ def create_cache(
     if len(identity) == 0:
         raise ValueError("no keyframes to build a cache of")
     wanted = Cache(path, spec, identity, keyframes_per_shard, provenance)
-    if path.exists():
-        return _open_matching(wanted)
-    with writing(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.creating-{unique_suffix()}")
-        try:
-            _write_skeleton(draft, wanted)
-            draft.rename(path)
-        except OSError:
-            shutil.rmtree(draft, ignore_errors=True)
-            if not path.exists():
-                raise
+    prefix = f".{path.name}.creating-"
+    if not path.exists():
+        with writing(str(path)):
+            _create(path.with_name(prefix + unique_suffix()), wanted)
+    for (
+        entry
+    ) in path.parent.iterdir():  # of killed processes, or of one that finds the cache when its own draft is gone
+        if entry.name.startswith(prefix):
+            shutil.rmtree(entry, ignore_errors=True)
     return _open_matching(wanted)
+
+
+def _create(draft: Path, cache: Cache) -> None:
+    """Write the cache under the name of a draft and rename it, unless another process was faster."""
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_skeleton(draft, cache)
+        draft.rename(cache.path)
+        sync(draft.parent)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        if not cache.path.exists():
+            raise
 
 
 def _write_skeleton(draft: Path, cache: Cache) -> None:
@@ -90,6 +101,8 @@ def _write_skeleton(draft: Path, cache: Cache) -> None:
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(draft)
     files = {str(f.relative_to(draft)): sync_and_digest(f) for f in sorted(draft.rglob("*")) if f.is_file()}
+    for folder in (draft, *(path for path in draft.rglob("*") if path.is_dir())):
+        sync(folder)
     write_record(draft / PROGRESS / f"{CREATED}.json", {"files": files})
 
 

@@ -1,4 +1,4 @@
-"""JSON records with their own checksum, and digests of files. All writes are atomic."""
+"""JSON records with their own checksum, and digests of files. All writes are atomic, and durable when they return."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sync(path: Path) -> None:
+    """Flush a file to disk, or the names in a directory. A new or renamed file is only safe with its directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_and_digest(file: Path) -> str:
     """Flush a file to disk. Returns its SHA-256."""
-    with file.open("rb") as f:
-        os.fsync(f.fileno())
+    sync(file)
     return digest(file)
 
 
@@ -40,23 +48,29 @@ def unique_suffix() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON record with its own checksum, atomically."""
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file atomically. A kill leaves the old one, and at most a file that `is_partial`."""
     partial = file.with_name(f".{file.name}.{unique_suffix()}.partial")
     try:
         with partial.open("wb") as f:
-            f.write(_record_bytes(record))
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         partial.replace(file)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(file.parent)
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is one that `write_file` has not finished, or will never finish."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record with its own checksum, atomically."""
+    write_file(file, _record_bytes(record))
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 There is one Zarr v3 group per split, ``<cache>/<split>.zarr``. Every array is split into the same shards of K keyframes, and
 one task writes one shard of every array, so that no two writers share a file and no locks are needed. A shard is finished
 when ``progress/<number>.json`` exists. It is written last, atomically, with the SHA-256 of every file of the shard
-and the CRC-32C of every keyframe's chunk. A shard is first written to ``progress/<number>.draft`` and moved into the arrays when complete; until then, an earlier version of
-the shard stays in place. The next build moves or removes the draft of a killed build.
+and the CRC-32C of every keyframe's chunk. A shard is first written to ``progress/<number>.draft`` (drafts.py).
 
 ``progress/created.json`` holds the SHA-256 of every metadata file, and each shard's record holds the SHA-256 of
 ``created.json``. Edited metadata, and records of another cache or shard, are therefore detected.
@@ -23,16 +22,22 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.arrays import ArraySpec
+from occfeat_targets.cache.drafts import PROGRESS, Draft
 from occfeat_targets.cache.rebuild import require_format
-from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record, writing
+from occfeat_targets.cache.records import (
+    CacheError,
+    digest,
+    is_partial,
+    read_record,
+    sync_and_digest,
+    write_record,
+    writing,
+)
+from occfeat_targets.cache.shards import chunk_checksums, shard_file, shard_name
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.common.plural import count
 
-PROGRESS = "progress"
 CREATED = "created"
-ABSENT = np.uint64(2**64 - 1)  # a chunk's size in a shard's index, where there is none
-_WHOLE = "record.json"  # present in a draft that is complete and only has to be moved
 
 
 @dataclass(frozen=True)
@@ -155,18 +160,18 @@ class Cache:
             values = arrays[array.name]
             assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
         with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
+            self._settle_draft(shard)
             draft = self._draft(shard)
-            shutil.rmtree(draft, ignore_errors=True)
             files, chunks = {}, {}
             try:
                 for array in self.spec.arrays():
-                    (draft / array.name).mkdir(parents=True)
-                    shutil.copy(self.path / array.name / "zarr.json", draft / array.name)
+                    (draft.folder / array.name).mkdir(parents=True)
+                    shutil.copy(self.path / array.name / "zarr.json", draft.folder / array.name)
                     # Write zero chunks, too: a missing chunk must always mean "never written".
                     with zarr.config.set({"array.write_empty_chunks": True}):
-                        writable = zarr.open_array(draft / array.name, mode="r+")
+                        writable = zarr.open_array(draft.folder / array.name, mode="r+")
                     writable[span] = arrays[array.name]
-                    file = shard_file(draft, array, shard)
+                    file = shard_file(draft.folder, array, shard)
                     files[shard_name(array, shard)] = sync_and_digest(file)
                     if array.per_keyframe:
                         chunks[array.name] = chunk_checksums(file, self.keyframes_per_shard)[: len(keyframes)]
@@ -178,29 +183,31 @@ class Cache:
                     "masked": {},
                     **notes,
                 }
-                write_record(draft / _WHOLE, record)
+                draft.complete(record)
             except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
+                draft.remove()
                 raise
-            self.settle_draft(shard)
+            self._settle_draft(shard)
 
-    def settle_draft(self, shard: int) -> None:
-        """Move a shard's draft into the arrays if it is complete; remove it if it is not. Does nothing without a draft.
+    def settle_drafts(self, shards: Collection[int]) -> None:
+        """Move the complete drafts of these shards into the arrays, and remove what else a killed build left of them.
 
-        If this is killed, the next call continues. Only the process that builds this shard may call it.
+        If this is killed, the next call continues. Only the process that builds these shards may call it.
         """
+        for path in list(self._progress.iterdir()):
+            number = path.name.lstrip(".").partition(".")[0]
+            if number.isdecimal() and int(number) in shards:
+                if path == self._draft(int(number)).folder:
+                    self._settle_draft(int(number))
+                elif is_partial(path.name):
+                    path.unlink(missing_ok=True)
+
+    def _settle_draft(self, shard: int) -> None:
         draft = self._draft(shard)
-        if (draft / _WHOLE).is_file():
-            record = read_record(draft / _WHOLE)
-            # Remove the record while files of two builds are mixed, so that readers refuse the shard.
-            self._record_path(shard).unlink(missing_ok=True)
-            for name in record["files"]:
-                if (draft / name).is_file():  # not yet moved
-                    (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-                    (draft / name).replace(self.path / name)
-            (draft / _WHOLE).replace(self._record_path(shard))
+        if draft.is_complete:
             self._failed_path(shard).unlink(missing_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
+            draft.move(self._record_path(shard))
+        draft.remove()
 
     def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
         """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not finished or was changed."""
@@ -216,8 +223,8 @@ class Cache:
             for array in self.spec.arrays()
         }
 
-    def _draft(self, shard: int) -> Path:
-        return self._progress / f"{shard:05d}.draft"
+    def _draft(self, shard: int) -> Draft:
+        return Draft(self._progress / f"{shard:05d}.draft", self.path)
 
     def _failed_path(self, shard: int) -> Path:
         return self._progress / f"{shard:05d}.failed.json"
@@ -231,29 +238,6 @@ class Cache:
 def is_whole(record: Mapping[str, Any]) -> bool:
     """Whether no keyframe of a finished shard was skipped and no camera masked."""
     return not (record["skipped"] or record["masked"])
-
-
-def is_draft(name: str) -> bool:
-    """Whether a file (name relative to the cache) belongs to the draft of a running or killed build."""
-    return name.startswith(f"{PROGRESS}/") and ".draft/" in name
-
-
-def shard_file(path: Path, array: ArraySpec, shard: int) -> Path:
-    """The one file that holds a shard of an array."""
-    return path / shard_name(array, shard)
-
-
-def shard_name(array: ArraySpec, shard: int) -> str:
-    """The same relative to the cache, as in records."""
-    return "/".join([array.name, "c", str(shard)] + ["0"] * len(array.shape))
-
-
-def chunk_checksums(file: Path, keyframes_per_shard: int) -> list[int]:
-    """CRC-32C of each keyframe's chunk in a shard, in order: the last four bytes of a chunk, found by the shard's index."""
-    data = np.memmap(file, np.uint8, "r")
-    index = data[-16 * keyframes_per_shard - 4 : -4].view("<u8").reshape(-1, 2)
-    ends = (int(offset + size) if size != ABSENT else 0 for offset, size in index)
-    return [int.from_bytes(data[end - 4 : end].tobytes(), "little") if end else 0 for end in ends]
 
 
 def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:

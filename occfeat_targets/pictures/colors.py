@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
@@ -19,22 +19,24 @@ Colors = NDArray[np.uint8]  # (..., 3) RGB
 
 EMPTY: RGB = (247, 247, 245)
 CAMERA: RGB = (194, 24, 122)
-OCCUPIED_ONLY: RGB = (150, 164, 190)
-COINCIDENT: RGB = (44, 146, 76)
-SOLID: RGB = (228, 96, 24)
+OCCUPIED_ONLY: RGB = (140, 150, 210)
+COINCIDENT: RGB = (16, 96, 64)
+SOLID: RGB = (216, 88, 20)
 
-# Turbo without its ends, which are too dark on a photograph.
-RAMP = ListedColormap(colormaps["turbo"](np.linspace(0.08, 0.92, 256)), name="ramp")
+# One ramp for one quantity. Their lightness grows, and the steps of blue and yellow are large, so that colour-blind people can
+# read them too (tests/targets/test_colors.py).
+HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#0f25cd", "#2470af", "#5f8471", "#c5a447", "#f9ff2a"])
+DEPTHS = LinearSegmentedColormap.from_list("depths", colormaps["inferno"](np.linspace(1, 0.3, 256)))
 
 
 def height_scale(grid: VoxelGrid) -> ScalarMappable:
     """Colours of heights in a grid [m]."""
-    return ScalarMappable(Normalize(grid.lower[0], grid.upper[0]), RAMP)
+    return ScalarMappable(Normalize(grid.lower[0], grid.upper[0]), HEIGHTS)
 
 
 def depth_scale() -> ScalarMappable:
     """Colours of depths [m]; the logarithm shows differences both near and far."""
-    return ScalarMappable(LogNorm(2, 64), RAMP.reversed())
+    return ScalarMappable(LogNorm(2, 64), DEPTHS)
 
 
 def rgb(scale: ScalarMappable, values: NDArray[Any]) -> Colors:

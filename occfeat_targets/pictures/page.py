@@ -133,6 +133,7 @@ def write_preview(
         title=f"{cache.path.stem}: {len(keyframes)} of {len(cache)} keyframes",
         warnings=cache.warnings,
         cache=cache,
+        points=points,
         pictures=list(zip(keyframes, names, strict=True)),
     )
     with writing(str(out / "index.html")):

@@ -1,27 +1,27 @@
-"""nuScenes through its devkit: from a split to a list of keyframes with all paths and transforms.
+"""nuScenes: from a split to a list of keyframes with all paths and transforms.
 
-This is the only module that imports the devkit. Tables are read once, when a build is planned. The results are small, need
-no tables, and can be sent to workers.
+Tables are read once, when a build is planned. The results are small, need no tables, and can be sent to workers.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
-from occfeat_targets.sources.keyframe import CameraView, DatasetError, Keyframe, Split, Sweep, broken_view
+from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
+from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
+from occfeat_targets.sources.splits import split_scenes
 from occfeat_targets.sources.sweeps import read_sweep
-from occfeat_targets.sources.tables import Record, describe_broken_table, get_record
+from occfeat_targets.sources.tables import Record, Tables, read_records
 
-LIDAR = "LIDAR_TOP"
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
 _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
 
@@ -59,7 +59,7 @@ class NuScenes:
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:
-    """(dataroot for the devkit, version) for both layouts: root/v1.0-trainval and root/trainval/v1.0-trainval.
+    """(dataroot, version) for both layouts: root/v1.0-trainval and root/trainval/v1.0-trainval.
 
     Raises DatasetError that names the versions found under `root`.
     """
@@ -90,21 +90,14 @@ def read_split(
     Problems of single keyframes (no sweep, a NaN in the LiDAR's pose) and views are recorded in them.
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
-    from nuscenes.nuscenes import NuScenes
-    from nuscenes.utils.splits import create_splits_scenes
-
     dataroot, version = find_dataroot(root, split, version)
-    splits = create_splits_scenes()
+    splits = split_scenes()
     if split not in splits:
-        raise DatasetError(f"no split {split!r}: the devkit knows {', '.join(splits)}")
-    try:
-        nusc = NuScenes(version, str(dataroot), verbose=False)
-    except Exception as err:  # the devkit raises bare Exception for old tables
-        broken = describe_broken_table(dataroot / version) or (
-            f"{type(err).__name__}: {err}. A record that another table refers to, or a key of a record is missing"
-        )
-        raise DatasetError(f"the tables of {dataroot / version} do not load: {broken}: re-extract the tables") from err
-    scenes = {scene["name"]: scene for scene in (get_record(nusc, "scene", scene["token"]) for scene in nusc.scene)}
+        raise DatasetError(f"no split {split!r}: choose one of {', '.join(splits)}")
+    tables = Tables(dataroot / version)
+    for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
+        tables.load(table)
+    scenes = {scene["name"]: scene for scene in tables.all("scene")}
     present = [name for name in splits[split] if name in scenes]
     if not present:
         raise DatasetError(
@@ -112,15 +105,13 @@ def read_split(
             f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
-    logs = {name: get_record(nusc, "log", scenes[name]["log_token"]) for name in present}
-    keyframes = tuple(
-        _keyframe(nusc, sample, name, logs[name]["location"], cameras, num_sweeps, with_boxes)
-        for name in present
-        for sample in _samples(nusc, scenes[name])
-    )
-    has_annotations = bool(nusc.sample_annotation)
-    del nusc, scenes
-    gc.collect()  # the devkit's tables are reference cycles: without this, gigabytes would stay in memory for the whole build
+    logs = {name: tables.get("log", scenes[name]["log_token"]) for name in present}
+    samples = [(name, sample) for name in present for sample in _samples(tables, scenes[name])]
+    wanted = {sample["token"] for _, sample in samples}
+    files = _load_files(tables, wanted, {LIDAR, *cameras}, num_sweeps)
+    boxes = _load_vehicles(tables, wanted) if with_boxes else {}
+    reader = KeyframeReader(tables, dataroot, files, boxes, tuple(cameras), num_sweeps)
+    keyframes = tuple(reader.keyframe(sample, name, logs[name]["location"]) for name, sample in samples)
     return Split(
         name=split,
         version=version,
@@ -128,160 +119,91 @@ def read_split(
         keyframes=keyframes,
         missing_scenes=missing,
         locations=tuple(sorted({k.location for k in keyframes})),
-        has_annotations=has_annotations,
+        has_annotations=any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True)),
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
     )
 
 
-def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
-    """The map expansion of a location. Raises DatasetError if it is missing or too old."""
-    from nuscenes.map_expansion.map_api import NuScenesMap
-
-    try:
-        return MapGeometry.from_tables(NuScenesMap(str(dataroot), location), map_classes(dividers))
-    except FileNotFoundError as err:
-        raise DatasetError(
-            f"no map expansion {map_file(dataroot, location)}: unpack nuScenes-map-expansion-v1.3.zip into "
-            f"{dataroot / 'maps'}, or build without map labels (--label-kinds vehicles)"
-        ) from err
-    except Exception as err:  # the devkit raises bare Exception for an old map
-        raise DatasetError(f"the map expansion {map_file(dataroot, location)} does not load: {err}") from err
-
-
-def map_file(dataroot: Path, location: str) -> Path:
-    return dataroot / "maps" / "expansion" / f"{location}.json"
-
-
-def _samples(nusc: Any, scene: Record) -> Iterator[Record]:
+def _samples(tables: Tables, scene: Record) -> Iterator[Record]:
     token = scene["first_sample_token"]
     while token:
-        sample = get_record(nusc, "sample", token)
+        sample = tables.get("sample", token)
         yield sample
         token = sample["next"]
 
 
-def _keyframe(
-    nusc: Any, sample: Record, scene: str, location: str, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
-) -> Keyframe:
-    identity = {"token": sample["token"], "scene": scene, "timestamp_us": sample["timestamp"], "location": location}
+def _load_files(
+    tables: Tables, samples: Collection[str], channels: Collection[str], num_sweeps: int
+) -> dict[tuple[str, str], str]:
+    """Load the records of these samples' files and their poses. Returns {(sample token, channel): token of its file}."""
+    channel_of = {
+        record["token"]: tables.get("sensor", record["sensor_token"])["channel"]
+        for record in tables.all("calibrated_sensor")
+    }
+    files, poses = {}, set()
+
+    def is_needed(record: dict[str, Any]) -> bool:
+        if not record["is_key_frame"] and num_sweeps == 1:
+            return False
+        calibration, sample = record["calibrated_sensor_token"], record["sample_token"]
+        channel = channel_of.get(calibration) or tables.get("calibrated_sensor", calibration)["channel"]
+        if channel not in channels or not (record["is_key_frame"] or channel == LIDAR):
+            return False
+        if sample not in samples:
+            tables.get("sample", sample)  # of another split, or an error
+            return False
+        if record["is_key_frame"]:
+            files[sample, channel] = record["token"]
+        poses.add(record.get("ego_pose_token"))
+        return True
+
+    fields = ("token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "height", "width", "filename", "prev")
+    tables.load("sample_data", is_needed, fields)
+    tables.load("ego_pose", lambda record: record["token"] in poses, ("translation", "rotation"))
+    return files
+
+
+def _load_vehicles(tables: Tables, samples: Collection[str]) -> dict[str, list[str]]:
+    """Load the boxes whose category contains "vehicle" (also bicycles), as in Simple-BEV. Returns {sample token: their tokens}."""
+    for table in ("category", "instance"):
+        tables.load(table)
+    is_vehicle = {
+        record["token"]: "vehicle" in tables.get("category", record["category_token"])["name"]
+        for record in tables.all("instance")
+    }
+    boxes: dict[str, list[str]] = {}
+
+    def is_needed(record: dict[str, Any]) -> bool:
+        sample, instance = record["sample_token"], record["instance_token"]
+        if instance not in is_vehicle:
+            tables.get("instance", instance)
+        if sample not in samples:
+            tables.get("sample", sample)  # of another split, or an error
+            return False
+        if is_vehicle[instance]:
+            boxes.setdefault(sample, []).append(record["token"])
+        return is_vehicle[instance]
+
+    tables.load("sample_annotation", is_needed, ("translation", "size", "rotation", "visibility_token"))
+    return boxes
+
+
+def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:
+    """The map expansion of a location. Raises DatasetError if it is missing or too old."""
+    file = map_file(dataroot, location)
     try:
-        lidar = _sample_data(nusc, sample, LIDAR)
-        global_from_ego = _pose(_referred(nusc, "ego_pose", lidar))
-        ego_from_global = inverse_rigid(global_from_ego)
-        views = tuple(_view(nusc, sample, name, global_from_ego) for name in cameras)
-        sweeps = []
-        for record in _backwards(nusc, lidar, num_sweeps):
-            pose, calibration = (_referred(nusc, table, record) for table in ("ego_pose", "calibrated_sensor"))
-            seconds = (record["timestamp"] - lidar["timestamp"]) / 1e6
-            global_from_sensor = _pose(pose) @ _pose(calibration)
-            sweeps.append(Sweep(_path(nusc, record), ego_from_global @ global_from_sensor, seconds))
-        corners, visibility = _vehicles(nusc, sample, ego_from_global) if with_boxes else (np.zeros((0, 8, 3)), [])
-    except ValueError as err:
-        return Keyframe(**identity, problem=str(err))
-    return Keyframe(
-        **identity,
-        global_from_ego=global_from_ego,
-        cameras=views,
-        sweeps=tuple(sweeps),
-        vehicle_corners=corners,
-        visibility=np.array(visibility, np.uint8),
-    )
+        tables = json.loads(file.read_bytes())
+        if (version := str(tables.get("version", "1.0"))) < "1.3":
+            raise ValueError(f"outdated map version {version}: unpack nuScenes-map-expansion-v1.3.zip")
+        return MapGeometry.from_tables(SimpleNamespace(**tables), map_classes(dividers))
+    except FileNotFoundError as err:
+        raise DatasetError(
+            f"no map expansion {file}: unpack nuScenes-map-expansion-v1.3.zip into "
+            f"{dataroot / 'maps'}, or build without map labels (--label-kinds vehicles)"
+        ) from err
+    except (ValueError, AttributeError, TypeError, KeyError, OSError) as err:
+        raise DatasetError(f"the map expansion {file} does not load: {err}") from err
 
 
-def _sample_data(nusc: Any, sample: Record, channel: str) -> Record:
-    if channel not in sample["data"]:
-        raise ValueError(
-            f"sample_data.json has no keyframe record of {channel}: re-extract the tables, or skip the sample"
-        )
-    return get_record(nusc, "sample_data", sample["data"][channel])
-
-
-def _path(nusc: Any, record: Record) -> Path:
-    return Path(nusc.dataroot) / record["filename"]
-
-
-def _referred(nusc: Any, table: str, sample_data: Record) -> Record:
-    """The record in `table` that a sample_data record refers to."""
-    return get_record(nusc, table, sample_data[f"{table}_token"], sample_data["filename"])
-
-
-def _pose(record: Record) -> Matrix:
-    """global_from_ego of a record of ego_pose, ego_from_sensor of one of calibrated_sensor."""
-    rotation, translation = record["rotation"], record["translation"]
-    try:
-        return rigid(rotation, translation)
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"{record.place}: {err}; re-extract the tables") from err
-
-
-def _view(nusc: Any, sample: Record, channel: str, global_from_ego: Matrix) -> CameraView:
-    try:
-        return _usable_view(nusc, _sample_data(nusc, sample, channel), global_from_ego)
-    except ValueError as err:
-        return broken_view(str(err))
-
-
-def _usable_view(nusc: Any, record: Record, global_from_ego: Matrix) -> CameraView:
-    calibration, pose = (_referred(nusc, table, record) for table in ("calibrated_sensor", "ego_pose"))
-    ego_from_cam = _pose(calibration)
-    global_from_cam = _pose(pose) @ ego_from_cam
-    size = record["height"], record["width"]
-    if not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(
-            f"{record.place}: height and width of {record['filename']} are {size}: expected whole numbers above 0; "
-            "re-extract the tables"
-        )
-    values = calibration["camera_intrinsic"]
-    try:
-        intrinsics = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"{calibration.place}: camera_intrinsic: {err}; re-extract the tables") from err
-    if intrinsics.shape != (3, 3) or not np.isfinite(intrinsics).all() or not (np.diagonal(intrinsics)[:2] > 0).all():
-        raise ValueError(
-            f"calibrated_sensor.json: intrinsics {intrinsics.tolist()} of {record['filename']} are not those of a pinhole camera"
-        )
-    return CameraView(
-        path=_path(nusc, record),
-        source_size=size,
-        intrinsics=intrinsics,
-        ego_from_cam=ego_from_cam,
-        cam_from_ego=inverse_rigid(global_from_cam) @ global_from_ego,
-    )
-
-
-def _backwards(nusc: Any, lidar: Record, num_sweeps: int) -> Iterator[Record]:
-    """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
-    record = lidar
-    yield record
-    for _ in range(num_sweeps - 1):
-        if not record["prev"]:
-            return
-        record = get_record(nusc, "sample_data", record["prev"])
-        yield record
-
-
-def _vehicles(nusc: Any, sample: Record, ego_from_global: Matrix) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Corners and visibility of all annotations whose category contains "vehicle" (also bicycles), as in Simple-BEV."""
-    boxes = [get_record(nusc, "sample_annotation", token) for token in sample["anns"]]
-    boxes = [box for box in boxes if "vehicle" in box["category_name"]]
-    corners = np.zeros((len(boxes), 8, 3))
-    # The devkit's order (Box.corners): four of the front face, four of the back, each from the top left clockwise.
-    signs = np.array(
-        [[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1], [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]
-    )
-    for i, box in enumerate(boxes):
-        width, length, height = box["size"]
-        local = 0.5 * signs * np.array([length, width, height])
-        corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
-    if not np.isfinite(corners).all():
-        raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
-    visibility = np.array([_visibility(box) for box in boxes], np.uint8)
-    return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility
-
-
-def _visibility(box: Record) -> int:
-    """1 to 4. A box without a visibility token counts as visible."""
-    token = box.get("visibility_token") or "4"
-    if str(token) not in ("1", "2", "3", "4"):
-        raise ValueError(f"{box.place}: visibility_token is {token!r}: 1 to 4 expected; re-extract the tables")
-    return int(token)
+def map_file(dataroot: Path, location: str) -> Path:
+    return dataroot / "maps" / "expansion" / f"{location}.json"

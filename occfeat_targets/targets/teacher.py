@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
+from occfeat_targets.common.hub import use_cache_without_hub
 from occfeat_targets.targets.teacher_devices import find_devices
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,10 @@ TEACHERS = {
 
 Architectures = Mapping[str, Mapping[str, Any]]  # {hub id: contents of its config.json}
 
-_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries; assumed, not measured
+_CONTEXT_BYTES = 0.7e9  # GPU memory of a process's CUDA context and libraries; at most 0.65e9 measured on an H200
 _BYTES_PER_TOKEN_AND_CHANNEL = 80  # of all tensors that exist at a time; 54 to 69 with DINOv2, counted on a CPU
+# transformers' lazy imports fail in threads, and the seed of random weights belongs to the process.
+_LOADING = threading.Lock()
 _BUDGET = (224, 400)  # student resolution of the paper; the teacher input is the largest patch multiple within it
 
 
@@ -109,6 +113,8 @@ def _config(name: str) -> Mapping[str, Any]:
         return found
     from transformers import PreTrainedConfig
 
+    if not Path(name).exists():
+        use_cache_without_hub()
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as err:
@@ -232,10 +238,11 @@ def _too_large(spec: TeacherSpec, device: torch.device, what: str) -> str:
 
 
 def load_teacher(spec: TeacherSpec, device: str = "auto", num_threads: int | None = None) -> LoadedTeacher:
-    """The teacher, loaded once per process. num_threads: threads of torch, None to keep their number."""
-    if num_threads is not None and torch.get_num_threads() != num_threads:
-        torch.set_num_threads(num_threads)
-    return _load_once(spec, device)
+    """The teacher, loaded once per process, whose threads share it. num_threads: threads of torch, None to keep their number."""
+    with _LOADING:
+        if num_threads is not None and torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        return _load_once(spec, device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Devices of the teacher: which ones this machine has, and their free memory."""
+"""Devices of the teacher: which ones this machine has, their names and free memory."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def find_devices(name: str) -> tuple[str, ...]:
             "and check CUDA_VISIBLE_DEVICES, which limits and renumbers them"
         )
     return tuple(f"cuda:{index}" for index in chosen)
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that torch sees."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_name(index) for index in range(count)]
 
 
 def free_memory(device: str) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from occfeat_targets.cache.drafts import PROGRESS, is_draft
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
-from occfeat_targets.cache.store import CREATED, PROGRESS, Cache, is_draft
+from occfeat_targets.cache.store import CREATED, Cache
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.sources.source import open_source

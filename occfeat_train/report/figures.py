@@ -17,12 +17,13 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.birdseye import Mask, draw_cells
 from occfeat_targets.pictures.cameras import Cameras
 from occfeat_targets.pictures.canvas import DPI, default_style, png
-from occfeat_targets.pictures.colors import EMPTY, RAMP, Colors, hex_color
+from occfeat_targets.pictures.colors import EMPTY, HEIGHTS, Colors, hex_color
 
-HIT: RGB = (44, 146, 76)
-FALSE_ALARM: RGB = (228, 120, 24)
-MISSED: RGB = (56, 92, 190)
-UNSCORED: RGB = (204, 204, 204)
+HIT: RGB = (26, 112, 64)
+FALSE_ALARM: RGB = (240, 146, 24)
+MISSED: RGB = (40, 74, 200)
+UNSCORED: RGB = (184, 184, 196)
+LINE_COLORS = ("#0058cc", "#c43b0f", "#0ac079", "#a9568e", "#3fcbfe", "#ebc200", "#35003b", "#72272a")  # of runs
 OUTCOMES = {"hit": HIT, "false alarm": FALSE_ALARM, "missed": MISSED}
 
 
@@ -49,7 +50,7 @@ def key_of(colors: Mapping[str, RGB]) -> list[KeyEntry]:
 
 
 def key_of_heights(grid: VoxelGrid) -> KeyEntry:
-    ramp = (RAMP(np.linspace(0, 1, 6))[:, :3] * 255).round().astype(int)
+    ramp = (HEIGHTS(np.linspace(0, 1, 6))[:, :3] * 255).round().astype(int)
     colors = tuple(hex_color((r, g, b)) for r, g, b in ramp.tolist())
     return KeyEntry(f"height, {grid.lower[0]:g} to {grid.upper[0]:g} m", colors)
 
@@ -134,6 +135,26 @@ def draw_curves(
     axes.set_title(name, size=9, parse_math=False)
     axes.set_xlabel("step", size=9)
     axes.grid(color="#ddd", linewidth=0.5)
+    return png(figure)
+
+
+@default_style()
+def draw_scores(lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> bytes:
+    """A PNG of {name: (share of labels [%], mean IoU [%], standard deviation) of its points}, over a logarithmic axis of shares."""
+    figure, axes = _figure(6.4, 3.4)
+    for number, (name, points) in enumerate(lines.items()):
+        shares, means, spreads = zip(*points, strict=True)
+        color = LINE_COLORS[number % len(LINE_COLORS)]
+        marker = "osD^v<>"[number % 7]
+        axes.errorbar(shares, means, spreads, color=color, marker=marker, capsize=3, linewidth=1.6, label=name)
+    axes.set_xscale("log")
+    ticks = sorted({share for points in lines.values() for share, _, _ in points})
+    axes.set_xticks(ticks, [f"{share:g}" for share in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("share of the labels [%]", size=9)
+    axes.set_ylabel("IoU at 0.5 [%]", size=9)
+    axes.grid(color="#ddd", linewidth=0.5)
+    axes.legend(fontsize=8)
     return png(figure)
 
 

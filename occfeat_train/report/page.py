@@ -8,11 +8,8 @@ is up to `Task.heading`, `columns` and `pictures`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
@@ -21,7 +18,9 @@ from occfeat_targets.pictures.html import render
 from occfeat_train.config import PRETEXTS
 from occfeat_train.distributed import Process
 from occfeat_train.report import figures
+from occfeat_train.report.comparison import arms_table, config_differences, curves_by_labels, find_arms
 from occfeat_train.report.runs import Run, load_runs
+from occfeat_train.report.tables import origin_table, results_table, speed_table
 from occfeat_train.training.compatibility import left_out
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
 from occfeat_train.training.stages import open_reader
@@ -45,17 +44,21 @@ def write_report(
     print_line: Callable[[str], None],
     samples: int,
 ) -> None:
-    """Raises ValueError if a run is absent, has no log, or does not fit the cache; then nothing is written."""
+    """Raises ValueError if no run can be reported; then nothing is written. A run that cannot is left out and listed."""
     reader = open_reader(cache, split)
     out.parent.mkdir(parents=True, exist_ok=True)
-    runs, chosen = load_runs(paths, reader, split, samples, process, print_line)
-    page = build_page(runs, reader, split, chosen)
+    runs, chosen, notes = load_runs(paths, reader, split, samples, process, print_line)
+    page = build_page(runs, reader, split, chosen, notes)
     out.write_text(page, encoding="utf-8")
+    for note in notes:
+        print_line(note)
     print_line(f"written to {out} ({len(page) / 1e6:.1f} MB)")
 
 
-def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int]) -> str:
-    """The page as HTML, without links to other files."""
+def build_page(
+    runs: Sequence[Run], reader: CacheReader, split: str, chosen: Sequence[int], notes: Sequence[str]
+) -> str:
+    """The page as HTML, without links to other files. notes: runs and lines of logs that are left out."""
     cache, identity = reader.cache, reader.cache.identity
     groups = [[run for run in runs if run.config.task == name] for name in (*PRETEXTS, *LABEL_KINDS)]
     names = [f"{identity.tokens[keyframe]}, {identity.scenes[keyframe]}" for keyframe in chosen]
@@ -65,8 +68,9 @@ def build_page(runs: Sequence[Run], reader: CacheReader, split: str, chosen: Seq
         title=f"OccFeat: {count(len(runs), 'run')} on {split}",
         warnings=dict.fromkeys([*cache.warnings, *(w for run in runs for w in run.checkpoint.info.warnings())]),
         evaluated=evaluated(runs),
+        notes=notes,
         left_out={line: None for run in runs for line in left_out(run.dataset)},
-        rows_of_paper=[(run, nearest_row(run.checkpoint.info)) for run in runs],
+        rows_of_paper=rows_of_paper(runs),
         differences=paper_differences(runs, describe_data(cache.provenance, int(reader.is_valid.sum()))),
         tasks=[task_values(group) for group in groups if group],
         keyframes=list(zip(chosen, names, cameras, strict=True)),
@@ -89,9 +93,31 @@ def task_values(runs: Sequence[Run]) -> dict[str, Any]:
         "over": "the whole split" if is_whole else over,
         "runs": runs,
         "results": results_table(runs),
+        "comparison": compare(runs),
+        "differences": config_differences(runs),
         "curves": draw_curves(runs),
+        "note": config.task_class.note,
         "speeds": speed_table(runs),
+        "origins": origin_table(runs),
     }
+
+
+def compare(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What the page shows of the arms of a segmentation's runs; None if there is nothing to compare."""
+    arms = [] if runs[0].config.is_pretext else find_arms(runs)
+    if not arms or len(arms) == len(arms[0].runs) == 1:
+        return None
+    shares = {arm.info.config.labels for arm in arms}
+    picture = figures.draw_scores(curves_by_labels(arms)) if len(shares) > 1 else None
+    return {"arms": arms_table(arms), "picture": picture, "unfinished": [run.name for run in runs if run.mark]}
+
+
+def rows_of_paper(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{row of the paper: names of the runs that are compared with it}."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        rows.setdefault(nearest_row(run.checkpoint.info), []).append(run.name)
+    return rows
 
 
 def paper_differences(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> list[list[str]]:
@@ -103,34 +129,6 @@ def paper_differences(runs: Sequence[Run], measured_on: Mapping[str, Any]) -> li
     return [
         [*difference, "all" if len(names) == len(runs) > 1 else ", ".join(names)] for difference, names in rows.items()
     ]
-
-
-def results_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the metrics over the split, without the runs' names."""
-    rows = []
-    for run in runs:
-        info = run.checkpoint.info
-        row = (
-            {}
-            if run.config.is_pretext
-            else {"labels": f"{info.config.labels:g} % ({count(info.num_samples, 'keyframe')})"}
-        )
-        row["initial weights"] = initial_weights(info.initial, 0 if info.parent is None else info.parent.num_steps)
-        rows.append({**row, **run.config.task_class.columns(run.results)})
-    header = [name for name in dict.fromkeys(chain(*rows)) if any(row.get(name, "-") != "-" for row in rows)]
-    texts = [[row.get(name, "-") for name in header] for row in rows]
-    return [*header, "source"], [[*row, run.source] for row, run in zip(texts, runs, strict=True)]
-
-
-def initial_weights(initial: str, num_steps: int) -> str:
-    """RunInfo.initial without directories: ``r1, step 42`` for a pretraining of `num_steps`, or the backbone weights."""
-    text, _, kind = initial.rpartition(" (")
-    if kind.removesuffix(")") in PRETEXTS:
-        path = Path(text)
-        step = int(path.name.removeprefix("step-"))
-        unfinished = f" of {num_steps}, unfinished" if step < num_steps else ""
-        return f"pretrained: {path.parent.parent.name}, step {step}{unfinished}"
-    return initial.replace("backbone weights: none", "none (random)")
 
 
 def draw_curves(runs: Sequence[Run]) -> dict[str, bytes]:
@@ -155,16 +153,3 @@ def curves(log: Sequence[dict[str, Any]]) -> dict[str, Curve]:
                 steps.append(record["step"])
                 values.append(value)
     return found
-
-
-def speed_table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of length and speed of the runs' training, without their names."""
-    rows = []
-    for run in runs:
-        steps = [record for record in run.log if "loss" in record]
-        # The time of a step is the inverse of its rate, so these are fractions of the whole run's time.
-        seconds = np.array([1 / record["samples_per_s"] for record in steps])
-        wait = float(np.dot(seconds, [record["data_wait"] for record in steps]) / seconds.sum())
-        epochs, samples = f"{steps[-1]['epoch']:.3g}", f"{run.checkpoint.info.num_samples:,}"
-        rows.append([f"{len(steps):,}", epochs, samples, f"{len(steps) / seconds.sum():.3g}", f"{wait:.1%}"])
-    return ["steps", "epochs", "training keyframes", "samples/s", "waiting for data"], rows

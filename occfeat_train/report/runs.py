@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pkgutil
@@ -18,17 +19,15 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
-from occfeat_train.report.figures import Prediction
+from occfeat_train.report.figures import LINE_COLORS, Prediction
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import restore
-from occfeat_train.training.log import read_log
+from occfeat_train.training.log import note_on_damage, read_lines
 from occfeat_train.training.precision import autocast, forbid_tf32, note_on_precision
-
-RUN_COLORS = ("#1f6fb4", "#d1602a", "#2c924c", "#8d5bb5", "#a5822c", "#c2457f", "#3f9ea6", "#6b6b6b")
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,17 @@ class Run:
         return "" if self.checkpoint.is_finished else self.checkpoint.describe_step()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run that can be evaluated on the report's cache. damage: a note on damaged lines of its log, or empty."""
+
+    path: Path
+    checkpoint: Checkpoint
+    log: list[dict[str, Any]]
+    dataset: KeyframeDataset
+    damage: str
+
+
 def load_runs(
     paths: Sequence[Path],
     reader: CacheReader,
@@ -64,46 +74,75 @@ def load_runs(
     samples: int,
     process: Process,
     print_line: Callable[[str], None],
-) -> tuple[list[Run], list[int]]:
-    """Runs with predictions for up to `samples` keyframes, evenly spread over the split, and the numbers of these keyframes.
+) -> tuple[list[Run], list[int], list[str]]:
+    """Runs with predictions for up to `samples` keyframes, evenly spread over the split; the numbers of these keyframes; notes.
 
-    Raises ValueError if a run is absent, has no log, or does not fit the cache, before any run is evaluated.
+    A run that is absent or broken, has no log, or does not fit the cache is left out, with a note that gives the reason. So is
+    a log's damaged line. Raises ValueError if no run is left.
     """
-    opened = [(path, *open_run(path)) for path in dict.fromkeys(paths)]
-    datasets = []
-    for _, checkpoint, _ in opened:
-        datasets.append(KeyframeDataset(reader, checkpoint.info.config, training=False))
-        require_fit(datasets[-1], checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
-    chosen = evenly_spread(datasets[0].keyframes, samples)
-    names = [path.name for path, _, _ in opened]
+    notes: list[str] = []
+    opened: list[Opened] = []
+    for path in dict.fromkeys(paths):
+        try:
+            opened.append(open_run(path, reader))
+        except (ValueError, OSError) as err:
+            notes.append(f"{path} is left out: {err}")
+    names = [run.path.name for run in opened]
+    chosen: list[int] = []
     runs: list[Run] = []
-    for (path, checkpoint, log), dataset in zip(opened, datasets, strict=True):
-        print_line(f"{path}: {checkpoint.info.config.task}, {checkpoint.describe_step()}")
-        precision = note_on_precision(checkpoint.info.config.precision, process.device)
-        for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset), *precision):
-            print_line(line)
-        task = restore(checkpoint)
-        results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
-        predictions = draw_predictions(task, dataset, chosen, process)
-        name = path.name if names.count(path.name) == 1 else os.path.relpath(path)
-        color = RUN_COLORS[len(runs) % len(RUN_COLORS)]
-        runs.append(Run(name, color, checkpoint, log, dataset, results, source, predictions))
-    return runs, chosen
+    for run in opened:
+        chosen = chosen or evenly_spread(run.dataset.keyframes, samples)
+        name = run.path.name if names.count(run.path.name) == 1 else os.path.relpath(run.path)
+        try:
+            runs.append(load_run(run, name, len(runs), split, chosen, process, print_line))
+        except (ValueError, OSError) as err:
+            notes.append(f"{run.path} is left out: {err}")
+            continue
+        if run.damage:
+            notes.append(f"{run.damage}, left out")
+    if not runs:
+        raise ValueError("; ".join(notes))
+    return runs, chosen, notes
 
 
-def open_run(path: Path) -> tuple[Checkpoint, list[dict[str, Any]]]:
-    """A run's newest checkpoint and its log."""
+def open_run(path: Path, reader: CacheReader) -> Opened:
+    """Raises ValueError or OSError if the run cannot be reported."""
     checkpoint = find_checkpoint(path)
-    log = read_log(path) if (path / "log.jsonl").is_file() else []
+    lines = read_lines(path) if (path / "log.jsonl").is_file() else []
+    log = [record for _, record in lines if record is not None]
     if not any("loss" in record for record in log):
         raise CheckpointError(
             f"{path} has no log.jsonl with a training step: the directory of a run is expected, not one of its checkpoints"
         )
-    return checkpoint, log
+    dataset = KeyframeDataset(reader, checkpoint.info.config, training=False)
+    require_fit(dataset, checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
+    return Opened(path, checkpoint, log, dataset, note_on_damage(path / "log.jsonl", lines))
 
 
-def evenly_spread(keyframes: NDArray[np.integer[Any]], count: int) -> list[int]:
-    chosen = np.linspace(0, len(keyframes) - 1, min(count, len(keyframes))).round().astype(int)
+def load_run(
+    opened: Opened,
+    name: str,
+    number: int,
+    split: str,
+    keyframes: Sequence[int],
+    process: Process,
+    print_line: Callable[[str], None],
+) -> Run:
+    """A run with its results over the split and its predictions for keyframes. number: determines its colour."""
+    path, checkpoint, dataset = opened.path, opened.checkpoint, opened.dataset
+    print_line(f"{path}: {checkpoint.info.config.task}, {checkpoint.describe_step()}")
+    precision = note_on_precision(checkpoint.info.config.precision, process.device)
+    for line in (*changes_of_meaning(dataset, checkpoint), *notes_on_data(dataset), *precision):
+        print_line(line)
+    task = restore(checkpoint)
+    results, source = read_or_evaluate(path, split, checkpoint, task, dataset, process)
+    predictions = draw_predictions(task, dataset, keyframes, process)
+    color = LINE_COLORS[number % len(LINE_COLORS)]
+    return Run(name, color, checkpoint, opened.log, dataset, results, source, predictions)
+
+
+def evenly_spread(keyframes: NDArray[np.integer[Any]], number: int) -> list[int]:
+    chosen = np.linspace(0, len(keyframes) - 1, min(number, len(keyframes))).round().astype(int)
     return [int(keyframe) for keyframe in keyframes[chosen]]
 
 
@@ -113,9 +152,10 @@ def read_or_evaluate(
     """Results from RUN/evaluation/SPLIT.json if it matches weights, keyframes and frame, else from a new evaluation; and the source."""
     file = path / "evaluation" / f"{split}.json"
     if file.is_file():
-        found = json.loads(file.read_text())
-        if measured(checkpoint, dataset).items() <= found.items():
-            return found, f"evaluation/{split}.json"
+        with contextlib.suppress(ValueError, AttributeError):  # damaged
+            found = json.loads(file.read_text())
+            if measured(checkpoint, dataset).items() <= found.items():
+                return found, f"evaluation/{split}.json"
     return dict(evaluate(task, dataset, process, workers=1, progress=False).results()), "evaluated for this report"
 
 

@@ -28,11 +28,13 @@ class Task(nn.Module):
     a GPU rows are added to them, -1 in arrays of integers and 0 in others, which must not change the losses.
     pictures: "module:function" that draws a run's predictions for the report, like `report.segmentation:draw`; without one,
     the report has none.
+    note: what a reader of the report's curves should know, in a sentence or two.
     """
 
     head: nn.Module
     ragged: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[str] = ""
+    note: ClassVar[str] = ""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         """feature_dim: N_y of the cache's teacher, 0 without a teacher."""
@@ -69,6 +71,11 @@ class Task(nn.Module):
     def measure(self, batch: Batch, metric: Any) -> None:
         """Add a batch to a metric of `metric()`."""
         metric.update(self(batch), len(batch))
+
+    @staticmethod
+    def score(results: Mapping[str, Any]) -> float | None:
+        """The quantity of `metric().results()` by which runs and checkpoints are compared; higher is better. By default minus the loss."""
+        return -float(results["loss"])
 
     @staticmethod
     def heading(config: Config) -> str:

@@ -29,6 +29,11 @@ class Pretraining(Task):
     head: OccFeatHead
     pictures: ClassVar = "occfeat_train.report.pretraining:draw"
     ragged: ClassVar = ("voxels", "features")
+    note: ClassVar = (
+        "The feature loss is minus the mean cosine between predicted and target features: -1 is a perfect prediction, and "
+        "0 means that they are unrelated. One fixed vector, the mean feature, already reaches a value well below 0; the key of "
+        "the pictures below gives it. The loss is the occupancy loss plus lambda times the feature loss, so it may be negative."
+    )
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         super().__init__(network, config, grid, feature_dim)
@@ -101,6 +106,11 @@ class Pretraining(Task):
     def measure(self, batch: Batch, metric: Any) -> None:
         logits, cosine, _ = self._outputs(batch)
         metric.update(logits, batch.volume("occupancy"), cosine)
+
+    @staticmethod
+    def score(results: Mapping[str, Any]) -> float | None:
+        """Occupancy IoU [%]; the mean cosine without an occupancy loss."""
+        return results["cosine"] if results["occupancy_iou"] is None else results["occupancy_iou"]
 
     @staticmethod
     def heading(config: Config) -> str:

@@ -69,12 +69,19 @@ class Segmentation(Task):
         metric.update(self.logits(batch), *self.labels(batch))
 
     @staticmethod
+    def score(results: Mapping[str, Any]) -> float | None:
+        """IoU at 0.5, the mean over classes [%]."""
+        return results["iou"]
+
+    @staticmethod
     def columns(results: Mapping[str, Any]) -> dict[str, str]:
         best = f"{as_text(results['iou_best'])} ({results['threshold_best']:g})"
-        classes, bands = results["per_class"], results["by_distance"]
+        at_half = (
+            {} if len(results["per_class"]) == 1 else {n.replace("_", " "): v for n, v in results["per_class"].items()}
+        )
+        at_half |= {band.replace("35-inf", "over 35"): iou for band, iou in results["by_distance"].items()}
         return {
             "IoU at 0.5 [%]": as_text(results["iou"]),
-            "at the best threshold": best,
-            **({name.replace("_", " "): as_text(iou) for name, iou in classes.items()} if len(classes) > 1 else {}),
-            **{band.replace("35-inf", "over 35"): as_text(iou) for band, iou in bands.items()},
+            **{f"{name}, at 0.5": as_text(iou) for name, iou in at_half.items()},
+            "IoU at the best threshold [%]": best,
         }

@@ -3,8 +3,10 @@
     RUN/config.json                 the resolved config, and the run's cache, grid and initial weights
     RUN/log.jsonl                   one record per step
     RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt, checkpoint.json
+    RUN/checkpoints/best            a link to the checkpoint with the best validation (best.py)
 
-A checkpoint is written under another name, flushed and renamed, so it is complete or absent. The two newest are kept.
+A checkpoint is written under another name, flushed and renamed, so it is complete or absent. The two newest and the best are
+kept.
 checkpoint.json is written last and holds the step and the SHA-256 of the other files, which are verified before a file is
 read. An older checkpoint is never used automatically; the error names the newest intact one.
 """
@@ -31,6 +33,7 @@ from occfeat_targets.cache.records import CacheError, digest, read_record, sync_
 from occfeat_train.config import Config
 
 KEEP = 2
+BEST = "best"
 WEIGHTS, INFO, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt", "checkpoint.json"
 
 
@@ -45,8 +48,8 @@ class RunInfo:
     feature_dim: N_y of the teacher, 0 without a teacher. cache: fingerprint of the targets. num_samples: size of the
     training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights, a sentence. scenes: hash of
     the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
-    before options changed it. targets: the cache's spec. data: source of the cache (paper.py). parent: the run whose weights
-    it started from.
+    before options changed it. targets: the cache's spec. data: source of the cache (paper.py). origin: of the process that wrote
+    this (common/provenance.py). parent: the run whose weights it started from.
     """
 
     config: Config
@@ -61,6 +64,7 @@ class RunInfo:
     preset: str = ""
     targets: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     parent: RunInfo | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,10 +189,14 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / _folder_name(step)
+
+
 def save_checkpoint(
     run: Path, step: int, info: RunInfo, weights: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Write RUN/checkpoints/step-N atomically, and delete all but the two newest.
+    """Write RUN/checkpoints/step-N atomically, and delete all but the two newest and the best.
 
     Raises CheckpointError on weights that are not finite, and OSError on a full disk; earlier checkpoints are kept.
     """
@@ -206,17 +214,29 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     flush(folder)
+    best = best_step(run)
     for old in checkpoint_folders(run)[:-KEEP]:
-        shutil.rmtree(old)
+        if best is None or old.name != _folder_name(best):
+            shutil.rmtree(old)
     return final
 
 
+def best_step(run: Path) -> int | None:
+    """Step of RUN/checkpoints/best; None if there is none that can be read."""
+    try:
+        return int(read_record(run / "checkpoints" / BEST / RECORD)["step"])
+    except CacheError:
+        return None
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The newest checkpoint of a run directory, or the checkpoint directory itself.
+    """The newest checkpoint of a run directory, or the checkpoint whose directory or link is given.
 
     Raises CheckpointError if there is none, or if its record or config is damaged.
     """
     path = Path(path)
+    if path.is_symlink() and path.name == BEST:
+        path = path.parent / path.readlink()
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file: a run or checkpoint directory of occfeat-train is expected (one with {WEIGHTS} and {INFO})"

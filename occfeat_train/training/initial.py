@@ -17,7 +17,7 @@ def find_initial(path: Path, *, allow_unfinished: bool) -> Checkpoint:
     Raises CheckpointError on a run that has not finished, unless allow_unfinished is true.
     """
     start = find_checkpoint(path)
-    if not (start.is_finished or allow_unfinished or start.path == path):
+    if not (start.is_finished or allow_unfinished or start.path.samefile(path)):
         raise CheckpointError(
             f"{path} has not finished, it is at step {start.step} of {start.info.num_steps}: run its command again, or pass "
             "--allow-unfinished to start from these weights"

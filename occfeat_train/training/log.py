@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
+from occfeat_targets.common.provenance import timestamp
 
 # Fields of every record of a step that the report and the benchmarks read.
 FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}
@@ -25,10 +27,8 @@ class RunLog:
         partial = file.with_suffix(".partial")
         partial.write_bytes(b"".join(line + b"\n" for line, _ in kept))
         partial.rename(file)
-        damaged = [str(number) for number, (_, record) in enumerate(kept, 1) if record is None]
-        if damaged:
-            shown = ", ".join(damaged[:5]) + ", ..." * (len(damaged) > 5)
-            print(f"{file} has {count(len(damaged), 'damaged line')} ({shown}), kept unchanged", flush=True)
+        if note := note_on_damage(file, kept):
+            print(f"{note}, kept unchanged", flush=True)
         self._file = file.open("a", buffering=1)
         self._writer: Any = None
         if tensorboard:
@@ -46,12 +46,15 @@ class RunLog:
         )
         self._bar.update()
 
-    def validation(self, step: int, results: dict[str, Any]) -> None:
-        """Log the validation results after `step` steps."""
+    def validation(self, step: int, results: dict[str, Any], columns: Mapping[str, str]) -> None:
+        """Log the validation results after `step` steps, and print their columns, {name: text}."""
         self._write({"step": step - 1, "validation": results}, "validation")
+        with self._bar.external_write_mode():
+            shown = "; ".join(f"{name} {text}" for name, text in columns.items())
+            print(f"validation after {count(step, 'step')}: {shown}", flush=True)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({**record, "time": timestamp()}) + "\n")
         if self._writer is not None:
             for name, value in record.get("validation", record).items():
                 if isinstance(value, int | float) and name != "step":
@@ -75,6 +78,13 @@ def read_lines(run: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if parse(rest) is not None:
         lines.append(rest)
     return [(line, parse(line)) for line in lines]
+
+
+def note_on_damage(file: Path, lines: Sequence[tuple[bytes, dict[str, Any] | None]]) -> str:
+    """How many lines of `read_lines` are damaged, and which; empty if none is."""
+    damaged = [str(number) for number, (_, record) in enumerate(lines, 1) if record is None]
+    shown = ", ".join(damaged[:5]) + ", ..." * (len(damaged) > 5)
+    return f"{file} has {count(len(damaged), 'damaged line')} ({shown})" if damaged else ""
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

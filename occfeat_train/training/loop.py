@@ -25,6 +25,7 @@ from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process, sum_over_processes
 from occfeat_train.tasks.base import Task
+from occfeat_train.training.best import link_best
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
 from occfeat_train.training.step import TakenStep, Trainer
@@ -94,7 +95,8 @@ def train(
             trainer.release_memory()
             results = validate(task)
             if log is not None:
-                log.validation(trainer.step, results)
+                log.validation(trainer.step, results, task.columns(results))
+                link_best(run, task.score)
 
     try:
         with stop_signals(process) as stop:

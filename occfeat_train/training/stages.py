@@ -14,11 +14,12 @@ from typing import Any
 
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.common.plural import count
+from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import resolve_frame
 from occfeat_train.data.label_scenes import label_scenes, read_scenes
-from occfeat_train.distributed import Process, prepare_together
+from occfeat_train.distributed import Process, gpu_names, prepare_together
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, find_checkpoint
@@ -32,6 +33,8 @@ from occfeat_train.training.precision import forbid_tf32, note_on_precision, req
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
 
+PACKAGES = ("numpy", "zarr", "torch", "triton", "transformers")  # whose versions are saved with a run and with results
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -40,7 +43,7 @@ class RunOptions:
     cache: directory of caches. validate: split to evaluate at every checkpoint, or None. initial: a run or checkpoint with the
     initial weights of the network, and of the head if its task is the same. scenes_file: names of the label scenes, one per
     line, instead of config.labels. preset: name of the config's preset, for the report. allow_unfinished: whether `initial` may
-    be a run that has not finished.
+    be a run that has not finished. overwrite: delete the run in `out`, instead of continuing it.
     """
 
     cache: Path
@@ -52,6 +55,7 @@ class RunOptions:
     scenes_file: Path | None = None
     preset: str = ""
     allow_unfinished: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def train_run(ready: TrainingSetup, options: RunOptions, process: Process) -> bo
     """Train, or continue, the run in options.out, whose lock is held. Returns whether it is finished."""
     info, config, held_out = ready.info, ready.info.config, ready.held_out
     task = build_task(config, info.grid, info.feature_dim)
-    resume = begin_or_resume(options.out, info, process)
+    resume = begin_or_resume(options.out, info, process, overwrite=options.overwrite)
     if resume is None:
         process.print(prepare_together(lambda: load_initial(task, config, ready.start)))
     if ready.scenes is not None:
@@ -124,6 +128,8 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         require_fit(held_out, dataset.grid, feature_dim, f"the {options.split} split")
     initial, allowed = options.initial, options.allow_unfinished
     start = find_initial(initial, allow_unfinished=allowed) if initial is not None else None
+    if start is not None and options.overwrite and start.path.resolve().is_relative_to(options.out.resolve()):
+        raise ValueError(f"--overwrite would delete {options.out}, which --from starts from: choose another --out")
     if start is not None:
         process.print(*changes_of_meaning(dataset, start))
     process.print(*notes_on_data(dataset))
@@ -144,6 +150,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
             "label scenes": "from a list" if options.scenes_file else DATA["label scenes"],
             "simulated": " and ".join(cache.simulated) or DATA["simulated"],
         },
+        origin=describe_origin(PACKAGES, gpu_names(process)),
         parent=None if start is None else start.info,
     )
     return TrainingSetup(info, dataset, held_out, scenes, usable, start)
@@ -174,7 +181,8 @@ def summary(
         f"({count_parameters(task.head):,} of them the head's), images {size}, grid {ready.info.grid}",
         f"{count(len(dataset), 'sample')} ({read / 1e6:.1f} MB each), {count(optim.epochs, 'epoch')}, {count(steps, 'step')} of {batch}; "
         f"{optim.optimizer} {optim.schedule} lr {optim.lr:g}, on {process.world} x {process.device.type}",
-        f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept",
+        f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept"
+        + (f", and the best on {options.validate}" if ready.held_out is not None else ""),
     ]
     if resume is not None:
         is_finished = resume.step >= steps
@@ -204,7 +212,7 @@ def run_evaluation(
         **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()),
         "without_frame": dataset.num_without_frame,
         "with_masked_cameras": int((~reader.camera_valid[dataset.keyframes]).any(axis=1).sum()), "simulated": warnings,
-        **metric.results(),
+        "origin": describe_origin(PACKAGES, gpu_names(process)), **metric.results(),
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)
     table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch
-from occfeat_train.distributed import Process, average_gradients, average_statistics, gather, sum_over_processes
+from occfeat_train.distributed import (
+    Process,
+    average_gradients,
+    average_statistics,
+    gather,
+    raise_once,
+    sum_over_processes,
+)
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import freeze_batchnorm, move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, load_weights
@@ -24,7 +31,7 @@ from occfeat_train.training.graph import CudaGraphs, GraphedPass, Pass
 from occfeat_train.training.optim import build_optimizer
 from occfeat_train.training.precision import autocast
 
-# Compilation takes 70 to 100 s, and a step is then 10 ms faster on a large GPU (BENCHMARKS.md).
+# Compilation takes 74 s, and a step is then 11 ms faster on a large GPU (BENCHMARKS.md).
 COMPILED_FROM = 20_000  # steps of a run
 
 
@@ -43,15 +50,20 @@ class TakenStep:
         self._copied = torch.cuda.current_stream().record_event() if summed.is_cuda else None
 
     def record(self) -> dict[str, float]:
-        """The values and the learning rate. Waits for the GPU. Raises TrainingError on a loss or gradient that is not finite."""
+        """The values and the learning rate. Waits for the GPU.
+
+        Raises TrainingError on a loss or gradient that is not finite; ranks above 0 exit with 1.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         record = dict(zip(self._names, self._summed.tolist(), strict=True))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            raise TrainingError(
-                f"step {self._number}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
-                f"{', '.join(gather(self._tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
-                "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+            raise_once(
+                TrainingError(
+                    f"step {self._number}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
+                    f"{', '.join(gather(self._tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
+                    "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+                )
             )
         return {**record, "lr": self._lr}
 
@@ -95,6 +107,7 @@ class Trainer:
             self.step = resume.step
         if is_compiled(config, device, num_steps):
             task.network.encoder.compile()
+            task.network.decoder.compile()
         self.run: Pass = partial(forward_backward, task, config, process.device)
         self.graphed: GraphedPass | None = None
         if self.is_cuda and cuda_graphs:
@@ -141,7 +154,7 @@ class Trainer:
 
 
 def is_compiled(config: Config, device: torch.device, num_steps: int) -> bool:
-    """Whether a run of `num_steps` compiles the image encoder."""
+    """Whether a run of `num_steps` compiles the image encoder and the decoder."""
     return device.type == "cuda" and num_steps >= COMPILED_FROM if config.compile == "auto" else config.compile
 
 

@@ -101,7 +101,7 @@ def graphs(check: Check) -> None:
                      ok=off < max(5 * noise, 1e-3))  # fmt: skip
     if not check.is_cuda:
         return check.record("a step that waits", skipped="needs a GPU")
-    for what, fault in (("waits", wait), ("cannot be recorded", save_random_numbers)):
+    for what, fault in (("waits", wait), ("cannot be recorded", refuse_recording)):
         task, messages = task_on(config, True, check.device), []
         task.network.decoder.register_forward_hook(fault)
         with mock.patch.object(Process, "print", lambda self, *lines, into=messages: into.extend(lines)):
@@ -114,8 +114,9 @@ def wait(*_: Any) -> None:
     torch.zeros(1, device="cuda").item()
 
 
-def save_random_numbers(*_: Any) -> None:
-    torch.cuda.get_rng_state()
+def refuse_recording(*_: Any) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("this cannot be recorded")
 
 
 def batch_on_device(check: Check) -> None:

@@ -243,17 +243,11 @@ def variants(check: Check) -> None:
 
         return run
 
-    def with_compiled_decoder() -> Step:
-        step = Step(check, replace(config, compile=True))
-        step.task.network.decoder.compile()
-        return step
-
     made: dict[str, Callable[[], Callable[[], None]]] = {
         "no CUDA graphs": lambda: Step(check, config, cuda_graphs=False),
         "cudnn.benchmark": with_benchmark,
         "activation checkpointing": lambda: Step(check, less_memory),
-        "compiled encoder": lambda: Step(check, replace(config, compile=True)),
-        "compiled encoder and decoder": with_compiled_decoder,
+        "compiled": lambda: Step(check, replace(config, compile=True)),
     }
     for name, make in made.items():
         if not check.is_cuda and "compiled" in name:

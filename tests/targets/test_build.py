@@ -59,7 +59,7 @@ def test_array_tasks_build_the_same_bytes_without_a_scheduler(city, tiny_teacher
 
 @contextmanager
 def dask_cluster(directory: Path, *options: str) -> Iterator[Path]:
-    """The scheduler file of a scheduler and two workers, started separately with these options."""
+    """The scheduler file of a scheduler and two workers of several threads, started separately with these options."""
     address_file = directory / "scheduler.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "cwd": directory}
@@ -77,7 +77,7 @@ def dask_cluster(directory: Path, *options: str) -> Iterator[Path]:
             time.sleep(0.1)
         address = json.loads(address_file.read_text())["address"]
         for _ in range(2):
-            worker = [*dask[:2], "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+            worker = [*dask[:2], "distributed.cli.dask_worker", address, "--nthreads", "4", "--no-dashboard"]
             worker += options
             processes.append(subprocess.Popen(worker, **quiet))
         yield address_file
@@ -88,7 +88,7 @@ def dask_cluster(directory: Path, *options: str) -> Iterator[Path]:
             process.wait(30)
 
 
-def test_an_external_scheduler_with_tls_and_two_workers_builds_the_same_bytes(
+def test_an_external_scheduler_with_tls_and_two_workers_of_several_threads_builds_the_same_bytes(
     city, tiny_teacher, tmp_path, expected, monkeypatch
 ):
     """Paths are relative, and the workers have another working directory than the command."""

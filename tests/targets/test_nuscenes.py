@@ -17,9 +17,8 @@ def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=Tr
 
 @pytest.fixture(scope="module")
 def devkit(real_sample):
-    from nuscenes.nuscenes import NuScenes
-
-    return NuScenes("v1.0-mini", str(real_sample), verbose=False)
+    nuscenes = pytest.importorskip("nuscenes.nuscenes", reason="nuscenes-devkit is not installed")
+    return nuscenes.NuScenes("v1.0-mini", str(real_sample), verbose=False)
 
 
 def test_the_real_keyframe_is_found_and_missing_scenes_are_counted(real_sample):
@@ -218,7 +217,7 @@ def test_a_log_without_a_vehicle_is_not_synthetic(without_key):
         ("sample", b"<html>403</html>", r"sample\.json \(16 bytes\) is no complete JSON file"),
         ("ego_pose", b"[]", r"ego_pose\.json has no records"),
         ("scene", b'{"token": "a1"}', r"scene\.json is no list of records"),
-        ("visibility", None, r"visibility\.json cannot be read \(No such file"),
+        ("calibrated_sensor", None, r"calibrated_sensor\.json cannot be read \(No such file"),
     ],
 )
 def test_a_table_that_is_cut_empty_or_missing_is_named(city, tmp_path, table, content, found):
@@ -227,6 +226,18 @@ def test_a_table_that_is_cut_empty_or_missing_is_named(city, tmp_path, table, co
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(DatasetError, match=rf"the tables of .* do not load: {found}.*: re-extract the tables"):
         split_of(tmp_path)
+
+
+def test_tables_and_pictures_that_no_target_needs_may_be_missing_or_half_installed(city, tmp_path):
+    """nuScenes-lidarseg without its labels, and basemaps that were not unpacked, stop the devkit."""
+    shutil.copytree(city / "v1.0-mini", tmp_path / "v1.0-mini")
+    for table in ("attribute", "visibility", "map"):
+        (tmp_path / "v1.0-mini" / f"{table}.json").unlink()
+    (tmp_path / "v1.0-mini" / "lidarseg.json").write_text('[{"token": "a"}]')
+    assert [k.token for k in split_of(tmp_path).keyframes] == [k.token for k in split_of(city).keyframes]
+    for table in ("sample_annotation", "instance", "category"):
+        (tmp_path / "v1.0-mini" / f"{table}.json").write_text("[]" if table == "sample_annotation" else "cut")
+    assert len(split_of(tmp_path, with_boxes=False).keyframes) == 10
 
 
 def test_the_independent_reader_names_a_table_that_is_cut(city, tmp_path):

@@ -51,7 +51,11 @@ def test_the_page_shows_every_sheet_and_states_what_is_simulated(finished_cache,
     assert "token2" in text
     assert simulated.cache.spec.fingerprint in text
     assert size(page.parent / names[1])[0] == WIDTH
-    assert "SIMULATED" not in write_preview(finished_cache, tmp_path / "real", [0], progress=False).read_text()
+    real = write_preview(finished_cache, tmp_path / "real", [0], progress=False).read_text()
+    assert "SIMULATED" not in real
+    assert "What a healthy picture looks like" in text and "What a healthy picture looks like" in real
+    assert "Features have one colour" in real and "Features" not in text  # that cache has no teacher
+    assert "LiDAR returns" not in text  # they are not drawn
 
 
 def test_keyframes_are_chosen_by_number_by_token_or_evenly(finished_cache):

@@ -7,7 +7,7 @@ import zarr
 
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.store import shard_file
+from occfeat_targets.cache.shards import shard_file
 from tests.conftest import random_arrays
 
 

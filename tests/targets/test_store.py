@@ -1,12 +1,9 @@
-import itertools
 import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +12,10 @@ import xarray
 import zarr
 
 from occfeat_targets.cache import create as create_module
-from occfeat_targets.cache import store
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
-from occfeat_targets.cache.store import open_cache
-from occfeat_targets.verify.verify import verify_checksums
+from occfeat_targets.cache.shards import shard_file
+from occfeat_targets.cache.store import Cache, open_cache
 from tests.conftest import random_arrays, small_identity, small_spec
 
 NOTES = {"skipped": {}, "cosine": None}
@@ -56,7 +52,7 @@ def test_every_chunk_is_checksummed_and_a_shard_is_one_file(finished_cache):
         metadata = (finished_cache.path / array.name / "zarr.json").read_text()
         assert "crc32c" in metadata, array.name
         for shard in range(finished_cache.num_shards):
-            assert store.shard_file(finished_cache.path, array, shard).is_file()
+            assert shard_file(finished_cache.path, array, shard).is_file()
 
 
 def test_an_opened_cache_equals_the_created_one(small_cache):
@@ -70,93 +66,18 @@ def test_a_finished_shard_is_not_pending_and_its_record_names_its_files(small_ca
     assert small_cache.pending_shards() == [0, 2]
     record = small_cache.finished_shards()[1]
     assert record["keyframes"] == [3, 6]
-    assert set(record["files"]) == {str(store.shard_file(Path(), array, 1)) for array in small_cache.spec.arrays()}
+    assert set(record["files"]) == {str(shard_file(Path(), array, 1)) for array in small_cache.spec.arrays()}
 
 
 def test_keyframes_of_zeros_are_written(small_cache):
     arrays = {name: np.zeros_like(values) for name, values in random_arrays(small_cache, 2).items()}
     small_cache.write_shard(2, arrays, NOTES)
     for array in small_cache.spec.arrays():
-        assert store.shard_file(small_cache.path, array, 2).stat().st_size > 0
-
-
-class Killed(BaseException):
-    """Simulates SIGKILL: every later operation fails, so that nothing is cleaned up."""
-
-
-def stop_at(step: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the step-th file operation of the main thread fail, and all later ones too if error is Killed."""
-    count = itertools.count(1)
-
-    def stopping(function):
-        def wrapped(*arguments, **options):
-            if threading.current_thread() is threading.main_thread():
-                number = next(count)
-                if number == step or (number > step and error is Killed):
-                    raise error(28, "No space left on device")
-            return function(*arguments, **options)
-
-        return wrapped
-
-    for owner, name in [
-        (Path, "mkdir"), (Path, "replace"), (Path, "unlink"), (zarr, "open_array"), (store.shutil, "copy"),
-        (store, "sync_and_digest"), (store, "write_record"), (store.shutil, "rmtree"),
-    ]:  # fmt: skip
-        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("error", [Killed, OSError])
-def test_a_shard_whose_rewriting_stops_anywhere_is_completely_the_old_or_the_new_one(tmp_path, monkeypatch, error):
-    spec = small_spec(teacher=None, labels=("vehicles",))
-    cache = create(tmp_path / "whole.zarr", spec=spec)
-    old, new = (random_arrays(cache, 1, seed) for seed in (0, 1))
-    for shard in range(cache.num_shards):
-        cache.write_shard(shard, random_arrays(cache, shard), NOTES)
-    seen = set()
-    for step in itertools.count(1):
-        path = Path(shutil.copytree(cache.path, tmp_path / f"{step}.zarr"))
-        stopped = open_cache(path)
-        with monkeypatch.context() as patch:
-            stop_at(step, error, patch)
-            try:
-                stopped.write_shard(1, new, NOTES)
-                break
-            except (Killed, CacheError):
-                pass
-        if 1 in stopped.finished_shards():  # readers never see a mixture
-            assert_holds_one_of(stopped, (old, new))
-        stopped.settle_draft(1)  # as the next build does
-        assert stopped.pending_shards() == []
-        seen.add(assert_holds_one_of(stopped, (old, new)))
-        assert verify_checksums(stopped, progress=False).problems == []
-        assert not list(path.rglob("*.draft"))
-    assert step > 30
-    assert seen == {0, 1}
-    assert assert_holds_one_of(stopped, (new,)) == 0
-
-
-def assert_holds_one_of(cache: store.Cache, versions: Sequence[dict[str, np.ndarray]]) -> int:
-    """Index of the version that shard 1 contains."""
-    found = cache.read_shard(1)  # also checks the digests of its record
-    (which,) = [i for i, v in enumerate(versions) if all((found[name] == v[name]).all() for name in found)]
-    return which
-
-
-def test_an_unfinished_draft_is_not_part_of_the_cache(finished_cache, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(20, Killed, patch)
-        with pytest.raises(Killed):
-            finished_cache.write_shard(0, random_arrays(finished_cache, 0, seed=1), NOTES)
-    assert list(finished_cache.path.rglob("*.draft"))
-    assert verify_checksums(finished_cache, progress=False).problems == []
-    finished_cache.write_shard(0, random_arrays(finished_cache, 0, seed=2), NOTES)
-    assert not list(finished_cache.path.rglob("*.draft"))
-    np.testing.assert_array_equal(finished_cache.read_shard(0)["images"], random_arrays(finished_cache, 0, 2)["images"])
+        assert shard_file(small_cache.path, array, 2).stat().st_size > 0
 
 
 def test_a_finished_shard_that_was_changed_is_not_read(finished_cache):
-    file = store.shard_file(finished_cache.path, finished_cache.spec.arrays()[4], 0)
+    file = shard_file(finished_cache.path, finished_cache.spec.arrays()[4], 0)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CacheError, match=r"was changed after it was written: delete .*00000.json and run"):
         finished_cache.read_shard(0)
@@ -196,7 +117,7 @@ def test_drafts_of_builders_with_equal_process_ids_have_different_names(tmp_path
     monkeypatch.setattr(socket, "gethostname", lambda: "node-3")
     write, drafts = create_module._write_skeleton, []
 
-    def note(draft: Path, cache: store.Cache) -> None:
+    def note(draft: Path, cache: Cache) -> None:
         drafts.append(draft.name)
         write(draft, cache)
 

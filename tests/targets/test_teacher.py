@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +98,27 @@ def test_a_process_loads_its_teacher_once(tiny_teacher):
     assert load_teacher(spec, num_threads=1) is load_teacher(spec)
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+def test_threads_of_a_new_process_load_one_teacher(tiny_teacher, tmp_path):
+    """Nothing of transformers is imported before, as in a worker of Dask, and random weights need the process's generator."""
+    names = [tiny_teacher, SMALL]
+    specs = [teacher_spec(name, input_size=(28, 28)) for name in names]
+    (tmp_path / "specs").write_bytes(pickle.dumps(specs))
+    code = (
+        "import pickle, sys, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from occfeat_targets.targets.teacher import load_teacher\n"
+        "start = threading.Barrier(8)\n"
+        "def load(spec):\n"
+        "    start.wait()\n"
+        "    return load_teacher(spec, 'cpu')\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    for spec in pickle.load(open(sys.argv[1], 'rb')):\n"
+        "        print(len(set(pool.map(load, [spec] * 8))))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "specs")]
+    assert subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split() == ["1", "1"]
 
 
 def digest_of(folder) -> str:

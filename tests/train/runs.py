@@ -43,7 +43,7 @@ TINY = [
 QUIET = ["--no-progress", "--device", "cpu"]
 # Of DataLoaders, on machines with a single core, and about forking a process with threads.
 WORKERS = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process .* is multi-threaded")
-TIMES = ("samples_per_s", "data_wait")  # fields of a record that differ between runs
+TIMES = ("samples_per_s", "data_wait", "time")  # fields of a record that differ between runs
 
 
 def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from occfeat_targets.cache.store import shard_file
+from occfeat_targets.cache.shards import shard_file
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.training.checkpoint import find_checkpoint

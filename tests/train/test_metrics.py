@@ -156,12 +156,14 @@ def test_counts_are_exact_under_autocast_and_on_a_map_of_the_papers_size():
     assert metric.counts[3, 0].sum(0).tolist() == [40_000 - 37, 40_000]
 
 
-def test_a_table_has_a_column_for_each_class_and_band():
+def test_a_table_names_the_threshold_of_each_class_and_band():
     results = metric_of(*random_case(3)).results()
     columns = Segmentation.columns(results)
-    assert list(columns)[2:] == ["class0", "class1", "0-20 m", "20-35 m", "over 35 m"]
+    at_half = {**results["per_class"], **results["by_distance"]}
+    assert list(columns)[1:-1] == [f"{name}, at 0.5" for name in ("class0", "class1", "0-20 m", "20-35 m", "over 35 m")]
+    assert list(columns.values())[1:-1] == [f"{iou:.1f}" for iou in at_half.values()]
     assert columns["IoU at 0.5 [%]"] == f"{results['iou']:.1f}"
-    assert columns["at the best threshold"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
+    assert columns["IoU at the best threshold [%]"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
 
 
 # -- pretraining ------------------------------------------------------------------------------------------------------

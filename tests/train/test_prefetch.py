@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.store import shard_file
+from occfeat_targets.cache.shards import shard_file
 from occfeat_train.data.prefetch import Prefetcher
 from tests.train.test_dataset import contents, dataset_of, write_cache
 

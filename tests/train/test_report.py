@@ -3,17 +3,24 @@ import io
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.common.provenance import describe_code, describe_origin
 from occfeat_train.cli import main
+from occfeat_train.config import Config
 from occfeat_train.report import figures
-from occfeat_train.report.page import curves, initial_weights
+from occfeat_train.report.page import curves
+from occfeat_train.report.pretraining import cosine_of_mean
 from occfeat_train.report.runs import evenly_spread
+from occfeat_train.report.tables import speed_table
 from occfeat_train.tasks.pretraining import Pretraining
 from tests.targets.command_line import run as targets
 
@@ -87,7 +94,7 @@ def test_the_page_marks_simulated_data_and_lists_differences_from_the_paper(page
     introduction = page.split("<h2>")[0]
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", introduction, re.DOTALL)]
     found = {(field, runs): (here, paper) for field, here, paper, runs in rows[1:]}
-    assert "pre: <code>table1/simplebev-enb0/occfeat</code>" in introduction
+    assert "<code>table1/simplebev-enb0/occfeat</code>: pre; " in introduction
     assert found["network.image_size", "all"] == ("32x48", "224x400")
     assert found["network.channels", "all"] == ("8", "128")
     assert found["network.weights", "all"] == ("none", "default")
@@ -120,7 +127,11 @@ def test_every_section_has_its_pictures(page):
     training, keyframe = section(page, "Training"), section(page, "Keyframe 0")
     for name in ("loss", "occupancy loss", "feature loss", "learning rate", "validation: occupancy IoU"):
         assert f'alt="{name}' in section(training, "Pretraining")
-    assert "waiting for data" in section(training, "Vehicles")
+    vehicles = section(training, "Vehicles")
+    assert "waiting for data" in vehicles and "time in steps" in vehicles
+    assert "minus the mean cosine" in section(training, "Pretraining") and "minus the mean cosine" not in vehicles
+    code, host = describe_code(describe_origin([])), socket.gethostname()
+    assert f"<td>{host}, CPU</td><td>{code}</td>" in vehicles
     assert 'alt="CAM_FRONT_LEFT, CAM_FRONT' in keyframe
     pretraining = section(keyframe, "Pretraining")
     for caption in ("true occupancy", "predicted occupancy", "columns", "all cells from behind", "target features", "predicted features"):  # fmt: skip
@@ -136,7 +147,7 @@ def test_metrics_equal_those_of_evaluate(work, page):
     header, (row,) = re.findall(r"<th>(.*?)</th>", table), [re.findall(r"<td>(.*?)</td>", table)]
     found = dict(zip(header, row, strict=True))
     assert found["IoU at 0.5 [%]"] == f"{results['iou']:.1f}"
-    assert found["at the best threshold"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
+    assert found["IoU at the best threshold [%]"] == f"{results['iou_best']:.1f} ({results['threshold_best']:g})"
     assert "evaluation/mini_val.json" in table
     assert "pretrained: pre, step 3" in table
     assert "50 % (5 keyframes)" in table
@@ -173,6 +184,28 @@ def test_wrong_input_is_an_error_of_one_line(work, tmp_path):
     assert "no cache at" in report(work, work / "pre", split="val").output
 
 
+def test_broken_runs_and_damaged_lines_of_logs_are_left_out_and_listed(work, tmp_path):
+    flipped, hurt = (shutil.copytree(work / "vehicles", tmp_path / name) for name in ("flipped", "hurt"))
+    weights = next((flipped / "checkpoints").iterdir()) / "model.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    log = hurt / "log.jsonl"
+    log.write_text("damaged\n" + log.read_text())
+    (hurt / "evaluation" / "mini_val.json").write_text("{")
+    (tmp_path / "notes.txt").touch()
+    result = report(work, flipped, work / "pre", tmp_path / "notes.txt", work / "absent", hurt)
+    assert result.exit_code == 0, result.output
+    page = (work / "report.html").read_text()
+    for line in (
+        f"{flipped} is left out: {weights} is damaged",
+        f"{tmp_path / 'notes.txt'} is left out: {tmp_path / 'notes.txt'} is a file",
+        f"{work / 'absent'} is left out: no checkpoint in",
+        f"{log} has 1 damaged line (1), left out",
+    ):
+        assert line in result.output and line in page
+    assert "2 runs on mini_val" in page
+    assert "evaluated for this report" in section(page, "Vehicles: the whole split")
+
+
 def test_a_task_without_pictures_is_reported_by_its_metric_and_curves(work, monkeypatch):
     monkeypatch.setattr(Pretraining, "pictures", "")
     assert report(work, work / "pre").exit_code == 0
@@ -207,6 +240,28 @@ def test_outcomes_have_different_colours_and_invalid_cells_are_grey():
     assert mixed[0] == pytest.approx((np.array(figures.HIT) + 2.0 * np.array(figures.FALSE_ALARM) + figures.MISSED) / 4, abs=1)  # fmt: skip
 
 
+def test_one_vector_for_every_voxel_reaches_the_cosine_that_the_page_states():
+    features = np.random.default_rng(0).standard_normal((50, 8)) + 1
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    fixed = unit.mean(0) / np.linalg.norm(unit.mean(0))
+    assert cosine_of_mean(features) == pytest.approx((unit @ fixed).mean())
+    assert cosine_of_mean(np.ones((3, 4))) == pytest.approx(1)
+
+
+def test_times_are_those_of_the_steps_and_of_the_clock():
+    steps = [{"step": i, "loss": 1.0, "epoch": 1.0, "samples_per_s": 0.5, "data_wait": 0.1} for i in range(3)]
+    times = [f"2026-01-01T00:0{i}:30.000+00:00" for i in range(3)]
+    info = SimpleNamespace(num_samples=9)
+    run: Any = SimpleNamespace(checkpoint=SimpleNamespace(info=info), config=Config())
+    run.log = [{**step, "time": time} for step, time in zip(steps, times, strict=True)]
+    header, (row,) = speed_table([run])
+    found = dict(zip(header, row, strict=True))
+    assert found["time in steps"] == "0:01:36"  # three steps of 16 samples at 0.5 samples/s
+    assert found["from first to last step"] == "0:02:00"
+    run.log = steps  # of an older release
+    assert speed_table([run])[1][0][-1] == "-"
+
+
 def test_a_running_mean_keeps_a_constant_and_averages_fewer_values_at_the_ends():
     assert figures.smooth([2.0] * 9, 3) == pytest.approx([2.0] * 9)
     assert figures.smooth([0, 1, 2, 3, 4], 1) == pytest.approx([0.5, 1, 2, 3, 3.5])
@@ -224,14 +279,6 @@ def test_curves_are_read_from_steps_or_from_validations():
         "validation: IoU at 0.5 [%]": ([0], [20.0]),
         "validation: loss": ([0], [9.0]),
     }
-
-
-def test_initial_weights_are_named_without_directories():
-    pretrained = "/a/b/runs/pre/checkpoints/step-00000042 (occfeat)"
-    assert initial_weights(pretrained, 42) == "pretrained: pre, step 42"
-    assert initial_weights(pretrained, 60) == "pretrained: pre, step 42 of 60, unfinished"
-    assert initial_weights("backbone weights: none", 0) == "none (random)"
-    assert initial_weights("backbone weights: google/efficientnet-b0", 0) == "backbone weights: google/efficientnet-b0"
 
 
 def test_keyframes_of_the_report_are_spread_over_the_split():
