@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
@@ -93,7 +94,7 @@ def read_split(
     dataroot, version = find_dataroot(root, split, version)
     splits = split_scenes()
     if split not in splits:
-        raise DatasetError(f"no split {split!r}: choose one of {', '.join(splits)}")
+        raise DatasetError(f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}")
     tables = Tables(dataroot / version)
     for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
         tables.load(table)
