@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common import command_line
 from occfeat_targets.common.command_line import LocalPath
 
@@ -57,3 +58,15 @@ def dataroot_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--dataroot", type=LocalPath(path_type=Path), default=Path("data/nuscenes"), show_default=True,
         envvar="NUSCENES_ROOT", help="Root directory of the data set.",
     )(command)  # fmt: skip
+
+
+def parse_label_kinds(labels: str | None) -> tuple[str, ...] | None:
+    """Kinds of labels from "a,b"; None for all that the data set has."""
+    if labels is None:
+        return None
+    kinds = tuple(kind.strip() for kind in labels.split(","))
+    if not set(kinds) <= set(LABEL_KINDS):
+        raise click.UsageError(
+            f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas"
+        )
+    return kinds
