@@ -14,7 +14,7 @@ __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_ca
 
 
 def __getattr__(name: str) -> Any:
-    """Import NumPy only when a name is used, and numba, Dask and the devkit when a function is called."""
+    """Import NumPy only when a name is used, and numba and Dask when a function is called."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from occfeat_targets import api

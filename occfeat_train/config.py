@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.conversion import build, parse_value, require_one_of
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
@@ -240,7 +241,12 @@ class Config:
             for group in groups:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                raise ValueError(f"--set {assignment}: no such field; there are {', '.join(self.flat())}")
+                names = self.flat()
+                remedy = (
+                    did_you_mean(key.strip(), names, key=lambda name: name.rpartition(".")[2])
+                    or f"; there are {', '.join(names)}"
+                )
+                raise ValueError(f"--set {assignment}: no such field{remedy}")
             target[name] = parse_value(text.strip())
         return Config.from_dict(data)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,19 +42,37 @@ def processes(device: str) -> Iterator[Process]:
     """Initialise the process group under torchrun, and destroy it at the end.
 
     device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``. Raises ValueError if the device does not exist,
-    or if the launcher's variables do not match.
+    if the launcher's variables do not match, or if another process has ended while this one waited for it.
     """
-    world, rank, local_rank = ranks()
-    chosen = choose_device(device, local_rank)
-    if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
+        world, rank, local_rank = ranks()
+        chosen = choose_device(device, local_rank)
+        if world > 1:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         yield Process(rank, world, chosen)
         if world > 1:  # destroying the group right after a collective can hang in torch 2.13's gloo
             dist.barrier()
+    except (ValueError, OSError) as err:
+        tell_torchrun(str(err))
+        raise
+    except RuntimeError as err:
+        if not dist.is_initialized() or not (isinstance(err, dist.DistError) or "gloo" in str(err)):
+            raise
+        raise ValueError(
+            f"rank {dist.get_rank()} lost the connection to another process, which has ended ({str(err).splitlines()[0]}): its own error is "
+            "printed beside this one; if there is none, the system killed it, for example for lack of memory"
+        ) from err
     finally:
-        if world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell_torchrun(error: str) -> None:
+    """Let torchrun's summary, which follows its own traceback, end with this error of this process."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": {"message": f"error: {error}", "extraInfo": {"timestamp": int(time.time())}}}
+        Path(file).write_text(json.dumps(content))
 
 
 def ranks() -> tuple[int, int, int]:
@@ -80,13 +101,22 @@ def prepare_together(prepare: Callable[[], Result]) -> Result:
     except (ValueError, OSError) as err:
         result, error = None, err
     if dist.is_initialized():
-        failed: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(failed, error is not None)
-        if any(failed) and failed.index(True) != dist.get_rank():
-            sys.exit(1)
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        first = next((rank for rank, text in enumerate(errors) if text is not None), None)
+        if first is not None:
+            raise_once(error or ValueError(errors[first]), by=first)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def raise_once(error: Exception, *, by: int = 0) -> NoReturn:
+    """Raise, on rank `by`, an error that all ranks know of. The others exit with 1 without printing it."""
+    if dist.is_initialized() and dist.get_rank() != by:
+        tell_torchrun(str(error))
+        sys.exit(1)
+    raise error
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

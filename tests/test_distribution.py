@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import REPOSITORY
 
@@ -58,3 +61,20 @@ def test_the_wheel_has_the_packages_with_their_templates_and_types_and_nothing_e
     text = zipfile.ZipFile(next(distributions.glob("*.whl"))).read(metadata).decode()
     assert "Classifier: Typing :: Typed\n" in text
     assert "Project-URL: Paper, https://arxiv.org/abs/2404.14027\n" in text
+
+
+def test_constraints_pin_what_the_project_requires_to_a_version_that_it_accepts():
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = {
+        canonicalize_name(pin.name): pin
+        for pin in map(Requirement, (line for line in lines if not line.startswith("#")))
+    }
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for text in [*project["dependencies"], *(t for extra in project["optional-dependencies"].values() for t in extra)]:
+        wanted = Requirement(text)
+        versions = [part.version for part in pinned[canonicalize_name(wanted.name)].specifier]
+        assert versions and all(wanted.specifier.contains(version) for version in versions), text
+    # nuscenes-devkit needs NumPy below 2, of which only 1.26.4 is left; without it pip takes 2.4.6.
+    numpy = pinned.pop("numpy").specifier
+    assert sorted(numpy.filter(["1.26.3", "1.26.4", "2.4.6", "2.5.0"])) == ["1.26.4", "2.4.6"]
+    assert all([part.operator for part in pin.specifier] == ["=="] for pin in pinned.values())

@@ -16,7 +16,7 @@ from occfeat_train.options import reports_errors as of_train
 @pytest.mark.parametrize(
     ("package", "missing", "arguments", "extra"),
     [
-        ("occfeat_targets", "nuscenes", ["build", "--split", "mini_train", "--teacher", "none"], "targets"),
+        ("occfeat_targets", "simplejpeg", ["build", "--split", "mini_train", "--teacher", "none"], "targets"),
         ("occfeat_targets", "numba", ["synth", "--out", "city"], "targets"),
         ("occfeat_train", "torch", ["pretrain"], "train"),
         ("occfeat_train", "torch", ["evaluate", "run"], "train"),

@@ -129,7 +129,7 @@ def _local_client(workers: int) -> Iterator[Any]:
             f"{count(workers, 'local worker')} did not start ({err}): run the same command again, "
             "with fewer --workers if memory is short, or with --workers 0"
         ) from err
-    with cluster, Client(cluster) as client:
+    with cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -139,7 +139,7 @@ def _connect(scheduler: str) -> Iterator[Any]:
     from distributed import Client
 
     try:
-        client = Client(scheduler, timeout=_CONNECT_TIMEOUT)
+        client = Client(scheduler, timeout=_CONNECT_TIMEOUT, set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as err:  # the last two: only one side has TLS
         raise ValueError(
             f"no Dask scheduler answers at {scheduler} ({err or type(err).__name__}): start one with "
@@ -192,16 +192,17 @@ def _build_all(
                     f"start them with 'dask worker {address}'"
                 )
                 notice_at = float("inf")
-            reports = [_report(future, running.pop(future)) for future in _wait(running)]
+            reports = [_report(future, running.pop(future)) for future in _wait(client, running)]
         yield from reports
 
 
-def _wait(running: dict[Any, int]) -> list[Any]:
+def _wait(client: Any, running: dict[Any, int]) -> list[Any]:
     """The tasks that are finished, after at most a short time."""
     from distributed import wait
 
     try:
-        return list(wait(list(running), timeout=_TOP_UP_SECONDS, return_when="FIRST_COMPLETED").done)
+        with client.as_current():
+            return list(wait(list(running), timeout=_TOP_UP_SECONDS, return_when="FIRST_COMPLETED").done)
     except TimeoutError:
         return []
 

@@ -48,7 +48,7 @@ class Contents:
         simulated = [SYNTHETIC_DATA] if self.split.is_synthetic else []
         if teacher is not None and teacher.is_random:
             simulated.append(RANDOM_TEACHER)
-        names = ("numpy", "zarr", "simplejpeg", "torch", "transformers", "nuscenes-devkit")
+        names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
         return {
             "simulated": simulated,
             "split": self.split.name,

@@ -36,6 +36,7 @@ from occfeat_targets.cache.records import (
 from occfeat_targets.cache.shards import chunk_checksums, shard_file, shard_name
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.common.plural import count
+from occfeat_targets.common.suggest import did_you_mean
 
 CREATED = "created"
 
@@ -251,10 +252,10 @@ def open_cache(path: Path) -> Cache:
     """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
-        there = sorted(p.name for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
+        there = sorted(p.stem for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
         raise CacheError(
-            f"no cache at {path}" + (f" (found there: {', '.join(there)})" if there else "")
-            + ": build it with 'occfeat-targets build', or correct --cache and --split"
+            f"no cache at {path}" + (f" (splits there: {', '.join(there)})" if there else "") + (did_you_mean(path.stem, there) or ":")
+            + " build it with 'occfeat-targets build', or correct --cache and --split"
         )  # fmt: skip
     require_format(path)
     record = path / PROGRESS / f"{CREATED}.json"

@@ -1,16 +1,44 @@
-"""Parts of both command lines: errors as one line, paths, and choices from a table."""
+"""Parts of both command lines: help in the order of work, with examples; errors as one line; paths; choices from a table."""
 
 from __future__ import annotations
 
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from occfeat_targets.common.paths import local_path
+
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+# Variables that both command lines read, for the end of their help.
+VARIABLES = {
+    "OCCFEAT_CACHE": "default of --cache",
+    "OCCFEAT_TRACEBACK": "1 shows the Python traceback of an error",
+    "HF_HOME, HF_HUB_OFFLINE": "where Hugging Face keeps models; 1 uses only those",
+    "CUDA_VISIBLE_DEVICES": "the GPUs that are used",
+    "NUMBA_CACHE_DIR": "where compiled functions are kept",
+}
+
+
+class WorkOrder(click.Group):
+    """A group that lists its commands in the order of their definition, which is the order of work."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines that can be copied."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def describe_variables(variables: Mapping[str, str]) -> str:
+    """The end of a group's help: {environment variable: meaning}."""
+    width = max(map(len, variables))
+    return "\b\nEnvironment variables:\n" + "\n".join(f"  {name:{width}}  {text}" for name, text in variables.items())
 
 
 class LocalPath(click.Path):
@@ -21,6 +49,17 @@ class LocalPath(click.Path):
             return super().convert(local_path(value), param, ctx)
         except ValueError as err:
             self.fail(str(err), param, ctx)
+
+
+def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several decorators as one, in their order in --help."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 def names_of(table: dict[str, Any]) -> click.Choice[str]:

@@ -1,7 +1,6 @@
 """nuScenes: from a split to a list of keyframes with all paths and transforms.
 
-This is the only module that imports the devkit, for its lists of scenes. Tables are read once, when a build is planned. The
-results are small, need no tables, and can be sent to workers.
+Tables are read once, when a build is planned. The results are small, need no tables, and can be sent to workers.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
+from occfeat_targets.sources.splits import split_scenes
 from occfeat_targets.sources.sweeps import read_sweep
 from occfeat_targets.sources.tables import Record, Tables, read_records
 
@@ -59,7 +60,7 @@ class NuScenes:
 
 
 def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, str]:
-    """(folder of the data set, version) for both layouts: root/v1.0-trainval and root/trainval/v1.0-trainval.
+    """(dataroot, version) for both layouts: root/v1.0-trainval and root/trainval/v1.0-trainval.
 
     Raises DatasetError that names the versions found under `root`.
     """
@@ -90,12 +91,10 @@ def read_split(
     Problems of single keyframes (no sweep, a NaN in the LiDAR's pose) and views are recorded in them.
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
-    from nuscenes.utils.splits import create_splits_scenes
-
     dataroot, version = find_dataroot(root, split, version)
-    splits = create_splits_scenes()
+    splits = split_scenes()
     if split not in splits:
-        raise DatasetError(f"no split {split!r}: the devkit knows {', '.join(splits)}")
+        raise DatasetError(f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}")
     tables = Tables(dataroot / version)
     for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
         tables.load(table)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry
 
-# {name: class}. Resolved when used, so that a command line starts without the devkit.
+# {name: class}. Resolved when used, so that a command line starts fast.
 SOURCES = {"nuscenes": "occfeat_targets.sources.nuscenes:NuScenes"}
 
 

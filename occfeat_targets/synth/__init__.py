@@ -23,7 +23,7 @@ The files, in the order of the data flow:
     outlines   polygons of the ground's regions
     mapfile    the map expansion's file format
     expansion  the map of a district
-    scene_names  scene names that are in the devkit's splits
+    scene_names  scene names of nuScenes' splits
     city       write_city
 
 The first run compiles the kernels (about half a minute); numba caches them in `__pycache__`.

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
+from occfeat_targets.common.hub import use_cache_without_hub
 from occfeat_targets.targets.teacher_devices import find_devices
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def _config(name: str) -> Mapping[str, Any]:
         return found
     from transformers import PreTrainedConfig
 
+    if not Path(name).exists():
+        use_cache_without_hub()
     try:
         config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as err:

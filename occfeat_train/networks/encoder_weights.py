@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from occfeat_targets.cache.records import unique_suffix
+from occfeat_targets.common.hub import use_cache_without_hub
 from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
 
 DEFAULT_WEIGHTS = {
@@ -114,6 +115,7 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
                 f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json of "
                 "a model of transformers (a model's own code is never run) and whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
             ) from err
+    use_cache_without_hub()
     try:
         return load(weights)
     except pickle.UnpicklingError as err:

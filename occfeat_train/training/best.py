@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,5 +28,7 @@ def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> 
     link = run / "checkpoints" / BEST
     partial = link.with_name(f".{BEST}.partial")
     partial.unlink(missing_ok=True)
+    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
+        shutil.rmtree(link)
     partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
     os.replace(partial, link)

@@ -214,11 +214,19 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     flush(folder)
-    best = (folder / BEST).readlink().name if (folder / BEST).is_symlink() else ""
+    best = best_step(run)
     for old in checkpoint_folders(run)[:-KEEP]:
-        if old.name != best:
+        if best is None or old.name != _folder_name(best):
             shutil.rmtree(old)
     return final
+
+
+def best_step(run: Path) -> int | None:
+    """Step of RUN/checkpoints/best; None if there is none that can be read."""
+    try:
+        return int(read_record(run / "checkpoints" / BEST / RECORD)["step"])
+    except CacheError:
+        return None
 
 
 def find_checkpoint(path: Path) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ class RunLog:
         )
         self._bar.update()
 
-    def validation(self, step: int, results: dict[str, Any]) -> None:
-        """Log the validation results after `step` steps."""
+    def validation(self, step: int, results: dict[str, Any], columns: Mapping[str, str]) -> None:
+        """Log the validation results after `step` steps, and print their columns, {name: text}."""
         self._write({"step": step - 1, "validation": results}, "validation")
+        with self._bar.external_write_mode():
+            shown = "; ".join(f"{name} {text}" for name, text in columns.items())
+            print(f"validation after {count(step, 'step')}: {shown}", flush=True)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
         self._file.write(json.dumps({**record, "time": timestamp()}) + "\n")

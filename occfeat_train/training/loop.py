@@ -75,7 +75,7 @@ def train(
             trainer.release_memory()
             results = validate(task)
             if log is not None:
-                log.validation(trainer.step, results)
+                log.validation(trainer.step, results, task.columns(results))
                 link_best(run, task.score)
 
     try:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch
-from occfeat_train.distributed import Process, average_gradients, average_statistics, gather, sum_over_processes
+from occfeat_train.distributed import (
+    Process,
+    average_gradients,
+    average_statistics,
+    gather,
+    raise_once,
+    sum_over_processes,
+)
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import freeze_batchnorm, move_to_device
 from occfeat_train.training.checkpoint import Checkpoint, load_weights
@@ -88,7 +95,7 @@ class Trainer:
     def take_step(self, batches: Iterator[Any], **flags: bool) -> dict[str, float]:
         """One optimiser step on the next batches. Returns losses, grad_norm, lr, and the number of ranks with each flag.
 
-        Raises TrainingError on a loss or gradient that is not finite, before it changes a weight.
+        Raises TrainingError on a loss or gradient that is not finite, before it changes a weight; ranks above 0 exit with 1.
         """
         set_training(self.task, self.config)
         losses, tokens = accumulate(self.run, batches, self.config, self.process, self.step)
@@ -101,10 +108,12 @@ class Trainer:
         counts = {name: norm.new_full((), flag) for name, flag in flags.items()}
         record = reduce_losses({**losses, "grad_norm": norm / self.process.world, **counts})
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            raise TrainingError(
-                f"step {self.step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
-                f"{', '.join(gather(tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
-                "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+            raise_once(
+                TrainingError(
+                    f"step {self.step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
+                    f"{', '.join(gather(tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
+                    "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+                )
             )
         if not self.is_cuda:
             self.optimizer.step()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import dask
 import pytest
 from distributed import Client, LocalCluster, Security
 
@@ -86,6 +87,14 @@ def test_an_adaptive_cluster_without_workers_starts_them(monkeypatch):
         made.adapt(minimum=0, maximum=2, interval="100 ms")
         reports = list(run_on_dask(tuple(range(40)), int, lambda: True, scheduler=made.scheduler_address))
     assert_all_built(reports, 40)
+
+
+def test_a_build_does_not_become_the_default_of_the_process(monkeypatch):
+    """Otherwise other uses of Dask in this process would run on the cluster, and fail once its scheduler is lost."""
+    monkeypatch.setattr(module, "build_shard", build_at_once)
+    with cluster(1) as made:
+        for _ in run_on_dask((0, 1), int, lambda: True, scheduler=made.scheduler_address):
+            assert dask.config.get("scheduler", None) is None
 
 
 def test_workers_that_join_later_get_tasks_before_any_is_finished(monkeypatch):

@@ -17,9 +17,8 @@ def split_of(root, split="mini_train", num_sweeps=1, version=None, with_boxes=Tr
 
 @pytest.fixture(scope="module")
 def devkit(real_sample):
-    from nuscenes.nuscenes import NuScenes
-
-    return NuScenes("v1.0-mini", str(real_sample), verbose=False)
+    nuscenes = pytest.importorskip("nuscenes.nuscenes", reason="nuscenes-devkit is not installed")
+    return nuscenes.NuScenes("v1.0-mini", str(real_sample), verbose=False)
 
 
 def test_the_real_keyframe_is_found_and_missing_scenes_are_counted(real_sample):

@@ -124,11 +124,11 @@ def test_cameras_look_where_their_names_say():
 
 @pytest.mark.slow
 def test_the_map_agrees_with_the_painted_ground(district, tmp_path):
-    from nuscenes.map_expansion.map_api import NuScenesMap
+    map_api = pytest.importorskip("nuscenes.map_expansion.map_api", reason="nuscenes-devkit is not installed")
     from nuscenes.utils.map_mask import MapMask
 
     mask = MapMask(str(tmp_path / write_map(tmp_path, 4, LOCATION, [district])))
-    city_map = NuScenesMap(str(tmp_path), LOCATION)
+    city_map = map_api.NuScenesMap(str(tmp_path), LOCATION)
     layers = {
         "drivable_area": [ground.ROAD, ground.CROSSING, ground.STOP_LINE, ground.CAR_PARK, ground.DRIVEWAY],
         "ped_crossing": [ground.CROSSING],
@@ -152,10 +152,9 @@ def test_the_map_agrees_with_the_painted_ground(district, tmp_path):
 
 
 def test_every_connector_joins_two_lanes_without_a_gap(district, tmp_path):
-    from nuscenes.map_expansion.map_api import NuScenesMap
-
+    map_api = pytest.importorskip("nuscenes.map_expansion.map_api", reason="nuscenes-devkit is not installed")
     write_map(tmp_path, 4, LOCATION, [district])
-    city_map = NuScenesMap(str(tmp_path), LOCATION)
+    city_map = map_api.NuScenesMap(str(tmp_path), LOCATION)
     for lane in city_map.lane:
         assert city_map.get_outgoing_lane_ids(lane["token"]) or city_map.get_incoming_lane_ids(lane["token"])
     for connector in city_map.lane_connector:

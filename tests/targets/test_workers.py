@@ -163,7 +163,9 @@ def test_the_plan_announces_workers_gpus_and_the_time_of_the_teacher_on_them(toy
     last = describe_plan(plan, Workers(8, ("cuda:0", "cuda:1"), 2))[-1]
     assert timed == [("cuda:0", 2 * 3)]
     # 4 keyframes of 3 images, half of them on each GPU
-    assert f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} from now with 8 workers on 2 GPUs" in last
+    assert (
+        f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} from now with 8 workers on 2 GPUs" in last
+    )
     assert "2 keyframes per teacher batch" in last
     assert "in this process on cuda:1, 1 keyframe per" in describe_plan(plan, Workers(0, ("cuda:1",), 1))[-1]
 

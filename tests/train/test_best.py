@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_continued_run_knows_its_best_checkpoint(cache, tmp_path, scores, monk
     ]
     assert names(run) == ["step-00000001", "step-00000005", "step-00000006"]
     assert find_checkpoint(run / "checkpoints" / "best").step == 1
+
+
+def test_a_copy_of_a_run_that_followed_the_link_keeps_its_best_checkpoint(cache, tmp_path, scores):
+    run = tmp_path / "run"
+    scores += [9.0, 1.0, 2.0]
+    succeed(*pretrain(cache, run, "--validate", "val", "--save-every", "1", *steps(3)))
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    assert not (copy / "checkpoints" / "best").is_symlink()
+    assert find_checkpoint(copy / "checkpoints" / "best").step == 1
+    scores += [1.0, 1.0]
+    succeed(*pretrain(cache, copy, "--validate", "val", "--save-every", "1", *steps(5)))
+    assert (copy / "checkpoints" / "best").readlink() == Path("step-00000001")
+    assert names(copy) == ["step-00000001", "step-00000004", "step-00000005"]
 
 
 def test_without_validation_or_without_a_score_there_is_no_best(cache, tmp_path, scores):

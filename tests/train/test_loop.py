@@ -50,7 +50,7 @@ def test_every_step_logs_one_record_with_the_documented_fields(run):
     assert [record["step"] for record in lines] == list(range(6))
     for record in lines:
         assert set(record) == {
-            "step", "epoch", "loss", "occupancy", "features", "grad_norm", "lr", "samples_per_s", "data_wait",
+            "step", "epoch", "loss", "occupancy", "features", "grad_norm", "lr", "samples_per_s", "data_wait", "time",
         }  # fmt: skip
         assert record["loss"] == pytest.approx(record["occupancy"] + 0.01 * record["features"], rel=1e-5)
         assert record["epoch"] == pytest.approx((record["step"] + 1) * 2 / 7)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from occfeat_train.training.log import read_log
@@ -76,6 +78,43 @@ def test_two_processes_refuse_to_enlarge_images_with_one_error(cache, tmp_path):
     """No process waits for the other, and no step is trained."""
     run = tmp_path / "run"
     output = run_pair(pretrain(cache, run, *steps(1), "--set", "network.image_size=48x80"), expected=1)
-    assert output.count("error: ") == 1, output
+    assert output.split("Traceback")[0].count("error: ") == 1, output
     assert "images of 40x60, network.image_size=48x80 needs up to 57x96" in output
     assert not (run / "log.jsonl").exists()
+
+
+def last_block(output: str) -> str:
+    """The end of torchrun's summary: the process that failed first, with its error."""
+    return output.split("Root Cause (first observed failure):")[1]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_output_of_torchrun(cache, tmp_path):
+    output = run_pair(pretrain(cache, tmp_path / "run", *steps(1), "--validate", "absent"), expected=1)
+    error = f"error: no cache at {cache / 'absent.zarr'}"
+    assert output.split("Traceback")[0].count(error) == 1
+    assert error in last_block(output)
+    assert "[rank" not in output
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_printed_once(cache, tmp_path):
+    output = run_pair(pretrain(cache, tmp_path / "run", *steps(20), "--set", "optim.lr=1e30"), expected=1)
+    assert output.split("Traceback")[0].count("error: step ") == 1
+    assert "error: step " in last_block(output)
+    assert "[rank" not in output
+
+
+@pytest.mark.slow
+def test_a_process_whose_partner_was_killed_says_so_in_one_line(cache, tmp_path):
+    run = tmp_path / "run"
+    with start_process(pretrain(cache, run, *steps(5000)), processes=2) as launcher:
+        while not (run / "log.jsonl").is_file() or not read_log(run):
+            assert launcher.poll() is None
+            time.sleep(0.1)
+        (partner,) = (p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1")
+        partner.kill()
+        output = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 1
+    assert "error: rank 0 lost the connection to another process, which has ended (" in output
+    assert "[rank" not in output
