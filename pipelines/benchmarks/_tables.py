@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.sources.splits import split_scenes
 from occfeat_targets.synth.rig import CAMERAS as RIG
 from occfeat_targets.synth.rig import EGO_FROM_LIDAR, quaternion
-from occfeat_targets.synth.scene_names import split_names
 from occfeat_targets.synth.tables import ATTRIBUTES, CATEGORIES
 
 LIDAR = "LIDAR_TOP"
@@ -53,7 +53,8 @@ def write_tables(root: Path, size: Size = Size(), seed: int = 0) -> Path:
         **dict.fromkeys(RADARS, np.eye(4)),
     }
     intrinsics = {c.channel: c.intrinsics((900, 1600)).tolist() for c in RIG}
-    names = [name for names in split_names(VERSION) for name in names][: size.scenes]
+    splits = split_scenes()
+    names = [*splits["train"], *splits["val"]][: size.scenes]
     keyframes = size.keyframes
     small = {
         "category": [{"token": f"category{i}", "name": name, "description": ""} for i, name in enumerate(CATEGORIES)],

@@ -39,14 +39,15 @@ def measure(*arguments: str | Path) -> tuple[float, float, float]:
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
-def fill_keyframes(root: Path, number: int) -> None:
-    """Copy an image and a sweep to the first keyframes of the first scene."""
+def fill_keyframes(root: Path, size: Size, number: int) -> None:
+    """Copy an image and a sweep to the first keyframes."""
     real = find_dataroot(None)
     (image, *_), _ = find_images(real)
     sweep, _ = find_sweep(None, real)
-    for keyframe in range(number):
+    keyframes = [(scene, keyframe) for scene, n in enumerate(size.keyframes) for keyframe in range(n)]
+    for scene, keyframe in keyframes[:number]:
         for channel in (LIDAR, *CAMERAS):
-            shutil.copy(sweep if channel == LIDAR else image, root / keyframe_file(channel, 0, keyframe))
+            shutil.copy(sweep if channel == LIDAR else image, root / keyframe_file(channel, scene, keyframe))
 
 
 def run(directory: Path, size: Size, train_scenes: int, teacher: str, num_measured: int) -> None:
@@ -54,7 +55,7 @@ def run(directory: Path, size: Size, train_scenes: int, teacher: str, num_measur
     root, cache = directory / "data", directory / "cache"
     write_tables(root, size)
     touch_keyframes(root, 0, train_scenes)
-    fill_keyframes(root, min(SHARD * num_measured, size.keyframes[0]))
+    fill_keyframes(root, size, SHARD * num_measured)
     where = ["--cache", cache, "--split", "train"]
     # Small images, so that the cache passes the check of the disk's free space.
     build = ["build", *where, "--dataroot", root, "--teacher", teacher, "--image-size", "135x240"]
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=None, help="folder for temporary 4 GB")
     parser.add_argument("--teacher", default="none")
-    parser.add_argument("--tasks", type=int, default=2, help="tasks to measure, of 16 keyframes each; at most 2")
+    parser.add_argument("--tasks", type=int, default=2, help="tasks to measure, of 16 keyframes each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         run(Path(directory), Size(), 700, arguments.teacher, arguments.tasks)

@@ -16,9 +16,11 @@ from occfeat_targets.build.options import BuildOptions
 from occfeat_targets.build.plan import make_plan
 from occfeat_targets.build.planned import open_plan
 from occfeat_targets.build.shard import ShardReport, build_shard
+from occfeat_targets.build.workers import Workers, find_build_devices
 from occfeat_targets.cache.records import read_record, write_record
 from occfeat_targets.cache.spec import CAMERAS
 from occfeat_targets.cache.store import open_cache
+from occfeat_targets.messages import describe_plan
 from occfeat_targets.sources import nuscenes
 from occfeat_targets.sources.keyframe import Keyframe, broken_view
 from occfeat_targets.sources.keyframe_files import (
@@ -28,10 +30,12 @@ from occfeat_targets.sources.keyframe_files import (
     map_to_bytes,
 )
 from occfeat_targets.targets import teacher as teacher_module
+from tests.conftest import REPOSITORY
 from tests.targets.command_line import GRID, build_arguments, contents, run, table, write_table
 from tests.targets.toy_source import WHERE, build
 
 READING = "reading the tables of"
+TABLES = ("scene", "sample", "sample_data", "ego_pose", "sample_annotation", "instance")
 
 
 @pytest.fixture
@@ -99,7 +103,8 @@ def test_verify_with_tables_finds_a_plan_that_is_wrong(planned, broken_city):
 
 def test_keyframes_and_maps_in_files_are_exactly_the_same(city):
     split = nuscenes.read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=3, with_boxes=True)
-    broken = replace(split.keyframes[0], cameras=(broken_view("no record"), *split.keyframes[0].cameras[1:]))
+    view = replace(broken_view("no record"), path=split.dataroot)
+    broken = replace(split.keyframes[0], cameras=(view, *split.keyframes[0].cameras[1:]))
     keyframes = [broken, Keyframe("a", "scene", 7, "town", problem="no sweep"), *split.keyframes[2:]]
     content = keyframes_to_bytes(keyframes, split.dataroot)
     again = keyframes_from_bytes(content, split.dataroot)
@@ -195,11 +200,11 @@ def test_options_and_teacher_are_refused_before_the_tables_are_read(planned, bro
         (["--shard-size", "3"], "pass --shard-size 2"),
         (["--scenes", "scene-0061"], "pass the same --scenes as at its first build"),
         (["--label-kinds", "map"], "labels: ['vehicles', 'map'] != ['map']"),
-        (["--teacher", str(tmp_path)], "cannot be loaded"),
+        (["--teacher", str(tmp_path / "none")], "cannot be loaded"),
     ]:
         refused = task(broken_city, planned, *options, check=False)
         assert refused.returncode == 1 and message in refused.stderr, options
-    new = task(broken_city, tmp_path / "new", "--teacher", str(tmp_path), check=False)
+    new = task(broken_city, tmp_path / "new", "--teacher", str(tmp_path / "none"), check=False)
     assert new.returncode == 1 and "cannot be loaded" in new.stderr and READING not in new.stdout
 
 
@@ -283,3 +288,50 @@ def test_a_build_continues_in_the_type_it_was_begun_with_whatever_suits_the_mach
     assert f"computed in {begun_with}" in output and "is complete" in output
     refused = run(*arguments, "--teacher-dtype", other, check=False)
     assert refused.returncode == 1 and f"'dtype': '{begun_with}'" in refused.stderr
+
+
+def test_a_new_cache_has_the_type_that_suits_a_worker_of_the_scheduler(toy, tiny_teacher, tmp_path, monkeypatch):
+    """The planning machine has no GPU, and --device cuda is about the workers."""
+    asked = []
+
+    def ask_worker(scheduler, function, device):
+        asked.append((scheduler, function is teacher_module.native_dtype, device))
+        return "bfloat16"
+
+    monkeypatch.setattr("occfeat_targets.build.plan.ask_worker", ask_worker)
+    options = BuildOptions(
+        toy, tmp_path, "all", source="toy", teacher=tiny_teacher, device="cuda", image_size=(48, 80), feature_size=(56, 98),
+        keyframes_per_shard=2,
+    )  # fmt: skip
+    assert find_build_devices(options, "tcp://a:1") == ("cpu",)
+    plan = make_plan(options, scheduler="tcp://a:1")
+    assert asked == [("tcp://a:1", True, "cuda")]
+    assert plan.cache.spec.teacher.dtype == "bfloat16"
+    again = make_plan(replace(options, device="cpu"), scheduler="tcp://a:1")
+    assert again.cache.spec == plan.cache.spec and len(asked) == 1
+    assert (
+        "time: depends on the workers of tcp://a:1" in describe_plan(plan, Workers(0, ("cpu",), None, "tcp://a:1"))[-1]
+    )
+
+
+def test_tables_of_any_size_can_be_written_and_planned(tmp_path, monkeypatch, capsys):
+    """pipelines/benchmarks/planning.py, with 2 scenes of 3 keyframes."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "pipelines" / "benchmarks"))
+    from _tables import VERSION, Size
+    from planning import run as measure
+
+    size = Size(scenes=2, samples=6, sample_data=500, annotations=70, instances=40, map_polygons=60)
+    measure(tmp_path, size, train_scenes=2, teacher="none", num_measured=1)
+    assert "| task 0 of 1 |" in capsys.readouterr().out
+    found = {name: json.loads((tmp_path / "data" / VERSION / f"{name}.json").read_text()) for name in TABLES}
+    assert {name: len(records) for name, records in found.items()} == {
+        "scene": 2, "sample": 6, "sample_data": 500, "ego_pose": 500, "sample_annotation": 70, "instance": 40
+    }  # fmt: skip
+    cache = open_cache(tmp_path / "cache" / "train.zarr")
+    assert len(cache) == 6 and cache.spec.labels == ("vehicles", "map")
+    keyframes = nuscenes.read_split(
+        tmp_path / "data", "train", version=None, cameras=CAMERAS, num_sweeps=5, with_boxes=True
+    ).keyframes
+    assert [len(k.sweeps) for k in keyframes] == [1, 5, 5] * 2 and not any(k.problem for k in keyframes)
+    assert sum(len(k.vehicle_corners) for k in keyframes) > 10
+    assert sum(Size().keyframes[:700]) == 28_149 and sum(Size().keyframes) == 34_149
