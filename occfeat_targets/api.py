@@ -59,6 +59,7 @@ def build_cache(
     plan_only: bool = False,
     shard_size: int = 16,
     on_error: OnError = "fail",
+    overwrite: bool = False,
     retry_skipped: bool = False,
     device: str = "auto",
     log: Callable[[str], None] | None = print,
@@ -104,12 +105,14 @@ def build_cache(
     )
     ways = plan_only + sum(x is not None for x in (workers, scheduler, scheduler_file, shard))
     _require(ways <= 1, "workers, scheduler, scheduler_file, shard and plan_only are ways to run a build: choose one")
+    _require(not (overwrite and shard), "overwrite and shard: each task would delete what the others have built")
 
     from occfeat_targets.build.cluster import read_scheduler_file
     from occfeat_targets.build.options import BuildOptions
     from occfeat_targets.build.plan import make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
+    from occfeat_targets.cache.overwrite import replaced
     from occfeat_targets.messages import describe_outcome, describe_plan, describe_tasks
 
     def write(line: str) -> None:
@@ -129,7 +132,8 @@ def build_cache(
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    plan = make_plan(options, scheduler=scheduler, print_line=write)
+    with replaced(options.path, overwrite):
+        plan = make_plan(options, scheduler=scheduler, print_line=write)
     chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
     for line in describe_plan(plan, chosen):
         write(line)

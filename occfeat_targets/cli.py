@@ -104,7 +104,7 @@ def build(
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
     scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
-    retry_skipped: bool, device: str,
+    overwrite: bool, retry_skipped: bool, device: str,
 ) -> None:  # fmt: skip
     """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.cluster import read_scheduler_file
@@ -112,12 +112,17 @@ def build(
     from occfeat_targets.build.plan import make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
+    from occfeat_targets.cache.overwrite import replaced
     from occfeat_targets.messages import describe_outcome, describe_plan, describe_tasks
     from occfeat_targets.sources.scenes import parse_scenes
 
     if plan_only + sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
         raise click.UsageError(
             "--workers, --scheduler, --scheduler-file, --shard and --plan-only are ways to run a build: choose one of them"
+        )
+    if overwrite and shard is not None:
+        raise click.UsageError(
+            "--overwrite and --shard: each task would delete what the others have built; delete the cache first"
         )
     if scheduler_file is not None:
         scheduler = read_scheduler_file(scheduler_file)
@@ -135,7 +140,8 @@ def build(
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    plan = make_plan(options, scheduler=scheduler, print_line=click.echo)
+    with replaced(options.path, overwrite):
+        plan = make_plan(options, scheduler=scheduler, print_line=click.echo)
     chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
     click.echo("\n".join(describe_plan(plan, chosen)))
     if plan_only:

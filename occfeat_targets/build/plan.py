@@ -195,7 +195,7 @@ def _require_unchanged(cache: Cache, old: StoredPlan | None, contents: Contents)
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise CacheError(
             f"the tables at {contents.split.dataroot} have changed since keyframes of {cache.path} were built from them "
-            f"({changed[0]}{more}): restore the tables, choose another --cache, or delete it to rebuild"
+            f"({changed[0]}{more}): restore the tables, choose another --cache, or pass --overwrite to replace it"
         )
 
 
@@ -206,7 +206,7 @@ def _require_scenes(cache: Cache, names: Sequence[str] | None) -> None:
         raise CacheError(
             f"cache {cache.path} holds the keyframes of {count(len(there), 'scene')}, and not those of "
             f"{'all' if names is None else 'these'} scenes: pass the same --scenes as at its first build, choose another --cache, "
-            "or delete it to rebuild"
+            "or pass --overwrite to replace it"
         )
 
 

@@ -121,7 +121,7 @@ def require_options(cache: Cache, spec: TargetSpec, keyframes_per_shard: int) ->
         raise CacheError(
             f"cache {cache.path} has fingerprint {cache.spec.fingerprint}, this build has {spec.fingerprint} "
             f"({'; '.join(cache.spec.differences(spec))} [cache != build]): "
-            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
+            "pass the options the cache was built with, choose another --cache, or pass --overwrite to replace it"
         )
     if cache.keyframes_per_shard != keyframes_per_shard:
         raise CacheError(
@@ -136,7 +136,7 @@ def require_keyframes(cache: Cache, identity: Identity) -> None:
         raise CacheError(
             f"cache {cache.path} holds {count(len(cache), 'other keyframe')} than the {len(identity)} of this data set: "
             "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
-            "or delete it to rebuild"
+            "or pass --overwrite to replace it"
         )
 
 

@@ -17,9 +17,10 @@ from occfeat_train.config import LIFTINGS, Config
 from occfeat_train.distributed import Process
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
-from occfeat_train.training.checkpoint import CheckpointError, RunInfo, load_weights, save_checkpoint
+from occfeat_train.training.checkpoint import RunInfo, load_weights, save_checkpoint
 from occfeat_train.training.run_directory import begin_run
 from occfeat_train.training.run_lock import locked_run
+from occfeat_train.training.saving import CheckpointError
 
 # Tensors that only one of the reference's networks has.
 _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}

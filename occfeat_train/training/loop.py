@@ -83,6 +83,8 @@ def train(
             is_due = start > 0 and (start % save_every == 0 or start == num_steps)
             if validate is not None and is_due and not is_validated(run, start, process):
                 measure()  # the run was stopped between the checkpoint and its validation
+            elif validate is not None and start > 0 and log is not None:
+                link_best(run, task.score)  # or between the validation and the link
             while trainer.step < num_steps:
                 began, waited = time.perf_counter(), prefetcher.waited
                 record = trainer.take_step(batches, stop=stop.is_set)

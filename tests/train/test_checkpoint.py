@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from occfeat_train.config import Config
-from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint, save_checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
+from occfeat_train.training.saving import CheckpointError
 from tests.train.runs import (
     GRID,
     assert_same,
