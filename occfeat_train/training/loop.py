@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from occfeat_train.tasks.base import Task
 from occfeat_train.training.best import link_best
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
-from occfeat_train.training.step import Trainer
+from occfeat_train.training.step import TakenStep, Trainer
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ def train(
     prefetcher = Prefetcher(dataset, samples, process.device, workers=options.workers)
     batches = iter(prefetcher)
 
+    taken: deque[TakenStep] = deque()
+    began, waited = time.perf_counter(), 0.0
+
+    def read_steps(left: int) -> bool:
+        """Read and log all taken steps but the last `left`. Returns whether the run must stop."""
+        nonlocal began, waited
+        must_stop = False
+        while len(taken) > left:
+            number, record = trainer.step - len(taken), taken.popleft().record()
+            must_stop |= record.pop("stop") > 0
+            seconds, waiting = time.perf_counter() - began, prefetcher.waited - waited
+            began, waited = began + seconds, waited + waiting
+            if log is not None:
+                log.step({
+                    "step": number, "epoch": (number + 1) * optim.samples_per_step / len(dataset), **record,
+                    "samples_per_s": optim.samples_per_step / seconds, "data_wait": waiting / seconds,
+                })  # fmt: skip
+        return must_stop
+
     def measure() -> None:
         if validate is not None:
             trainer.release_memory()
@@ -85,23 +105,18 @@ def train(
                 measure()  # the run was stopped between the checkpoint and its validation
             elif validate is not None and start > 0 and log is not None:
                 link_best(run, task.score)  # or between the validation and the link
-            while trainer.step < num_steps:
-                began, waited = time.perf_counter(), prefetcher.waited
-                record = trainer.take_step(batches, stop=stop.is_set)
-                must_stop = record.pop("stop") > 0
-                if log is not None:
-                    seconds = time.perf_counter() - began
-                    log.step({
-                        "step": trainer.step - 1, "epoch": trainer.step * optim.samples_per_step / len(dataset), **record,
-                        "samples_per_s": optim.samples_per_step / seconds,
-                        "data_wait": (prefetcher.waited - waited) / seconds,
-                    })  # fmt: skip
-                if trainer.step % save_every == 0 or trainer.step == num_steps or must_stop:
+            began, must_stop = time.perf_counter(), False
+            while trainer.step < num_steps and not must_stop:
+                taken.append(trainer.take_step(batches, stop=stop.is_set))
+                is_due = trainer.step % save_every == 0 or trainer.step == num_steps
+                must_stop = read_steps(0 if is_due else trainer.lag)
+                if is_due or must_stop:
+                    read_steps(0)
                     if process.is_main:
                         save_checkpoint(run, trainer.step, info, task.state_dict(), trainer.state())
-                    if must_stop:
-                        break
-                    measure()
+                    if not must_stop:
+                        measure()
+                        began = time.perf_counter()
         return trainer.step == num_steps
     finally:
         batches.close()  # type: ignore[attr-defined]
