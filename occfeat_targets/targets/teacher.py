@@ -153,7 +153,7 @@ def teacher_spec(
     if input_size is None:
         input_size = (_BUDGET[0] // teacher.patch * teacher.patch, _BUDGET[1] // teacher.patch * teacher.patch)
     if dtype == "auto":
-        dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
+        dtype = native_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise TeacherError(f"teacher dtype {dtype!r}: float32, bfloat16 or auto expected")
     spec = TeacherSpec(name, "", input_size, teacher.patch, teacher.dim, layer, dtype, teacher.mean, teacher.std)
@@ -289,7 +289,10 @@ def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int =
     return best / images
 
 
-def _has_fast_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def native_dtype(device: str = "auto") -> str:
+    """bfloat16 if the device (as in `find_devices`) supports it natively, else float32."""
+    if find_devices(device)[0].startswith("cuda"):
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if is_native else "float32"
