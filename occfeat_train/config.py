@@ -189,7 +189,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32. compile: torch.compile for the image encoder; ``auto`` for long runs on a GPU.
+    float32. float32 excludes TF32. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
