@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from occfeat_targets.common.paths import local_path
+from occfeat_targets.common.terminal import echo
 
 
 class LocalPath(click.Path):
@@ -50,7 +51,7 @@ def reports_errors(extra: str) -> Callable[[Callable[..., None]], Callable[..., 
                     message = f"the Python package {package} is missing: pip install 'occfeat[{extra}]'"
                 if os.environ.get("OCCFEAT_TRACEBACK"):
                     raise
-                click.echo(f"error: {message}", err=True)
+                echo(f"error: {message}", err=True)
                 sys.exit(1)
 
         return wrapper

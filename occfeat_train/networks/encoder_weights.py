@@ -17,6 +17,7 @@ from torch import nn
 
 from occfeat_targets.cache.records import unique_suffix
 from occfeat_targets.common.hub import use_cache_without_hub
+from occfeat_targets.common.weights import find_weights
 from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
 
 DEFAULT_WEIGHTS = {
@@ -31,7 +32,7 @@ MOCO_V2_MD5 = "a04e12f8"  # the first digits, as published by MoCo's authors
 def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
     """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
 
-    weights: ``none`` keeps them random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
+    weights: ``none`` keeps them random; a hub id, a local folder that transformers can read, or a pytorch_model.bin in one; ``moco-v2`` for the
     official file of 800 epochs; or a .pth or .pth.tar file with its layout (ResNet-50 only).
     Raises ValueError if the weights are not available, incomplete, or of another architecture.
     """
@@ -75,7 +76,8 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
     if backbone in RESNET_DEPTHS:
         kind, expected = "resnet", {**RESNET, "depths": RESNET_DEPTHS[backbone]}
     # Without trust_remote_code=False, transformers asks on the terminal whether to run a folder's or repository's code.
-    config = _local_first(weights, functools.partial(AutoConfig.from_pretrained, trust_remote_code=False))
+    source, is_pickled = find_weights(weights)
+    config = _local_first(source, functools.partial(AutoConfig.from_pretrained, trust_remote_code=False))
     if config.model_type != kind:
         raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
     for key, value in expected.items():
@@ -85,13 +87,15 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
             raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
     model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
     model, info = _local_first(
-        weights,
+        source,
         functools.partial(
             model_class.from_pretrained,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            use_safetensors=not is_pickled,
+            weights_only=True,
         ),
     )
     # transformers initialises tensors that are missing or have another shape at random.
