@@ -16,33 +16,59 @@ import click
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.common.command_line import LocalPath, names_of
+from occfeat_targets.common.command_line import (
+    SETTINGS,
+    VARIABLES,
+    WorkOrder,
+    describe_variables,
+    examples,
+)
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
-from occfeat_targets.options import ShardOf, Size, cache_options, dataroot_option, reports_errors
-from occfeat_targets.sources.source import SOURCES
+from occfeat_targets.options import DIRECTORY, Size, build_options, cache_options, reports_errors
 
 EXIT_INCOMPLETE = 3
+SOURCE_OPTION = click.option(
+    "--dataroot",
+    type=DIRECTORY,
+    envvar="NUSCENES_ROOT",
+    show_envvar=True,
+    help="The data set.  [default: the one the cache was built from]",
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=WorkOrder,
+    context_settings=SETTINGS,
+    epilog=describe_variables({"NUSCENES_ROOT": "default of --dataroot", **VARIABLES}),
+)
 @click.version_option(package_name="occfeat")
 def main() -> None:
-    """Build and inspect caches of OccFeat targets from a data set: occupancy, teacher features, images, labels."""
+    """Build and inspect caches of OccFeat targets from a data set: occupancy, teacher features, images, labels.
+
+    The commands are listed in the order of work. 'occfeat-targets COMMAND --help' shows the options, with examples.
+    """
 
 
-@main.command()
-@click.option("--out", type=LocalPath(path_type=Path), required=True, help="New directory for the data set.")
-@click.option("--scenes", default=2, show_default=True, help="Training scenes.")
-@click.option("--val-scenes", default=0, show_default=True, help="Validation scenes, in another town.")
-@click.option("--keyframes", default=10, show_default=True, help="Keyframes per scene, at 2 Hz.")
-@click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="900x1600", show_default=True)
-@click.option("--sweeps", default=10, show_default=True, help="LiDAR sweeps per keyframe, at up to 20 Hz.")
-@click.option(
-    "--version", default=None, help="v1.0-mini or v1.0-trainval. By default v1.0-mini if it has enough scene names."
+@main.command(
+    short_help="Write a licence-free synthetic city to try everything with.",
+    epilog=examples(
+        "occfeat-targets synth --out data/city --scenes 2 --val-scenes 1 --keyframes 5 --image-size 270x480"
+    ),
 )
-@click.option("--seed", default=0, show_default=True)
-@click.option("--workers", default=None, type=int, help="Threads; one per core by default.")
+@click.option("--out", type=DIRECTORY, required=True, help="New directory for the data set.")
+@click.option("--scenes", metavar="N", default=2, help="Training scenes.")
+@click.option("--val-scenes", metavar="N", default=0, help="Validation scenes, in another town.")
+@click.option("--keyframes", metavar="N", default=10, help="Keyframes per scene, at 2 Hz.")
+@click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="900x1600", help="Size of the images.")
+@click.option("--sweeps", metavar="N", default=10, help="LiDAR sweeps per keyframe, at up to 20 Hz.")
+@click.option(
+    "--version",
+    metavar="VERSION",
+    help="v1.0-mini or v1.0-trainval.  [default: v1.0-mini if it has enough scene names]",
+)
+@click.option("--seed", metavar="N", default=0, help="Seed of the city and its traffic.")
+@click.option("--workers", metavar="N", type=int, help="Threads.  [default: one per core]")
 @reports_errors
 def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: tuple[int, int], sweeps: int,
           version: str | None, seed: int, workers: int | None) -> None:  # fmt: skip
@@ -55,79 +81,16 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     )  # fmt: skip
 
 
-@main.command()
-@click.option("--source", type=names_of(SOURCES), default="nuscenes", show_default=True, help="Kind of data set.")
-@dataroot_option
-@cache_options
-@click.option("--version", default=None, help="v1.0-trainval, v1.0-mini, ...; derived from the split by default.")
-@click.option(
-    "--scenes",
-    default=None,
-    metavar="A,B,...",
-    help="Build only these scenes: names, or a file with one name per line.",
+@main.command(
+    short_help="Build the cache of a split, or continue to build it.",
+    epilog=examples(
+        "occfeat-targets build --dataroot data/nuscenes --cache cache --split train",
+        "occfeat-targets build --split mini_train --teacher dinov2-small  # a local folder, without internet",
+        "occfeat-targets build --split val --teacher none --frames cameras",
+        "occfeat-targets build --split train --shard $SLURM_ARRAY_TASK_ID/20",
+    ),
 )
-@click.option("--grid", "grid_shape", type=Size("ZxHxW"), default="8x200x200", show_default=True,
-              help="Number of voxels up, forward, right.")  # fmt: skip
-@click.option("--range", "grid_range", type=float, nargs=6, default=(-5, 5, -50, 50, -50, 50), show_default=True,
-              metavar="U0 U1 F0 F1 R0 R1", help="Bounds [m] up, forward, right, relative to the origin.")  # fmt: skip
-@click.option("--frames", type=click.Choice(["ego", "cameras", "both"]), default="ego", show_default=True,
-              help="Reference frames with a grid: ego, each camera (Simple-BEV's protocol), or both.")  # fmt: skip
-@click.option("--sweeps", default=1, show_default=True, help="LiDAR sweeps in the occupancy, including the keyframe's.")
-@click.option(
-    "--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", show_default=True, help="Size of the student images."
-)
-@click.option("--teacher", default="facebook/dinov2-small", show_default=True,
-              help="Hub id or folder of a DINOv2, DINOv3, RADIO or SigLIP model, random:ID for random weights, or none.")  # fmt: skip
-@click.option("--teacher-layer", type=click.Choice(["post-norm", "pre-norm"]), default="post-norm", show_default=True)
-@click.option("--teacher-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-              help="auto: bfloat16 where the hardware supports it natively.")  # fmt: skip
-@click.option(
-    "--teacher-batch",
-    type=click.IntRange(1),
-    default=None,
-    help="Keyframes per batch.  [default: 1 on a CPU; on a GPU 8, or fewer if its free memory is short]",
-)
-@click.option("--feature-size", type=Size("HEIGHTxWIDTH"), default=None,
-              help="Teacher input, multiples of the patch size; the largest within 224x400 by default.")  # fmt: skip
-@click.option("--feature-dtype", type=click.Choice(["float16", "int8"]), default="float16", show_default=True)
-@click.option(
-    "--label-kinds", default=None, help=f"Some of {','.join(LABEL_KINDS)}; all that the data set has by default."
-)
-@click.option("--no-labels", is_flag=True, help="Build no label arrays.")
-@click.option("--dividers", type=click.Choice(["road", "road+lane"]), default="road", show_default=True,
-              help="Map layers used for the divider class.")  # fmt: skip
-@click.option(
-    "--compat", type=click.Choice(["simple-bev"]), default=None, help="Draw vehicle labels as Simple-BEV does."
-)
-@click.option("--points", is_flag=True, help="Also store the LiDAR returns of each keyframe.")
-@click.option("--workers", type=click.IntRange(0), default=None,
-              help="Local worker processes; 0 builds in this process.  [default: one per core; on GPUs at most 16 per GPU, and no "
-              "more than its free memory holds]")  # fmt: skip
-@click.option("--scheduler", default=None, metavar="TCP://...", help="Address of an existing Dask cluster.")
-@click.option(
-    "--scheduler-file",
-    type=LocalPath(path_type=Path),
-    default=None,
-    help="File that 'dask scheduler --scheduler-file' wrote, instead of the address.",
-)
-@click.option(
-    "--shard", type=ShardOf(), default=None, help="Build every N-th shard, starting with the K-th, in this process."
-)
-@click.option("--shard-size", type=click.IntRange(1), default=16, show_default=True, help="Keyframes per shard.")
-@click.option("--on-error", type=click.Choice(["fail", "skip", "mask-camera"]), default="fail", show_default=True,
-              help="If a keyframe cannot be built: stop; mask it; or mask only its unusable cameras. The last two record it and exit with 3.")  # fmt: skip
-@click.option(
-    "--retry-skipped",
-    is_flag=True,
-    help="Rebuild skipped keyframes, and those with masked cameras, of finished shards.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="Device of the teacher: auto, cpu, cuda, cuda:1. With cuda, local workers are spread over all GPUs; with cuda:1 "
-    "they use only this GPU.",
-)
+@build_options
 @reports_errors
 def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
@@ -196,7 +159,10 @@ def _open(cache: Path, split: str) -> Any:
     return open_cache(cache / f"{split}.zarr")
 
 
-@main.command()
+@main.command(
+    short_help="List finished, failed, skipped and missing parts of a cache.",
+    epilog=examples("occfeat-targets status --cache cache --split train"),
+)
 @cache_options
 @reports_errors
 def status(cache: Path, split: str) -> None:
@@ -210,7 +176,10 @@ def status(cache: Path, split: str) -> None:
         sys.exit(EXIT_INCOMPLETE)
 
 
-@main.command()
+@main.command(
+    short_help="Print the contents of a cache, its options and its source.",
+    epilog=examples("occfeat-targets info --split train", "occfeat-targets info --split train --json"),
+)
 @cache_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reports_errors
@@ -223,13 +192,17 @@ def info(cache: Path, split: str, as_json: bool) -> None:
     opened.require_files()
 
 
-@main.command()
+@main.command(
+    short_help="Check the checksums of a cache, and recompute random keyframes.",
+    epilog=examples(
+        "occfeat-targets verify --split train", "occfeat-targets verify --split train --samples 0  # only checksums"
+    ),
+)
 @cache_options
-@click.option("--dataroot", type=LocalPath(path_type=Path), default=None, envvar="NUSCENES_ROOT",
-              help="The data set; the one the cache was built from by default.")  # fmt: skip
-@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+@SOURCE_OPTION
+@click.option("--samples", type=click.IntRange(0), metavar="N", default=3,
               help="Random keyframes to recompute from the data set by independent code; 0: checksums only.")  # fmt: skip
-@click.option("--seed", default=None, type=int, help="Seed of the random choice of keyframes; random by default.")
+@click.option("--seed", metavar="N", type=int, help="Seed of the random choice of keyframes.  [default: random]")
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
     """Check all checksums of a cache, and recompute random keyframes from the data set."""
@@ -264,24 +237,33 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     echo(f"{opened.path} is sound{without}")
 
 
-@main.command()
+@main.command(
+    short_help="Draw keyframes of a cache as PNGs and an index.html.",
+    epilog=examples(
+        "occfeat-targets preview --split train", "occfeat-targets preview --split train --keyframes 0,5,9 --points"
+    ),
+)
 @cache_options
-@click.option("--out", type=LocalPath(path_type=Path), default=Path("preview"), show_default=True)
+@click.option("--out", type=DIRECTORY, default=Path("preview"), help="Directory of the pictures.")
 @click.option(
     "--keyframes",
     "numbers",
-    default=None,
     metavar="0,5,9",
     help="Keyframes to draw, by number.  [default: evenly spread]",
 )
-@click.option("--token", "tokens", multiple=True, help="A keyframe to draw, by its sample token; may be repeated.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=4, show_default=True, help="Number of evenly spread keyframes to draw."
+    "--token",
+    "tokens",
+    metavar="TOKEN",
+    multiple=True,
+    help="A keyframe to draw, by its sample token; may be repeated.",
 )
-@click.option("--frame", default=None, help="Reference frame of the grid; the cache's first by default.")
+@click.option(
+    "--samples", type=click.IntRange(1), metavar="N", default=4, help="Number of evenly spread keyframes to draw."
+)
+@click.option("--frame", metavar="FRAME", help="Reference frame of the grid.  [default: the cache's first]")
 @click.option("--points", is_flag=True, help="Also draw the LiDAR returns, from the cache or the data set.")
-@click.option("--dataroot", type=LocalPath(path_type=Path), default=None, envvar="NUSCENES_ROOT",
-              help="The data set; the one the cache was built from by default.")  # fmt: skip
+@SOURCE_OPTION
 @reports_errors
 def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool, dataroot: Path | None,
             **choice: Any) -> None:  # fmt: skip

@@ -12,10 +12,13 @@ from pathlib import Path
 import click
 
 from occfeat_targets.cache.spec import STUDENT_SIZE
-from occfeat_targets.common.command_line import LocalPath
+from occfeat_targets.common.command_line import SETTINGS, VARIABLES, LocalPath, WorkOrder, describe_variables, examples
+from occfeat_targets.common.terminal import echo
 from occfeat_train.config import Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
+    COUNT,
+    DEVICE_OPTION,
     DIRECTORY,
     NETWORK,
     PATH,
@@ -28,16 +31,21 @@ from occfeat_train.presets import PRESETS, finetuning, preset
 from occfeat_train.train_commands import finetune, pretrain
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=WorkOrder, context_settings=SETTINGS, epilog=describe_variables(VARIABLES))
 @click.version_option(package_name="occfeat")
 def main() -> None:
-    """Train bird's-eye-view networks on a cache of OccFeat targets."""
+    """Train bird's-eye-view networks on a cache of OccFeat targets.
+
+    The commands are listed in the order of work. 'occfeat-train COMMAND --help' shows the options, with examples.
+    """
 
 
-@main.command()
+@main.command(
+    short_help="Check whether a cache can be trained on.", epilog=examples("occfeat-train check --split train")
+)
 @cache_option
-@click.option("--split", required=True, help="Split of the cache: train, val, mini_train, ...")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Random keyframes to read.")
+@click.option("--split", metavar="SPLIT", required=True, help="Split of the cache: train, val, mini_train, ...")
+@click.option("--samples", type=COUNT, metavar="N", default=64, help="Random keyframes to read.")
 @reports_errors
 def check(cache: Path, split: str, samples: int) -> None:
     """Check whether a cache can be trained on: read random keyframes and sample their target features."""
@@ -51,12 +59,12 @@ def check(cache: Path, split: str, samples: int) -> None:
     echo(f"{reader.cache.path} is ready for {' and '.join(readiness.ready_for)}")
 
 
-@main.group()
+@main.group(cls=WorkOrder)
 def config() -> None:
     """List presets and show their fields."""
 
 
-@config.command("list")
+@config.command("list", short_help="List the presets.", epilog=examples("occfeat-train config list"))
 def list_presets() -> None:
     """List the presets, named after the rows of the paper's tables, and the cache each needs if not of the default size."""
     width = max(map(len, PRESETS))
@@ -66,7 +74,13 @@ def list_presets() -> None:
         echo(name if height <= STUDENT_SIZE[0] else needs)
 
 
-@config.command()
+@config.command(
+    short_help="Print every field of a preset or run.",
+    epilog=examples(
+        "occfeat-train config show table1/simplebev-enb0/occfeat",
+        "occfeat-train config show runs/vehicles-1-scratch",
+    ),
+)
 @click.argument("name")
 @set_option(help="Change a field.")
 @reports_errors
@@ -84,19 +98,25 @@ main.add_command(pretrain)
 main.add_command(finetune)
 
 
-@main.command()
+@main.command(
+    short_help="Evaluate a run on a whole split.",
+    epilog=examples(
+        "occfeat-train evaluate runs/vehicles-1-scratch",
+        "occfeat-train evaluate runs/vehicles-1-scratch/checkpoints/best --split val",
+    ),
+)
 @click.argument("run", type=PATH)
 @cache_option
 @click.option(
     "--split",
+    metavar="SPLIT",
     default="val",
-    show_default=True,
     help="Split to evaluate; keyframes that were skipped, or whose frame is that of a masked camera, are left out.",
 )
+@click.option("--batch", type=COUNT, metavar="N", default=8, help="Samples per forward pass and rank.")
 @click.option(
-    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples per forward pass and rank."
+    "--frame", metavar="FRAME", help="Reference frame of the grid: ego, or the name of a camera.  [default: the run's]"
 )
-@click.option("--frame", help="Reference frame of the grid: ego, or the name of a camera.  [default: the run's]")
 @click.option(
     "--out",
     type=DIRECTORY,
@@ -120,13 +140,16 @@ def evaluate(
         run_evaluation(run, options, process, batch=batch, frame=frame)
 
 
-@main.command()
+@main.command(
+    short_help="Write one HTML page about runs.",
+    epilog=examples("occfeat-train report runs/* --out report.html"),
+)
 @click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
 @cache_option
-@click.option("--split", default="val", show_default=True, help="Split to evaluate and to draw keyframes from.")
-@click.option("--out", type=PATH, default=Path("report.html"), show_default=True, help="Output file.")
-@click.option("--samples", type=click.IntRange(1), default=3, show_default=True, help="Number of keyframes to draw.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--split", metavar="SPLIT", default="val", help="Split to evaluate and to draw keyframes from.")
+@click.option("--out", type=PATH, metavar="FILE", default=Path("report.html"), help="Output file.")
+@click.option("--samples", type=COUNT, metavar="N", default=3, help="Number of keyframes to draw.")
+@DEVICE_OPTION
 @reports_errors
 def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: int, device: str) -> None:
     """Write one HTML file about RUNs: training curves, metrics, and predictions for a few keyframes.
@@ -140,7 +163,13 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
         write_report(runs, cache, split, out, process, process.print, samples)
 
 
-@main.command("import-reference")
+@main.command(
+    "import-reference",
+    short_help="Convert a checkpoint of aharley/simple_bev into a run.",
+    epilog=examples(
+        "occfeat-train import-reference model.pth --network simplebev --backbone resnet-101 --out runs/segnet"
+    ),
+)
 @click.argument("checkpoint", type=LocalPath(path_type=Path, exists=True))
 @click.option(
     "--network",
@@ -150,9 +179,7 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 )
 @click.option("--backbone", type=BACKBONE, required=True, help="Image encoder of the checkpoint.")
 @click.option("--out", type=DIRECTORY, required=True, help="Run directory to create.")
-@click.option(
-    "--grid", metavar="ZxHxW", default="8x200x200", show_default=True, help="Number of grid cells up, forward, right."
-)
+@click.option("--grid", metavar="ZxHxW", default="8x200x200", help="Number of grid cells up, forward, right.")
 @set_option(help="Change a field, such as network.image_size=448x800.")
 @reports_errors
 def import_reference(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.conversion import build, parse_value, require_one_of
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
@@ -121,6 +122,7 @@ class AugmentConfig:
         return height, width
 
 
+_LARGEST = 1_000_000_000  # of a number in OptimConfig, far above sensible ones, so that products of them are finite
 NO_AUGMENTATION = AugmentConfig(
     resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
@@ -145,8 +147,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_one_of(self, "optimizer", "schedule")
         for name in ("lr", "epochs", "batch", "accumulation", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"optim.{name}={getattr(self, name)}: a number above 0 expected")
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)}: a number above 0 and at most {_LARGEST:,} expected"
+                )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
 
@@ -240,7 +244,12 @@ class Config:
             for group in groups:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                raise ValueError(f"--set {assignment}: no such field; there are {', '.join(self.flat())}")
+                names = self.flat()
+                remedy = (
+                    did_you_mean(key.strip(), names, key=lambda name: name.rpartition(".")[2])
+                    or f"; there are {', '.join(names)}"
+                )
+                raise ValueError(f"--set {assignment}: no such field{remedy}")
             target[name] = parse_value(text.strip())
         return Config.from_dict(data)
 

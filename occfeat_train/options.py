@@ -10,49 +10,40 @@ from typing import Any, get_args
 import click
 
 from occfeat_targets.common import command_line
-from occfeat_targets.common.command_line import LocalPath, names_of
+from occfeat_targets.common.command_line import LocalPath, names_of, options
 from occfeat_train.config import LIFTINGS, Backbone
 
 reports_errors = command_line.reports_errors("train")
 PATH = LocalPath(path_type=Path)
 DIRECTORY = LocalPath(path_type=Path, file_okay=False)
+COUNT = click.IntRange(1)
 NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
 
 
-def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
-    """Several decorators as one, in their order in --help."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
 cache_option = click.option(
-    "--cache", type=DIRECTORY, default=Path("cache"), show_default=True, envvar="OCCFEAT_CACHE",
+    "--cache", type=DIRECTORY, default=Path("cache"), envvar="OCCFEAT_CACHE", show_envvar=True,
     help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
 )  # fmt: skip
 
 
 def initial_option(help: str) -> Callable[..., Any]:
     return options(
-        click.option("--from", "initial", type=PATH, help=help),
+        click.option("--from", "initial", type=PATH, metavar="RUN", help=f"{help}  [default: none]"),
         click.option("--allow-unfinished", is_flag=True, help="Let --from be a run whose training has not finished."),
     )
 
 
 set_option = functools.partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
+DEVICE_OPTION = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
 machine_options = options(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    DEVICE_OPTION,
     click.option(
         "--loader-threads",
         "workers",
-        type=click.IntRange(1),
+        type=COUNT,
+        metavar="N",
         default=4,
-        show_default=True,
         help="Threads that load batches ahead.",
     ),
     click.option(
@@ -60,18 +51,18 @@ machine_options = options(
     ),
 )
 training_options = options(
-    click.option("--split", default="train", show_default=True, help="Split to train on."),
-    click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME]"),
+    click.option("--split", default="train", metavar="SPLIT", help="Split to train on."),
+    click.option("--out", type=DIRECTORY, help="Run directory; a run in it is continued.  [default: runs/NAME, after the preset and --from]"),
     click.option("--overwrite", is_flag=True, help="Delete the run in --out and start again, instead of continuing it."),
     set_option(help="Change a field of the config; 'config show' lists them."),
-    click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid; overrides the preset."),
-    click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder; overrides the preset."),
-    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: default, a hub id, a local folder, a MoCo .pth.tar, or none (from scratch)."),
-    click.option("--epochs", type=float, help="Number of epochs; overrides the preset."),
-    click.option("--batch", type=click.IntRange(1), help="Samples per forward pass, over all ranks."),
-    click.option("--seed", type=click.IntRange(0), help="Seed of the initial weights, the sample order and the augmentation."),
-    click.option("--compile/--no-compile", default=None, help="Compile the image encoder with torch.compile; by default for long runs on a GPU."),
-    click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint."),
-    click.option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints.  [default: an epoch]"),
+    click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid.  [default: the preset's, simplebev]"),
+    click.option("--backbone", type=BACKBONE, help="Backbone of the image encoder.  [default: the preset's, efficientnet-b0]"),
+    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: a hub id, a local folder, a MoCo .pth.tar, or none (from scratch).  [default: the preset's, trained on ImageNet]"),
+    click.option("--epochs", type=float, metavar="N", help="Number of epochs.  [default: the preset's]"),
+    click.option("--batch", type=COUNT, metavar="N", help="Samples per forward pass, over all ranks.  [default: the preset's]"),
+    click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the initial weights, the sample order and the augmentation.  [default: the preset's, 0]"),
+    click.option("--compile/--no-compile", default=None, help="Compile the image encoder with torch.compile.  [default: in runs of at least 20,000 steps on a GPU]"),
+    click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint, and keep the best.  [default: none]"),
+    click.option("--save-every", type=click.IntRange(0), metavar="N", default=0, show_default=False, help="Steps between checkpoints.  [default: an epoch]"),
     click.option("--tensorboard/--no-tensorboard", default=True, help="Write RUN/tensorboard in addition to RUN/log.jsonl."),
 )  # fmt: skip

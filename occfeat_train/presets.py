@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.config import Config, LossConfig, NetworkConfig, OptimConfig
 
 # Paper 4.1: labels [%] -> epochs / learning rate / batch / accumulation.
@@ -73,7 +74,7 @@ PRESETS = _presets()
 
 
 def preset(name: str) -> Config:
-    """Raises ValueError that lists the names."""
+    """Raises ValueError that names those that resemble it, or all."""
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+        raise ValueError(f"no preset {name!r}" + (did_you_mean(name, PRESETS) or f"; there are: {', '.join(PRESETS)}"))
     return PRESETS[name]

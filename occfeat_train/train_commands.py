@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.common.command_line import LocalPath, names_of
+from occfeat_targets.common.command_line import LocalPath, examples, names_of
 from occfeat_targets.common.paths import local_path
 from occfeat_targets.common.terminal import echo
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
@@ -88,17 +88,31 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
         sys.exit(STOPPED)
 
 
-@click.command()
+@click.command(
+    short_help="Pretrain a network on occupancy and features.",
+    epilog=examples(
+        "occfeat-train pretrain --validate val",
+        "occfeat-train pretrain --preset table1/simplebev-rn50/occfeat-100ep --out runs/rn50",
+        "occfeat-train pretrain --occ-only --epochs 5 --set optim.lr=5e-4",
+    ),
+)
 @cache_option
 @click.option(
     "--preset",
     "asked",
+    metavar="NAME",
     help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}]",
 )
 @click.option("--method", type=names_of(PRETEXTS), help="Pretext task.  [default: the preset's, occfeat]")
 @click.option("--occ-only", is_flag=True, help="Only the occupancy loss (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Only the feature loss (Table 3).")
-@click.option("--lambda", "lambda_", type=float, help="Weight of the feature loss (eq. 1, Table 4).")
+@click.option(
+    "--lambda",
+    "lambda_",
+    type=float,
+    metavar="WEIGHT",
+    help="Weight of the feature loss (eq. 1, Table 4).  [default: the preset's, 0.01]",
+)
 @initial_option(help="Run or checkpoint with the initial weights of network and head.")
 @training_options
 @machine_options
@@ -126,7 +140,14 @@ def pretrain(
     train(chosen, name, given, preset=row)
 
 
-@click.command()
+@click.command(
+    short_help="Finetune for segmentation with a fraction of the labels.",
+    epilog=examples(
+        "occfeat-train finetune --labels 1 --from runs/table1-simplebev-enb0-occfeat",
+        "occfeat-train finetune --labels 1        # the same without pretraining",
+        "occfeat-train finetune --task map --labels 10 --validate val",
+    ),
+)
 @cache_option
 @initial_option(
     help="Pretrained run or checkpoint to start from; without it, only the backbone is initialised from trained weights."
@@ -135,14 +156,20 @@ def pretrain(
 @click.option(
     "--labels",
     type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
     help=f"Percentage of the training scenes whose labels are used; the paper's recipes are for {', '.join(f'{p:g}' for p in LABELS)}.  [default: 100]",
 )
 @click.option(
     "--scenes",
     type=LocalPath(path_type=Path, exists=True, dir_okay=False),
-    help="File with the names of the scenes whose labels are used, one per line; replaces --labels.",
+    help="File with the names of the scenes whose labels are used, one per line; replaces --labels.  [default: none]",
 )
-@click.option("--preset", "asked", help="A finetuning preset of 'config list'; replaces --task and --labels.")
+@click.option(
+    "--preset",
+    "asked",
+    metavar="NAME",
+    help="A finetuning preset of 'config list'; replaces --task and --labels.  [default: that of --task and --labels]",
+)
 @training_options
 @machine_options
 @reports_errors

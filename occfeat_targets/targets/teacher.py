@@ -227,8 +227,8 @@ class LoadedTeacher:
 
 
 def _is_out_of_memory(err: RuntimeError) -> bool:
-    """Of the allocator, of a new CUDA context, or of cuBLAS."""
-    return "out of memory" in str(err) or "ALLOC_FAILED" in str(err)
+    """Of the host, of the GPU's allocator, of a new CUDA context, or of cuBLAS."""
+    return any(text in str(err) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def _too_large(spec: TeacherSpec, device: torch.device, what: str) -> str:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from occfeat_targets.cache.records import unique_suffix
 from occfeat_targets.common.hub import use_cache_without_hub
 from occfeat_targets.common.weights import find_weights
 from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
+from occfeat_train.networks.pickled import UnsafePickle, load_pickled
 
 DEFAULT_WEIGHTS = {
     "efficientnet-b0": "google/efficientnet-b0",
@@ -162,15 +162,13 @@ def _moco_v2_file() -> Path:
 def _read_moco(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of a MoCo-v2 checkpoint's query encoder, by the truncated backbone's names."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = load_pickled(file)
     except FileNotFoundError as err:
         raise ValueError(f"backbone weights {file}: there is no such file") from err
-    except pickle.UnpicklingError as err:
+    except UnsafePickle as err:
         raise ValueError(_refused(str(file), err)) from err
-    except (OSError, RuntimeError, EOFError) as err:
-        raise ValueError(f"backbone weights {file} cannot be read ({_first_line(err)}): download them again") from err
+    except (OSError, ValueError) as err:
+        raise ValueError(f"backbone weights {file} cannot be read ({err}): download them again") from err
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"backbone weights {file} hold no 'state_dict': MoCo-v2's checkpoint expected")
     prefix = "module.encoder_q."

@@ -38,8 +38,9 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
     for name in changed:
         if name in FIXED:
             raise CheckpointError(
-                f"{name}={here[name]}: the network of {start.path} was trained with {there[name]}, and its weights fit "
-                "no other value: leave that option or preset out, or train without --from"
+                f"{name}={here[name]}: {start.path} holds a {there['network.lifting']} {there['network.backbone']} with "
+                f"{there['network.channels']} channels (task {there['task']}), whose weights fit no other value than {there[name]}: leave "
+                "that option or preset out, or train without --from"
             )
     lines = [
         f"{name}={here[name]} overrides {there[name]}, which the network of {start.path} was trained with"

@@ -176,6 +176,30 @@ def test_a_token_that_no_record_has_is_one_line_that_names_it(changed, table, ke
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_samples_that_lead_round_in_a_circle_are_an_error_with_a_token(changed, length):
+    def circle(records):
+        records[length - 1]["next"] = records[0]["token"]
+
+    with pytest.raises(
+        DatasetError, match=r"sample.json, token \w+: 'next' leads back to this record; re-extract the tables"
+    ):
+        split_of(changed("sample", circle))
+
+
+def test_a_sweep_that_is_its_own_predecessor_is_the_problem_of_keyframes_that_need_it(city, changed):
+    lidar = split_of(city).keyframes[2].sweeps[0].path.name
+
+    def circle(records):
+        record = next(record for record in records if record["filename"].endswith(lidar))
+        record["prev"] = record["token"]
+
+    root = changed("sample_data", circle)
+    assert not [k for k in split_of(root).keyframes if k.problem is not None]
+    (problem,) = [k.problem for k in split_of(root, num_sweeps=2).keyframes if k.problem is not None]
+    assert "'prev' leads back to this record" in problem
+
+
 def test_an_earlier_sweep_that_is_absent_matters_only_to_keyframes_that_need_it(city, changed):
     lidar = next(k for k in split_of(city, num_sweeps=2).keyframes if len(k.sweeps) == 2).sweeps[0].path.name
 

@@ -302,11 +302,11 @@ def test_pickled_weights_of_a_folder_are_read_if_their_file_is_named(tmp_path, r
     shutil.copy(resnet_folder / "config.json", tmp_path)
     torch.save(load_file(resnet_folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     load_backbone_weights(resnet, str(resnet_folder))
-    expected = {name: value.clone() for name, value in resnet.state_dict().items()}
-    for value in resnet.state_dict().values():
-        value.zero_()
+    expected = {name: value.clone() for name, value in resnet.backbone.state_dict().items()}
+    for value in resnet.backbone.parameters():
+        value.data.zero_()
     load_backbone_weights(resnet, str(tmp_path / "pytorch_model.bin"))
-    assert all(torch.equal(value, expected[name]) for name, value in resnet.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in resnet.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("contents", [b"", b"neither a zip nor a pickle", b"PK\x03\x04 cut off"])

@@ -112,7 +112,9 @@ def test_network_settings_are_inherited_and_changes_are_reported(cache, tmp_path
 def test_another_network_than_the_pretrained_is_refused_by_name(cache, pretrained, tmp_path, options):
     message = refuse(*finetune(cache, tmp_path / "run", "--from", pretrained, *options), out=tmp_path / "run")
     assert (
-        "was trained with" in message and "its weights fit no other value: leave that option or preset out" in message
+        " holds a simplebev efficientnet-b0 with 8 channels (task occfeat), whose weights fit no other value than "
+        in message
+        and "leave that option or preset out" in message
     )
 
 

@@ -42,13 +42,13 @@ def train(run: Path, *, overwrite: bool = False) -> None:
         log = RunLog(run, start=start, total=4, tensorboard=False, progress=False)
         if start:
             if not is_validated(run, start, PROCESS):
-                log.validation(start, {"score": SCORES[start - 1]})
+                log.validation(start, {"score": SCORES[start - 1]}, {})
             link_best(run, score)
         for step in range(start, 4):
             log.step({"step": step, "loss": 0.0, "epoch": 0.0, "samples_per_s": 1.0, "data_wait": 0.0})
             weights = {"weight": torch.tensor(float(step))}
             save_checkpoint(run, step + 1, INFO, weights, {"step": step + 1})
-            log.validation(step + 1, {"score": SCORES[step]})
+            log.validation(step + 1, {"score": SCORES[step]}, {})
             link_best(run, score)
         log.close()
 
