@@ -58,6 +58,7 @@ def build_cache(
     shard: tuple[int, int] | None = None,
     shard_size: int = 16,
     on_error: OnError = "fail",
+    overwrite: bool = False,
     retry_skipped: bool = False,
     device: str = "auto",
     log: Callable[[str], None] | None = print,
@@ -102,11 +103,13 @@ def build_cache(
     )
     ways = sum(x is not None for x in (workers, scheduler, scheduler_file, shard))
     _require(ways <= 1, "workers, scheduler, scheduler_file and shard are ways to run a build: choose one")
+    _require(not (overwrite and shard), "overwrite and shard: each task would delete what the others have built")
 
     from occfeat_targets.build.cluster import read_scheduler_file
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
+    from occfeat_targets.cache.overwrite import replaced
     from occfeat_targets.messages import describe_outcome, describe_plan
 
     def write(line: str) -> None:
@@ -126,7 +129,8 @@ def build_cache(
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    plan = make_plan(options)
+    with replaced(cache / f"{split}.zarr", overwrite):
+        plan = make_plan(options)
     chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
     for line in describe_plan(plan, chosen):
         write(line)

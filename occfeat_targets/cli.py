@@ -97,14 +97,15 @@ def build(
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
-    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
-    device: str,
+    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, overwrite: bool,
+    retry_skipped: bool, device: str,
 ) -> None:  # fmt: skip
     """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.cluster import read_scheduler_file
     from occfeat_targets.build.plan import BuildOptions, make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
+    from occfeat_targets.cache.overwrite import replaced
     from occfeat_targets.cache.store import is_whole
     from occfeat_targets.messages import describe_outcome, describe_plan
     from occfeat_targets.sources.scenes import parse_scenes
@@ -112,6 +113,10 @@ def build(
     if sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
         raise click.UsageError(
             "--workers, --scheduler, --scheduler-file and --shard are ways to run a build: choose one of them"
+        )
+    if overwrite and shard is not None:
+        raise click.UsageError(
+            "--overwrite and --shard: each task would delete what the others have built; delete the cache first"
         )
     if scheduler_file is not None:
         scheduler = read_scheduler_file(scheduler_file)
@@ -131,7 +136,8 @@ def build(
     devices = find_build_devices(options, scheduler)
     weights = "" if teacher == "none" else f" and the weights of {teacher}"
     echo(f"reading the tables of {dataroot}{weights} ...")
-    plan = make_plan(options)
+    with replaced(cache / f"{split}.zarr", overwrite):
+        plan = make_plan(options)
     chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
     echo("\n".join(describe_plan(plan, chosen)))
     outcome = run(plan, chosen, print_line=echo)

@@ -183,6 +183,9 @@ build_options = options(
         help="If a keyframe cannot be built: stop; mask it; or mask only its unusable cameras. The last two record it and exit with 3.",
     ),
     click.option(
+        "--overwrite", is_flag=True, help="Replace the cache in CACHE/SPLIT.zarr, instead of continuing its build."
+    ),
+    click.option(
         "--retry-skipped",
         is_flag=True,
         help="Rebuild skipped keyframes, and those with masked cameras, of finished shards.",

@@ -112,13 +112,13 @@ def _open_matching(wanted: Cache) -> Cache:
         raise CacheError(
             f"cache {wanted.path} has fingerprint {found.spec.fingerprint}, this build has {wanted.spec.fingerprint} "
             f"({'; '.join(found.spec.differences(wanted.spec))} [cache != build]): "
-            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
+            "pass the options the cache was built with, choose another --cache, or pass --overwrite to replace it"
         )
     if found.identity != wanted.identity:
         raise CacheError(
             f"cache {wanted.path} holds {count(len(found), 'other keyframe')} than the {len(wanted)} of this data set: "
             "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
-            "or delete it to rebuild"
+            "or pass --overwrite to replace it"
         )
     if found.keyframes_per_shard != wanted.keyframes_per_shard:
         raise CacheError(

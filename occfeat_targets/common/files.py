@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import BinaryIO
+from io import FileIO
 
 
-def open_file(path: str | os.PathLike[str], most: int) -> tuple[BinaryIO, int]:
+def open_file(path: str | os.PathLike[str], most: int) -> tuple[FileIO, int]:
     """(unbuffered file, its size in bytes) of a regular file with at most `most` bytes.
 
     A pipe would never end, and a sparse file of a terabyte takes no space on the disk. Raises ValueError on these, and OSError.
@@ -22,4 +22,4 @@ def open_file(path: str | os.PathLike[str], most: int) -> tuple[BinaryIO, int]:
     if problem is not None:
         os.close(descriptor)
         raise ValueError(f"{path} {problem}: restore the file")
-    return os.fdopen(descriptor, "rb", buffering=0), status.st_size
+    return FileIO(descriptor, "rb"), status.st_size

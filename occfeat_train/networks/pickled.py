@@ -20,11 +20,11 @@ def load_pickled(file: Path) -> Any:
 
     Raises UnsafePickle, ValueError if it is no such file or is damaged, and OSError.
     """
-    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # the function that unpickles a NumPy number
-    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8")]
+    unpickle: Any = np.float64(0).__reduce__()[0]  # the function that makes a NumPy number
+    allowed: list[Any] = [(unpickle, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [np.dtype, *(type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8"))]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*names, np.dtype, *dtypes]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; the errors below say what matters
             return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
