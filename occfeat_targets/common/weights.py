@@ -19,7 +19,7 @@ def find_weights(name: str) -> tuple[str, bool]:
     pickled = [path / file for file in _PICKLED if (path / file).is_file()]
     if pickled and not any(path.glob("*.safetensors")):
         raise ValueError(
-            f"{name} has only pickled weights, which are not read unasked, because a pickle can hold code: save them as "
+            f"the model in {name} has only pickled weights, which are not read unasked, because a pickle can hold code: save them as "
             f"model.safetensors with transformers' save_pretrained, or pass {pickled[0]} itself"
         )
     return name, False

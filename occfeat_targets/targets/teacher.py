@@ -116,8 +116,9 @@ def _config(name: str) -> Mapping[str, Any]:
 
     if not Path(name).exists():
         use_cache_without_hub()
+    source, _ = find_weights(name)
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(find_weights(name)[0])[0]
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as err:
         raise TeacherError(unavailable(name, err)) from err
     return config
