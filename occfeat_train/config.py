@@ -192,7 +192,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32. compile: torch.compile for the image encoder; ``auto`` for long runs on a GPU.
+    float32. float32 excludes TF32. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
@@ -244,11 +244,10 @@ class Config:
             for group in groups:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                names = self.flat()
-                remedy = (
-                    did_you_mean(key.strip(), names, key=lambda name: name.rpartition(".")[2])
-                    or f"; there are {', '.join(names)}"
-                )
+                names = list(self.flat())
+                near = [other for other in names if other.split(".")[:-1] == groups] if groups else names
+                close = did_you_mean(name, near, key=lambda other: other.rpartition(".")[2])
+                remedy = close or f"; there are {', '.join(names)}"
                 raise ValueError(f"--set {assignment}: no such field{remedy}")
             target[name] = parse_value(text.strip())
         return Config.from_dict(data)

@@ -84,6 +84,13 @@ def run_on_dask(
                 )
 
 
+def ask_worker(scheduler: str, function: Callable[..., str], *arguments: Any) -> str:
+    """The value of a function on a worker of the cluster at `scheduler`. Waits until there is one."""
+    with _connect(scheduler) as client, _explain_lost(scheduler):
+        answer: str = client.submit(function, *arguments, pure=False).result()
+        return answer
+
+
 def read_scheduler_file(file: Path) -> str:
     """The address in a file that 'dask scheduler --scheduler-file' wrote. Raises ValueError if there is none."""
     try:

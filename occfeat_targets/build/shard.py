@@ -63,7 +63,7 @@ class ShardReport:
     num_keyframes: number of keyframes to build.
     seconds: time by stage. ``wait`` is the time the teacher waited for keyframes. ``images``, ``occupancy`` and ``labels``
     run in parallel, so ``total`` is less than the sum.
-    has_expected: {(kind of labels, scene): whether a keyframe built here has a cell of the kind's expected class}.
+    has_expected: {(kind of labels, scene and location): whether a keyframe built here has a cell of the kind's expected class}.
     cosine: (mean, minimum) over tokens of the cosine between int8 and float16 features, if they are int8.
     """
 
@@ -150,7 +150,7 @@ def _has_expected(task: ShardTask, spec: TargetSpec, arrays: Mapping[str, NDArra
             masks = masks[:, :, kind.classes.index(kind.expected)]
         for row in task.rows:
             if arrays["is_valid"][row]:
-                key = kind.name, task.keyframes[row].scene
+                key = kind.name, f"{task.keyframes[row].scene} at {task.keyframes[row].location}"
                 found[key] = found.get(key, False) or bool(masks[row].any())
     return found
 

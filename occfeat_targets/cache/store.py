@@ -90,14 +90,15 @@ class Cache:
         """A line to print wherever this cache is used if a part of it is not real."""
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
-    def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on an invalid record; see shard_record."""
-        return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+    def finished_shards(self, among: Collection[int] | None = None) -> dict[int, dict[str, Any]]:
+        """{shard: its record}, of all or some shards. Raises CacheError on an invalid record; see shard_record."""
+        return {shard: self.shard_record(shard) for shard in self.recorded_shards() if among is None or shard in among}
 
-    def require_files(self, names: Collection[str] | None = None) -> None:
-        """Raises CacheError if finished shards lost files of these arrays (default: of any array)."""
+    def require_files(self, names: Collection[str] | None = None, among: Collection[int] | None = None) -> None:
+        """Raises CacheError if finished shards lost files of these arrays. Default: of any array and any shard."""
         arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
-        files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
+        shards = [shard for shard in self.recorded_shards() if among is None or shard in among]
+        files = [shard_name(array, shard) for shard in shards for array in arrays]
         lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")

@@ -114,7 +114,8 @@ def read_split(
     ]
     wanted = {sample["token"] for _, sample in samples}
     files = _load_files(tables, wanted, {LIDAR, *cameras}, num_sweeps)
-    boxes = _load_vehicles(tables, wanted) if with_boxes else {}
+    has_annotations = any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True))
+    boxes = _load_vehicles(tables, wanted) if with_boxes and has_annotations else {}
     reader = KeyframeReader(tables, dataroot, files, boxes, tuple(cameras), num_sweeps)
     keyframes = tuple(reader.keyframe(sample, name, logs[name]["location"]) for name, sample in samples)
     return Split(
@@ -124,8 +125,9 @@ def read_split(
         keyframes=keyframes,
         missing_scenes=missing,
         locations=tuple(sorted({k.location for k in keyframes})),
-        has_annotations=any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True)),
+        has_annotations=has_annotations,
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
+        tables=tables.files,
     )
 
 

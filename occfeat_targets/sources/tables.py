@@ -36,6 +36,11 @@ class Tables:
         self.folder = folder
         self._records: dict[str, dict[str, dict[str, Any]]] = {}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of the loaded tables."""
+        return tuple(self.file(table) for table in self._records)
+
     def file(self, table: str) -> Path:
         return self.folder / f"{table}.json"
 

@@ -42,7 +42,7 @@ TEACHERS = {
 
 Architectures = Mapping[str, Mapping[str, Any]]  # {hub id: contents of its config.json}
 
-_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries; assumed, not measured
+_CONTEXT_BYTES = 0.7e9  # GPU memory of a process's CUDA context and libraries; at most 0.65e9 measured on an H200
 _BYTES_PER_TOKEN_AND_CHANNEL = 80  # of all tensors that exist at a time; 54 to 69 with DINOv2, counted on a CPU
 # transformers' lazy imports fail in threads, and the seed of random weights belongs to the process.
 _LOADING = threading.Lock()
@@ -155,7 +155,7 @@ def teacher_spec(
     if input_size is None:
         input_size = (_BUDGET[0] // teacher.patch * teacher.patch, _BUDGET[1] // teacher.patch * teacher.patch)
     if dtype == "auto":
-        dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
+        dtype = native_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise TeacherError(f"teacher dtype {dtype!r}: float32, bfloat16 or auto expected")
     spec = TeacherSpec(name, "", input_size, teacher.patch, teacher.dim, layer, dtype, teacher.mean, teacher.std)
@@ -291,7 +291,10 @@ def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int =
     return best / images
 
 
-def _has_fast_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def native_dtype(device: str = "auto") -> str:
+    """bfloat16 if the device (as in `find_devices`) supports it natively, else float32."""
+    if find_devices(device)[0].startswith("cuda"):
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if is_native else "float32"

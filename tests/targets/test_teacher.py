@@ -156,7 +156,9 @@ def test_pickled_weights_are_read_only_if_their_file_is_named(tiny_teacher, tmp_
     torch.save({"weight": Marker(tmp_path / "ran")}, copy / "pytorch_model.bin")
     assert digest_of(copy) == digest_of(Path(tiny_teacher))
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"^the model in .* has only pickled weights, .*or pass .*/copy/pytorch_model.bin itself"):
+    with pytest.raises(
+        ValueError, match=r"^the model in .* has only pickled weights, .*or pass .*/copy/pytorch_model.bin itself"
+    ):
         digest_of(copy)
     with pytest.raises(TeacherError, match="cannot be loaded"):
         digest_of(copy / "pytorch_model.bin")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from occfeat_targets.build import estimate, shard, workers
 from occfeat_targets.build.cluster import run_on_dask
-from occfeat_targets.build.plan import BuildOptions, make_plan
+from occfeat_targets.build.options import BuildOptions
+from occfeat_targets.build.plan import make_plan
 from occfeat_targets.build.workers import Workers, choose_workers, find_build_devices
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.messages import describe_plan
@@ -30,6 +31,7 @@ GB = 10**9
 def give_gpus(patch: pytest.MonkeyPatch, count: int) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: count > 0)
     patch.setattr(torch.cuda, "device_count", lambda: count)
+    patch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,9 @@ def test_the_plan_announces_workers_gpus_and_the_time_of_the_teacher_on_them(toy
     last = describe_plan(plan, Workers(8, ("cuda:0", "cuda:1"), 2))[-1]
     assert timed == [("cuda:0", 2 * 3)]
     # 4 keyframes of 3 images, half of them on each GPU
-    assert f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} with 8 workers on 2 GPUs" in last
+    assert (
+        f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} from now with 8 workers on 2 GPUs" in last
+    )
     assert "2 keyframes per teacher batch" in last
     assert "in this process on cuda:1, 1 keyframe per" in describe_plan(plan, Workers(0, ("cuda:1",), 1))[-1]
 
