@@ -19,7 +19,7 @@ from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
-from occfeat_targets.sources.splits import split_scenes
+from occfeat_targets.sources.splits import own_splits, split_scenes
 from occfeat_targets.sources.sweeps import read_sweep
 from occfeat_targets.sources.tables import Tables, read_records
 
@@ -92,9 +92,12 @@ def read_split(
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
     dataroot, version = find_dataroot(root, split, version)
-    splits = split_scenes()
+    file = dataroot / version / "splits.json"
+    splits = own_splits(file) | split_scenes()
     if split not in splits:
-        raise DatasetError(f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}")
+        raise DatasetError(
+            f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}, or list its scenes in {file}"
+        )
     tables = Tables(dataroot / version)
     for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
         tables.load(table)
@@ -103,7 +106,8 @@ def read_split(
     if not present:
         raise DatasetError(
             f"{dataroot / version} has none of the {len(splits[split])} scenes of split {split!r} "
-            f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
+            f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version, or list a split of your own "
+            f"in {file}"
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
     logs = {name: tables.get("log", scenes[name]["log_token"]) for name in present}

@@ -131,6 +131,27 @@ def changed(city, tmp_path):
     return change
 
 
+def test_a_split_of_the_data_sets_own_splits_json_is_found(changed):
+    def rename(records):
+        for number, record in enumerate(records):
+            record["name"] = f"town-{number}"
+
+    root = changed("scene", rename)
+    file = root / "v1.0-mini" / "splits.json"
+    file.write_text('{"mine": ["town-1", "town-0", "town-1", "town-9"], "mini_train": ["town-0"]}')
+    found = split_of(root, "mine")
+    assert list(dict.fromkeys(k.scene for k in found.keyframes)) == ["town-1", "town-0"]
+    assert found.missing_scenes == ("town-9",)
+    with pytest.raises(
+        DatasetError, match="has none of the 8 scenes of split 'mini_train' .*or list a split of your own in"
+    ):
+        split_of(root)  # an official name keeps its meaning
+    for text in ("[]", '{"mine": "town-1"}', '{"mine"'):
+        file.write_text(text)
+        with pytest.raises(DatasetError, match=r"splits.json.*: restore or delete it"):
+            split_of(root, "mine")
+
+
 @pytest.fixture
 def without_key(changed):
     """Function that removes a key from every record of a table of a copy; it returns the copy's dataroot."""
