@@ -241,11 +241,10 @@ class Config:
             for group in groups:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                names = self.flat()
-                remedy = (
-                    did_you_mean(key.strip(), names, key=lambda name: name.rpartition(".")[2])
-                    or f"; there are {', '.join(names)}"
-                )
+                names = list(self.flat())
+                near = [other for other in names if other.split(".")[:-1] == groups] if groups else names
+                close = did_you_mean(name, near, key=lambda other: other.rpartition(".")[2])
+                remedy = close or f"; there are {', '.join(names)}"
                 raise ValueError(f"--set {assignment}: no such field{remedy}")
             target[name] = parse_value(text.strip())
         return Config.from_dict(data)

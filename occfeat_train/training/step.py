@@ -44,7 +44,7 @@ class TakenStep:
 
     def __init__(self, number: int, values: dict[str, Tensor], tokens: list[str], lr: float) -> None:
         """values: scalars that are summed over all ranks, among them loss and grad_norm. tokens: of this rank's samples."""
-        self._number, self._names, self._tokens, self._lr = number, list(values), tokens, lr
+        self.number, self._names, self._tokens, self._lr = number, list(values), tokens, lr
         summed = sum_over_processes(torch.stack([v.detach().double() for v in values.values()]))
         self._summed = summed.to("cpu", non_blocking=True)
         self._copied = torch.cuda.current_stream().record_event() if summed.is_cuda else None
@@ -60,7 +60,7 @@ class TakenStep:
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise_once(
                 TrainingError(
-                    f"step {self._number}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
+                    f"step {self.number}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
                     f"{', '.join(gather(self._tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
                     "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
                 )

@@ -81,7 +81,7 @@ def test_another_network_than_the_pretrained_is_refused(cache, tmp_path):
     run("pretrain", "--cache", cache, *SMALL, *FIELDS, "--out", tmp_path / "run")
     other = ["finetune", "--cache", cache, "--from", tmp_path / "run", *SMALL, "--out", tmp_path / "other"]
     message = run(*other, "--network", "lss", code=1)
-    assert "network.lifting=lss: the network of" in message and "was trained with simplebev" in message
+    assert "network.lifting=lss: " in message and "holds a simplebev efficientnet-b0 with 8 channels" in message
 
 
 def test_the_default_run_directory_contains_the_networks_name(cache, tmp_path, monkeypatch):
