@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.build.semaphores import remove_semaphores
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
 from occfeat_targets.common.plural import count
 
@@ -109,6 +110,7 @@ def _local_client(workers: int) -> Iterator[Any]:
     """
     from distributed import Client, LocalCluster
 
+    remove_semaphores()
     try:
         cluster = LocalCluster(
             n_workers=workers,

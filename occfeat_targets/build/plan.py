@@ -237,7 +237,7 @@ def _teacher(
     from occfeat_targets.targets.teacher import native_dtype, teacher_spec
 
     print_line(f"reading the weights of {options.teacher} ...")
-    dtype = options.teacher_dtype
+    dtype, is_here = options.teacher_dtype, scheduler is None and not options.plan_only
     if dtype == "auto":
         if cache is not None and cache.spec.teacher is not None:
             dtype = cache.spec.teacher.dtype
@@ -251,6 +251,10 @@ def _teacher(
             )
         else:
             dtype = native_dtype(options.device)
+    if dtype == "bfloat16" and is_here and native_dtype(options.device) != dtype:
+        print_line(
+            "this machine has no native bfloat16, in which the cache was begun or is asked for: the teacher is slow here"
+        )
     return teacher_spec(options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=dtype)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +32,9 @@ from occfeat_targets.sources.keyframe_files import (
     map_to_bytes,
 )
 from occfeat_targets.targets import teacher as teacher_module
+from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import REPOSITORY
+from tests.kills import interrupted_at
 from tests.targets.command_line import GRID, build_arguments, contents, run, table, write_table
 from tests.targets.toy_source import WHERE, build
 
@@ -286,6 +290,7 @@ def test_a_build_continues_in_the_type_it_was_begun_with_whatever_suits_the_mach
     monkeypatch.setattr(teacher_module, "native_dtype", lambda device="auto": other)
     output = run(*arguments, "--shard", "1/2").stdout
     assert f"computed in {begun_with}" in output and "is complete" in output
+    assert ("this machine has no native bfloat16" in output) == (begun_with == "bfloat16")
     refused = run(*arguments, "--teacher-dtype", other, check=False)
     assert refused.returncode == 1 and f"'dtype': '{begun_with}'" in refused.stderr
 
@@ -335,3 +340,31 @@ def test_tables_of_any_size_can_be_written_and_planned(tmp_path, monkeypatch, ca
     assert [len(k.sweeps) for k in keyframes] == [1, 5, 5] * 2 and not any(k.problem for k in keyframes)
     assert sum(len(k.vehicle_corners) for k in keyframes) > 10
     assert sum(Size().keyframes[:700]) == 28_149 and sum(Size().keyframes) == 34_149
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_new", [True, False], ids=["new cache", "cache without a plan"])
+def test_a_plan_whose_writing_is_killed_anywhere_is_made_by_the_next_process(toy, tmp_path, monkeypatch, is_new):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    whole = BuildOptions(
+        toy, tmp_path / "whole", "all", source="toy", teacher=None, image_size=(48, 80), keyframes_per_shard=2
+    )
+    record = make_plan(whole).cache.path / "progress" / "plan.json"
+    expected = read_record(record)["files"]
+    stopped = replace(whole, cache=tmp_path / "stopped")
+    for number in itertools.count(1):
+        shutil.rmtree(stopped.cache, ignore_errors=True)
+        if not is_new:
+            shutil.copytree(whole.cache, stopped.cache)
+            shutil.rmtree(stopped.path / "progress" / "plan")
+            (stopped.path / "progress" / "plan.json").unlink()
+        if not interrupted_at(number, lambda: make_plan(stopped)):
+            break
+        if stopped.path.exists():
+            assert verify_checksums(open_cache(stopped.path), progress=False).problems == []
+        plan = make_plan(stopped)
+        assert read_record(stopped.path / "progress" / "plan.json")["files"] == expected
+        assert [k.token for shard in plan.shards for k in plan.stored.keyframes(plan.cache, shard)] == [
+            f"toy{i}" for i in range(4)
+        ]
+    assert number > 6
