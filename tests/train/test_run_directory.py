@@ -76,6 +76,17 @@ def test_overwrite_deletes_nothing_that_is_no_run(cache, tmp_path, name):
     assert contents(out) == {name: file.read_bytes()}
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_nothing_of_another_program_is_deleted(cache, tmp_path, options):
+    out = tmp_path / "other"
+    for name in ("letter.txt", "below/.download.partial", ".download.partial"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    before = contents(out)
+    assert "not a run of occfeat-train" in refuse(*pretrain(cache, out, *steps(1), *options), out=out)
+    assert contents(out) == before
+
+
 def test_overwrite_does_not_delete_the_weights_that_it_starts_from(cache, pretrained, tmp_path):
     run = Path(shutil.copytree(pretrained, tmp_path / "run"))
     before = contents(run)
