@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
-keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing.
+keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from occfeat_targets.common.command_line import (
     examples,
 )
 from occfeat_targets.common.plural import count
+from occfeat_targets.common.terminal import echo
 from occfeat_targets.options import (
     DIRECTORY,
     Size,
@@ -32,7 +33,7 @@ from occfeat_targets.options import (
     reports_errors,
 )
 
-EXIT_INCOMPLETE = 3
+EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
     "--dataroot",
     type=DIRECTORY,
@@ -140,15 +141,22 @@ def build(
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    with replaced(options.path, overwrite):
-        plan = make_plan(options, scheduler=scheduler, print_line=click.echo)
-    chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
-    click.echo("\n".join(describe_plan(plan, chosen)))
-    if plan_only:
-        click.echo(describe_tasks(plan))
-        return
-    outcome = run(plan, chosen, print_line=click.echo)
-    click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
+    try:
+        with replaced(options.path, overwrite):
+            plan = make_plan(options, scheduler=scheduler, print_line=echo)
+        chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
+        echo("\n".join(describe_plan(plan, chosen)))
+        if plan_only:
+            echo(describe_tasks(plan))
+            return
+        outcome = run(plan, chosen, print_line=echo)
+    except KeyboardInterrupt:
+        echo(
+            f"interrupted: finished shards are kept; run the same command again{' without --overwrite' * overwrite} to continue",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)
     if not plan.is_whole:
@@ -172,7 +180,7 @@ def status(cache: Path, split: str) -> None:
     from occfeat_targets.messages import describe_status, is_complete
 
     opened = _open(cache, split)
-    click.echo("\n".join(describe_status(opened)))
+    echo("\n".join(describe_status(opened)))
     opened.require_files()
     if not is_complete(opened):
         sys.exit(EXIT_INCOMPLETE)
@@ -190,7 +198,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
     from occfeat_targets.messages import describe_info, info_as_json
 
     opened = _open(cache, split)
-    click.echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
+    echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
     opened.require_files()
 
 
@@ -220,27 +228,28 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, tables:
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     findings = [verify_checksums(opened)]
-    click.echo("\n".join([*findings[0].notes, *findings[0].problems]))
+    echo("\n".join([*findings[0].notes, *findings[0].problems]))
     if samples and not findings[0].problems:
         source = dataroot or Path(opened.provenance["dataroot"])
         if not source.is_dir():
             raise ValueError(
                 f"there is no data set at {source}: pass --dataroot, or --samples 0 to check checksums only"
             )
-        findings.append(verify_source(opened, source, samples, seed, click.echo, tables=tables))
+        findings.append(verify_source(opened, source, samples, seed, echo, tables=tables))
     for line in opened.warnings:
-        click.echo(line)
+        echo(line)
     problems = [problem for found in findings for problem in found.problems]
     if problems:
-        click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
-        click.echo(f"{count(len(problems), 'problem')} found", err=True)
+        for problem in findings[1].problems if len(findings) > 1 else []:
+            echo(problem)
+        echo(f"{count(len(problems), 'problem')} found", err=True)
         sys.exit(1)
     pending, skipped = opened.pending_shards(), describe_skipped(opened)
     without = f"; {skipped}" if skipped else ""
     if pending:
-        click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet{without}")
+        echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet{without}")
         sys.exit(EXIT_INCOMPLETE)
-    click.echo(f"{opened.path} is sound{without}")
+    echo(f"{opened.path} is sound{without}")
 
 
 @main.command(
@@ -278,4 +287,4 @@ def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool,
 
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)
-    click.echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")
+    echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")

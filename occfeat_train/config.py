@@ -122,6 +122,7 @@ class AugmentConfig:
         return height, width
 
 
+_LARGEST = 1_000_000_000  # of a number in OptimConfig, far above sensible ones, so that products of them are finite
 NO_AUGMENTATION = AugmentConfig(
     resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
@@ -146,8 +147,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_one_of(self, "optimizer", "schedule")
         for name in ("lr", "epochs", "batch", "accumulation", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"optim.{name}={getattr(self, name)}: a number above 0 expected")
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)}: a number above 0 and at most {_LARGEST:,} expected"
+                )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
 

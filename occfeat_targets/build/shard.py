@@ -21,6 +21,7 @@ from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Secon
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.common.memory import describe_shortage
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.targets.quantize import quantization_cosine, quantize
@@ -91,8 +92,10 @@ def build_shard(task: ShardTask) -> ShardReport:
                 cache.write_shard(task.shard, arrays, notes)
     except (ValueError, OSError) as err:
         report.error = str(err)
-    except Exception:  # an unexpected error: report the whole traceback, and let the build stop cleanly
-        report.error = traceback.format_exc()
+    except Exception as err:
+        shortage = describe_shortage(err)
+        # The traceback of an unexpected error is reported, and the build stops cleanly.
+        report.error = traceback.format_exc() if shortage is None else f"{shortage}: use fewer --workers"
     if report.error is not None and cache is not None:
         try:
             cache.record_failure(task.shard, report.error)

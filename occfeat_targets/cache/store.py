@@ -248,6 +248,19 @@ def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
+def _require_lengths(path: Path, group: zarr.Group) -> None:
+    """Raises CacheError if an array of the identity claims more or fewer keyframes than there are bytes of timestamps."""
+    file = path / "timestamp_us" / "c" / "0"
+    length = (file.stat().st_size - 4) // 8  # of int64 with a CRC-32C behind
+    for name in ("sample_token", "scene", "timestamp_us"):
+        shape = _zarr_array(group, name).shape
+        if shape != (length,):
+            raise CacheError(
+                f"{path / name / 'zarr.json'} says that the array's shape is {shape}, but {file} has {count(length, 'keyframe')}: "
+                "the metadata were made up; delete the cache and build it again"
+            )
+
+
 def open_cache(path: Path) -> Cache:
     """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
@@ -267,6 +280,7 @@ def open_cache(path: Path) -> Cache:
             )
     group = zarr.open_group(path, mode="r", use_consolidated=False)
     attributes: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
+    _require_lengths(path, group)
     identity = Identity(
         tuple(str(t) for t in np.asarray(_zarr_array(group, "sample_token")[:])),
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),

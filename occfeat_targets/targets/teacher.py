@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.hub import use_cache_without_hub
+from occfeat_targets.common.weights import find_weights
 from occfeat_targets.targets.teacher_devices import find_devices
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,9 @@ def _config(name: str) -> Mapping[str, Any]:
 
     if not Path(name).exists():
         use_cache_without_hub()
+    source, _ = find_weights(name)
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as err:
         raise TeacherError(unavailable(name, err)) from err
     return config
@@ -128,7 +130,7 @@ def unavailable(name: str, err: Exception) -> str:
     if Path(name).exists():
         return (
             f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "
-            "and complete .safetensors or .bin weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            "and complete .safetensors weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
         )
     return (
         f"teacher {name} cannot be loaded ({first_line}). It is neither a local folder nor in the Hugging Face cache, and "
@@ -147,7 +149,7 @@ def teacher_spec(
     Raises TeacherError if the model cannot be loaded or its weights are incomplete, ValueError if the size is no multiple of
     the patch size.
     """
-    if Path(name).is_dir():
+    if Path(name).exists():
         name = str(Path(name).absolute())  # so that workers and `verify` find it from anywhere
     teacher = open_teacher(name, layer)
     if input_size is None:
@@ -226,8 +228,8 @@ class LoadedTeacher:
 
 
 def _is_out_of_memory(err: RuntimeError) -> bool:
-    """Of the allocator, of a new CUDA context, or of cuBLAS."""
-    return "out of memory" in str(err) or "ALLOC_FAILED" in str(err)
+    """Of the host, of the GPU's allocator, of a new CUDA context, or of cuBLAS."""
+    return any(text in str(err) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def _too_large(spec: TeacherSpec, device: torch.device, what: str) -> str:

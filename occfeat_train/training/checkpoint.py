@@ -15,9 +15,7 @@ read. An older checkpoint is never used automatically; the error names the newes
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +37,7 @@ from occfeat_targets.cache.records import (
     write_record,
 )
 from occfeat_train.config import Config
+from occfeat_train.networks.pickled import load_pickled
 from occfeat_train.training.saving import CheckpointError, first_line, saving
 
 KEEP = 2
@@ -51,8 +50,8 @@ class RunInfo:
     """Description of a run, saved with it and with its checkpoints.
 
     feature_dim: N_y of the teacher, 0 without a teacher. cache: fingerprint of the targets. num_samples: size of the
-    training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights, a sentence. scenes: hash of
-    the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
+    training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights,
+    a sentence. initial_digest: SHA-256 of their file, if they are those of another run. scenes: hash of the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
     before options changed it. targets: the cache's spec. data: source of the cache (paper.py). origin: of the process that wrote
     this (common/provenance.py). parent: the run whose weights it started from.
     """
@@ -64,6 +63,7 @@ class RunInfo:
     num_samples: int
     initial: str
     keyframes: str = ""
+    initial_digest: str = ""
     scenes: str = ""
     simulated: tuple[str, ...] = ()
     preset: str = ""
@@ -131,13 +131,12 @@ class Checkpoint:
         """Optimiser and schedule. Raises CheckpointError if the file was changed. Code in the file is never executed."""
         file = _sound_file(self.path, STATE)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
+            state: dict[str, Any] = load_pickled(file)
+        except (OSError, ValueError) as err:
             raise CheckpointError(
                 f"{file} holds no trainer state that can be loaded safely ({first_line(err)}): {_advice(self.path)}"
             ) from err
+        return state
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.common.provenance import timestamp
+from occfeat_targets.common.terminal import echo
 from occfeat_train.training.event_file import EventFile
 from occfeat_train.training.saving import saving
 
@@ -31,7 +32,7 @@ class RunLog:
         with saving(file):
             write_file(file, b"".join(line + b"\n" for line, _ in kept))
         if note := note_on_damage(file, kept):
-            print(f"{note}, kept unchanged", flush=True)
+            echo(f"{note}, kept unchanged")
         self._name = f"{file}{' and tensorboard' * tensorboard}"
         with saving(self._name), contextlib.ExitStack() as files:
             self._file = files.enter_context(file.open("ab"))
@@ -55,7 +56,7 @@ class RunLog:
         self._write({"step": step - 1, "validation": results}, "validation")
         with self._bar.external_write_mode():
             shown = "; ".join(f"{name} {text}" for name, text in columns.items())
-            print(f"validation after {count(step, 'step')}: {shown}", flush=True)
+            echo(f"validation after {count(step, 'step')}: {shown}")
 
     def _write(self, record: dict[str, Any], group: str) -> None:
         with saving(self._name):

@@ -63,8 +63,10 @@ def _differences(found: RunInfo, info: RunInfo) -> list[str]:
         differences.append("keyframes: the cache holds others, or has skipped others")
     if found.scenes != info.scenes:
         differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
-    if found.initial != info.initial:
-        differences.append(f"initial weights: {found.initial} != {info.initial}")
+    is_known = bool(found.initial_digest and info.initial_digest)  # the run with these weights may have been moved
+    if found.initial_digest != info.initial_digest if is_known else found.initial != info.initial:
+        there, here = (f"{i.initial} {i.initial_digest[:12]}".rstrip() for i in (found, info))
+        differences.append(f"initial weights: {there} != {here}")
     return differences
 
 

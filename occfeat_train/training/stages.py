@@ -143,6 +143,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         num_samples=len(dataset),
         keyframes=dataset.digest,
         initial=describe_initial(config, start),
+        initial_digest="" if start is None else start.weights_digest,
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
         simulated=tuple(cache.simulated),
         preset=options.preset,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from occfeat_targets.common.terminal import echo
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch
 from occfeat_train.distributed import (
@@ -196,7 +197,7 @@ def recompute_if_needed(run: Pass, task: Task, batch: Batch) -> dict[str, Tensor
     except torch.OutOfMemoryError:
         if task.network.recompute or not is_first:
             raise
-    print("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower", flush=True)
+    echo("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower")
     task.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     task.network.recompute = True

@@ -196,6 +196,17 @@ def test_a_finetuning_from_other_weights_or_with_other_scenes_is_refused(cache, 
     assert "list of label scenes: " in refuse(*start)
 
 
+def test_a_finetuning_continues_after_the_run_that_it_started_from_was_moved(cache, whole, tmp_path):
+    start, moved, out = tmp_path / "pretrained", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(whole, start)
+    succeed(*finetune(cache, out, "--from", start, *steps(1)))
+    start.rename(moved)
+    assert "finished already" in succeed(*finetune(cache, out, "--from", moved, *steps(1)))
+    succeed(*pretrain(cache, start, *VARIED, *steps(2)))  # another run of the old name
+    message = refuse(*finetune(cache, out, "--from", start, *steps(1)))
+    assert "initial weights: " in message
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_gives_way_to_another(cache, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
