@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
-keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing.
+keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from occfeat_targets.options import (
     reports_errors,
 )
 
-EXIT_INCOMPLETE = 3
+EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
     "--dataroot",
     type=DIRECTORY,
@@ -141,14 +141,21 @@ def build(
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    with replaced(options.path, overwrite):
-        plan = make_plan(options, scheduler=scheduler, print_line=echo)
-    chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
-    echo("\n".join(describe_plan(plan, chosen)))
-    if plan_only:
-        echo(describe_tasks(plan))
-        return
-    outcome = run(plan, chosen, print_line=echo)
+    try:
+        with replaced(options.path, overwrite):
+            plan = make_plan(options, scheduler=scheduler, print_line=echo)
+        chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
+        echo("\n".join(describe_plan(plan, chosen)))
+        if plan_only:
+            echo(describe_tasks(plan))
+            return
+        outcome = run(plan, chosen, print_line=echo)
+    except KeyboardInterrupt:
+        echo(
+            f"interrupted: finished shards are kept; run the same command again{' without --overwrite' * overwrite} to continue",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
     echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)

@@ -231,21 +231,8 @@ def variants(check: Check) -> None:
     less_memory = replace(config, network=replace(config.network, recompute=True))
     plain = Step(check, config)
 
-    def with_benchmark() -> Callable[[], None]:
-        step = Step(check, config)
-
-        def run() -> None:
-            torch.backends.cudnn.benchmark = True
-            try:
-                step()
-            finally:
-                torch.backends.cudnn.benchmark = False
-
-        return run
-
-    made: dict[str, Callable[[], Callable[[], None]]] = {
+    made: dict[str, Callable[[], Step]] = {
         "no CUDA graphs": lambda: Step(check, config, cuda_graphs=False),
-        "cudnn.benchmark": with_benchmark,
         "activation checkpointing": lambda: Step(check, less_memory),
         "compiled": lambda: Step(check, replace(config, compile=True)),
     }
