@@ -26,12 +26,10 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
     there is nothing to continue, and any run with `overwrite`. Returns the checkpoint to continue from, or None at the
     beginning. Raises CheckpointError that lists every difference, or if RUN is not a run.
     """
+    remove_partial(run)
     if overwrite:
         delete_run(run)
     file = run / INFO
-    if not (file.is_file() or overwrite) and _contents(run):
-        raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
-    remove_partial(run)
     has_checkpoint = bool(checkpoint_folders(run))
     if file.is_file():
         try:
@@ -44,6 +42,8 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
             _write_info(run, info)
         if has_checkpoint:
             return find_checkpoint(run)
+    elif not overwrite and run.exists() and {path.name for path in run.iterdir()} - {LOCK}:
+        raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
     for name in ("log.jsonl", "scenes.txt"):  # of the run that is overwritten
         (run / name).unlink(missing_ok=True)
     _write_info(run, info)
@@ -92,9 +92,13 @@ def _write_info(run: Path, info: RunInfo) -> None:
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what a killed training left: files and checkpoints that were being written or deleted."""
-    for path in [path for path in run.rglob(".*") if is_partial(path.name)]:
-        if path.is_dir():
+    """Remove what a killed training left: files and checkpoints that were being written or deleted.
+
+    Only names that occur in a run, because this is called before it is known that the directory is one.
+    """
+    patterns = [*(f".{name}.*" for name in _OWN), "checkpoints/.step-*", "checkpoints/.best.*", "evaluation/.*"]
+    for path in [path for pattern in patterns for path in run.glob(pattern) if is_partial(path.name)]:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -105,7 +109,7 @@ def delete_run(run: Path) -> None:
 
     Raises CheckpointError, and deletes nothing, if something is there and it is no run.
     """
-    there = _contents(run)
+    there = {path.name for path in run.iterdir()} - {LOCK} if run.is_dir() else set()
     if not there:
         return
     if not (_is_info(run / INFO) or checkpoint_folders(run)):
@@ -118,11 +122,6 @@ def delete_run(run: Path) -> None:
             delete_folder(path)
         else:
             path.unlink()
-
-
-def _contents(run: Path) -> set[str]:
-    """Names in a directory, if it exists, without the lock and what a killed training left."""
-    return {path.name for path in run.iterdir() if not is_partial(path.name)} - {LOCK} if run.is_dir() else set()
 
 
 def _is_info(file: Path) -> bool:

@@ -31,11 +31,11 @@ def measure(*arguments: str | Path) -> tuple[float, float, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "occfeat_targets", *map(str, arguments)]
     started = time.perf_counter()
-    quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
     pid = os.posix_spawn(command[0], command, environment, file_actions=quiet)
     _, status, usage = os.wait4(pid, 0)
     if os.waitstatus_to_exitcode(status) not in (0, 3):  # 3: keyframes were skipped, or shards are missing
-        raise RuntimeError(f"{' '.join(command)} failed")
+        raise RuntimeError(f"failed; run it again to see why: {' '.join(command)}")
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
