@@ -30,6 +30,7 @@ GB = 10**9
 def give_gpus(patch: pytest.MonkeyPatch, count: int) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: count > 0)
     patch.setattr(torch.cuda, "device_count", lambda: count)
+    patch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
 
 
 @pytest.mark.parametrize(
