@@ -56,8 +56,10 @@ def build_cache(
     scheduler: str | None = None,
     scheduler_file: str | Path | None = None,
     shard: tuple[int, int] | None = None,
+    plan_only: bool = False,
     shard_size: int = 16,
     on_error: OnError = "fail",
+    overwrite: bool = False,
     retry_skipped: bool = False,
     device: str = "auto",
     log: Callable[[str], None] | None = print,
@@ -67,7 +69,8 @@ def build_cache(
 
     Options and defaults are the command's; environment variables are not read. What differs from the command:
     grid: its --grid and --range. teacher: None for none. label_kinds: some of "vehicles" and "map", () for none
-    (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are.
+    (--no-labels), None for what the data set has. shard: (k, n), k from 0; of an array job the cache is finished when all its tasks are. plan_only: only create the cache and its plan, for
+    such tasks.
     workers: local processes, by default one a core, on GPUs at most 16 a GPU and no more than its memory holds; 0 for this
     process alone. In a script, call with workers only under
     `if __name__ == "__main__":`, since new processes import the script.
@@ -100,14 +103,17 @@ def build_cache(
         shard is None or (_is_pair(shard) and 0 <= shard[0] < shard[1]),
         f"shard={shard!r}: (k, n) with 0 <= k < n expected",
     )
-    ways = sum(x is not None for x in (workers, scheduler, scheduler_file, shard))
-    _require(ways <= 1, "workers, scheduler, scheduler_file and shard are ways to run a build: choose one")
+    ways = plan_only + sum(x is not None for x in (workers, scheduler, scheduler_file, shard))
+    _require(ways <= 1, "workers, scheduler, scheduler_file, shard and plan_only are ways to run a build: choose one")
+    _require(not (overwrite and shard), "overwrite and shard: each task would delete what the others have built")
 
     from occfeat_targets.build.cluster import read_scheduler_file
-    from occfeat_targets.build.plan import BuildOptions, make_plan
+    from occfeat_targets.build.options import BuildOptions
+    from occfeat_targets.build.plan import make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
-    from occfeat_targets.messages import describe_outcome, describe_plan
+    from occfeat_targets.cache.overwrite import replaced
+    from occfeat_targets.messages import describe_outcome, describe_plan, describe_tasks
 
     def write(line: str) -> None:
         if log is not None:
@@ -122,14 +128,18 @@ def build_cache(
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
         labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat, points=points,
-        keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped, device=device,
+        keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    plan = make_plan(options)
+    with replaced(options.path, overwrite):
+        plan = make_plan(options, scheduler=scheduler, print_line=write)
     chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
     for line in describe_plan(plan, chosen):
         write(line)
+    if plan_only:
+        write(describe_tasks(plan))
+        return plan.cache.path
     outcome = run(plan, chosen, print_line=write, progress=progress)
     for line in describe_outcome(plan, outcome, time.monotonic() - started):
         write(line)

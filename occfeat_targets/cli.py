@@ -1,7 +1,7 @@
 """The command line: occfeat-targets synth, build, status, info, verify, preview.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
-keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing.
+keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.command_line import (
     SETTINGS,
     VARIABLES,
@@ -24,9 +23,17 @@ from occfeat_targets.common.command_line import (
     examples,
 )
 from occfeat_targets.common.plural import count
-from occfeat_targets.options import DIRECTORY, Size, build_options, cache_options, reports_errors
+from occfeat_targets.common.terminal import echo
+from occfeat_targets.options import (
+    DIRECTORY,
+    Size,
+    build_options,
+    cache_options,
+    parse_label_kinds,
+    reports_errors,
+)
 
-EXIT_INCOMPLETE = 3
+EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
     "--dataroot",
     type=DIRECTORY,
@@ -86,6 +93,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
         "occfeat-targets build --dataroot data/nuscenes --cache cache --split train",
         "occfeat-targets build --split mini_train --teacher dinov2-small  # a local folder, without internet",
         "occfeat-targets build --split val --teacher none --frames cameras",
+        "occfeat-targets build --split train --plan-only  # then, as an array job:",
         "occfeat-targets build --split train --shard $SLURM_ARRAY_TASK_ID/20",
     ),
 )
@@ -96,21 +104,26 @@ def build(
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
-    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, shard_size: int, on_error: str, retry_skipped: bool,
-    device: str,
+    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
+    overwrite: bool, retry_skipped: bool, device: str,
 ) -> None:  # fmt: skip
     """Build the cache of a split. If the build is killed, the same command resumes it."""
     from occfeat_targets.build.cluster import read_scheduler_file
-    from occfeat_targets.build.plan import BuildOptions, make_plan
+    from occfeat_targets.build.options import BuildOptions
+    from occfeat_targets.build.plan import make_plan
     from occfeat_targets.build.run import run
     from occfeat_targets.build.workers import choose_workers, find_build_devices
-    from occfeat_targets.cache.store import is_whole
-    from occfeat_targets.messages import describe_outcome, describe_plan
+    from occfeat_targets.cache.overwrite import replaced
+    from occfeat_targets.messages import describe_outcome, describe_plan, describe_tasks
     from occfeat_targets.sources.scenes import parse_scenes
 
-    if sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
+    if plan_only + sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
         raise click.UsageError(
-            "--workers, --scheduler, --scheduler-file and --shard are ways to run a build: choose one of them"
+            "--workers, --scheduler, --scheduler-file, --shard and --plan-only are ways to run a build: choose one of them"
+        )
+    if overwrite and shard is not None:
+        raise click.UsageError(
+            "--overwrite and --shard: each task would delete what the others have built; delete the cache first"
         )
     if scheduler_file is not None:
         scheduler = read_scheduler_file(scheduler_file)
@@ -123,33 +136,31 @@ def build(
         grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
         frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
         teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
-        feature_dtype=feature_dtype, labels=() if no_labels else _label_kinds(label_kinds), dividers=dividers,
-        compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, retry_skipped=retry_skipped,
+        feature_dtype=feature_dtype, labels=() if no_labels else parse_label_kinds(label_kinds), dividers=dividers,
+        compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
-    weights = "" if teacher == "none" else f" and the weights of {teacher}"
-    click.echo(f"reading the tables of {dataroot}{weights} ...")
-    plan = make_plan(options)
-    chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
-    click.echo("\n".join(describe_plan(plan, chosen)))
-    outcome = run(plan, chosen, print_line=click.echo)
-    click.echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
+    try:
+        with replaced(options.path, overwrite):
+            plan = make_plan(options, scheduler=scheduler, print_line=echo)
+        chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
+        echo("\n".join(describe_plan(plan, chosen)))
+        if plan_only:
+            echo(describe_tasks(plan))
+            return
+        outcome = run(plan, chosen, print_line=echo)
+    except KeyboardInterrupt:
+        echo(
+            f"interrupted: finished shards are kept; run the same command again{' without --overwrite' * overwrite} to continue",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
     if outcome.failed:
         sys.exit(1)
-    if not all(is_whole(record) for record in plan.cache.finished_shards().values()):
+    if not plan.is_whole:
         sys.exit(EXIT_INCOMPLETE)
-
-
-def _label_kinds(labels: str | None) -> tuple[str, ...] | None:
-    if labels is None:
-        return None
-    kinds = tuple(kind.strip() for kind in labels.split(","))
-    if not set(kinds) <= set(LABEL_KINDS):
-        raise click.UsageError(
-            f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas"
-        )
-    return kinds
 
 
 def _open(cache: Path, split: str) -> Any:
@@ -169,7 +180,7 @@ def status(cache: Path, split: str) -> None:
     from occfeat_targets.messages import describe_status, is_complete
 
     opened = _open(cache, split)
-    click.echo("\n".join(describe_status(opened)))
+    echo("\n".join(describe_status(opened)))
     opened.require_files()
     if not is_complete(opened):
         sys.exit(EXIT_INCOMPLETE)
@@ -187,7 +198,7 @@ def info(cache: Path, split: str, as_json: bool) -> None:
     from occfeat_targets.messages import describe_info, info_as_json
 
     opened = _open(cache, split)
-    click.echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
+    echo(info_as_json(opened) if as_json else "\n".join(describe_info(opened)))
     opened.require_files()
 
 
@@ -201,9 +212,14 @@ def info(cache: Path, split: str, as_json: bool) -> None:
 @SOURCE_OPTION
 @click.option("--samples", type=click.IntRange(0), metavar="N", default=3,
               help="Random keyframes to recompute from the data set by independent code; 0: checksums only.")  # fmt: skip
+@click.option(
+    "--tables",
+    is_flag=True,
+    help="Read paths, transforms and boxes of these keyframes from the data set's tables, instead of the build's plan.",
+)
 @click.option("--seed", metavar="N", type=int, help="Seed of the random choice of keyframes.  [default: random]")
 @reports_errors
-def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: int | None) -> None:
+def verify(cache: Path, split: str, dataroot: Path | None, samples: int, tables: bool, seed: int | None) -> None:
     """Check all checksums of a cache, and recompute random keyframes from the data set."""
     from occfeat_targets.messages import describe_skipped
     from occfeat_targets.verify.verify import verify_checksums, verify_source
@@ -212,27 +228,28 @@ def verify(cache: Path, split: str, dataroot: Path | None, samples: int, seed: i
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "little")
     findings = [verify_checksums(opened)]
-    click.echo("\n".join([*findings[0].notes, *findings[0].problems]))
+    echo("\n".join([*findings[0].notes, *findings[0].problems]))
     if samples and not findings[0].problems:
         source = dataroot or Path(opened.provenance["dataroot"])
         if not source.is_dir():
             raise ValueError(
                 f"there is no data set at {source}: pass --dataroot, or --samples 0 to check checksums only"
             )
-        findings.append(verify_source(opened, source, samples, seed, click.echo))
+        findings.append(verify_source(opened, source, samples, seed, echo, tables=tables))
     for line in opened.warnings:
-        click.echo(line)
+        echo(line)
     problems = [problem for found in findings for problem in found.problems]
     if problems:
-        click.echo("\n".join(findings[-1].problems if len(findings) > 1 else []), nl=len(findings) > 1)
-        click.echo(f"{count(len(problems), 'problem')} found", err=True)
+        for problem in findings[1].problems if len(findings) > 1 else []:
+            echo(problem)
+        echo(f"{count(len(problems), 'problem')} found", err=True)
         sys.exit(1)
     pending, skipped = opened.pending_shards(), describe_skipped(opened)
     without = f"; {skipped}" if skipped else ""
     if pending:
-        click.echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet{without}")
+        echo(f"sound so far: {len(pending)} of {opened.num_shards} shards are not built yet{without}")
         sys.exit(EXIT_INCOMPLETE)
-    click.echo(f"{opened.path} is sound{without}")
+    echo(f"{opened.path} is sound{without}")
 
 
 @main.command(
@@ -270,4 +287,4 @@ def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool,
 
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)
-    click.echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")
+    echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +16,54 @@ from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_code
-from occfeat_targets.sources.scenes import describe_masked, describe_problems
 
 
 def describe_plan(plan: Plan, workers: Workers) -> list[str]:
     """What will be built, where, how large it gets and how long it takes."""
-    split, cache, spec = plan.split, plan.cache, plan.cache.spec
-    scenes = Counter(k.scene for k in split.keyframes)
-    lines = [f"{split.name} of {split.version}: {count(len(cache), 'keyframe')} of {count(len(scenes), 'scene')}"]
-    if split.missing_scenes:
-        missing = split.missing_scenes
+    cache, spec, origin = plan.cache, plan.cache.spec, plan.cache.provenance
+    scenes = len(set(cache.identity.scenes))
+    lines = [f"{origin['split']} of {origin['version']}: {count(len(cache), 'keyframe')} of {count(scenes, 'scene')}"]
+    if missing := origin.get("missing_scenes"):
         lines.append(
-            f"  {len(missing)} of the split's {len(scenes) + len(missing)} scenes are not in this data set and are left out "
+            f"  {len(missing)} of the split's {scenes + len(missing)} scenes are not in this data set and are left out "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
-    if split.left_out_scenes:
-        there = len(scenes) + len(split.left_out_scenes)
-        lines.append(f"  --scenes: {len(scenes)} of the {there} scenes of the split in this data set")
-    problems = describe_problems([split.keyframes[i] for i in plan.left_to_build])
-    if problems is not None:
+    if left_out := origin.get("left_out_scenes"):
+        lines.append(f"  --scenes: {scenes} of the {scenes + len(left_out)} scenes of the split in this data set")
+    if (problems := plan.problems.describe()) is not None:
         lines.append(f"  {problems} cannot be built and are skipped")
-    masked = describe_masked([split.keyframes[i] for i in plan.left_to_build])
-    if masked is not None:
+    if (masked := plan.problems.describe_masked()) is not None:
         lines.append(f"  {masked} are built with masked cameras")
     lines += [f"  no {name} labels: {why}" for name, why in plan.missing_labels.items()]
     lines += [f"  {line}" for line in spec.describe()]
     lines += cache.warnings
-    done = cache.num_shards - len(cache.pending_shards())
+    done = len(cache.recorded_shards())
     lines.append(
         f"{cache.path} [{spec.fingerprint}]: {count(cache.num_shards, 'shard')} of up to {count(cache.keyframes_per_shard, 'keyframe')}, "
         f"{done} finished; to build here: {count(len(plan.shards), 'shard')}, {count(plan.num_keyframes, 'keyframe')}"
     )
     if plan.shards:
         size = spec.bytes_per_keyframe * plan.num_keyframes
-        seconds = estimate_seconds(
-            spec, plan.num_keyframes, devices=workers.devices,
-            processes=count_cores() if workers.scheduler else max(workers.processes, 1),
-            keyframes_per_batch=workers.keyframes_per_batch or KEYFRAMES_PER_GPU_BATCH,
-        )  # fmt: skip
         lines.append(
             f"size: {format_bytes(spec.bytes_per_keyframe)} per keyframe, {format_bytes(size)} in total "
-            f"({format_bytes(free_bytes(cache.path))} free); "
-            f"time: about {format_seconds(seconds)} {_where(workers)}"
+            f"({format_bytes(free_bytes(cache.path))} free); time: {_time(plan, workers)}"
         )
     return lines
 
 
-def _where(workers: Workers) -> str:
+def _time(plan: Plan, workers: Workers) -> str:
     if workers.scheduler:
-        return f"on {workers.scheduler} (estimated with the speed of this machine)"
+        return f"depends on the workers of {workers.scheduler}"
+    if plan.options.plan_only:
+        return "depends on the machines of its tasks"
+    seconds = estimate_seconds(
+        plan.cache.spec, plan.num_keyframes, devices=workers.devices, processes=max(workers.processes, 1),
+        cores=count_cores(), keyframes_per_batch=workers.keyframes_per_batch or KEYFRAMES_PER_GPU_BATCH,
+    )  # fmt: skip
+    return f"about {format_seconds(seconds)} from now {_where(workers)}"
+
+
+def _where(workers: Workers) -> str:
     where = f"with {count(workers.processes, 'worker')}" if workers.processes else "in this process"
     if workers.on_gpus:
         gpus = count(len(workers.devices), "GPU") if workers.processes else workers.devices[0]
@@ -73,15 +71,24 @@ def _where(workers: Workers) -> str:
     return where
 
 
+def describe_tasks(plan: Plan) -> str:
+    """What to do after --plan-only."""
+    return (
+        f"planned: now run the same command with --workers or --scheduler instead of --plan-only, or as n tasks with --shard 0/n to (n-1)/n, "
+        f"n up to {plan.cache.num_shards}"
+    )
+
+
 def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     """What was built, the time of each stage, what failed, and how to continue."""
     cache = plan.cache
     lines = []
-    if outcome.num_keyframes:
+    if outcome.reports:
         rate = outcome.num_keyframes / seconds
         lines.append(
             f"built {count(outcome.num_keyframes, 'keyframe')} in {format_seconds(seconds)} ({rate:.2f} keyframes/s)"
         )
+    if outcome.num_keyframes:
         stages = {stage: s / outcome.num_keyframes * 1e3 for stage, s in outcome.seconds.items()}
         total = stages.pop("total")
         spent = ", ".join(f"{stage} {ms:.1f}" for stage, ms in sorted(stages.items(), key=lambda item: -item[1]))
@@ -96,15 +103,15 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
     lines += _describe_lacks(plan, outcome)
     if outcome.skipped:
         lines.append(
-            f"  skipped {count(len(outcome.skipped), 'keyframe')}: 'occfeat-targets status' lists the reasons; "
-            "--retry-skipped tries again"
+            f"  skipped {count(len(outcome.skipped), 'keyframe')}, which the cache holds as zeros and masks in is_valid: "
+            "'occfeat-targets status' lists the reasons; --retry-skipped tries again"
         )
     if outcome.masked:
         lines.append(
             f"  masked {count(sum(map(len, outcome.masked.values())), 'camera')} of {count(len(outcome.masked), 'keyframe')}: "
             "'occfeat-targets status' lists the reasons; --retry-skipped tries again"
         )
-    pending = cache.pending_shards()
+    pending = cache.num_shards - len(cache.recorded_shards())
     lines += cache.warnings
     if outcome.failed:
         lines.append(
@@ -112,22 +119,22 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
             "or skip, and run the same command again to continue"
         )
     elif pending:
-        lines.append(f"{len(pending)} of {cache.num_shards} shards are left to other tasks of this build")
+        lines.append(f"{pending} of {cache.num_shards} shards are left to other tasks of this build")
     else:
-        lines.append(f"{cache.path} is complete: {count(len(cache), 'keyframe')}, {format_bytes(bytes_on_disk(cache))}")
+        without = f", {skipped}" if (skipped := describe_skipped(cache)) else ""
+        size = format_bytes(bytes_on_disk(cache))
+        lines.append(f"{cache.path} is complete: {count(len(cache), 'keyframe')}{without}, {size}")
     return lines
 
 
 def _describe_lacks(plan: Plan, outcome: Outcome) -> list[str]:
-    location = {keyframe.scene: keyframe.location for keyframe in plan.split.keyframes}
     lines = []
     for name in plan.cache.spec.labels:
         scenes = [scene for kind, scene in outcome.lacks_expected if kind == name]
         if scenes:
-            named = [f"{scene} at {location[scene]}" for scene in scenes[:5]]
             lines.append(
                 f"  warning: no {LABEL_KINDS[name].expected} in the {name} labels of {count(len(scenes), 'scene')} "
-                f"({', '.join(named)}{', ...' if len(scenes) > 5 else ''}): check that the maps are of this data set and cover "
+                f"({', '.join(scenes[:5])}{', ...' if len(scenes) > 5 else ''}): check that the maps are of this data set and cover "
                 "these scenes, or leave the labels out with --label-kinds or --no-labels"
             )
     return lines

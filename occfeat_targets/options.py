@@ -116,7 +116,7 @@ build_options = options(
         "--teacher-dtype",
         type=click.Choice(["auto", "float32", "bfloat16"]),
         default="auto",
-        help="auto: bfloat16 where the hardware supports it natively.",
+        help="auto: the existing cache's; for a new one, bfloat16 where the hardware supports it natively.",
     ),
     click.option(
         "--teacher-batch",
@@ -175,12 +175,20 @@ build_options = options(
         type=ShardOf(),
         help="Build every N-th shard, starting with the K-th, in this process.  [default: all]",
     ),
+    click.option(
+        "--plan-only",
+        is_flag=True,
+        help="Only create the cache and its plan, from which the tasks of an array job then build.",
+    ),
     click.option("--shard-size", type=click.IntRange(1), metavar="N", default=16, help="Keyframes per shard."),
     click.option(
         "--on-error",
         type=click.Choice(["fail", "skip", "mask-camera"]),
         default="fail",
         help="If a keyframe cannot be built: stop; mask it; or mask only its unusable cameras. The last two record it and exit with 3.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the cache in CACHE/SPLIT.zarr, instead of continuing its build."
     ),
     click.option(
         "--retry-skipped",
@@ -195,3 +203,15 @@ build_options = options(
         "they use only this GPU.",
     ),
 )
+
+
+def parse_label_kinds(labels: str | None) -> tuple[str, ...] | None:
+    """Kinds of labels from "a,b"; None for all that the data set has."""
+    if labels is None:
+        return None
+    kinds = tuple(kind.strip() for kind in labels.split(","))
+    if not set(kinds) <= set(LABEL_KINDS):
+        raise click.UsageError(
+            f"--label-kinds {labels}: one or more of {','.join(LABEL_KINDS)} expected, joined by commas"
+        )
+    return kinds

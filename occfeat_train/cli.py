@@ -13,6 +13,7 @@ import click
 
 from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_targets.common.command_line import SETTINGS, VARIABLES, LocalPath, WorkOrder, describe_variables, examples
+from occfeat_targets.common.terminal import echo
 from occfeat_train.config import Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
@@ -52,10 +53,10 @@ def check(cache: Path, split: str, samples: int) -> None:
     from occfeat_train.data.check import check_cache
 
     reader = CacheReader(cache / f"{split}.zarr")
-    click.echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
+    echo("\n".join([*reader.cache.spec.describe(), *reader.cache.warnings]))
     readiness = check_cache(reader, samples)
-    click.echo("\n".join(readiness.describe()))
-    click.echo(f"{reader.cache.path} is ready for {' and '.join(readiness.ready_for)}")
+    echo("\n".join(readiness.describe()))
+    echo(f"{reader.cache.path} is ready for {' and '.join(readiness.ready_for)}")
 
 
 @main.group(cls=WorkOrder)
@@ -70,7 +71,7 @@ def list_presets() -> None:
     for name, chosen in PRESETS.items():
         height, wide = chosen.smallest_cache()
         needs = f"{name:{width}}  a cache built with --image-size {height}x{wide}"
-        click.echo(name if height <= STUDENT_SIZE[0] else needs)
+        echo(name if height <= STUDENT_SIZE[0] else needs)
 
 
 @config.command(
@@ -89,8 +90,8 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
     chosen = chosen.override(overrides)
     for key, value in chosen.flat().items():
-        click.echo(f"{key}={json.dumps(value)}")
-    click.echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
+        echo(f"{key}={json.dumps(value)}")
+    echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
 
 
 main.add_command(pretrain)
@@ -198,4 +199,4 @@ def import_reference(
     config = finetuning("vehicles", 100, chosen).override(overrides)
     z, h, w = map(int, cells)
     made = import_reference(checkpoint, config, VoxelGrid((z, h, w)), out)
-    click.echo(f"{made}: {network} {backbone}, image size {'x'.join(map(str, config.network.image_size))}")
+    echo(f"{made}: {network} {backbone}, image size {'x'.join(map(str, config.network.image_size))}")

@@ -122,6 +122,7 @@ class AugmentConfig:
         return height, width
 
 
+_LARGEST = 1_000_000_000  # of a number in OptimConfig, far above sensible ones, so that products of them are finite
 NO_AUGMENTATION = AugmentConfig(
     resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
@@ -146,8 +147,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_one_of(self, "optimizer", "schedule")
         for name in ("lr", "epochs", "batch", "accumulation", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"optim.{name}={getattr(self, name)}: a number above 0 expected")
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)}: a number above 0 and at most {_LARGEST:,} expected"
+                )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
 
@@ -189,7 +192,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32. compile: torch.compile for the image encoder; ``auto`` for long runs on a GPU.
+    float32. float32 excludes TF32. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
@@ -241,11 +244,10 @@ class Config:
             for group in groups:
                 target = target.get(group) if isinstance(target, dict) else None
             if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                names = self.flat()
-                remedy = (
-                    did_you_mean(key.strip(), names, key=lambda name: name.rpartition(".")[2])
-                    or f"; there are {', '.join(names)}"
-                )
+                names = list(self.flat())
+                near = [other for other in names if other.split(".")[:-1] == groups] if groups else names
+                close = did_you_mean(name, near, key=lambda other: other.rpartition(".")[2])
+                remedy = close or f"; there are {', '.join(names)}"
                 raise ValueError(f"--set {assignment}: no such field{remedy}")
             target[name] = parse_value(text.strip())
         return Config.from_dict(data)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from occfeat_targets.common.terminal import echo
+
 Result = TypeVar("Result")
 
 
@@ -34,7 +36,7 @@ class Process:
     def print(self, *lines: str) -> None:
         """Print lines on rank 0."""
         for line in lines if self.is_main else ():
-            print(line, flush=True)
+            echo(line)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import click
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.command_line import LocalPath, examples, names_of
 from occfeat_targets.common.paths import local_path
+from occfeat_targets.common.terminal import echo
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
 from occfeat_train.options import cache_option, initial_option, machine_options, reports_errors, training_options
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, finetuning, preset
@@ -81,7 +82,7 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
             finished = run_training(config, options, process)
             process.print(f"finished: {out}" if finished else f"stopped by a signal and saved: {again}")
     except KeyboardInterrupt:
-        click.echo(f"interrupted, and nothing saved after the newest checkpoint: {again}", err=True)
+        echo(f"interrupted, and nothing saved after the newest checkpoint: {again}", err=True)
         sys.exit(INTERRUPTED)
     if not finished:
         sys.exit(STOPPED)

@@ -140,6 +140,16 @@ def test_help_loads_no_heavy_library():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+def test_everything_is_printed_by_echo_which_makes_names_printable():
+    allowed = {"common/terminal.py", "common/progress.py"}
+    for package in ("occfeat_targets", "occfeat_train"):
+        for file in modules(package).values():
+            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            names = {ast.unparse(function) for function in calls}
+            where = str(file.relative_to(REPOSITORY / package))
+            assert not names & {"print", "click.echo", "click.secho"} or where in allowed, where
+
+
 def surface(command: click.Command, path: str) -> list[str]:
     """Every command with its options, in order."""
     lines = [" ".join([path, *(max(p.opts, key=len) for p in command.params)])]

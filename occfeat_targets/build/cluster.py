@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import threading
 import time
 import uuid
 from collections import deque
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.build.semaphores import remove_semaphores
 from occfeat_targets.build.shard import ShardReport, ShardTask, build_shard
 from occfeat_targets.common.plural import count
 
@@ -83,6 +86,13 @@ def run_on_dask(
                 )
 
 
+def ask_worker(scheduler: str, function: Callable[..., str], *arguments: Any) -> str:
+    """The value of a function on a worker of the cluster at `scheduler`. Waits until there is one."""
+    with _connect(scheduler) as client, _explain_lost(scheduler):
+        answer: str = client.submit(function, *arguments, pure=False).result()
+        return answer
+
+
 def read_scheduler_file(file: Path) -> str:
     """The address in a file that 'dask scheduler --scheduler-file' wrote. Raises ValueError if there is none."""
     try:
@@ -102,16 +112,18 @@ def _local_client(workers: int) -> Iterator[Any]:
     """
     from distributed import Client, LocalCluster
 
+    remove_semaphores()
     try:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            memory_limit=0,
-            security=True,
-        )
+        with _interrupts_ignored():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+                security=True,
+            )
     except ImportError as err:
         raise ValueError(
             f"local workers use TLS, which needs the package cryptography ({err}): install it with pip install 'occfeat[targets]', "
@@ -124,6 +136,22 @@ def _local_client(workers: int) -> Iterator[Any]:
         ) from err
     with cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Let processes that are started ignore Ctrl-C, which a terminal sends to all of them. This one ends them.
+
+    Only the main thread can change that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -44,22 +44,29 @@ def format_seconds(seconds: float) -> str:
 
 
 def estimate_seconds(
-    spec: TargetSpec, num_keyframes: int, *, devices: tuple[str, ...], processes: int, keyframes_per_batch: int
+    spec: TargetSpec,
+    num_keyframes: int,
+    *,
+    devices: tuple[str, ...],
+    processes: int,
+    cores: int,
+    keyframes_per_batch: int,
 ) -> float:
-    """Estimated seconds for these keyframes on this machine.
+    """Estimated seconds for these keyframes on this machine, from the start of the workers on.
 
     devices: of the teacher. On GPUs the teacher itself is timed on the first one, and on a CPU a matrix product is timed.
-    processes: those that read keyframes, at least 1.
+    processes: those that read keyframes, at least 1. cores: of this machine; on a CPU, each process gets an equal whole number.
     Raises TeacherError if the teacher does not run on the GPU.
     """
-    read = _READ_SECONDS / processes
+    read = _READ_SECONDS / min(processes, cores)
     if spec.teacher is None:
         return _START_SECONDS + num_keyframes * read
     from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, seconds_per_image
 
     cameras = len(spec.cameras)
     if devices == ("cpu",):
-        teacher = cameras * flops_per_image(spec.teacher) / (_TEACHER_EFFICIENCY * matmul_flops(spec.teacher.dtype))
-        return _START_SECONDS + num_keyframes * (teacher + read)
+        used = min(processes * max(1, cores // processes), cores) / cores
+        flops = _TEACHER_EFFICIENCY * used * matmul_flops(spec.teacher.dtype)
+        return _START_SECONDS + num_keyframes * (cameras * flops_per_image(spec.teacher) / flops + read)
     teacher = cameras * seconds_per_image(spec.teacher, devices[0], keyframes_per_batch * cameras) / len(devices)
     return _START_SECONDS + num_keyframes * max(teacher, read)

@@ -6,86 +6,52 @@ another fingerprint, a full disk.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from occfeat_targets.build.assemble import fitted_sizes, grids_from_ego, image_sizes
+from occfeat_targets.build.cluster import ask_worker
+from occfeat_targets.build.contents import Contents, read_contents
 from occfeat_targets.build.estimate import check_disk
+from occfeat_targets.build.options import BuildOptions, make_spec
+from occfeat_targets.build.planned import StoredPlan, open_plan, write_plan
 from occfeat_targets.build.shard import ShardTask
-from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.create import create_cache, require_keyframes, require_options
 from occfeat_targets.cache.geometry import inverse_rigid
-from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.records import digest
-from occfeat_targets.cache.spec import EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, Identity, is_whole
-from occfeat_targets.common.provenance import describe_origin
-from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
+from occfeat_targets.cache.records import CacheError, digest
+from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Cache, is_whole, open_cache
+from occfeat_targets.common.plural import count
+from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.keyframe_files import keyframes_to_bytes
 from occfeat_targets.sources.map_geometry import MapGeometry
-from occfeat_targets.sources.scenes import choose_scenes, note_problems, require_no_problems
+from occfeat_targets.sources.scenes import Files, Problems, note_problem
 from occfeat_targets.sources.source import Source, open_source
 from occfeat_targets.targets.images import require_not_enlarged
 from occfeat_targets.targets.labels import map_window
 
-RANDOM_TEACHER = "the teacher's weights are random"
-SYNTHETIC_DATA = "the data set is a synthetic city"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Options of 'occfeat-targets build'. labels: None for all that the data set has.
-
-    source: a name in SOURCES. scenes: build only these scenes. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th
-    shard, starting with the k-th.
-    """
-
-    dataroot: Path
-    cache: Path
-    split: str
-    source: str = "nuscenes"
-    version: str | None = None
-    scenes: tuple[str, ...] | None = None
-    grid: VoxelGrid = field(default_factory=VoxelGrid)
-    frames: str = "ego"
-    num_sweeps: int = 1
-    image_size: tuple[int, int] = STUDENT_SIZE
-    teacher: str | None = "facebook/dinov2-small"
-    teacher_layer: str = "post-norm"
-    teacher_dtype: str = "auto"
-    feature_size: tuple[int, int] | None = None
-    feature_dtype: str = "float16"
-    labels: tuple[str, ...] | None = None
-    dividers: str = "road"
-    compat: str | None = None
-    keyframes_per_shard: int = 16
-    on_error: str = "fail"
-    shard: tuple[int, int] | None = None
-    points: bool = False
-    retry_skipped: bool = False
-    device: str = "auto"
-    keyframes_per_batch: int | None = None
+_FEW = 100  # keyframes whose files are looked for one by one
 
 
 @dataclass(frozen=True)
 class Plan:
     """A build that is ready to run. teacher: the cache's teacher; its name is where the weights are now.
 
+    stored: keyframes and maps, in the cache; None if nothing is left to build. problems: of the keyframes left to build.
     missing_labels: {kind of labels: why the data set has none}, of those that were not asked for by name.
     rows: {shard: its keyframes that this process or cluster still has to build}.
     """
 
     options: BuildOptions
-    split: Split
     cache: Cache
     teacher: TeacherSpec | None
-    maps: dict[str, MapGeometry]
-    missing_labels: dict[str, str]
+    stored: StoredPlan | None
     rows: dict[int, tuple[int, ...]]
+    problems: Problems = field(default_factory=Problems)
+    missing_labels: dict[str, str] = field(default_factory=dict)
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -93,26 +59,30 @@ class Plan:
         return tuple(self.rows)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether no finished shard of this process or cluster has skipped keyframes or masked cameras."""
+        return all(is_whole(r) for r in self.cache.finished_shards(self.options.shards_of(self.cache)).values())
+
+    @property
     def num_keyframes(self) -> int:
         """Number of keyframes still to be built."""
         return sum(len(rows) for rows in self.rows.values())
-
-    @property
-    def left_to_build(self) -> list[int]:
-        """Indices of the split's keyframes that are still to be built."""
-        return _indices(self.cache, self.rows)
 
     def task(
         self, shard: int, *, device: str, keyframes_per_batch: int | None = None, num_threads: int | None = None
     ) -> ShardTask:
         """The task of a shard, with only the keyframes and the parts of the maps that it needs."""
-        keyframes = tuple(self.split.keyframes[i] for i in self.cache.shard_range(shard))
+        assert self.stored is not None
+        files, mask_cameras = Files(list_folders=False), self.options.on_error == "mask-camera"
+        keyframes = list(self.stored.keyframes(self.cache, shard))
+        for row in self.rows[shard]:
+            keyframes[row] = note_problem(keyframes[row], files, mask_cameras=mask_cameras)
         return ShardTask(
             cache=self.cache.path.absolute(),
             shard=shard,
-            keyframes=keyframes,
+            keyframes=tuple(keyframes),
             rows=self.rows[shard],
-            maps=self._maps_near(keyframes),
+            maps=self._maps_near(self.stored, keyframes),
             teacher=self.teacher,
             on_error=self.options.on_error,
             device=device,
@@ -120,11 +90,11 @@ class Plan:
             num_threads=num_threads,
         )
 
-    def _maps_near(self, keyframes: Sequence[Keyframe]) -> dict[str, MapGeometry]:
+    def _maps_near(self, stored: StoredPlan, keyframes: Sequence[Keyframe]) -> dict[str, MapGeometry]:
         spec = self.cache.spec
         corners: dict[str, list[Any]] = {}
         for keyframe in keyframes:
-            if keyframe.location in self.maps and keyframe.problem is None:
+            if stored.has_map(keyframe.location) and keyframe.problem is None:
                 ego_from_global = inverse_rigid(keyframe.global_from_ego)
                 frames = grids_from_ego(keyframe, spec)
                 for frame in frames[frames.any(axis=(1, 2))]:
@@ -133,141 +103,159 @@ class Plan:
                     )
                     corners.setdefault(keyframe.location, []).extend(window)
         return {
-            location: self.maps[location].near(np.min(points, axis=0), np.max(points, axis=0))
+            location: stored.map(location).near(np.min(points, axis=0), np.max(points, axis=0))
             for location, points in corners.items()
         }
 
 
-def make_plan(options: BuildOptions) -> Plan:
-    """Read the tables, determine the spec, create or open the cache, and list what is left to build.
+def make_plan(
+    options: BuildOptions, *, scheduler: str | None = None, print_line: Callable[[str], None] = lambda line: None
+) -> Plan:
+    """Determine the spec, create or open the cache, and list what is left to build.
 
+    The data set's tables are read only if the cache is new, was made by an earlier release, or they have changed since. Options and
+    teacher are checked before. scheduler: address of the Dask cluster that will build, whose workers choose the teacher's type.
     Raises DatasetError, TeacherError, CacheError or ValueError with a remedy.
     """
     source = open_source(options.source)
-    split = source.read_split(
-        options.dataroot,
-        options.split,
-        version=options.version,
-        num_sweeps=options.num_sweeps,
-        with_boxes=_need("annotations", LABEL_KINDS if options.labels is None else options.labels),
-    )
-    if options.scenes is not None:
-        split = choose_scenes(split, options.scenes)
-    labels, missing_labels = _labels(options.labels, source, split)
-    teacher = _teacher(options)
-    frames = {"ego": (EGO_FRAME,), "cameras": source.cameras, "both": (EGO_FRAME, *source.cameras)}
-    spec = TargetSpec(
-        source=options.source,
-        cameras=source.cameras,
-        grid=options.grid,
-        frames=frames[options.frames],
-        image_size=options.image_size,
-        teacher=teacher,
-        feature_dtype=options.feature_dtype,
-        num_sweeps=options.num_sweeps,
-        ego_box=source.ego_box,
-        max_points=source.max_returns * options.num_sweeps if options.points else 0,
-        labels=labels,
-        dividers=options.dividers,
-        compat=options.compat,
-    )
-    maps = {}
-    if _need("maps", labels):
-        maps = {location: source.read_map(split, location, options.dividers) for location in split.locations}
-    identity = Identity(
-        tuple(k.token for k in split.keyframes),
-        tuple(k.scene for k in split.keyframes),
-        tuple(k.timestamp_us for k in split.keyframes),
-    )
-    path = options.cache / f"{options.split}.zarr"
-    create = partial(
-        create_cache,
-        path,
+    cache = open_cache(options.path) if options.path.exists() else None
+    make_spec(options, source, None, options.labels or ())  # refuses options that do not fit each other
+    teacher = _teacher(options, cache, scheduler, print_line)
+    if cache is None:
+        return _begin(options, source, teacher, print_line)
+    labels = cache.spec.labels if options.labels is None else options.labels
+    require_options(cache, make_spec(options, source, teacher, labels), options.keyframes_per_shard)
+    _require_scenes(cache, options.scenes)
+    cache.require_files(among=options.shards_of(cache))
+    rows = _rows_to_build(cache, options)
+    if not rows:
+        return Plan(options, cache, teacher, None, rows)
+    stored = open_plan(cache, options.dataroot)
+    if stored is None or not stored.is_current(options.version) or not stored.is_intact(rows):
+        stored = _plan_again(options, source, cache, stored, print_line)
+    keyframes = (stored.keyframes(cache, shard)[row] for shard, chosen in rows.items() for row in chosen)
+    number = sum(map(len, rows.values()))
+    problems = _check(keyframes, options, cache.spec, list_folders=number > _FEW)
+    return Plan(options, cache, teacher, stored, rows, problems, cache.provenance.get("missing_labels", {}))
+
+
+def _begin(
+    options: BuildOptions, source: Source, teacher: TeacherSpec | None, print_line: Callable[[str], None]
+) -> Plan:
+    """Read the tables, and create the cache with its plan."""
+    contents = read_contents(options, source, options.labels, print_line)
+    spec = make_spec(options, source, teacher, contents.labels)
+    problems = _check(contents.split.keyframes, options, spec, list_folders=True)
+    # Only after the checks, so that a failed command leaves no cache with other keyframes behind.
+    check_disk(options.cache, spec, len(contents.split.keyframes))
+    cache = create_cache(
+        options.path,
         spec,
-        identity,
+        contents.identity,
         keyframes_per_shard=options.keyframes_per_shard,
-        provenance=_provenance(options, source, split, maps, teacher),
+        provenance=contents.provenance(options, teacher),
+        add=lambda draft: write_plan(draft, contents, options),
     )
-    left: Collection[int] = range(len(identity))  # files of finished shards may have been removed
-    if path.exists():
-        cache = create()
-        cache.require_files()
-        left = _indices(cache, _rows_to_build(cache, options))
-    split = note_problems(split, left, mask_cameras=options.on_error == "mask-camera")
+    stored = open_plan(cache, options.dataroot)
+    assert stored is not None
+    return Plan(options, cache, teacher, stored, _rows_to_build(cache, options), problems, contents.missing_labels)
+
+
+def _plan_again(
+    options: BuildOptions, source: Source, cache: Cache, old: StoredPlan | None, print_line: Callable[[str], None]
+) -> StoredPlan:
+    """Read the tables again for a cache without a plan, or with an outdated or damaged one.
+
+    Raises CacheError if keyframes that are built already would be others.
+    """
+    contents = read_contents(options, source, cache.spec.labels, print_line)
+    require_keyframes(cache, contents.identity)
+    _require_unchanged(cache, old, contents)
+    write_plan(cache.path, contents, options)
+    stored = open_plan(cache, options.dataroot)
+    assert stored is not None
+    return stored
+
+
+def _require_unchanged(cache: Cache, old: StoredPlan | None, contents: Contents) -> None:
+    """Raises CacheError if finished shards were built from other maps or, as far as the old plan says, other keyframes."""
+    finished = cache.finished_shards()
+    digests = cache.provenance.get("maps_sha256", {})
+    files = contents.map_files if finished else {}
+    changed = [f"the map {file}" for name, file in files.items() if digests.get(name) not in (None, digest(file))]
+    for shard, record in finished.items() if old is not None and old.is_intact(finished) else ():
+        assert old is not None
+        again = {*record["skipped"], *record["masked"]}
+        for before, index in zip(old.keyframes(cache, shard), cache.shard_range(shard), strict=True):
+            after = contents.split.keyframes[index]
+            same = keyframes_to_bytes([before], old.data) == keyframes_to_bytes([after], contents.split.dataroot)
+            if not same and after.token not in again:
+                changed.append(f"sample {after.token} of {after.scene}")
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise CacheError(
+            f"the tables at {contents.split.dataroot} have changed since keyframes of {cache.path} were built from them "
+            f"({changed[0]}{more}): restore the tables, choose another --cache, or pass --overwrite to replace it"
+        )
+
+
+def _require_scenes(cache: Cache, names: Sequence[str] | None) -> None:
+    """Raises CacheError if --scenes names others than the cache holds."""
+    there = set(cache.identity.scenes)
+    if set(names) != there if names is not None else cache.provenance.get("left_out_scenes"):
+        raise CacheError(
+            f"cache {cache.path} holds the keyframes of {count(len(there), 'scene')}, and not those of "
+            f"{'all' if names is None else 'these'} scenes: pass the same --scenes as at its first build, choose another --cache, "
+            "or pass --overwrite to replace it"
+        )
+
+
+def _check(keyframes: Iterable[Keyframe], options: BuildOptions, spec: TargetSpec, *, list_folders: bool) -> Problems:
+    """Problems of the keyframes to build that show before anything is built.
+
+    Raises DatasetError if there are some and --on-error is fail, and ValueError if an image would be enlarged.
+    """
+    problems, files, sizes = Problems(), Files(list_folders=list_folders), set()
+    for keyframe in keyframes:
+        noted = note_problem(keyframe, files, mask_cameras=options.on_error == "mask-camera")
+        problems.add(noted)
+        for view in noted.cameras if noted.problem is None else ():
+            if view.problem is None and view.source_size not in sizes:
+                sizes.add(view.source_size)
+                require_not_enlarged(view.path, view.source_size, fitted_sizes(view.source_size, image_sizes(spec)))
     if options.on_error == "fail":
-        require_no_problems(split, left)
-    _require_large_images((split.keyframes[index] for index in left), spec)
-    if not path.exists():  # only after the checks, so that a failed command leaves no cache with other keyframes behind
-        check_disk(options.cache, spec, len(identity))
-        cache = create()
-    return Plan(options, split, cache, teacher, maps, missing_labels, _rows_to_build(cache, options))
+        problems.require_none()
+    return problems
 
 
-def _require_large_images(keyframes: Iterable[Keyframe], spec: TargetSpec) -> None:
-    """Raises ValueError if an image of these keyframes would be enlarged, by the sizes in the tables."""
-    views = [view for keyframe in keyframes if keyframe.problem is None for view in keyframe.cameras]
-    for view in {view.source_size: view for view in views if view.problem is None}.values():
-        require_not_enlarged(view.path, view.source_size, fitted_sizes(view.source_size, image_sizes(spec)))
-
-
-def _need(what: str, labels: Iterable[str]) -> bool:
-    return any(what in LABEL_KINDS[name].needs for name in labels)
-
-
-def _labels(asked: tuple[str, ...] | None, source: Source, split: Split) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The kinds of labels to build, and {other kind: why it is missing} if none was asked for by name."""
-    lacks = {}
-    if not split.has_annotations:
-        lacks["annotations"] = f"{split.version} has no annotations"
-    if (why_no_maps := source.why_no_maps(split)) is not None:
-        lacks["maps"] = why_no_maps
-    missing = {name: lacks[need] for name, kind in LABEL_KINDS.items() for need in kind.needs if need in lacks}
-    there = [name for name in LABEL_KINDS if name not in missing]
-    if asked is None:
-        return tuple(there), missing
-    for name in asked:
-        if name in missing:
-            options = f"--label-kinds {','.join(there)} or --no-labels" if there else "--no-labels"
-            raise DatasetError(f"no {name} labels: {missing[name]}; or build with {options}")
-    return tuple(name for name in LABEL_KINDS if name in asked), {}
-
-
-def _teacher(options: BuildOptions) -> TeacherSpec | None:
+def _teacher(
+    options: BuildOptions, cache: Cache | None, scheduler: str | None, print_line: Callable[[str], None]
+) -> TeacherSpec | None:
+    """The spec of the teacher. Its type, if the user left it open, is the cache's, or what suits the machine that computes."""
     if options.teacher is None:
         return None
-    from occfeat_targets.targets.teacher import teacher_spec
+    from occfeat_targets.targets.teacher import native_dtype, teacher_spec
 
-    return teacher_spec(
-        options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=options.teacher_dtype
-    )
-
-
-def _provenance(
-    options: BuildOptions, source: Source, split: Split, maps: dict[str, MapGeometry], teacher: TeacherSpec | None
-) -> dict[str, Any]:
-    simulated = [SYNTHETIC_DATA] if split.is_synthetic else []
-    if teacher is not None and teacher.is_random:
-        simulated.append(RANDOM_TEACHER)
-    names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
-    return {
-        "simulated": simulated,
-        "split": split.name,
-        "version": split.version,
-        "dataroot": str(options.dataroot.absolute()),
-        "missing_scenes": list(split.missing_scenes),
-        "left_out_scenes": list(split.left_out_scenes),
-        "maps_sha256": {location: digest(source.map_file(split, location)) for location in maps},
-        **describe_origin(names, _gpus(teacher)),
-    }
-
-
-def _gpus(teacher: TeacherSpec | None) -> list[str]:
-    """Names of the GPUs that this process sees; none are looked for without a teacher."""
-    if teacher is None:
-        return []
-    from occfeat_targets.targets.teacher_devices import gpu_names
-
-    return gpu_names()
+    print_line(f"reading the weights of {options.teacher} ...")
+    dtype, is_here = options.teacher_dtype, scheduler is None and not options.plan_only
+    if dtype == "auto":
+        if cache is not None and cache.spec.teacher is not None:
+            dtype = cache.spec.teacher.dtype
+        elif scheduler is not None:
+            print_line(f"asking a worker of {scheduler} for the type in which it computes fastest ...")
+            dtype = ask_worker(scheduler, native_dtype, options.device)
+        elif options.plan_only:
+            dtype = native_dtype("cpu" if options.device == "cpu" else "auto")
+            print_line(
+                f"the teacher computes in {dtype}, which suits this machine; --teacher-dtype sets what suits the tasks'"
+            )
+        else:
+            dtype = native_dtype(options.device)
+    if dtype == "bfloat16" and is_here and native_dtype(options.device) != dtype:
+        print_line(
+            "this machine has no native bfloat16, in which the cache was begun or is asked for: the teacher is slow here"
+        )
+    return teacher_spec(options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=dtype)
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
@@ -275,10 +263,9 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
 
     All, or with --retry-skipped those keyframes of a finished shard that were skipped or have masked cameras.
     """
-    k, n = options.shard or (0, 1)
-    mine = range(k, cache.num_shards, n)
+    mine = options.shards_of(cache)
     cache.settle_drafts(mine)
-    finished = cache.finished_shards()
+    finished = cache.finished_shards(mine)
     rows = {}
     for shard in mine:
         tokens = [cache.identity.tokens[i] for i in cache.shard_range(shard)]
@@ -288,7 +275,3 @@ def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, 
             again = {*finished[shard]["skipped"], *finished[shard]["masked"]}
             rows[shard] = tuple(i for i, token in enumerate(tokens) if token in again)
     return rows
-
-
-def _indices(cache: Cache, rows: dict[int, tuple[int, ...]]) -> list[int]:
-    return [cache.shard_range(shard)[row] for shard, chosen in rows.items() for row in chosen]

@@ -38,7 +38,8 @@ class Outcome:
 
     @property
     def num_keyframes(self) -> int:
-        return sum(r.num_keyframes for r in self.reports if r.error is None)
+        """Number of keyframes that were built, without those that were skipped."""
+        return sum(r.num_keyframes - len(r.skipped) for r in self.reports if r.error is None)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Secon
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.common.memory import describe_shortage
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.targets.quantize import quantization_cosine, quantize
@@ -62,7 +63,7 @@ class ShardReport:
     num_keyframes: number of keyframes to build.
     seconds: time by stage. ``wait`` is the time the teacher waited for keyframes. ``images``, ``occupancy`` and ``labels``
     run in parallel, so ``total`` is less than the sum.
-    has_expected: {(kind of labels, scene): whether a keyframe built here has a cell of the kind's expected class}.
+    has_expected: {(kind of labels, scene and location): whether a keyframe built here has a cell of the kind's expected class}.
     cosine: (mean, minimum) over tokens of the cosine between int8 and float16 features, if they are int8.
     """
 
@@ -91,8 +92,10 @@ def build_shard(task: ShardTask) -> ShardReport:
                 cache.write_shard(task.shard, arrays, notes)
     except (ValueError, OSError) as err:
         report.error = str(err)
-    except Exception:  # an unexpected error: report the whole traceback, and let the build stop cleanly
-        report.error = traceback.format_exc()
+    except Exception as err:
+        shortage = describe_shortage(err)
+        # The traceback of an unexpected error is reported, and the build stops cleanly.
+        report.error = traceback.format_exc() if shortage is None else f"{shortage}: use fewer --workers"
     if report.error is not None and cache is not None:
         try:
             cache.record_failure(task.shard, report.error)
@@ -147,7 +150,7 @@ def _has_expected(task: ShardTask, spec: TargetSpec, arrays: Mapping[str, NDArra
             masks = masks[:, :, kind.classes.index(kind.expected)]
         for row in task.rows:
             if arrays["is_valid"][row]:
-                key = kind.name, task.keyframes[row].scene
+                key = kind.name, f"{task.keyframes[row].scene} at {task.keyframes[row].location}"
                 found[key] = found.get(key, False) or bool(masks[row].any())
     return found
 

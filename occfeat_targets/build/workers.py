@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 
 from occfeat_targets.build.estimate import format_bytes
-from occfeat_targets.build.plan import BuildOptions, Plan
+from occfeat_targets.build.options import BuildOptions
+from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.plural import count
@@ -44,13 +45,13 @@ def count_cores() -> int:
 def find_build_devices(options: BuildOptions, scheduler: str | None) -> tuple[str, ...]:
     """Devices of this machine for the teacher. Raises ValueError if --device names none.
 
-    The workers of an existing cluster have devices of their own, which may be missing here.
+    If the teacher runs elsewhere, it is not asked for: each worker of an existing cluster looks for its own device.
     """
-    if options.teacher is None:
+    if options.teacher is None or scheduler is not None or options.plan_only:
         return ("cpu",)
     from occfeat_targets.targets.teacher_devices import find_devices
 
-    return find_devices("auto" if scheduler is not None and options.device != "cpu" else options.device)
+    return find_devices(options.device)
 
 
 def choose_workers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,18 @@ KEYFRAME_DIM = "keyframe"
 
 
 def create_cache(
-    path: Path, spec: TargetSpec, identity: Identity, *, keyframes_per_shard: int, provenance: Mapping[str, Any]
+    path: Path,
+    spec: TargetSpec,
+    identity: Identity,
+    *,
+    keyframes_per_shard: int,
+    provenance: Mapping[str, Any],
+    add: Callable[[Path], None] | None = None,
 ) -> Cache:
     """Create an empty cache, or open an existing one with exactly these keyframes and this spec.
 
     Several processes may call this at once (array jobs): the group is created under another name and renamed when complete.
+    add: writes more files into the folder of a new cache before it is renamed.
     Raises CacheError that names both fingerprints if the existing cache differs.
     """
     if keyframes_per_shard < 1:
@@ -37,7 +44,7 @@ def create_cache(
     prefix = f".{path.name}.creating-"
     if not path.exists():
         with writing(str(path)):
-            _create(path.with_name(prefix + unique_suffix()), wanted)
+            _create(path.with_name(prefix + unique_suffix()), wanted, add)
     for (
         entry
     ) in path.parent.iterdir():  # of killed processes, or of one that finds the cache when its own draft is gone
@@ -46,11 +53,13 @@ def create_cache(
     return _open_matching(wanted)
 
 
-def _create(draft: Path, cache: Cache) -> None:
+def _create(draft: Path, cache: Cache, add: Callable[[Path], None] | None) -> None:
     """Write the cache under the name of a draft and rename it, unless another process was faster."""
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:
         _write_skeleton(draft, cache)
+        if add is not None:
+            add(draft)
         draft.rename(cache.path)
         sync(draft.parent)
     except Exception:
@@ -106,23 +115,33 @@ def _write_skeleton(draft: Path, cache: Cache) -> None:
     write_record(draft / PROGRESS / f"{CREATED}.json", {"files": files})
 
 
+def require_options(cache: Cache, spec: TargetSpec, keyframes_per_shard: int) -> None:
+    """Raises CacheError that names both values if a build with this spec or number of keyframes does not fit the cache."""
+    if cache.spec != spec:
+        raise CacheError(
+            f"cache {cache.path} has fingerprint {cache.spec.fingerprint}, this build has {spec.fingerprint} "
+            f"({'; '.join(cache.spec.differences(spec))} [cache != build]): "
+            "pass the options the cache was built with, choose another --cache, or pass --overwrite to replace it"
+        )
+    if cache.keyframes_per_shard != keyframes_per_shard:
+        raise CacheError(
+            f"cache {cache.path} has {count(cache.keyframes_per_shard, 'keyframe')} per shard, "
+            f"this build asks for {keyframes_per_shard}: pass --shard-size {cache.keyframes_per_shard}"
+        )
+
+
+def require_keyframes(cache: Cache, identity: Identity) -> None:
+    """Raises CacheError if the cache holds other keyframes."""
+    if cache.identity != identity:
+        raise CacheError(
+            f"cache {cache.path} holds {count(len(cache), 'other keyframe')} than the {len(identity)} of this data set: "
+            "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
+            "or pass --overwrite to replace it"
+        )
+
+
 def _open_matching(wanted: Cache) -> Cache:
     found = open_cache(wanted.path)
-    if found.spec != wanted.spec:
-        raise CacheError(
-            f"cache {wanted.path} has fingerprint {found.spec.fingerprint}, this build has {wanted.spec.fingerprint} "
-            f"({'; '.join(found.spec.differences(wanted.spec))} [cache != build]): "
-            "pass the options the cache was built with, choose another --cache, or delete it to rebuild"
-        )
-    if found.identity != wanted.identity:
-        raise CacheError(
-            f"cache {wanted.path} holds {count(len(found), 'other keyframe')} than the {len(wanted)} of this data set: "
-            "point --dataroot at the data set it was built from, pass the same --scenes as at its first build, choose another --cache, "
-            "or delete it to rebuild"
-        )
-    if found.keyframes_per_shard != wanted.keyframes_per_shard:
-        raise CacheError(
-            f"cache {wanted.path} has {count(found.keyframes_per_shard, 'keyframe')} per shard, "
-            f"this build asks for {wanted.keyframes_per_shard}: pass --shard-size {found.keyframes_per_shard}"
-        )
+    require_options(found, wanted.spec, wanted.keyframes_per_shard)
+    require_keyframes(found, wanted.identity)
     return found

@@ -30,7 +30,7 @@ def require_format(path: Path) -> None:
     raise CacheError(
         f"{path / 'zarr.json'} was not written by this release of occfeat, which reads format version {FORMAT_VERSION}: it has "
         f"{reason}. Use the release that built it, or delete the cache and build it again:\n"
-        + rebuild_command(path, attributes)
+        + f"{rebuild_command(path, attributes)} --overwrite"
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -64,8 +65,13 @@ def write_file(file: Path, content: bytes) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file of this name is one that `write_file` has not finished, or will never finish."""
+    """Whether a file or folder of this name is not finished, or is being deleted."""
     return name.startswith(".") and name.endswith(".partial")
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder at once. What a kill leaves of it `is_partial`."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleted.partial")))
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

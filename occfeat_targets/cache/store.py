@@ -90,14 +90,15 @@ class Cache:
         """A line to print wherever this cache is used if a part of it is not real."""
         return [f"SIMULATED: {' and '.join(self.simulated)}"] if self.simulated else []
 
-    def finished_shards(self) -> dict[int, dict[str, Any]]:
-        """{shard: its record}. Raises CacheError on an invalid record; see shard_record."""
-        return {shard: self.shard_record(shard) for shard in self.recorded_shards()}
+    def finished_shards(self, among: Collection[int] | None = None) -> dict[int, dict[str, Any]]:
+        """{shard: its record}, of all or some shards. Raises CacheError on an invalid record; see shard_record."""
+        return {shard: self.shard_record(shard) for shard in self.recorded_shards() if among is None or shard in among}
 
-    def require_files(self, names: Collection[str] | None = None) -> None:
-        """Raises CacheError if finished shards lost files of these arrays (default: of any array)."""
+    def require_files(self, names: Collection[str] | None = None, among: Collection[int] | None = None) -> None:
+        """Raises CacheError if finished shards lost files of these arrays. Default: of any array and any shard."""
         arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
-        files = [shard_name(array, shard) for shard in self.recorded_shards() for array in arrays]
+        shards = [shard for shard in self.recorded_shards() if among is None or shard in among]
+        files = [shard_name(array, shard) for shard in shards for array in arrays]
         lost = [name for name in files if not os.path.exists(f"{self.path}/{name}")]
         if lost:
             shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
@@ -247,6 +248,19 @@ def _zarr_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
+def _require_lengths(path: Path, group: zarr.Group) -> None:
+    """Raises CacheError if an array of the identity claims more or fewer keyframes than there are bytes of timestamps."""
+    file = path / "timestamp_us" / "c" / "0"
+    length = (file.stat().st_size - 4) // 8  # of int64 with a CRC-32C behind
+    for name in ("sample_token", "scene", "timestamp_us"):
+        shape = _zarr_array(group, name).shape
+        if shape != (length,):
+            raise CacheError(
+                f"{path / name / 'zarr.json'} says that the array's shape is {shape}, but {file} has {count(length, 'keyframe')}: "
+                "the metadata were made up; delete the cache and build it again"
+            )
+
+
 def open_cache(path: Path) -> Cache:
     """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
@@ -266,6 +280,7 @@ def open_cache(path: Path) -> Cache:
             )
     group = zarr.open_group(path, mode="r", use_consolidated=False)
     attributes: dict[str, Any] = group.attrs["occfeat"]  # type: ignore[assignment]
+    _require_lengths(path, group)
     identity = Identity(
         tuple(str(t) for t in np.asarray(_zarr_array(group, "sample_token")[:])),
         tuple(str(s) for s in np.asarray(_zarr_array(group, "scene")[:])),

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from occfeat_targets.common.memory import describe_shortage
 from occfeat_targets.common.paths import local_path
+from occfeat_targets.common.terminal import echo
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 # Variables that both command lines read, for the end of their help.
@@ -70,7 +72,7 @@ def names_of(table: dict[str, Any]) -> click.Choice[str]:
 
 
 def reports_errors(extra: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Print ValueError, OSError and a missing package as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback.
+    """Print errors that users can meet as one line and exit with 1; OCCFEAT_TRACEBACK=1 shows the traceback.
 
     extra: of the package occfeat, with which a missing package is installed.
     """
@@ -80,18 +82,24 @@ def reports_errors(extra: str) -> Callable[[Callable[..., None]], Callable[..., 
         def wrapper(*args: Any, **kwargs: Any) -> None:
             try:
                 command(*args, **kwargs)
-            except (ValueError, OSError, ModuleNotFoundError) as err:
-                message = str(err)
-                if isinstance(err, ModuleNotFoundError):
-                    package = (err.name or "").split(".")[0]
-                    if package.startswith("occfeat_"):
-                        raise
-                    message = f"the Python package {package} is missing: pip install 'occfeat[{extra}]'"
-                if os.environ.get("OCCFEAT_TRACEBACK"):
+            except Exception as err:
+                message = _describe(err, extra)
+                if message is None or os.environ.get("OCCFEAT_TRACEBACK"):
                     raise
-                click.echo(f"error: {message}", err=True)
+                echo(f"error: {message}", err=True)
                 sys.exit(1)
 
         return wrapper
 
     return decorate
+
+
+def _describe(err: Exception, extra: str) -> str | None:
+    """A ValueError, an OSError, a missing package or too little memory; None for a fault of the program."""
+    if (shortage := describe_shortage(err)) is not None:
+        return f"{shortage}: end other programs, or use fewer processes, smaller batches, images or models"
+    if isinstance(err, ModuleNotFoundError):
+        package = (err.name or "").split(".")[0]
+        own = package.startswith("occfeat_")
+        return None if own else f"the Python package {package} is missing: pip install 'occfeat[{extra}]'"
+    return str(err) if isinstance(err, ValueError | OSError) else None

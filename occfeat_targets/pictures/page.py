@@ -63,6 +63,7 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
     if spec.max_points:
         reader = CacheReader(cache, allow_incomplete=True)
         return {keyframe: reader.points(keyframe).xyz.astype(np.float64) for keyframe in keyframes}
+    from occfeat_targets.build.planned import open_plan
     from occfeat_targets.sources.source import open_source
     from occfeat_targets.targets.points import points_of
 
@@ -70,18 +71,27 @@ def read_returns(cache: Cache, keyframes: Sequence[int], dataroot: Path | None) 
     if origin is None or not Path(origin).is_dir():
         raise ValueError(f"there is no data set at {origin}: pass --dataroot, or leave --points out")
     source = open_source(spec.source)
-    version = cache.provenance.get("version")
-    split = source.read_split(
-        Path(origin), cache.path.stem, version=version, num_sweeps=spec.num_sweeps, with_boxes=False
-    )
-    there = {keyframe.token: keyframe for keyframe in split.keyframes}
+    plan = open_plan(cache, Path(origin))
+    if plan is not None:
+        there = plan.find(cache, keyframes)
+    else:  # a cache of an earlier release
+        split = source.read_split(
+            Path(origin),
+            cache.path.stem,
+            version=cache.provenance.get("version"),
+            num_sweeps=spec.num_sweeps,
+            with_boxes=False,
+        )
+        indices = {token: index for index, token in enumerate(cache.identity.tokens)}
+        there = {indices[keyframe.token]: keyframe for keyframe in split.keyframes if keyframe.token in indices}
     returns = {}
     for number in keyframes:
-        token = cache.identity.tokens[number]
-        if token not in there:
-            raise ValueError(f"{origin} lacks sample {token}: pass the --dataroot that {cache.path} was built from")
-        sweeps = [source.read_sweep(sweep.path) for sweep in there[token].sweeps]
-        returns[number] = points_of(there[token], sweeps, spec.ego_box).xyz.astype(np.float64)
+        if number not in there:
+            raise ValueError(
+                f"{origin} lacks sample {cache.identity.tokens[number]}: pass the --dataroot that {cache.path} was built from"
+            )
+        sweeps = [source.read_sweep(sweep.path) for sweep in there[number].sweeps]
+        returns[number] = points_of(there[number], sweeps, spec.ego_box).xyz.astype(np.float64)
     return returns
 
 

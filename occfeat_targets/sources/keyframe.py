@@ -74,7 +74,8 @@ class Split:
     """The keyframes of a split. missing_scenes: scenes of the split that are not in this data set.
 
     left_out_scenes: scenes in this data set that were not chosen. locations: map names. has_annotations: false for the
-    test set. is_synthetic: made by 'occfeat-targets synth'.
+    test set. is_synthetic: made by 'occfeat-targets synth'. tables: files, besides maps, that all this was read from. If one changes,
+    a build reads them again.
     """
 
     name: str
@@ -86,3 +87,4 @@ class Split:
     has_annotations: bool
     is_synthetic: bool
     left_out_scenes: tuple[str, ...] = ()
+    tables: tuple[Path, ...] = ()

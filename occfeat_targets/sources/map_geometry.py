@@ -1,6 +1,6 @@
 """Polygons and lines of a map as flat arrays, read once from nuScenes' tables; workers draw labels from them.
 
-The devkit reads the map's tables, but its drawing is not used: a hole of one polygon erases other polygons under it,
+The devkit's drawing is not used: a hole of one polygon erases other polygons under it,
 invalid polygons are skipped silently in all layers except drivable_area, and split lines fail with Shapely 2.
 """
 

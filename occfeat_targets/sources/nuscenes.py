@@ -6,7 +6,7 @@ Tables are read once, when a build is planned. The results are small, need no ta
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +19,9 @@ from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.sources.keyframe import DatasetError, Split
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
-from occfeat_targets.sources.splits import split_scenes
+from occfeat_targets.sources.splits import own_splits, split_scenes
 from occfeat_targets.sources.sweeps import read_sweep
-from occfeat_targets.sources.tables import Record, Tables, read_records
+from occfeat_targets.sources.tables import Tables, read_records
 
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
 _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
@@ -92,9 +92,12 @@ def read_split(
     Raises DatasetError if the data set has no scene of the split, or its tables do not load.
     """
     dataroot, version = find_dataroot(root, split, version)
-    splits = split_scenes()
+    file = dataroot / version / "splits.json"
+    splits = own_splits(file) | split_scenes()
     if split not in splits:
-        raise DatasetError(f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}")
+        raise DatasetError(
+            f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}, or list its scenes in {file}"
+        )
     tables = Tables(dataroot / version)
     for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
         tables.load(table)
@@ -103,14 +106,20 @@ def read_split(
     if not present:
         raise DatasetError(
             f"{dataroot / version} has none of the {len(splits[split])} scenes of split {split!r} "
-            f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version"
+            f"(it has {', '.join(sorted(scenes)[:5]) or 'no scenes'}...): choose another --split or --version, or list a split of your own "
+            f"in {file}"
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
     logs = {name: tables.get("log", scenes[name]["log_token"]) for name in present}
-    samples = [(name, sample) for name in present for sample in _samples(tables, scenes[name])]
+    samples = [
+        (name, sample)
+        for name in present
+        for sample in tables.follow("sample", scenes[name]["first_sample_token"], "next")
+    ]
     wanted = {sample["token"] for _, sample in samples}
     files = _load_files(tables, wanted, {LIDAR, *cameras}, num_sweeps)
-    boxes = _load_vehicles(tables, wanted) if with_boxes else {}
+    has_annotations = any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True))
+    boxes = _load_vehicles(tables, wanted) if with_boxes and has_annotations else {}
     reader = KeyframeReader(tables, dataroot, files, boxes, tuple(cameras), num_sweeps)
     keyframes = tuple(reader.keyframe(sample, name, logs[name]["location"]) for name, sample in samples)
     return Split(
@@ -120,17 +129,10 @@ def read_split(
         keyframes=keyframes,
         missing_scenes=missing,
         locations=tuple(sorted({k.location for k in keyframes})),
-        has_annotations=any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True)),
+        has_annotations=has_annotations,
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
+        tables=tables.files,
     )
-
-
-def _samples(tables: Tables, scene: Record) -> Iterator[Record]:
-    token = scene["first_sample_token"]
-    while token:
-        sample = tables.get("sample", token)
-        yield sample
-        token = sample["next"]
 
 
 def _load_files(

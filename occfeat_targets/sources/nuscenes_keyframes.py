@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class KeyframeReader:
             ego_from_global = inverse_rigid(global_from_ego)
             views = tuple(self._view(token, name, global_from_ego) for name in self.cameras)
             sweeps = []
-            for record in self._backwards(lidar):
+            earlier = self.tables.follow("sample_data", lidar["token"], "prev")
+            for record in islice(earlier, self.num_sweeps):  # the first keyframes of a scene have fewer
                 pose, calibration = (self._referred(table, record) for table in ("ego_pose", "calibrated_sensor"))
                 seconds = (record["timestamp"] - lidar["timestamp"]) / 1e6
                 global_from_sensor = _pose(pose) @ _pose(calibration)
@@ -66,16 +68,6 @@ class KeyframeReader:
     def _referred(self, table: str, sample_data: Record) -> Record:
         """The record in `table` that a sample_data record refers to."""
         return self.tables.get(table, sample_data[f"{table}_token"], sample_data["filename"])
-
-    def _backwards(self, lidar: Record) -> Iterator[Record]:
-        """The keyframe's sweep and up to num_sweeps - 1 earlier ones; the first keyframes of a scene have fewer."""
-        record = lidar
-        yield record
-        for _ in range(self.num_sweeps - 1):
-            if not record["prev"]:
-                return
-            record = self.tables.get("sample_data", record["prev"])
-            yield record
 
     def _view(self, sample: str, channel: str, global_from_ego: Matrix) -> CameraView:
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from occfeat_targets.sources.keyframe import DatasetError, Keyframe, Split
@@ -40,39 +40,45 @@ def choose_scenes(split: Split, names: Sequence[str]) -> Split:
     )
 
 
-def note_problems(split: Split, wanted: Collection[int], *, mask_cameras: bool) -> Split:
-    """The split with a `problem` set on the wanted keyframes that cannot be built: missing files, unusable views.
+class Files:
+    """Which files are there.
+
+    list_folders: list each folder once, which for many files is much faster on a network file system than to look for every one.
+    """
+
+    def __init__(self, *, list_folders: bool) -> None:
+        self._list_folders = list_folders
+        self._there: dict[Path, set[str]] = {}
+
+    def is_missing(self, path: Path) -> bool:
+        if not self._list_folders:
+            return not os.path.isfile(path)
+        if path.parent not in self._there:
+            self._there[path.parent] = _files_in(path.parent)
+        return path.name not in self._there[path.parent]
+
+
+def note_problem(keyframe: Keyframe, files: Files, *, mask_cameras: bool) -> Keyframe:
+    """The keyframe with its `problem` set if it cannot be built: missing files, unusable views.
 
     mask_cameras: unusable views are only noted in the view, unless the keyframe has no other.
-    Each folder is listed once, which is much faster on a network file system than checking every file.
     """
-    there: dict[Path, set[str]] = {}
-
-    def is_missing(path: Path) -> bool:
-        if path.parent not in there:
-            there[path.parent] = _files_in(path.parent)
-        return path.name not in there[path.parent]
-
-    def noted(keyframe: Keyframe) -> Keyframe:
-        views = tuple(
-            replace(view, problem=f"{view.path} is missing") if view.problem is None and is_missing(view.path) else view
-            for view in keyframe.cameras
-        )
-        keyframe = replace(keyframe, cameras=views)
-        sweeps = [f"{sweep.path} is missing" for sweep in keyframe.sweeps if is_missing(sweep.path)]
-        broken = [view.problem for view in views if view.problem is not None]
-        if keyframe.problem is not None or not (sweeps or broken):
-            return keyframe
-        if mask_cameras and not sweeps and len(broken) < len(views):
-            return keyframe
-        first, *more = [*broken, *sweeps]
-        parts = len(views) + len(keyframe.sweeps)
-        return replace(keyframe, problem=first + (f", and {len(more)} more of its {parts} files" if more else ""))
-
-    keyframes = list(split.keyframes)
-    for index in wanted:
-        keyframes[index] = noted(keyframes[index])
-    return replace(split, keyframes=tuple(keyframes))
+    views = tuple(
+        replace(view, problem=f"{view.path} is missing")
+        if view.problem is None and files.is_missing(view.path)
+        else view
+        for view in keyframe.cameras
+    )
+    keyframe = replace(keyframe, cameras=views)
+    sweeps = [f"{sweep.path} is missing" for sweep in keyframe.sweeps if files.is_missing(sweep.path)]
+    broken = [view.problem for view in views if view.problem is not None]
+    if keyframe.problem is not None or not (sweeps or broken):
+        return keyframe
+    if mask_cameras and not sweeps and len(broken) < len(views):
+        return keyframe
+    first, *more = [*broken, *sweeps]
+    parts = len(views) + len(keyframe.sweeps)
+    return replace(keyframe, problem=first + (f", and {len(more)} more of its {parts} files" if more else ""))
 
 
 def _files_in(folder: Path) -> set[str]:
@@ -84,40 +90,53 @@ def _files_in(folder: Path) -> set[str]:
         return set()
 
 
-def describe_problems(keyframes: Sequence[Keyframe]) -> str | None:
-    """Numbers of keyframes that cannot be built, per scene; None if all can be built."""
-    return _numbers(keyframes, [keyframe for keyframe in keyframes if keyframe.problem is not None])
+@dataclass
+class Problems:
+    """Which of some keyframes cannot be built.
 
+    scenes: the scene of each keyframe. problems: (scene, sample token, problem) of those that cannot be built. masked: scenes of
+    those with views that are already known to be unusable.
+    """
 
-def describe_masked(keyframes: Sequence[Keyframe]) -> str | None:
-    """Numbers of keyframes with views that are already known to be unusable, per scene; None if there are none."""
-    can_build = [keyframe for keyframe in keyframes if keyframe.problem is None]
-    return _numbers(keyframes, [k for k in can_build if any(view.problem is not None for view in k.cameras)])
+    scenes: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    masked: list[str] = field(default_factory=list)
 
+    def add(self, keyframe: Keyframe) -> None:
+        self.scenes.append(keyframe.scene)
+        if keyframe.problem is not None:
+            self.problems.append((keyframe.scene, keyframe.token, keyframe.problem))
+        elif any(view.problem is not None for view in keyframe.cameras):
+            self.masked.append(keyframe.scene)
 
-def _numbers(keyframes: Sequence[Keyframe], chosen: Sequence[Keyframe]) -> str | None:
-    bad = Counter(keyframe.scene for keyframe in chosen)
-    if not bad:
-        return None
-    total = Counter(keyframe.scene for keyframe in keyframes)
-    scenes = [f"{scene}: {number} of {total[scene]}" for scene, number in bad.items()]
-    return f"{sum(bad.values())} of {len(keyframes)} keyframes, in {len(bad)} of {len(total)} scenes ({_few(scenes)})"
+    def describe(self) -> str | None:
+        """Numbers of keyframes that cannot be built, per scene; None if all can be built."""
+        return self._numbers([scene for scene, _, _ in self.problems])
 
+    def describe_masked(self) -> str | None:
+        """Numbers of keyframes with masked views, per scene; None if there are none."""
+        return self._numbers(self.masked)
 
-def require_no_problems(split: Split, wanted: Collection[int]) -> None:
-    """Raises DatasetError if a wanted keyframe has a problem, with counts per scene, examples and remedies."""
-    keyframes = [split.keyframes[index] for index in wanted]
-    problems = [f"sample {k.token} of {k.scene}: {k.problem}" for k in keyframes if k.problem is not None]
-    if not problems:
-        return
-    bad = {keyframe.scene for keyframe in keyframes if keyframe.problem is not None}
-    whole = list(dict.fromkeys(keyframe.scene for keyframe in keyframes if keyframe.scene not in bad))
-    alone = f"; or build only complete scenes with --scenes ({_few(whole)})" if whole else ""
-    more = f"\n  ... and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise DatasetError(
-        f"{describe_problems(keyframes)} cannot be built. Download what is missing{alone}; or leave these keyframes out with "
-        "--on-error skip, or only their cameras with --on-error mask-camera:\n  " + "\n  ".join(problems[:3]) + more
-    )
+    def _numbers(self, chosen: Sequence[str]) -> str | None:
+        bad, total = Counter(chosen), Counter(self.scenes)
+        if not bad:
+            return None
+        scenes = [f"{scene}: {number} of {total[scene]}" for scene, number in bad.items()]
+        return f"{len(chosen)} of {len(self.scenes)} keyframes, in {len(bad)} of {len(total)} scenes ({_few(scenes)})"
+
+    def require_none(self) -> None:
+        """Raises DatasetError if a keyframe cannot be built, with counts per scene, examples and remedies."""
+        if not self.problems:
+            return
+        examples = [f"sample {token} of {scene}: {problem}" for scene, token, problem in self.problems]
+        bad = {scene for scene, _, _ in self.problems}
+        whole = list(dict.fromkeys(scene for scene in self.scenes if scene not in bad))
+        alone = f"; or build only complete scenes with --scenes ({_few(whole)})" if whole else ""
+        more = f"\n  ... and {len(examples) - 3} more" if len(examples) > 3 else ""
+        raise DatasetError(
+            f"{self.describe()} cannot be built. Download what is missing{alone}; or leave these keyframes out with "
+            "--on-error skip, or only their cameras with --on-error mask-camera:\n  " + "\n  ".join(examples[:3]) + more
+        )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -5,6 +5,11 @@ They are copied so that neither a build nor the synthetic city needs the devkit,
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from occfeat_targets.sources.keyframe import DatasetError
+
 # {split: ranges of the scenes' numbers}
 _NUMBERS = {
     "mini_train": "61 553 655 757 796 1077 1094 1100",
@@ -39,6 +44,25 @@ def split_scenes() -> dict[str, list[str]]:
     splits = {name: _names(ranges) for name, ranges in _NUMBERS.items()}
     detect = set(splits["train_detect"])
     return splits | {"train_track": [name for name in splits["train"] if name not in detect]}
+
+
+def own_splits(file: Path) -> dict[str, list[str]]:
+    """The splits in a splits.json beside the tables, as the devkit reads it: {split: names of its scenes}; none without the file.
+
+    Raises DatasetError if it is no such file.
+    """
+    if not file.exists():
+        return {}
+    try:
+        splits = json.loads(file.read_text())
+    except (OSError, ValueError) as err:
+        raise DatasetError(f"{file} cannot be read ({err}): restore or delete it") from err
+    is_valid = isinstance(splits, dict) and all(
+        isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes) for scenes in splits.values()
+    )
+    if not is_valid:
+        raise DatasetError(f'{file}: {{"split": ["scene", ...], ...}} expected: restore or delete it')
+    return {split: list(dict.fromkeys(scenes)) for split, scenes in splits.items()}
 
 
 def _names(ranges: str) -> list[str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import EGO_BOX
 from occfeat_targets.common.compiled import compiled
+from occfeat_targets.common.files import open_file
 
 COLUMNS = 5  # x, y, z [m], intensity, ring of each return in a nuScenes .pcd.bin
 MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131
@@ -30,6 +31,7 @@ _CENTER = np.tile(np.array([0, 0, 0, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.flo
 _REACH = np.tile(np.array([*[MAX_RANGE] * 3, MAX_INTENSITY / 2, (RINGS - 1) / 2], np.float32), _RETURNS_PER_BLOCK)
 _IS_RING = np.tile(np.array([0, 0, 0, 0, 1], np.int32), _RETURNS_PER_BLOCK)
 
+_MOST_BYTES = 1 << 26  # 3.4 million returns; nuScenes' sweeps have 35,000
 _FARTHEST = 30.0  # [m] that the farthest return of any street scene surpasses
 _XYZIR = [0, 1, 2, 3, 4]
 # Layouts of other data sets and tools: (name, type, columns, indices of x, y, z, intensity and ring, metres per unit).
@@ -97,8 +99,8 @@ def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
     returns is refused if a quarter turn around the sensor has no returns; a later truncation shows only in a checksum.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        file, size = open_file(path, _MOST_BYTES)
+        with file:
             values = np.empty(size // 4 + 1, np.float32)  # one more, for sizes that are no multiple of 4
             size = file.readinto(values.view(np.uint8).data[:size])
     except FileNotFoundError as err:

@@ -36,6 +36,11 @@ class Tables:
         self.folder = folder
         self._records: dict[str, dict[str, dict[str, Any]]] = {}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of the loaded tables."""
+        return tuple(self.file(table) for table in self._records)
+
     def file(self, table: str) -> Path:
         return self.folder / f"{table}.json"
 
@@ -75,6 +80,20 @@ class Tables:
         if not self.has(table, token):
             raise DatasetError(f"{place}: no such record; re-extract the tables")
         return Record(self._records[table][token], place)
+
+    def follow(self, table: str, token: str, key: str) -> Iterator[Record]:
+        """The record of a token, the one that it names under `key`, and so on, until none is named.
+
+        Raises DatasetError if there is no such record, or if they go round in a circle.
+        """
+        seen: set[str] = set()
+        while token:
+            record = self.get(table, token)
+            if token in seen:
+                raise DatasetError(f"{record.place}: {key!r} leads back to this record; re-extract the tables")
+            seen.add(token)
+            yield record
+            token = record[key]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.hub import use_cache_without_hub
+from occfeat_targets.common.weights import find_weights
 from occfeat_targets.targets.teacher_devices import find_devices
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ TEACHERS = {
 
 Architectures = Mapping[str, Mapping[str, Any]]  # {hub id: contents of its config.json}
 
-_CONTEXT_BYTES = 0.6e9  # GPU memory of a process's CUDA context and libraries; assumed, not measured
+_CONTEXT_BYTES = 0.7e9  # GPU memory of a process's CUDA context and libraries; at most 0.65e9 measured on an H200
 _BYTES_PER_TOKEN_AND_CHANNEL = 80  # of all tensors that exist at a time; 54 to 69 with DINOv2, counted on a CPU
 # transformers' lazy imports fail in threads, and the seed of random weights belongs to the process.
 _LOADING = threading.Lock()
@@ -115,8 +116,9 @@ def _config(name: str) -> Mapping[str, Any]:
 
     if not Path(name).exists():
         use_cache_without_hub()
+    source, _ = find_weights(name)
     try:
-        config: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+        config: dict[str, Any] = PreTrainedConfig.get_config_dict(source)[0]
     except (OSError, ValueError) as err:
         raise TeacherError(unavailable(name, err)) from err
     return config
@@ -128,7 +130,7 @@ def unavailable(name: str, err: Exception) -> str:
     if Path(name).exists():
         return (
             f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "
-            "and complete .safetensors or .bin weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
+            "and complete .safetensors weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
         )
     return (
         f"teacher {name} cannot be loaded ({first_line}). It is neither a local folder nor in the Hugging Face cache, and "
@@ -147,13 +149,13 @@ def teacher_spec(
     Raises TeacherError if the model cannot be loaded or its weights are incomplete, ValueError if the size is no multiple of
     the patch size.
     """
-    if Path(name).is_dir():
+    if Path(name).exists():
         name = str(Path(name).absolute())  # so that workers and `verify` find it from anywhere
     teacher = open_teacher(name, layer)
     if input_size is None:
         input_size = (_BUDGET[0] // teacher.patch * teacher.patch, _BUDGET[1] // teacher.patch * teacher.patch)
     if dtype == "auto":
-        dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
+        dtype = native_dtype()
     if dtype not in ("float32", "bfloat16"):
         raise TeacherError(f"teacher dtype {dtype!r}: float32, bfloat16 or auto expected")
     spec = TeacherSpec(name, "", input_size, teacher.patch, teacher.dim, layer, dtype, teacher.mean, teacher.std)
@@ -226,8 +228,8 @@ class LoadedTeacher:
 
 
 def _is_out_of_memory(err: RuntimeError) -> bool:
-    """Of the allocator, of a new CUDA context, or of cuBLAS."""
-    return "out of memory" in str(err) or "ALLOC_FAILED" in str(err)
+    """Of the host, of the GPU's allocator, of a new CUDA context, or of cuBLAS."""
+    return any(text in str(err) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def _too_large(spec: TeacherSpec, device: torch.device, what: str) -> str:
@@ -289,7 +291,10 @@ def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int =
     return best / images
 
 
-def _has_fast_bfloat16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def native_dtype(device: str = "auto") -> str:
+    """bfloat16 if the device (as in `find_devices`) supports it natively, else float32."""
+    if find_devices(device)[0].startswith("cuda"):
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if is_native else "float32"

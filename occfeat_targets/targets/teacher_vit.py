@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from occfeat_targets.common.weights import find_weights
 from occfeat_targets.targets.teacher import Architectures, TeacherError, unavailable
 
 _RANDOM_SEED = 0
@@ -63,7 +64,7 @@ class VisionTransformer:
         settings: dict[str, Any] = {}
         if not self.is_random:
             with contextlib.suppress(OSError):  # a folder with only weights
-                settings = ImageProcessingMixin.get_image_processor_dict(self.name)[0]
+                settings = ImageProcessingMixin.get_image_processor_dict(find_weights(self.name)[0])[0]
         mean: Any = tuple(settings.get("image_mean", self.default_mean))
         std: Any = tuple(settings.get("image_std", self.default_std))
         return mean, std
@@ -132,12 +133,13 @@ def _load_model(name: str, config: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModel, logging
 
+    source, is_pickled = find_weights(name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # without transformers' report: the faults are reported below
     try:  # mismatched sizes are accepted here; a folder's or repository's own code is never run
         model, info = AutoModel.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+            source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False, use_safetensors=not is_pickled, weights_only=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
         raise TeacherError(unavailable(name, err)) from err

@@ -1,12 +1,12 @@
 """Slow, independent reader of nuScenes for `verify` and the tests.
 
-It shares no step with `sources.nuscenes`: plain JSON tables instead of the devkit, pyquaternion instead of our rotations.
+It shares no step with `sources.nuscenes`: whole JSON tables instead of parts, pyquaternion instead of our rotations.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +22,12 @@ from occfeat_targets.verify.slow_targets import SlowSource
 
 
 def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: TargetSpec) -> SlowSource:
-    """What `verify` needs of these samples. Raises ValueError if `root` has no tables of this version or they lack something."""
+    """What `verify` needs of these samples; without any, no table is read. Raises ValueError if `root` has no tables of this version or they lack something."""
     found = [p.parent for p in (root / version, *root.glob(f"*/{version}")) if (p / "sample.json").is_file()]
     if not found:
         raise ValueError(f"{root} holds no {version}: pass the --dataroot of the data set the cache was built from")
     try:
-        keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps)
+        keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps) if tokens else {}
     except KeyError as err:
         raise ValueError(
             f"the tables of {found[0] / version} have no {err}: pass the --dataroot the cache was built from, or re-extract them"
@@ -49,17 +49,23 @@ def read_keyframes(
     Raises KeyError or OSError if other parts of the tables are incomplete.
     """
 
-    def table(name: str) -> dict[str, dict[str, Any]]:
+    def table(
+        name: str, is_needed: Callable[[dict[str, Any]], bool] = lambda record: True
+    ) -> dict[str, dict[str, Any]]:
         file = dataroot / version / f"{name}.json"
-        try:
-            records = json.loads(file.read_text())
+        try:  # what is not needed is dropped while it is read, because the whole tables of nuScenes take gigabytes
+            records = json.loads(file.read_bytes(), object_hook=lambda record: record if is_needed(record) else None)
         except ValueError as err:
             raise ValueError(f"{file} is no complete JSON file ({err}): re-extract the tables") from err
-        return {record["token"]: record for record in records}
+        return {record["token"]: record for record in records if record is not None}
 
-    samples = {token: record for token, record in table("sample").items() if token in tokens}
-    data, poses, calibration = table("sample_data"), table("ego_pose"), table("calibrated_sensor")
-    sensors, scenes, logs = table("sensor"), table("scene"), table("log")
+    samples = table("sample", lambda record: record["token"] in tokens)
+    scene_tokens = {record["scene_token"] for record in samples.values()}
+    nearby = table("sample", lambda record: record["scene_token"] in scene_tokens)
+    calibration, sensors, scenes, logs = (table(name) for name in ("calibrated_sensor", "sensor", "scene", "log"))
+    data = table("sample_data", lambda record: record["sample_token"] in nearby)
+    pose_tokens = {record["ego_pose_token"] for record in data.values()}
+    poses = table("ego_pose", lambda record: record["token"] in pose_tokens)
     instances, categories = table("instance"), table("category")
     keyframe_data: dict[str, dict[str, dict[str, Any]]] = {token: {} for token in tokens}
     for record in data.values():
@@ -67,11 +73,10 @@ def read_keyframes(
             channel = sensors[calibration[record["calibrated_sensor_token"]]["sensor_token"]]["channel"]
             keyframe_data[record["sample_token"]][channel] = record
     boxes: dict[str, list[dict[str, Any]]] = {token: [] for token in tokens}
-    for box in table("sample_annotation").values():
-        if box["sample_token"] in samples:
-            name = categories[instances[box["instance_token"]]["category_token"]]["name"]
-            if "vehicle" in name:
-                boxes[box["sample_token"]].append(box)
+    for box in table("sample_annotation", lambda record: record["sample_token"] in samples).values():
+        name = categories[instances[box["instance_token"]]["category_token"]]["name"]
+        if "vehicle" in name:
+            boxes[box["sample_token"]].append(box)
 
     def view(record: dict[str, Any], global_from_ego: Matrix) -> CameraView:
         try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 
+from occfeat_targets.build.planned import PLAN, open_plan, plan_files
 from occfeat_targets.cache.drafts import PROGRESS, is_draft
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record
@@ -52,13 +53,18 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
             findings.problems.append(str(err))
     for record in sound.values():
         expected.update(record["files"])
+    plan = plan_files(cache)
+    if plan is not None:
+        expected.update(plan)
+        records.add(f"{PROGRESS}/{PLAN}.json")
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
     there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
     there = {name: size for name, size in there.items() if not is_draft(name)}  # removed by the next build
-    remedy = f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
+    if plan is None:  # not yet complete, or its record is damaged: the next build writes both
+        there = {name: size for name, size in there.items() if not name.startswith(f"{PROGRESS}/{PLAN}/")}
     unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}
     for name in sorted(set(expected) - set(there)):
-        findings.problems.append(f"{cache.path / name} is missing: restore it, or {remedy}")
+        findings.problems.append(f"{cache.path / name} is missing: restore it, or {_remedy(cache, name)}")
     strangers = set(there) - set(expected) - records if len(sound) == len(recorded) else set()
     for name in sorted(strangers):
         if _shard_of(name) not in unfinished:
@@ -68,7 +74,9 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
     with ThreadPoolExecutor() as pool, bar:
         for name, sha256 in zip(names, pool.map(lambda n: digest(cache.path / n), names), strict=True):
             if sha256 != expected[name]:
-                findings.problems.append(f"{cache.path / name} was changed after it was written: {remedy}")
+                findings.problems.append(
+                    f"{cache.path / name} was changed after it was written: {_remedy(cache, name)}"
+                )
             bar.update(there[name])
     findings.notes.append(
         f"{count(len(names), 'file')} of {count(len(sound), 'shard')} read and compared with their SHA-256"
@@ -97,6 +105,12 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
     return findings
 
 
+def _remedy(cache: Cache, name: str) -> str:
+    if name.startswith(f"{PROGRESS}/{PLAN}/"):
+        return f"delete {cache.path / PROGRESS / PLAN}.json and run the build again, which reads the data set's tables again"
+    return f"delete the record of its shard in {cache.path / PROGRESS} and run the build again"
+
+
 def _masked_cameras(reader: CacheReader, shard: int) -> dict[str, list[str]]:
     """{sample token: names of its masked cameras} of a shard's valid keyframes."""
     cache, found = reader.cache, {}
@@ -115,11 +129,18 @@ def _shard_of(name: str) -> str:
 
 
 def verify_source(
-    cache: Cache, dataroot: Path, num_keyframes: int, seed: int, progress: Callable[[str], None] = print
+    cache: Cache,
+    dataroot: Path,
+    num_keyframes: int,
+    seed: int,
+    progress: Callable[[str], None] = print,
+    *,
+    tables: bool = False,
 ) -> Findings:
     """Recompute random keyframes from the data set with slow, independent code.
 
-    `progress` is told how many, and if the source has no such code, so that its own keyframes are used.
+    tables: read paths, transforms and boxes from the data set's tables, with independent code if the source has some. Otherwise
+    they are those of the plan in the cache, which saves reading the tables. `progress` is told how many, and which of the two.
     Raises ValueError if there is no data set at `dataroot`, or it lacks a keyframe.
     """
     findings = Findings()
@@ -131,7 +152,7 @@ def verify_source(
     chosen = sorted(np.random.default_rng(seed).permutation(finished)[:num_keyframes].tolist())
     progress(f"recomputing {len(chosen)} of {len(finished)} valid keyframes from {dataroot} (--seed {seed}) ...")
     tokens = [cache.identity.tokens[i] for i in chosen]
-    reference = _read_slow_source(cache, dataroot, tokens, progress)
+    reference = _read_slow_source(cache, dataroot, chosen, progress, tables=tables)
     for keyframe, token in zip(chosen, tokens, strict=True):
         source = without_masked(reference.keyframes[token], reader.read("camera_valid", keyframe))
         found = [finding for check in CHECKS for finding in check(reader, keyframe, reference, source)]
@@ -143,14 +164,26 @@ def verify_source(
 
 
 def _read_slow_source(
-    cache: Cache, dataroot: Path, tokens: Sequence[str], progress: Callable[[str], None]
+    cache: Cache, dataroot: Path, chosen: Sequence[int], progress: Callable[[str], None], *, tables: bool
 ) -> SlowSource:
     source, spec, origin = open_source(cache.spec.source), cache.spec, cache.provenance
-    if source.slow_reader is not None:
-        reference: SlowSource = resolve_name(source.slow_reader)(dataroot, origin["version"], tokens, spec)
-    else:
+    tokens = [cache.identity.tokens[i] for i in chosen]
+    plan = None if tables else open_plan(cache, dataroot)
+    if plan is not None:
+        progress(
+            "paths, transforms and boxes are those of the build's plan; --tables reads them from the data set's tables"
+        )
+    elif source.slow_reader is None:
         progress(f"{spec.source} has no independent reader: paths, transforms and boxes are checked against themselves")
+    if source.slow_reader is not None:
+        read: Callable[..., SlowSource] = resolve_name(source.slow_reader)
+        reference = read(dataroot, origin["version"], tokens if plan is None else (), spec)
+    elif plan is None:
         reference = as_slow_source(source, dataroot, origin["split"], origin["version"], spec)
+    else:
+        reference = SlowSource({}, source.read_sweep, plan.map)
+    if plan is not None:
+        reference = replace(reference, keyframes={k.token: k for k in plan.find(cache, chosen).values()})
     missing = [token for token in tokens if token not in reference.keyframes]
     if missing:
         raise ValueError(f"{dataroot} has no sample {missing[0]}: pass the --dataroot that {cache.path} was built from")

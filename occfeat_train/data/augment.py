@@ -121,17 +121,19 @@ def resample(
     convolution would convert them. Pixels outside the resized image are black.
     """
     batch, views, height, width, _ = images.shape
-    device = images.device
-    rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0])
-    columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1])
-    columns = torch.where(mirror[..., None, None], columns.flip(-2), columns)
-    with torch.autocast(device.type, enabled=False):  # pixels need more than bfloat16's eight bits
-        pixels = rows @ images.flatten(-2).float()  # one product for all colours, in the order of the memory
+    device, dtype, exact = images.device, torch.float32, torch.float32
+    if torch.is_autocast_enabled(device.type):
+        # float16 holds the pixels exactly, and more bits of the weights than the result in autocast's dtype
+        dtype, exact = torch.get_autocast_dtype(device.type), torch.float16
+    rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0]).to(exact)
+    columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1], mirror).to(exact)
+    factor, shift = normalisation(device)
+    out = torch.empty((batch * views, 3, *size), dtype=dtype, device=device, memory_format=torch.channels_last)
+    with torch.autocast(device.type, enabled=False):
+        pixels = rows @ images.flatten(-2).to(exact)  # one product for all colours, in the order of the memory
         pixels = pixels.unflatten(-1, (width, 3)).transpose(-1, -2).flatten(2, 3) @ columns.transpose(-1, -2)
-        factor, shift = normalisation(device)
-        pixels = torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3), factor)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return pixels.flatten(0, 1).to(dtype, memory_format=torch.channels_last).unflatten(0, (batch, views))
+        torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3).flatten(0, 1), factor, out=out)
+    return out.unflatten(0, (batch, views))
 
 
 @lru_cache
@@ -142,18 +144,25 @@ def normalisation(device: torch.device) -> tuple[Float[Tensor, "3 1 1"], Float[T
 
 
 def filter_matrix(
-    source: int, resized: Int64[Tensor, "*n"], crop: Int64[Tensor, "*n"], size: int
+    source: int,
+    resized: Int64[Tensor, "*n"],
+    crop: Int64[Tensor, "*n"],
+    size: int,
+    mirror: Bool[Tensor, "*n"] | None = None,
 ) -> Float[Tensor, "*n {size} {source}"]:
     """(..., size, source) filter weights of one axis: antialiased bilinear, as in Pillow and torch's `antialias=True`.
 
-    Row j belongs to output pixel j. It is a triangle around the pixel's centre in the source, as wide as the larger of a
-    resized pixel and a source pixel. It sums to 1, or to 0 if the pixel is outside the resized image.
+    Row j belongs to output pixel j, or to pixel size - 1 - j if mirrored. It is a triangle around the pixel's centre in the
+    source, as wide as the larger of a resized pixel and a source pixel. It sums to 1, or to 0 if the pixel is outside the
+    resized image.
     """
     position = torch.arange(size, device=resized.device) + 0.5 + crop[..., None]  # in the resized image
+    if mirror is not None:
+        position = torch.where(mirror[..., None], position.flip(-1), position)
     scale = (resized / source)[..., None].float()
-    centre = position / scale
-    distance = torch.arange(source, device=resized.device) + 0.5 - centre[..., None]
-    weight = (1 - distance.abs() * scale.clamp(max=1)[..., None]).clamp(min=0)
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-8)
+    distance = torch.arange(source, device=resized.device) + 0.5 - (position / scale)[..., None]
+    # in place, because these are the largest arrays of the augmentation
+    weight = distance.abs_().mul_(-scale.clamp(max=1)[..., None]).add_(1).clamp_(min=0)
+    total = weight.sum(-1).clamp(min=1e-8)
     is_inside = (position > 0) & (position < resized[..., None])
-    return weight * is_inside[..., None]
+    return weight.div_(torch.where(is_inside, total, torch.inf)[..., None])

@@ -101,18 +101,19 @@ class Batch:
 
     def views(self, size: tuple[int, int]) -> Views:
         """The augmented input of the network. size: (height, width) of its images [px]."""
-        rows = torch.arange(len(self), device=self.images.device)[:, None]
-        images, intrinsics, cam_from_grid, resized, crop, mirror = (
-            t[rows, self.cameras]
-            for t in (self.images, self.intrinsics, self.cam_from_grid, self.resized, self.crop, self.mirror)
+        first = torch.arange(len(self), device=self.images.device)[:, None] * self.images.shape[1]
+        chosen = (first + self.cameras).flatten()
+        images, intrinsics, cam_from_grid, resized, crop, mirror, *areas = (
+            t.flatten(0, 1).index_select(0, chosen).unflatten(0, self.cameras.shape)
+            for t in (self.images, self.intrinsics, self.cam_from_grid, self.resized, self.crop, self.mirror, self.area)
+            if t is not None
         )
         source_size = (self.images.shape[2], self.images.shape[3])
-        area = None if self.area is None else self.area[rows, self.cameras]
         return Views(
             images=resample(images, resized, crop, mirror, size),
             intrinsics=transform_intrinsics(intrinsics, source_size, resized, crop, mirror, size),
             cam_from_grid=cam_from_grid,
-            area=None if area is None else transform_area(area, source_size, resized, crop, mirror, size),
+            area=transform_area(areas[0], source_size, resized, crop, mirror, size) if areas else None,
         )
 
     def volume(self, name: str) -> Bool[Tensor, "B Z H W"]:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import pickle
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from torch import nn
 
 from occfeat_targets.cache.records import unique_suffix
 from occfeat_targets.common.hub import use_cache_without_hub
+from occfeat_targets.common.weights import find_weights
 from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
+from occfeat_train.networks.pickled import UnsafePickle, load_pickled
 
 DEFAULT_WEIGHTS = {
     "efficientnet-b0": "google/efficientnet-b0",
@@ -31,7 +32,7 @@ MOCO_V2_MD5 = "a04e12f8"  # the first digits, as published by MoCo's authors
 def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
     """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
 
-    weights: ``none`` keeps them random; a hub id or a local folder that transformers can read; ``moco-v2`` for the
+    weights: ``none`` keeps them random; a hub id, a local folder that transformers can read, or a pytorch_model.bin in one; ``moco-v2`` for the
     official file of 800 epochs; or a .pth or .pth.tar file with its layout (ResNet-50 only).
     Raises ValueError if the weights are not available, incomplete, or of another architecture.
     """
@@ -75,7 +76,8 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
     if backbone in RESNET_DEPTHS:
         kind, expected = "resnet", {**RESNET, "depths": RESNET_DEPTHS[backbone]}
     # Without trust_remote_code=False, transformers asks on the terminal whether to run a folder's or repository's code.
-    config = _local_first(weights, functools.partial(AutoConfig.from_pretrained, trust_remote_code=False))
+    source, is_pickled = find_weights(weights)
+    config = _local_first(source, functools.partial(AutoConfig.from_pretrained, trust_remote_code=False))
     if config.model_type != kind:
         raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
     for key, value in expected.items():
@@ -85,13 +87,15 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
             raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
     model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
     model, info = _local_first(
-        weights,
+        source,
         functools.partial(
             model_class.from_pretrained,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            use_safetensors=not is_pickled,
+            weights_only=True,
         ),
     )
     # transformers initialises tensors that are missing or have another shape at random.
@@ -158,15 +162,13 @@ def _moco_v2_file() -> Path:
 def _read_moco(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of a MoCo-v2 checkpoint's query encoder, by the truncated backbone's names."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = load_pickled(file)
     except FileNotFoundError as err:
         raise ValueError(f"backbone weights {file}: there is no such file") from err
-    except pickle.UnpicklingError as err:
+    except UnsafePickle as err:
         raise ValueError(_refused(str(file), err)) from err
-    except (OSError, RuntimeError, EOFError) as err:
-        raise ValueError(f"backbone weights {file} cannot be read ({_first_line(err)}): download them again") from err
+    except (OSError, ValueError) as err:
+        raise ValueError(f"backbone weights {file} cannot be read ({err}): download them again") from err
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"backbone weights {file} hold no 'state_dict': MoCo-v2's checkpoint expected")
     prefix = "module.encoder_q."

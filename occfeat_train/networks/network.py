@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import lifting_class
 from occfeat_train.networks.decoder import BEVDecoder
 from occfeat_train.networks.encoder import ImageEncoder
+from occfeat_train.ops.mirror import mirror
 from occfeat_train.ops.views import Views
 
 
@@ -65,16 +65,16 @@ class BEVNetwork(nn.Module):
         the same volume at lower cost. For other liftings the lifted map is mirrored.
         """
         if bev_flip is not None and self.lifting.mirrors_grid:
-            mirror = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
-            views = replace(views, cam_from_grid=views.cam_from_grid @ mirror[:, None])
+            mirrored = grid_mirror(self.lifting.grid, bev_flip).to(views.cam_from_grid)
+            views = replace(views, cam_from_grid=views.cam_from_grid @ mirrored[:, None])
         batch, cams = views.images.shape[:2]
         images = views.images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features, views = unmirror(self.encoder(images).unflatten(0, (batch, cams)), views)
         lifted: torch.Tensor = self.lifting(features, views)
         if bev_flip is not None and not self.lifting.mirrors_grid:
-            lifted = _flip(lifted, bev_flip)
+            lifted = mirror(lifted, bev_flip)
         bev = self.decoder(lifted)
-        return bev if bev_flip is None else _flip(bev, bev_flip)
+        return bev if bev_flip is None else mirror(bev, bev_flip)
 
 
 def unmirror(
@@ -94,45 +94,8 @@ def unmirror(
         top, left, bottom, right = area.unbind(-1)
         area = torch.where(is_mirrored[..., None], torch.stack([top, width - right, bottom, width - left], -1), area)
     flips = nn.functional.pad(is_mirrored.flatten()[:, None], (1, 0))  # of columns, not of rows
-    features = _flip(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape)
+    features = mirror(features.flatten(0, 1), flips).unflatten(0, is_mirrored.shape)
     return features, replace(views, intrinsics=intrinsics, area=area)
-
-
-class _Flip(torch.autograd.Function):
-    """(B, C, H, W) mirrored along the axes marked in (B, 2). Mirroring is its own transpose, so the gradient is mirrored, too.
-
-    The gradient of an index_select would be a sum with atomic additions.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(flips)
-        return _flipped(maps, flips)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _flipped(grad, *ctx.saved_tensors), None
-
-
-def _flip(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    flipped: torch.Tensor = _Flip.apply(maps, flips.to(maps.device))
-    return flipped
-
-
-def _flipped(maps: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """In one pass and without synchronising with a GPU."""
-    batch, channels, height, width = maps.shape
-    rows, columns = (
-        torch.where(
-            flipped[:, None], torch.arange(n - 1, -1, -1, device=maps.device), torch.arange(n, device=maps.device)
-        )
-        for flipped, n in zip(flips.unbind(1), (height, width), strict=True)
-    )
-    samples = torch.arange(batch, device=maps.device)[:, None, None]
-    cells = (samples * height + rows[:, :, None]) * width + columns[:, None, :]
-    flipped = maps.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, cells.flatten())
-    return flipped.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def grid_mirror(grid: VoxelGrid, bev_flip: Bool[torch.Tensor, "B 2"]) -> Float[torch.Tensor, "B 4 4"]:

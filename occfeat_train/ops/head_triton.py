@@ -189,10 +189,24 @@ def _rows(matrix: tl.tensor, row: tl.tensor, is_row: tl.tensor, channels: tl.con
 
 @triton.jit
 def _softplus(x: tl.tensor) -> Any:
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 + exp(x)). The logarithm is a polynomial with a relative error of 1.4e-6; `tl.log` has twice as many instructions."""
+    s = _exp_minus_abs(x)
+    series = -0.0664018082 + 0.014141025 * s  # log(1 + s) / s on [0, 1], minimax
+    series = 0.149223891 + series * s
+    series = -0.235038617 + series * s
+    series = 0.331094495 + series * s
+    series = -0.499869657 + series * s
+    series = 0.999998732 + series * s
+    return tl.maximum(x, 0.0) + series * s
 
 
 @triton.jit
 def _sigmoid(x: tl.tensor) -> Any:
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+    s = _exp_minus_abs(x)
+    root = tl.rsqrt(1.0 + s)  # squared, this is the reciprocal in two instructions; a division is eight
+    return tl.where(x >= 0, 1.0, s) * (root * root)
+
+
+@triton.jit
+def _exp_minus_abs(x: tl.tensor) -> Any:
+    return tl.exp2(tl.abs(x) * -1.4426950408889634)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 8192  # elements of a program
+_TILE = 16384  # elements of a program
 _WARPS = 8
 
 

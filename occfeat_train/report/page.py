@@ -23,6 +23,7 @@ from occfeat_train.report.runs import Run, load_runs
 from occfeat_train.report.tables import origin_table, results_table, speed_table
 from occfeat_train.training.compatibility import left_out
 from occfeat_train.training.paper import describe_data, differences, evaluation_differences, nearest_row
+from occfeat_train.training.saving import saving
 from occfeat_train.training.stages import open_reader
 
 # Titles of quantities in logs; others are shown under their own names.
@@ -46,10 +47,12 @@ def write_report(
 ) -> None:
     """Raises ValueError if no run can be reported; then nothing is written. A run that cannot is left out and listed."""
     reader = open_reader(cache, split)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with saving(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     runs, chosen, notes = load_runs(paths, reader, split, samples, process, print_line)
     page = build_page(runs, reader, split, chosen, notes)
-    out.write_text(page, encoding="utf-8")
+    with saving(out):
+        out.write_text(page, encoding="utf-8")
     for note in notes:
         print_line(note)
     print_line(f"written to {out} ({len(page) / 1e6:.1f} MB)")

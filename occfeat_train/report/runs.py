@@ -22,12 +22,13 @@ from occfeat_train.distributed import Process
 from occfeat_train.report.figures import LINE_COLORS, Prediction
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import move_to_device
-from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from occfeat_train.training.checkpoint import Checkpoint, find_checkpoint
 from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import restore
 from occfeat_train.training.log import note_on_damage, read_lines
 from occfeat_train.training.precision import autocast, forbid_tf32, note_on_precision
+from occfeat_train.training.saving import CheckpointError
 
 
 @dataclass(frozen=True)

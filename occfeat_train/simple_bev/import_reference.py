@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,13 @@ import torch
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import LIFTINGS, Config
 from occfeat_train.distributed import Process
+from occfeat_train.networks.pickled import UnsafePickle, load_pickled
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
-from occfeat_train.training.checkpoint import CheckpointError, RunInfo, load_weights, save_checkpoint
+from occfeat_train.training.checkpoint import RunInfo, load_weights, save_checkpoint
 from occfeat_train.training.run_directory import begin_run
 from occfeat_train.training.run_lock import locked_run
+from occfeat_train.training.saving import CheckpointError
 
 # Tensors that only one of the reference's networks has.
 _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
@@ -52,22 +53,24 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """The file's ``model_state_dict``, or the file itself, without DataParallel's prefix. Code in it is never executed."""
+    """The file's ``model_state_dict``, or the file itself, without the prefixes of DataParallel and torch.compile.
+
+    Code in it is never executed. Raises CheckpointError.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol; see the errors below
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(
-            f"{file} is refused ({str(err).splitlines()[0]}): not a checkpoint of plain tensors; save only its state_dict"
-        ) from err
+        content = load_pickled(file)
     except IsADirectoryError as err:
         raise CheckpointError(f"{file} is a directory: pass the model-*.pth file in it") from err
-    except (RuntimeError, EOFError) as err:
-        raise CheckpointError(f"{file} can't be read ({str(err).splitlines()[0]}): download it again") from err
+    except UnsafePickle as err:
+        raise CheckpointError(
+            f"{file} is refused, because {err}. If you trust the file, save its state_dict alone and import that: "
+            "torch.save(torch.load(FILE, weights_only=False)['model_state_dict'], 'weights.pth')"
+        ) from err
+    except ValueError as err:
+        raise CheckpointError(f"{file} can't be read, because {err}: download it again") from err
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
         raise CheckpointError(
             f"{file} holds no state_dict, bare or as 'model_state_dict': a state_dict of {', '.join(LIFTINGS)} is expected"
         )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}

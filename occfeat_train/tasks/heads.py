@@ -40,7 +40,8 @@ class OccFeatHead(nn.Module):
         super().__init__()
         self.channels, self.height = channels, height
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = InstanceNorm()
+        self.conv.bias.requires_grad_(False)  # type: ignore[union-attr]
+        self.norm = InstanceNorm()  # removes the bias before it, which is therefore neither added nor trained
         self.unsplat = nn.Conv2d(channels, channels * height, 1)
         self.expand = nn.Linear(channels, 2 * channels)  # a 1x1x1 convolution
         self.reduce = nn.Linear(2 * channels, channels)
@@ -55,7 +56,7 @@ class OccFeatHead(nn.Module):
         Returns occupancy logits or None without that projection, and features or None without voxels.
         """
         batch, _, height, width = bev.shape
-        hidden = F.relu(self.norm(self.conv(bev)))
+        hidden = F.relu(self.norm(F.conv2d(bev, self.conv.weight, padding=1)))
         cells = hidden.permute(0, 2, 3, 1).reshape(-1, self.channels)
         with torch.autocast(bev.device.type, enabled=False):  # products of weights in the weights' own precision
             weight, bias = self._unsplat_and_expand()
@@ -66,7 +67,9 @@ class OccFeatHead(nn.Module):
             assert self.features is not None, "this head was built without a feature projection"
             voxels, area = voxels.clamp(min=0), height * width
             cell = voxels % area + voxels // (self.height * area) * area
-            softened = F.softplus(_linear_by_level(cells, cell, voxels // area % self.height, weight, bias))
+            linear = _linear_by_level(cells, cell, voxels // area % self.height, weight, bias)
+            with torch.autocast(bev.device.type, enabled=False):  # it would return float32, which the next layer rounds
+                softened = F.softplus(linear)
             features = self.features(self.reduce(softened))
         return logits, features
 
@@ -102,12 +105,15 @@ def _linear_by_level(cells: Tensor, cell: Tensor, level: Tensor, weight: Tensor,
     first_block = F.pad(((rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS).cumsum(0), (1, 0))
     order = level.argsort(stable=True)
     of_row = level[order]
-    position = torch.arange(count, device=device) - first[of_row] + first_block[of_row] * _BLOCK_ROWS
-    position = torch.empty_like(order).index_copy_(0, order, position)
+    slot = torch.arange(count, device=device) - first[of_row] + first_block[of_row] * _BLOCK_ROWS
+    position = torch.empty_like(order).index_copy_(0, order, slot)
+    cell_of_slot = cell.new_zeros(blocks * _BLOCK_ROWS).index_copy_(
+        0, slot, cell[order]
+    )  # slots without a row read any cell
     layer = torch.searchsorted(first_block[1:], torch.arange(blocks, device=device), right=True).clamp(
         max=num_levels - 1
     )
-    inputs = cells.new_zeros(blocks * _BLOCK_ROWS, cells.shape[1]).index_copy(0, position, cells.index_select(0, cell))
+    inputs = cells.index_select(0, cell_of_slot)
     weight, bias = (t.to(cells.dtype).index_select(0, layer) for t in (weight, bias))
     outputs = torch.baddbmm(bias[:, None], inputs.unflatten(0, (blocks, _BLOCK_ROWS)), weight.transpose(1, 2))
     return outputs.flatten(0, 1).index_select(0, position)

@@ -6,10 +6,15 @@ micro-batches or ranks. They are computed in float32, or in float64 for float64 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_EPS = 1e-8  # smallest norm of a vector, as in torch's cosine_similarity
 
 
 def occupancy_loss(logits: Float[Tensor, "B Z H W"], occupied: Bool[Tensor, "B Z H W"]) -> Float[Tensor, ""]:
@@ -28,11 +33,35 @@ def feature_loss(
     change nothing.
     Returns the loss and the cosines.
     """
-    predicted = _exact(predicted)
-    cosine = F.cosine_similarity(predicted, target.to(predicted), dim=1)
+    cosine: Tensor = _Cosine.apply(predicted, target)
     # bincount would make the host wait for a GPU
     count = (sample == torch.arange(num_samples, device=sample.device)[:, None]).sum(1).clamp(min=1)
     return -(cosine / (count[sample] * num_samples)).sum(), cosine.detach()
+
+
+class _Cosine(torch.autograd.Function):
+    """Cosine similarity of rows; gradients reach `predicted` only.
+
+    torch's own function converts both inputs to float32 and makes 20 passes over such arrays. With 80,000 voxels of 384
+    features this took 2 of a step's 70 ms on an H200.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, target: Tensor) -> Tensor:
+        exact = torch.promote_types(torch.promote_types(predicted.dtype, target.dtype), torch.float32)
+        norms = [torch.linalg.vector_norm(t, dim=1, dtype=exact).clamp(min=_EPS) for t in (predicted, target)]
+        cosine = (predicted.to(exact) * target).sum(1) / (norms[0] * norms[1])
+        ctx.save_for_backward(predicted, target, cosine, *norms)
+        return cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        predicted, target, cosine, length, target_length = ctx.saved_tensors
+        along_target = (grad / (length * target_length))[:, None]
+        along_itself = (grad * cosine / length.square())[:, None]
+        out = torch.addcmul(target * along_target, predicted, along_itself, value=-1)
+        return out.to(predicted.dtype), None
 
 
 def segmentation_loss(

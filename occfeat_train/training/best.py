@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.cache.records import delete_folder
 from occfeat_train.training.checkpoint import BEST, checkpoint_folder
 from occfeat_train.training.log import read_log
+from occfeat_train.training.saving import saving
 
 
 def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> None:
@@ -27,8 +28,9 @@ def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> 
         return
     link = run / "checkpoints" / BEST
     partial = link.with_name(f".{BEST}.partial")
-    partial.unlink(missing_ok=True)
-    if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
-        shutil.rmtree(link)
-    partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
-    os.replace(partial, link)
+    with saving(link):
+        partial.unlink(missing_ok=True)
+        if link.is_dir() and not link.is_symlink():  # a copy of the run that followed links
+            delete_folder(link)
+        partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
+        os.replace(partial, link)

@@ -5,7 +5,8 @@
     RUN/checkpoints/step-00000042/  model.safetensors, config.json, trainer.pt, checkpoint.json
     RUN/checkpoints/best            a link to the checkpoint with the best validation (best.py)
 
-A checkpoint is written under another name, flushed and renamed, so it is complete or absent. The two newest and the best are
+A checkpoint is written under another name, flushed and renamed, so it is complete or absent. Names of what is not complete, or
+is being deleted, are those of `is_partial` (records.py); the next training of the run removes it. The two newest and the best are
 kept.
 checkpoint.json is written last and holds the step and the SHA-256 of the other files, which are verified before a file is
 read. An older checkpoint is never used automatically; the error names the newest intact one.
@@ -14,10 +15,7 @@ read. An older checkpoint is never used automatically; the error names the newes
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,16 +27,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.records import CacheError, digest, read_record, sync_and_digest, write_record
+from occfeat_targets.cache.records import (
+    CacheError,
+    delete_folder,
+    digest,
+    read_record,
+    sync,
+    sync_and_digest,
+    write_record,
+)
 from occfeat_train.config import Config
+from occfeat_train.networks.pickled import load_pickled
+from occfeat_train.training.saving import CheckpointError, first_line, saving
 
 KEEP = 2
 BEST = "best"
 WEIGHTS, INFO, STATE, RECORD = "model.safetensors", "config.json", "trainer.pt", "checkpoint.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or run directory that is absent, damaged or of another kind. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class RunInfo:
     """Description of a run, saved with it and with its checkpoints.
 
     feature_dim: N_y of the teacher, 0 without a teacher. cache: fingerprint of the targets. num_samples: size of the
-    training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights, a sentence. scenes: hash of
-    the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
+    training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights,
+    a sentence. initial_digest: SHA-256 of their file, if they are those of another run. scenes: hash of the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
     before options changed it. targets: the cache's spec. data: source of the cache (paper.py). origin: of the process that wrote
     this (common/provenance.py). parent: the run whose weights it started from.
     """
@@ -59,6 +63,7 @@ class RunInfo:
     num_samples: int
     initial: str
     keyframes: str = ""
+    initial_digest: str = ""
     scenes: str = ""
     simulated: tuple[str, ...] = ()
     preset: str = ""
@@ -126,30 +131,17 @@ class Checkpoint:
         """Optimiser and schedule. Raises CheckpointError if the file was changed. Code in the file is never executed."""
         file = _sound_file(self.path, STATE)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as err:
+            state: dict[str, Any] = load_pickled(file)
+        except (OSError, ValueError) as err:
             raise CheckpointError(
                 f"{file} holds no trainer state that can be loaded safely ({first_line(err)}): {_advice(self.path)}"
             ) from err
+        return state
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Checkpoint folders, intact or not, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def first_line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -198,26 +190,29 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/step-N atomically, and delete all but the two newest and the best.
 
-    Raises CheckpointError on weights that are not finite, and OSError on a full disk; earlier checkpoints are kept.
+    Raises CheckpointError on weights that are not finite and on a full disk; earlier checkpoints are kept.
     """
-    folder = run / "checkpoints"
-    final = folder / _folder_name(step)
+    final = checkpoint_folder(run, step)
+    folder = final.parent
     require_finite(weights, f"the weights after step {step} are not saved", "the run diverged: lower the learning rate")
     draft = folder / f".{final.name}.partial"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, draft / WEIGHTS)
-    (draft / INFO).write_text(json.dumps(info.to_dict(), indent=1))
-    torch.save(dict(state), draft / STATE)
-    files = {name: sync_and_digest(draft / name) for name in (WEIGHTS, INFO, STATE)}
-    write_record(draft / RECORD, {"step": step, "files": files})
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
-    flush(folder)
-    best = best_step(run)
-    for old in checkpoint_folders(run)[:-KEEP]:
-        if best is None or old.name != _folder_name(best):
-            shutil.rmtree(old)
+    with saving(final):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, draft / WEIGHTS)
+        (draft / INFO).write_text(json.dumps(info.to_dict(), indent=1))
+        with (draft / STATE).open("wb") as file:
+            torch.save(dict(state), file)
+        files = {name: sync_and_digest(draft / name) for name in (WEIGHTS, INFO, STATE)}
+        write_record(draft / RECORD, {"step": step, "files": files})
+        if final.exists():
+            delete_folder(final)
+        draft.rename(final)
+        sync(folder)
+        best = best_step(run)
+        for old in checkpoint_folders(run)[:-KEEP]:
+            if best is None or old.name != _folder_name(best):
+                delete_folder(old)
     return final
 
 

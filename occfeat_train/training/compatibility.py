@@ -9,7 +9,8 @@ from occfeat_targets.common.plural import count
 from occfeat_train.config import FIXED, MEANING
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import why_left_out
-from occfeat_train.training.checkpoint import Checkpoint, CheckpointError
+from occfeat_train.training.checkpoint import Checkpoint
+from occfeat_train.training.saving import CheckpointError
 
 
 def require_fit(dataset: KeyframeDataset, grid: VoxelGrid, feature_dim: int, of: str) -> None:

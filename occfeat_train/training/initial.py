@@ -8,7 +8,8 @@ from occfeat_train.config import Config
 from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS, load_backbone_weights
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task
-from occfeat_train.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_weights
+from occfeat_train.training.checkpoint import Checkpoint, find_checkpoint, load_weights
+from occfeat_train.training.saving import CheckpointError
 
 
 def find_initial(path: Path, *, allow_unfinished: bool) -> Checkpoint:

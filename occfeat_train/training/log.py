@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.common.provenance import timestamp
+from occfeat_targets.common.terminal import echo
+from occfeat_train.training.event_file import EventFile
+from occfeat_train.training.saving import saving
 
 # Fields of every record of a step that the report and the benchmarks read.
 FIELDS = {"loss", "epoch", "samples_per_s", "data_wait"}
@@ -24,17 +29,17 @@ class RunLog:
     def __init__(self, run: Path, *, start: int, total: int, tensorboard: bool, progress: bool) -> None:
         file = run / "log.jsonl"
         kept = lines_before(start, run) if start and file.is_file() else []
-        partial = file.with_suffix(".partial")
-        partial.write_bytes(b"".join(line + b"\n" for line, _ in kept))
-        partial.rename(file)
+        with saving(file):
+            write_file(file, b"".join(line + b"\n" for line, _ in kept))
         if note := note_on_damage(file, kept):
-            print(f"{note}, kept unchanged", flush=True)
-        self._file = file.open("a", buffering=1)
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+            echo(f"{note}, kept unchanged")
+        self._name = f"{file}{' and tensorboard' * tensorboard}"
+        with saving(self._name), contextlib.ExitStack() as files:
+            self._file = files.enter_context(file.open("ab"))
+            self._events = None
+            if tensorboard:
+                self._events = files.enter_context(contextlib.closing(EventFile(run / "tensorboard", start)))
+            self._files = files.pop_all()
         self._bar = progress_bar(total, initial=start, unit="step", disable=not progress)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -51,20 +56,21 @@ class RunLog:
         self._write({"step": step - 1, "validation": results}, "validation")
         with self._bar.external_write_mode():
             shown = "; ".join(f"{name} {text}" for name, text in columns.items())
-            print(f"validation after {count(step, 'step')}: {shown}", flush=True)
+            echo(f"validation after {count(step, 'step')}: {shown}")
 
     def _write(self, record: dict[str, Any], group: str) -> None:
-        self._file.write(json.dumps({**record, "time": timestamp()}) + "\n")
-        if self._writer is not None:
-            for name, value in record.get("validation", record).items():
-                if isinstance(value, int | float) and name != "step":
-                    self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+        with saving(self._name):
+            self._file.write(json.dumps({**record, "time": timestamp()}).encode() + b"\n")
+            self._file.flush()
+            if self._events is not None:
+                values = record.get("validation", record).items()
+                scalars = {f"{group}/{k}": v for k, v in values if isinstance(v, int | float) and k != "step"}
+                self._events.add(scalars, record["step"])
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with saving(self._name):
+            self._files.close()
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from occfeat_train.tasks.base import Task
 from occfeat_train.training.best import link_best
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, save_checkpoint
 from occfeat_train.training.log import RunLog, read_log
-from occfeat_train.training.step import Trainer
+from occfeat_train.training.step import TakenStep, Trainer
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def train(
     samples = stream_of_batches(dataset, config, process, start, num_steps)
     prefetcher = Prefetcher(dataset, samples, process.device, workers=options.workers)
     batches = iter(prefetcher)
+    taken = TakenSteps(log, prefetcher, optim.samples_per_step, len(dataset))
 
     def measure() -> None:
         if validate is not None:
@@ -83,28 +85,59 @@ def train(
             is_due = start > 0 and (start % save_every == 0 or start == num_steps)
             if validate is not None and is_due and not is_validated(run, start, process):
                 measure()  # the run was stopped between the checkpoint and its validation
-            while trainer.step < num_steps:
-                began, waited = time.perf_counter(), prefetcher.waited
-                record = trainer.take_step(batches, stop=stop.is_set)
-                must_stop = record.pop("stop") > 0
-                if log is not None:
-                    seconds = time.perf_counter() - began
-                    log.step({
-                        "step": trainer.step - 1, "epoch": trainer.step * optim.samples_per_step / len(dataset), **record,
-                        "samples_per_s": optim.samples_per_step / seconds,
-                        "data_wait": (prefetcher.waited - waited) / seconds,
-                    })  # fmt: skip
-                if trainer.step % save_every == 0 or trainer.step == num_steps or must_stop:
+            elif validate is not None and start > 0 and log is not None:
+                link_best(run, task.score)  # or between the validation and the link
+            must_stop = False
+            taken.start_clock()
+            while trainer.step < num_steps and not must_stop:
+                taken.append(trainer.take_step(batches, stop=stop.is_set))
+                is_due = trainer.step % save_every == 0 or trainer.step == num_steps
+                must_stop = taken.read(0 if is_due else trainer.lag)
+                if is_due or must_stop:
+                    taken.read(0)
                     if process.is_main:
                         save_checkpoint(run, trainer.step, info, task.state_dict(), trainer.state())
-                    if must_stop:
-                        break
-                    measure()
+                    if not must_stop:
+                        measure()
+                        taken.start_clock()
         return trainer.step == num_steps
     finally:
         batches.close()  # type: ignore[attr-defined]
         if log is not None:
             log.close()
+
+
+class TakenSteps:
+    """Steps whose results are not read yet. They are logged when they are read."""
+
+    def __init__(
+        self, log: RunLog | None, prefetcher: Prefetcher, samples_per_step: int, samples_per_epoch: int
+    ) -> None:
+        self._log, self._prefetcher, self._steps = log, prefetcher, deque[TakenStep]()
+        self._samples_per_step, self._samples_per_epoch = samples_per_step, samples_per_epoch
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """The time of the next step that is read begins now."""
+        self._began, self._waited = time.perf_counter(), self._prefetcher.waited
+
+    def append(self, step: TakenStep) -> None:
+        self._steps.append(step)
+
+    def read(self, left: int) -> bool:
+        """Read and log all steps but the last `left`. Returns whether one of them was asked to stop the run."""
+        must_stop = False
+        while len(self._steps) > left:
+            step = self._steps.popleft()
+            record = step.record()
+            must_stop |= record.pop("stop") > 0
+            seconds, waited = time.perf_counter() - self._began, self._prefetcher.waited - self._waited
+            self.start_clock()
+            if self._log is not None:
+                epoch = (step.number + 1) * self._samples_per_step / self._samples_per_epoch
+                rates = {"samples_per_s": self._samples_per_step / seconds, "data_wait": waited / seconds}
+                self._log.step({"step": step.number, "epoch": epoch, **record, **rates})
+        return must_stop
 
 
 def stream_of_batches(

@@ -1,4 +1,4 @@
-"""A GPU's lack of memory as an error of one line, with what to change."""
+"""A lack of memory as an error of one line, with what to change."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from contextlib import contextmanager
 
 import torch
 
+from occfeat_targets.common.memory import describe_shortage
 from occfeat_train.config import Config
 
 _GIB = 1 << 30
 
 
 class MemoryShortage(ValueError):
-    """The GPU has too little memory."""
+    """The GPU or the host has too little memory."""
 
 
 @contextmanager
 def explains_memory(device: torch.device, doing: str, remedy: str) -> Iterator[None]:
-    """Turn torch's OutOfMemoryError into MemoryShortage: what was needed, what the GPU has, and `remedy`."""
+    """Turn a lack of memory into MemoryShortage: what was needed, what a GPU has, and `remedy`."""
     try:
         yield
     except torch.OutOfMemoryError as err:
@@ -31,6 +32,11 @@ def explains_memory(device: torch.device, doing: str, remedy: str) -> Iterator[N
             f"out of memory on {torch.cuda.get_device_name(device)} ({device}) {doing}: {needed} needed, of its "
             f"{total:.1f} GiB this process holds {held:.1f} and {free:.1f} are free: {remedy}"
         ) from err
+    except (MemoryError, RuntimeError) as err:
+        shortage = describe_shortage(err)
+        if shortage is None:
+            raise
+        raise MemoryShortage(f"{shortage} {doing}: {remedy}") from err
 
 
 def training_remedy(config: Config, world: int) -> str:

@@ -9,22 +9,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from occfeat_targets.cache.records import delete_folder, is_partial, write_file
 from occfeat_targets.common.plural import count
 from occfeat_train.distributed import Process, prepare_together
-from occfeat_train.training.checkpoint import (
-    INFO,
-    Checkpoint,
-    CheckpointError,
-    RunInfo,
-    checkpoint_folders,
-    find_checkpoint,
-    first_line,
-    flush,
-)
+from occfeat_train.training.checkpoint import INFO, Checkpoint, RunInfo, checkpoint_folders, find_checkpoint
 from occfeat_train.training.run_lock import LOCK
+from occfeat_train.training.saving import CheckpointError, first_line, saving
 
-_PARTIAL = "config.partial"
-_OWN = {INFO, _PARTIAL, "log.jsonl", "log.partial", "scenes.txt", "checkpoints", "tensorboard", "evaluation"}
+_OWN = {INFO, "log.jsonl", "scenes.txt", "checkpoints", "tensorboard", "evaluation"}
 
 
 def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoint | None:
@@ -34,6 +26,7 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
     there is nothing to continue, and any run with `overwrite`. Returns the checkpoint to continue from, or None at the
     beginning. Raises CheckpointError that lists every difference, or if RUN is not a run.
     """
+    remove_partial(run)
     if overwrite:
         delete_run(run)
     file = run / INFO
@@ -49,9 +42,8 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
             _write_info(run, info)
         if has_checkpoint:
             return find_checkpoint(run)
-    elif not overwrite and run.exists() and {path.name for path in run.iterdir()} - {LOCK, _PARTIAL}:
+    elif not overwrite and run.exists() and {path.name for path in run.iterdir()} - {LOCK}:
         raise CheckpointError(f"{run} is not empty and not a run of occfeat-train: choose another --out")
-    run.mkdir(parents=True, exist_ok=True)
     for name in ("log.jsonl", "scenes.txt"):  # of the run that is overwritten
         (run / name).unlink(missing_ok=True)
     _write_info(run, info)
@@ -71,8 +63,10 @@ def _differences(found: RunInfo, info: RunInfo) -> list[str]:
         differences.append("keyframes: the cache holds others, or has skipped others")
     if found.scenes != info.scenes:
         differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
-    if found.initial != info.initial:
-        differences.append(f"initial weights: {found.initial} != {info.initial}")
+    is_known = bool(found.initial_digest and info.initial_digest)  # the run with these weights may have been moved
+    if found.initial_digest != info.initial_digest if is_known else found.initial != info.initial:
+        there, here = (f"{i.initial} {i.initial_digest[:12]}".rstrip() for i in (found, info))
+        differences.append(f"initial weights: {there} != {here}")
     return differences
 
 
@@ -92,10 +86,18 @@ def _require_extension(run: Path, found: RunInfo, info: RunInfo, differences: Se
 
 
 def _write_info(run: Path, info: RunInfo) -> None:
-    partial = run / _PARTIAL
-    partial.write_text(json.dumps(info.to_dict(), indent=1))
-    flush(partial)
-    partial.rename(run / INFO)
+    with saving(run / INFO):
+        run.mkdir(parents=True, exist_ok=True)
+        write_file(run / INFO, json.dumps(info.to_dict(), indent=1).encode())
+
+
+def remove_partial(run: Path) -> None:
+    """Remove what a killed training left: files and checkpoints that were being written or deleted."""
+    for path in [path for path in run.rglob(".*") if is_partial(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def delete_run(run: Path) -> None:
@@ -110,10 +112,10 @@ def delete_run(run: Path) -> None:
         raise CheckpointError(
             f"{run} is not a run of occfeat-train, so --overwrite deletes nothing: choose another --out"
         )
-    for name in there & _OWN:
+    for name in sorted(there & _OWN, key=lambda name: name == INFO):  # last, because it says that this is a run
         path = run / name
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            delete_folder(path)
         else:
             path.unlink()
 

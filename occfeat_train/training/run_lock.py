@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from occfeat_train.distributed import Process, prepare_together
-from occfeat_train.training.checkpoint import CheckpointError
+from occfeat_train.training.saving import CheckpointError, saving
 
 LOCK = "lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -39,9 +39,11 @@ def locked_run(run: Path, process: Process) -> Iterator[None]:
 
 def _acquire(file: Path, process: Process) -> int:
     """The descriptor of the locked file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with saving(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        with saving(file):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             is_locked = _lock(descriptor, file)
         except BaseException:
@@ -58,8 +60,13 @@ def _acquire(file: Path, process: Process) -> int:
         )
     elif left:
         process.print(f"{file} was left by {left}, which no longer runs")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    try:
+        with saving(file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

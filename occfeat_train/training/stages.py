@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
@@ -32,6 +33,7 @@ from occfeat_train.training.paper import DATA, describe_data
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
+from occfeat_train.training.saving import saving
 
 PACKAGES = ("numpy", "zarr", "torch", "triton", "transformers")  # whose versions are saved with a run and with results
 
@@ -141,6 +143,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         num_samples=len(dataset),
         keyframes=dataset.digest,
         initial=describe_initial(config, start),
+        initial_digest="" if start is None else start.weights_digest,
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
         simulated=tuple(cache.simulated),
         preset=options.preset,
@@ -164,7 +167,8 @@ def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: P
     process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {out / 'scenes.txt'}{note}")
     if process.is_main:
         lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
-        (out / "scenes.txt").write_text("".join(f"{line}\n" for line in lines))
+        with saving(out / "scenes.txt"):
+            write_file(out / "scenes.txt", "".join(f"{line}\n" for line in lines).encode())
 
 
 def summary(
@@ -218,9 +222,10 @@ def run_evaluation(
     table = [f"{name:38} {text:>12}" for name, text in task.columns(results).items()]
     process.print(count(metric.num_samples, "sample"), *table, f"{rate:.3g} samples/s")
     if process.is_main:
-        options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{options.split}.json"
-        file.write_text(json.dumps(results, indent=1))
+        with saving(file):
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps(results, indent=1).encode())
         process.print(f"written to {file}")
     return results
 

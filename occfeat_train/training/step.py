@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from occfeat_targets.common.terminal import echo
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch
 from occfeat_train.distributed import (
@@ -31,7 +32,7 @@ from occfeat_train.training.graph import CudaGraphs, GraphedPass, Pass
 from occfeat_train.training.optim import build_optimizer
 from occfeat_train.training.precision import autocast
 
-# Compilation takes 70 to 100 s, and a step is then 10 ms faster on a large GPU (BENCHMARKS.md).
+# Compilation takes 74 s, and a step is then 11 ms faster on a large GPU (BENCHMARKS.md).
 COMPILED_FROM = 20_000  # steps of a run
 
 
@@ -39,8 +40,41 @@ class TrainingError(ValueError):
     """Training cannot continue, for example because of a loss that is not finite."""
 
 
+class TakenStep:
+    """A step that the GPU may still be computing. Creating it does not wait for the GPU."""
+
+    def __init__(self, number: int, values: dict[str, Tensor], tokens: list[str], lr: float) -> None:
+        """values: scalars that are summed over all ranks, among them loss and grad_norm. tokens: of this rank's samples."""
+        self.number, self._names, self._tokens, self._lr = number, list(values), tokens, lr
+        summed = sum_over_processes(torch.stack([v.detach().double() for v in values.values()]))
+        self._summed = summed.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream().record_event() if summed.is_cuda else None
+
+    def record(self) -> dict[str, float]:
+        """The values and the learning rate. Waits for the GPU.
+
+        Raises TrainingError on a loss or gradient that is not finite; ranks above 0 exit with 1.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        record = dict(zip(self._names, self._summed.tolist(), strict=True))
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            raise_once(
+                TrainingError(
+                    f"step {self.number}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
+                    f"{', '.join(gather(self._tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
+                    "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
+                )
+            )
+        return {**record, "lr": self._lr}
+
+
 class Trainer:
-    """A task with its optimiser and schedule. step: number of the next step, from 0."""
+    """A task with its optimiser and schedule.
+
+    step: number of the next step, from 0. lag: number of steps to take before the first of them is read. A GPU then computes
+    one step while the host reads the one before it.
+    """
 
     def __init__(
         self,
@@ -63,6 +97,7 @@ class Trainer:
             )
         self.task, self.config, self.process, self.step = task, config, process, 0
         self.is_cuda = device.type == "cuda"
+        self.lag = int(self.is_cuda)
         move_to_device(task, device)
         self.optimizer, self.schedule = build_optimizer(task.parameters(), optim, num_steps, fused=self.is_cuda)
         if resume is not None:
@@ -73,6 +108,7 @@ class Trainer:
             self.step = resume.step
         if is_compiled(config, device, num_steps):
             task.network.encoder.compile()
+            task.network.decoder.compile()
         self.run: Pass = partial(forward_backward, task, config, process.device)
         self.graphed: GraphedPass | None = None
         if self.is_cuda and cuda_graphs:
@@ -92,40 +128,34 @@ class Trainer:
         if self.graphed is not None:
             self.graphed.release()
 
-    def take_step(self, batches: Iterator[Any], **flags: bool) -> dict[str, float]:
-        """One optimiser step on the next batches. Returns losses, grad_norm, lr, and the number of ranks with each flag.
+    def take_step(self, batches: Iterator[Any], **flags: bool) -> TakenStep:
+        """One optimiser step on the next batches. The result's record has the losses, grad_norm, lr, and the number of ranks
+        with each flag.
 
-        Raises TrainingError on a loss or gradient that is not finite, before it changes a weight; ranks above 0 exit with 1.
+        On a loss or gradient that is not finite, weights do not change, and `TakenStep.record` raises TrainingError; on a CPU
+        already this method.
         """
         set_training(self.task, self.config)
         losses, tokens = accumulate(self.run, batches, self.config, self.process, self.step)
         average_gradients(self.task)
         average_statistics(self.task)  # after every step, so that saving and validating do not change the run
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), self.config.optim.clip)
+        counts = {name: norm.new_full((), flag) for name, flag in flags.items()}
+        values = {**losses, "grad_norm": norm / self.process.world, **counts}
+        taken = TakenStep(self.step, values, tokens, float(self.schedule.get_last_lr()[0]))
         if self.is_cuda:  # the kernel checks, so that the host does not wait before it
             self.optimizer.found_inf = (~torch.isfinite(norm + losses["loss"])).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        counts = {name: norm.new_full((), flag) for name, flag in flags.items()}
-        record = reduce_losses({**losses, "grad_norm": norm / self.process.world, **counts})
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            raise_once(
-                TrainingError(
-                    f"step {self.step}: loss {record['loss']}, gradient norm {record['grad_norm']} for samples "
-                    f"{', '.join(gather(tokens))}. Nothing was saved after it; the run's newest checkpoint is intact. "
-                    "Look at these samples ('occfeat-targets preview --token'), or lower the learning rate"
-                )
-            )
-        if not self.is_cuda:
-            self.optimizer.step()
+        else:
+            taken.record()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        record["lr"] = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.step += 1
-        return record
+        return taken
 
 
 def is_compiled(config: Config, device: torch.device, num_steps: int) -> bool:
-    """Whether a run of `num_steps` compiles the image encoder."""
+    """Whether a run of `num_steps` compiles the image encoder and the decoder."""
     return device.type == "cuda" and num_steps >= COMPILED_FROM if config.compile == "auto" else config.compile
 
 
@@ -167,7 +197,7 @@ def recompute_if_needed(run: Pass, task: Task, batch: Batch) -> dict[str, Tensor
     except torch.OutOfMemoryError:
         if task.network.recompute or not is_first:
             raise
-    print("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower", flush=True)
+    echo("the GPU's memory is exceeded: training continues with activation checkpointing, which is slower")
     task.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     task.network.recompute = True
@@ -184,9 +214,3 @@ def set_training(task: Task, config: Config) -> None:
     task.train()
     if config.network.freeze_batchnorm:
         freeze_batchnorm(task)
-
-
-def reduce_losses(values: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over all ranks, with one all-reduce and one device synchronisation."""
-    stacked = torch.stack([v.detach().double() for v in values.values()])
-    return dict(zip(values, sum_over_processes(stacked).tolist(), strict=True))

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.sources.splits import split_scenes
 from occfeat_targets.synth.rig import CAMERAS as RIG
 from occfeat_targets.synth.rig import EGO_FROM_LIDAR, quaternion
-from occfeat_targets.synth.scene_names import split_names
 from occfeat_targets.synth.tables import ATTRIBUTES, CATEGORIES
 
 LIDAR = "LIDAR_TOP"
@@ -36,6 +36,11 @@ class Size:
     instances: int = 64_386
     map_polygons: int = 1500
 
+    @property
+    def keyframes(self) -> list[int]:
+        """Number of keyframes of each scene."""
+        return _shares(self.samples, self.scenes)
+
 
 def write_tables(root: Path, size: Size = Size(), seed: int = 0) -> Path:
     """Write root/v1.0-trainval and root/maps/expansion. Returns `root`, as a dataroot."""
@@ -48,8 +53,9 @@ def write_tables(root: Path, size: Size = Size(), seed: int = 0) -> Path:
         **dict.fromkeys(RADARS, np.eye(4)),
     }
     intrinsics = {c.channel: c.intrinsics((900, 1600)).tolist() for c in RIG}
-    names = [name for names in split_names(VERSION) for name in names][: size.scenes]
-    keyframes = _shares(size.samples, size.scenes)
+    splits = split_scenes()
+    names = [*splits["train"], *splits["val"]][: size.scenes]
+    keyframes = size.keyframes
     small = {
         "category": [{"token": f"category{i}", "name": name, "description": ""} for i, name in enumerate(CATEGORIES)],
         "attribute": [{"token": f"attribute{i}", "name": name, "description": ""} for i, name in enumerate(ATTRIBUTES)],
@@ -96,7 +102,7 @@ def touch_keyframes(root: Path, first: int, last: int) -> None:
     for scene in range(first, last):
         for keyframe in range(size_of[scene]["nbr_samples"]):
             for channel in (LIDAR, *CAMERAS):
-                (root / _filename(channel, scene, keyframe, 0)).touch()
+                (root / keyframe_file(channel, scene, keyframe)).touch()
 
 
 def _shares(total: int, parts: int) -> list[int]:
@@ -124,7 +130,8 @@ def _timestamp(scene: int, keyframe: int, step: int, steps: int) -> int:
     return 1_532_402_927_647_951 + 30_000_000 * scene + 500_000 * keyframe + 500_000 * step // steps
 
 
-def _filename(channel: str, scene: int, keyframe: int, step: int) -> str:
+def keyframe_file(channel: str, scene: int, keyframe: int, step: int = 0) -> str:
+    """The path of a file, relative to the dataroot. step: 0 for a keyframe's own, else of a later one."""
     ending = "jpg" if channel.startswith("CAM") else "pcd.bin" if channel == LIDAR else "pcd"
     log = "n015-2018-07-24-11-22-45+0800"
     return f"{'sweeps' if step else 'samples'}/{channel}/{log}__{channel}__{scene:03d}{keyframe:03d}{step:02d}.{ending}"
@@ -165,7 +172,7 @@ def _sample_data(keyframes: list[int], size: Size) -> Iterator[str]:
             f'{{\n"token": "{token}",\n"sample_token": "{_token("sample", scene, keyframe)}",\n"ego_pose_token": "{token}",\n'
             f'"calibrated_sensor_token": "{channel}-{scene}",\n"timestamp": {_timestamp(scene, keyframe, step, steps)},\n'
             f'"fileformat": "{"jpg" if height else "pcd"}",\n"is_key_frame": {"false" if step else "true"},\n"height": {height},\n'
-            f'"width": {width},\n"filename": "{_filename(channel, scene, keyframe, step)}",\n"prev": "{before}",\n"next": "{after}"\n}}'
+            f'"width": {width},\n"filename": "{keyframe_file(channel, scene, keyframe, step)}",\n"prev": "{before}",\n"next": "{after}"\n}}'
         )
         before, token = ("", _token("data", i + 1)) if is_last else (token, after)
 

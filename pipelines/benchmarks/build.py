@@ -17,7 +17,8 @@ from pathlib import Path
 
 from _timing import machine
 
-from occfeat_targets.build.plan import BuildOptions, make_plan
+from occfeat_targets.build.options import BuildOptions
+from occfeat_targets.build.plan import make_plan
 from occfeat_targets.build.run import run
 from occfeat_targets.build.workers import choose_workers, find_build_devices
 

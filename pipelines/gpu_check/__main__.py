@@ -55,7 +55,7 @@ def _network(**options: Any) -> Part:
 
 PARTS = {
     "env": Part("speed", "env", 60),
-    "pytest": Part("correctness", "run_pytest", 100),
+    "pytest": Part("correctness", "run_pytest", 150),
     "correct": Part("correctness", "correct", 100),
     "graphs": Part("correctness", "graphs", 60),
     "step": Part("speed", "step", 90),

@@ -90,7 +90,7 @@ def graphs(check: Check) -> None:
             ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
             given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (
-            [trainer.take_step(iter([batch]))["loss"] for batch in given]
+            [trainer.take_step(iter([batch])).record()["loss"] for batch in given]
             for trainer in (
                 Trainer(task_on(config, True, check.device), config, Process(0, 1, check.device), 100, cuda_graphs=use)
                 for use in (True, False, False)
@@ -101,12 +101,12 @@ def graphs(check: Check) -> None:
                      ok=off < max(5 * noise, 1e-3))  # fmt: skip
     if not check.is_cuda:
         return check.record("a step that waits", skipped="needs a GPU")
-    for what, fault in (("waits", wait), ("cannot be recorded", save_random_numbers)):
+    for what, fault in (("waits", wait), ("cannot be recorded", refuse_recording)):
         task, messages = task_on(config, True, check.device), []
         task.network.decoder.register_forward_hook(fault)
         with mock.patch.object(Process, "print", lambda self, *lines, into=messages: into.extend(lines)):
             trainer = Trainer(task, config, Process(0, 1, check.device), 100)
-            losses = [trainer.take_step(iter([batch]))["loss"] for batch in given]
+            losses = [trainer.take_step(iter([batch])).record()["loss"] for batch in given]
         check.record(f"a step that {what}", messages=messages, losses=losses[-2:], ok=len(messages) == 1)
 
 
@@ -114,8 +114,9 @@ def wait(*_: Any) -> None:
     torch.zeros(1, device="cuda").item()
 
 
-def save_random_numbers(*_: Any) -> None:
-    torch.cuda.get_rng_state()
+def refuse_recording(*_: Any) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("this cannot be recorded")
 
 
 def batch_on_device(check: Check) -> None:

@@ -24,7 +24,7 @@ from occfeat_train.distributed import Process
 from occfeat_train.ops.views import Views
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, move_to_device
-from occfeat_train.training.step import Trainer
+from occfeat_train.training.step import TakenStep, Trainer
 from pipelines.gpu_check.measure import Check
 
 CAMERAS = 6
@@ -107,16 +107,19 @@ def task_on(config: Config, small: bool, device: torch.device) -> Task:
 
 
 class Step:
-    """One optimiser step of the training loop on a resident batch. Returns the loss."""
+    """One optimiser step of the training loop on a resident batch. Like the loop, reads the losses of the step before."""
 
     def __init__(self, check: Check, config: Config, batch: int | None = None, *, cuda_graphs: bool = True) -> None:
         self.config = config
         self.task = task_on(config, check.small, check.device)
         self.batch = random_batch(config, batch or check.batch, check.small).to(check.device)
         self.trainer = Trainer(self.task, config, Process(0, 1, check.device), 10_000, cuda_graphs=cuda_graphs)
+        self.taken: TakenStep | None = None
 
-    def __call__(self) -> float:
-        return self.trainer.take_step(itertools.repeat(self.batch))["loss"]
+    def __call__(self) -> None:
+        before, self.taken = self.taken, self.trainer.take_step(itertools.repeat(self.batch))
+        if before is not None:
+            before.record()
 
 
 def random_cache(check: Check) -> CacheReader:

@@ -79,8 +79,13 @@ class Check:
     def autocast(self, enabled: bool = True) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def times(self, contenders: Mapping[str, Callable[[], Any]], rounds: int = 10) -> dict[str, list[float]]:
-        """Times of all calls [ms]. The contenders alternate, so that a drift of the clock rate affects all of them equally."""
+    def times(
+        self, contenders: Mapping[str, Callable[[], Any]], rounds: int = 10, *, calls: int = 1
+    ) -> dict[str, list[float]]:
+        """Times of a call [ms], each the mean of `calls` successive ones, between which the host does not wait.
+
+        The contenders alternate, so that a drift of the clock rate affects all of them equally.
+        """
         for function in contenders.values():
             for _ in range(1 if self.small else 3):
                 function()
@@ -89,14 +94,15 @@ class Check:
             for name, function in contenders.items():
                 self.synchronize()
                 began = time.perf_counter()
-                function()
+                for _ in range(calls):
+                    function()
                 self.synchronize()
-                found[name].append(1e3 * (time.perf_counter() - began))
+                found[name].append(1e3 * (time.perf_counter() - began) / calls)
         return found
 
-    def ms(self, function: Callable[[], Any], rounds: int = 10) -> float:
-        """Median time of a call [ms]."""
-        return round(statistics.median(self.times({"": function}, rounds)[""]), 3)
+    def ms(self, function: Callable[[], Any], rounds: int = 10, *, calls: int = 1) -> float:
+        """Median time of a call [ms], see `times`."""
+        return round(statistics.median(self.times({"": function}, rounds, calls=calls)[""]), 3)
 
     def memory(self, function: Callable[[], Any]) -> dict[str, float]:
         """Peak of the allocated memory during a call, and its increase over the memory before the call [GB]. Empty on a CPU."""

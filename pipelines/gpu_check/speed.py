@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from occfeat_train.config import Config
-from occfeat_train.networks.network import _flip, unmirror
+from occfeat_train.networks.network import unmirror
+from occfeat_train.ops.mirror import mirror
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from pipelines.gpu_check.inputs import Step, config_of
 from pipelines.gpu_check.measure import Check, describe
 
 PACKAGES = ("torch", "triton", "numpy", "numba", "transformers", "zarr", "numcodecs", "google-crc32c")
+_CALLS = 4  # successive steps that are timed together
 
 
 def env(check: Check) -> None:
@@ -53,7 +55,7 @@ def env(check: Check) -> None:
 
 
 def measure_step(
-    check: Check, what: str, config: Config, *, batch: int | None = None, rounds: int = 10, cuda_graphs: bool = True
+    check: Check, what: str, config: Config, *, batch: int | None = None, rounds: int = 4, cuda_graphs: bool = True
 ) -> Step:
     """Record time, samples/s and memory of a training step, which is recorded before it is timed. Returns the step."""
     check.free()
@@ -62,7 +64,7 @@ def measure_step(
     step()
     check.synchronize()
     first = time.perf_counter() - began
-    took, size = check.ms(step, rounds), len(step.batch)
+    took, size = check.ms(step, rounds, calls=1 if check.small else _CALLS), len(step.batch)
     rate = round(1e3 * size / took, 1)
     memory = check.memory(step) | check.reserved()
     check.record(what, ms=took, samples_per_s=rate, batch=size, **memory, first_step_s=round(first, 1))
@@ -148,7 +150,7 @@ def parts(check: Check, whole: Step) -> None:
         volume = network.lifting.lift(features, views)
         lifted = network.lifting.compressor(volume)
         decoded = network.decoder(lifted)
-        bev = _flip(decoded, batch.bev_flip)
+        bev = mirror(decoded, batch.bev_flip)
         occupied = batch.volume("occupancy")
         voxels, target = batch.arrays["voxels"], batch.arrays["features"]
 
@@ -178,7 +180,7 @@ def parts(check: Check, whole: Step) -> None:
         "lifting": (lambda x: network.lifting.lift(x, views), features),
         "compressor": (network.lifting.compressor, volume),
         "decoder": (network.decoder, lifted),
-        "mirroring of F_B": (lambda x: _flip(x, batch.bev_flip), decoded),
+        "mirroring of F_B": (lambda x: mirror(x, batch.bev_flip), decoded),
         "head, only occupancy": (lambda x: occupancy_loss(task.head(x, None)[0], occupied), bev),
         "head and losses": (losses, bev),
     }
@@ -196,7 +198,7 @@ def parts(check: Check, whole: Step) -> None:
     whole.trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def kernel_table(check: Check, whole: Callable[[], float], suffix: str = "") -> None:
+def kernel_table(check: Check, whole: Callable[[], None], suffix: str = "") -> None:
     """The most expensive kernels of a step, to OUT/kernels-PART.txt; number of launches and busy time of the device."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.is_cuda else [])]
     with profile(activities=activities) as profiled:
@@ -216,7 +218,7 @@ def network(**fields: Any) -> Callable[[Check], None]:
 
     def run(check: Check) -> None:
         chosen = {k: v for k, v in fields.items() if not (check.small and k == "image_size")}
-        whole = measure_step(check, "step", config_of(check.small, **chosen), rounds=5)
+        whole = measure_step(check, "step", config_of(check.small, **chosen), rounds=2)
         with check.guarded("kernels"):
             kernel_table(check, whole)
 
@@ -229,29 +231,10 @@ def variants(check: Check) -> None:
     less_memory = replace(config, network=replace(config.network, recompute=True))
     plain = Step(check, config)
 
-    def with_benchmark() -> Callable[[], float]:
-        step = Step(check, config)
-
-        def run() -> float:
-            torch.backends.cudnn.benchmark = True
-            try:
-                return step()
-            finally:
-                torch.backends.cudnn.benchmark = False
-
-        return run
-
-    def with_compiled_decoder() -> Step:
-        step = Step(check, replace(config, compile=True))
-        step.task.network.decoder.compile()
-        return step
-
-    made: dict[str, Callable[[], Callable[[], float]]] = {
+    made: dict[str, Callable[[], Step]] = {
         "no CUDA graphs": lambda: Step(check, config, cuda_graphs=False),
-        "cudnn.benchmark": with_benchmark,
         "activation checkpointing": lambda: Step(check, less_memory),
-        "compiled encoder": lambda: Step(check, replace(config, compile=True)),
-        "compiled encoder and decoder": with_compiled_decoder,
+        "compiled": lambda: Step(check, replace(config, compile=True)),
     }
     for name, make in made.items():
         if not check.is_cuda and "compiled" in name:
@@ -263,7 +246,7 @@ def variants(check: Check) -> None:
             changed()
             check.synchronize()
             first = round(time.perf_counter() - began, 1)
-            times = check.times({"plain": plain, name: changed}, rounds=8)
+            times = check.times({"plain": plain, name: changed}, rounds=4, calls=1 if check.small else _CALLS)
             ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
             took, plainly = (round(statistics.median(times[key]), 2) for key in (name, "plain"))
             memory = check.memory(changed).get("increase_gb"), check.memory(plain).get("increase_gb")
@@ -278,7 +261,7 @@ def memory(check: Check) -> None:
     config = config_of(check.small)
     for batch in (1, 2) if check.small else (1, 2, 4, 8, 32):
         with check.guarded(f"batch {batch}"):
-            measure_step(check, f"batch {batch}", config, batch=batch, rounds=5)
+            measure_step(check, f"batch {batch}", config, batch=batch, rounds=2)
     if not check.is_cuda:
         return check.record("smallest memory", skipped="needs a GPU")
     total = torch.cuda.get_device_properties(check.device).total_memory

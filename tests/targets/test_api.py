@@ -39,11 +39,13 @@ KEYWORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "keywords"), [([], {}), (COMMAND_LINE, KEYWORDS)])
+@pytest.mark.parametrize(
+    ("arguments", "keywords"), [([], {}), (COMMAND_LINE, KEYWORDS), (["--plan-only"], {"plan_only": True})]
+)
 def test_build_cache_makes_the_plan_of_the_command(tmp_path, monkeypatch, arguments, keywords):
     planned = []
 
-    def make_plan(options: BuildOptions) -> None:
+    def make_plan(options: BuildOptions, **_: object) -> None:
         planned.append(options)
         raise ValueError("planned")
 
@@ -65,6 +67,7 @@ def test_build_cache_has_every_option_of_the_command():
         "workers",
         "scheduler",
         "scheduler_file",
+        "plan_only",
     }  # not part of the plan: they choose where it runs
     assert set(KEYWORDS) == (theirs | {"grid"}) - used
 

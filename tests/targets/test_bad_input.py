@@ -278,3 +278,19 @@ def test_a_build_with_other_options_into_a_cache_is_refused_and_changes_nothing(
     assert result.returncode == 1
     assert "num_sweeps: 1 != 3" in result.stderr
     assert_same_bytes(serial, expected)
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(broken_city, tmp_path):
+    """ESC ] 0 ; sets a terminal's title; U+202E reverses what follows."""
+    record, data = keyframe_record(broken_city, "CAM_BACK"), table(broken_city, "sample_data")
+    for other in data:
+        if other["token"] == record["token"]:
+            other["filename"] = "samples/\x1b]0;title\x07\u202e.jpg"
+    write_table(broken_city, "sample_data", data)
+    result = run(*build_arguments(broken_city, tmp_path, "none", "--on-error", "skip", "--workers", "0"), check=False)
+    assert r"samples/\x1b]0;title\x07\u202e.jpg is missing" in result.stdout
+    status = run("status", "--cache", tmp_path, "--split", "mini_train", check=False)
+    failed = run("status", "--cache", tmp_path / "\x1b[2J", "--split", "mini_train", check=False)
+    assert r"\x1b[2J/mini_train.zarr: build it" in failed.stderr
+    for text in (result.stdout, result.stderr, status.stdout, failed.stdout, failed.stderr):
+        assert text.replace("\n", "").replace("\t", "").isprintable()

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import dask
 import pytest
-from distributed import Client, LocalCluster, Security
+from distributed import Client, LocalCluster, Security, get_worker
 
 from occfeat_targets.build import cluster as module
-from occfeat_targets.build.cluster import read_scheduler_file, run_on_dask
+from occfeat_targets.build.cluster import ask_worker, read_scheduler_file, run_on_dask
 from occfeat_targets.build.shard import ShardReport
 from tests.targets.command_line import build_arguments, run
 
@@ -106,6 +106,17 @@ def test_workers_that_join_later_get_tasks_before_any_is_finished(monkeypatch):
         threading.Timer(1, made.scale, [5]).start()
         reports = list(run_on_dask(tuple(range(5)), int, lambda: True, scheduler=made.scheduler_address))
     assert_all_built(reports, 5)
+
+
+def test_a_worker_is_asked_even_if_it_joins_later():
+    """As for the type in which it computes fastest, before a cache is created."""
+    with cluster(0) as made:
+        threading.Timer(0.5, made.scale, [1]).start()
+        assert ask_worker(made.scheduler_address, name_of_worker, "worker") == "worker 0"
+
+
+def name_of_worker(prefix: str) -> str:
+    return f"{prefix} {get_worker().name}"
 
 
 def test_a_build_waits_for_workers_and_says_so_once(monkeypatch):

@@ -170,7 +170,7 @@ def test_an_image_is_never_enlarged(jpeg: Path, size: tuple[int, int]) -> None:
 def test_a_missing_file_is_an_error_with_a_remedy(load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jpg is missing: check the dataroot"):
         load(tmp_path / "none.jpg", SIZES)
-    with pytest.raises(ValueError, match="is no regular file; expected a JPEG"):
+    with pytest.raises(ValueError, match="is no regular file"):
         load(tmp_path, SIZES)
 
 
@@ -237,6 +237,15 @@ def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match=r"pipe\.jpg is no regular file"):
         load_image(tmp_path / "pipe.jpg", SIZES)
+
+
+def test_a_sparse_file_of_a_terabyte_is_an_error_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", 1 << 40)
+    with pytest.raises(
+        ValueError, match=r"huge\.jpg has 1,099,511,627,776 bytes, at most 268,435,456 expected: restore"
+    ):
+        load_image(tmp_path / "huge.jpg", SIZES)
 
 
 def test_a_truncated_jpeg_is_an_error_or_decodes_completely(tmp_path: Path) -> None:

@@ -66,6 +66,24 @@ def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(city, tiny_t
     assert run("verify", "--cache", tmp_path, "--split", "mini_train", "--samples", "0").returncode == 0
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_ends_a_build_with_one_line_that_says_how_to_continue(city, tiny_teacher, tmp_path, workers):
+    """A terminal sends it to all processes of the build."""
+    options = ["--workers", workers, "--frames", "both", "--shard-size", "1"]
+    arguments = build_arguments(city, tmp_path, tiny_teacher, *options)
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        while not finished_shards(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert output.rstrip().endswith("interrupted: finished shards are kept; run the same command again to continue")
+    assert "Traceback" not in output
+
+
 def test_killed_workers_do_not_stop_the_build(city, tiny_teacher, tmp_path, expected):
     """Workers are killed one at a time, a random time after a shard was finished. Their shards are built again.
 

@@ -131,6 +131,27 @@ def changed(city, tmp_path):
     return change
 
 
+def test_a_split_of_the_data_sets_own_splits_json_is_found(changed):
+    def rename(records):
+        for number, record in enumerate(records):
+            record["name"] = f"town-{number}"
+
+    root = changed("scene", rename)
+    file = root / "v1.0-mini" / "splits.json"
+    file.write_text('{"mine": ["town-1", "town-0", "town-1", "town-9"], "mini_train": ["town-0"]}')
+    found = split_of(root, "mine")
+    assert list(dict.fromkeys(k.scene for k in found.keyframes)) == ["town-1", "town-0"]
+    assert found.missing_scenes == ("town-9",)
+    with pytest.raises(
+        DatasetError, match="has none of the 8 scenes of split 'mini_train' .*or list a split of your own in"
+    ):
+        split_of(root)  # an official name keeps its meaning
+    for text in ("[]", '{"mine": "town-1"}', '{"mine"'):
+        file.write_text(text)
+        with pytest.raises(DatasetError, match=r"splits.json.*: restore or delete it"):
+            split_of(root, "mine")
+
+
 @pytest.fixture
 def without_key(changed):
     """Function that removes a key from every record of a table of a copy; it returns the copy's dataroot."""
@@ -174,6 +195,30 @@ def test_a_token_that_no_record_has_is_one_line_that_names_it(changed, table, ke
     with pytest.raises(DatasetError, match=f"(json, token '?|KeyError: '){'f' * 32}.*re-extract the tables") as raised:
         split_of(changed(table, dangle))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_samples_that_lead_round_in_a_circle_are_an_error_with_a_token(changed, length):
+    def circle(records):
+        records[length - 1]["next"] = records[0]["token"]
+
+    with pytest.raises(
+        DatasetError, match=r"sample.json, token \w+: 'next' leads back to this record; re-extract the tables"
+    ):
+        split_of(changed("sample", circle))
+
+
+def test_a_sweep_that_is_its_own_predecessor_is_the_problem_of_keyframes_that_need_it(city, changed):
+    lidar = split_of(city).keyframes[2].sweeps[0].path.name
+
+    def circle(records):
+        record = next(record for record in records if record["filename"].endswith(lidar))
+        record["prev"] = record["token"]
+
+    root = changed("sample_data", circle)
+    assert not [k for k in split_of(root).keyframes if k.problem is not None]
+    (problem,) = [k.problem for k in split_of(root, num_sweeps=2).keyframes if k.problem is not None]
+    assert "'prev' leads back to this record" in problem
 
 
 def test_an_earlier_sweep_that_is_absent_matters_only_to_keyframes_that_need_it(city, changed):

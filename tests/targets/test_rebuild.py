@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 
 import numpy as np
 import pytest
@@ -49,7 +48,6 @@ def test_a_cache_of_another_format_is_refused_by_both_tools_with_the_command_tha
             assert f"which reads format version 2: it has {reason}. Use the release" in message
             command = shlex.split(message.splitlines()[-1])
             assert command[:2] == ["occfeat-targets", "build"]
-    shutil.rmtree(cache)
     run(*command[1:], "--workers", "0")
     for name, values in contents(cache, "all").items():
         assert (values == expected[name]).all(), name
@@ -78,7 +76,7 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
         f"occfeat-targets build --dataroot /data/nuscenes --cache {tmp_path} --split train --version v1.0-trainval "
         "--frames cameras --sweeps 1 --image-size 540x960 --feature-dtype float16 --dividers road+lane --compat simple-bev "
         "--shard-size 16 --teacher facebook/dinov2-small --teacher-layer post-norm --teacher-dtype float32 "
-        "--feature-size 224x392 --no-labels"
+        "--feature-size 224x392 --no-labels --overwrite"
     )
     spec |= {
         "labels": ["map", "vehicles"],

@@ -26,9 +26,10 @@ def test_a_toy_source_is_built_verified_previewed_and_trained_on(toy, tiny_teach
     information = run("info", *WHERE, cache).stdout
     assert "all of toy 1 at" in information
     assert "images 48x80 of 3 cameras" in information
-    verified = run("verify", *WHERE, cache, "--samples", "2")
-    assert "toy has no independent reader" in verified.stdout
-    assert verified.stdout.count(" 0 voxels wrong") == 2
+    planned, read = (run("verify", *WHERE, cache, "--samples", "2", *tables).stdout for tables in ([], ["--tables"]))
+    assert "paths, transforms and boxes are those of the build's plan" in planned
+    assert "toy has no independent reader" in read
+    assert planned.count(" 0 voxels wrong") == read.count(" 0 voxels wrong") == 2
     run("preview", *WHERE, cache, "--out", tmp_path / "preview", "--points", "--samples", "1", "--frame", "tall")
     reader = CacheReader(cache / "all.zarr")
     assert reader.cache.spec.cameras == tuple(SIZES) and reader.cache.spec.frames == ("ego", *SIZES)

@@ -107,7 +107,7 @@ def test_zero_keyframes_and_shard_size_zero_are_refused(tmp_path):
 
 
 def test_a_missing_cache_is_reported_with_the_caches_that_exist(small_cache):
-    with pytest.raises(CacheError, match=r"no cache at .*val\.zarr \(found there: train\.zarr\)"):
+    with pytest.raises(CacheError, match=r"no cache at .*val\.zarr \(splits there: train\)"):
         open_cache(small_cache.path.with_name("val.zarr"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_one_return_in_every_quadrant_is_enough(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_sweep_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sweep .*none\.pcd\.bin is missing: check the dataroot"):
         read_sweep(tmp_path / "none.pcd.bin")
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\): check"):
+    with pytest.raises(ValueError, match=r"is no regular file: restore"):
         read_sweep(tmp_path)
 
 
@@ -103,6 +104,19 @@ def returns(n: int = 4000) -> np.ndarray:
 def assert_read(files: list[Path]) -> None:
     for file in files:
         np.testing.assert_array_equal(read_sweep(file), np.fromfile(file, np.float32).reshape(-1, 5))
+
+
+def test_a_sparse_file_of_a_terabyte_a_pipe_and_a_device_are_errors_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 40)
+    with pytest.raises(
+        ValueError, match=r"huge has 1,099,511,627,776 bytes, at most 67,108,864 expected: restore the file"
+    ):
+        read_sweep(tmp_path / "huge")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path} is no regular file: restore the file"):
+            read_sweep(path)
 
 
 def test_every_sweep_of_the_synthetic_city_is_read(city: Path) -> None:

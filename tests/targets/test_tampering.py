@@ -173,6 +173,23 @@ def test_edited_metadata_are_found_by_the_records_even_if_their_digests_were_upd
     assert found and all("is not the record of this shard" in problem for problem in found)
 
 
+def test_absurd_numbers_of_keyframes_are_refused_before_they_are_read(small_cache):
+    """Also by a hand that updated the digests."""
+    for name in ("sample_token", "timestamp_us"):
+        file = small_cache.path / name / "zarr.json"
+        before = file.read_text()
+        metadata = json.loads(before)
+        metadata["shape"] = [10**15]
+        metadata["chunk_grid"]["configuration"]["chunk_shape"] = [10**15]
+        file.write_text(json.dumps(metadata))
+        update_digests(small_cache.path)
+        with pytest.raises(
+            CacheError, match=rf"{name}/zarr.json says that the array's shape is \(10+,\), but .* 7 keyframes"
+        ):
+            open_cache(small_cache.path)
+        file.write_text(before)
+
+
 def test_a_fingerprint_that_differs_from_the_specs_is_refused(small_cache):
     edit_attributes(small_cache.path, lambda a: a.update(fingerprint="0123456789abcdef"))
     update_digests(small_cache.path)

@@ -22,6 +22,7 @@ from occfeat_targets.targets.teacher import (
     matmul_flops,
     teacher_spec,
 )
+from tests.train.test_encoder_weights import Marker
 
 SMALL = "random:facebook/dinov2-small"
 
@@ -146,7 +147,24 @@ def test_a_teacher_is_identified_by_its_weights_and_not_by_their_location(tiny_t
     state = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     torch.save(state, copy / "pytorch_model.bin")
-    assert digest_of(copy) == spec.digest
+    assert digest_of(copy / "pytorch_model.bin") == spec.digest
+
+
+def test_pickled_weights_are_read_only_if_their_file_is_named(tiny_teacher, tmp_path):
+    copy = copy_of(tiny_teacher, tmp_path / "copy")
+    state = load_file(copy / "model.safetensors")
+    torch.save({"weight": Marker(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    assert digest_of(copy) == digest_of(Path(tiny_teacher))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"^the model in .* has only pickled weights, .*or pass .*/copy/pytorch_model.bin itself"
+    ):
+        digest_of(copy)
+    with pytest.raises(TeacherError, match="cannot be loaded"):
+        digest_of(copy / "pytorch_model.bin")
+    assert not (tmp_path / "ran").exists()
+    torch.save(state, copy / "pytorch_model.bin")
+    assert digest_of(copy / "pytorch_model.bin") == digest_of(Path(tiny_teacher))
 
 
 def test_one_flipped_bit_or_another_architecture_is_another_teacher(tiny_teacher, tmp_path):

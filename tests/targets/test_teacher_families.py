@@ -200,7 +200,9 @@ def test_default_statistics_are_those_of_the_family(folders):
     assert load(folders["radio"]).spec.mean == (0, 0, 0)  # the model itself normalises images
 
 
-@pytest.mark.parametrize("config", [{"model_type": "vit"}, {}])
+@pytest.mark.parametrize(
+    "config", [{"model_type": name} for name in ("vit", "clip", "clip_vision_model", "swin")] + [{}]
+)
 def test_a_model_of_an_unknown_family_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(TeacherError, match="model of type .*: one of dinov2, .*siglip2_vision_model expected"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from occfeat_targets.build import estimate, shard, workers
 from occfeat_targets.build.cluster import run_on_dask
-from occfeat_targets.build.plan import BuildOptions, make_plan
+from occfeat_targets.build.options import BuildOptions
+from occfeat_targets.build.plan import make_plan
 from occfeat_targets.build.workers import Workers, choose_workers, find_build_devices
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.messages import describe_plan
@@ -162,9 +163,27 @@ def test_the_plan_announces_workers_gpus_and_the_time_of_the_teacher_on_them(toy
     last = describe_plan(plan, Workers(8, ("cuda:0", "cuda:1"), 2))[-1]
     assert timed == [("cuda:0", 2 * 3)]
     # 4 keyframes of 3 images, half of them on each GPU
-    assert f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} with 8 workers on 2 GPUs" in last
+    assert (
+        f"time: about {estimate.format_seconds(estimate._START_SECONDS + 60)} from now with 8 workers on 2 GPUs" in last
+    )
     assert "2 keyframes per teacher batch" in last
     assert "in this process on cuda:1, 1 keyframe per" in describe_plan(plan, Workers(0, ("cuda:1",), 1))[-1]
+
+
+def test_the_announced_time_honours_the_number_of_workers_and_the_cores(monkeypatch):
+    monkeypatch.setattr(teacher_module, "matmul_flops", lambda dtype: 1e12)
+
+    def seconds(teacher: str | None, processes: int, cores: int) -> float:
+        spec = TargetSpec(teacher=None if teacher is None else TEACHERS[teacher])
+        found = estimate.estimate_seconds(
+            spec, 100, devices=("cpu",), processes=processes, cores=cores, keyframes_per_batch=1
+        )
+        return found - estimate._START_SECONDS
+
+    assert [round(seconds(None, processes, 4), 3) for processes in (1, 2, 4, 8)] == [6, 3, 1.5, 1.5]
+    teacher = {processes: seconds("small", processes, 4) - seconds(None, processes, 4) for processes in (1, 2, 3, 4, 8)}
+    assert teacher[1] == pytest.approx(teacher[2]) == pytest.approx(teacher[4]) == pytest.approx(teacher[8])
+    assert teacher[3] == pytest.approx(4 / 3 * teacher[4])  # three workers of one thread each
 
 
 def test_a_cluster_worker_with_a_gpu_takes_eight_keyframes_at_a_time(toy, tiny_teacher, tmp_path, monkeypatch):

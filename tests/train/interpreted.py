@@ -118,7 +118,7 @@ def compiled(
         calls = not_launched(name, recording)
         call(module)
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
-    types |= {torch.int64: "*i64"}
+    types |= {torch.int64: "*i64", torch.bool: "*i1"}
     found = {}
     for kernel, arguments, options in calls:
         is_constant = {p.name for p in kernel.params if p.is_constexpr}

@@ -20,8 +20,9 @@ from occfeat_targets.cache.spec import CAMERAS, TargetSpec
 from occfeat_targets.sources.keyframe import CameraView, Keyframe
 from occfeat_train.distributed import Process
 from occfeat_train.ops.views import Views
-from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.evaluate import evaluate
+from occfeat_train.training.saving import CheckpointError
 from occfeat_train.training.stages import RunOptions, prepare_evaluation
 from tests.conftest import REPOSITORY, readme_code
 from tests.train.runs import WORKERS, copy_of, pretrain, steps, succeed, update_digests

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import occfeat_train
-from occfeat_train.training.checkpoint import CheckpointError
+from occfeat_train.training.saving import CheckpointError
 
 
 def voxel_arguments() -> dict[str, Any]:

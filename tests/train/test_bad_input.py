@@ -35,9 +35,8 @@ from tests.train.test_batch import GRID as OTHER_GRID
 def test_missing_unfinished_and_unsuitable_caches_are_refused(cache, tmp_path):
     out = tmp_path / "run"
     assert "no cache at" in refuse(*pretrain(tmp_path, out), out=out)
-    assert (
-        "(found there: train.zarr, val.zarr): build it with 'occfeat-targets build', or correct --cache and --split"
-        in (refuse(*pretrain(cache, out, "--split", "test"), out=out))
+    assert "(splits there: train, val): build it with 'occfeat-targets build', or correct --cache and --split" in (
+        refuse(*pretrain(cache, out, "--split", "test"), out=out)
     )
     write_cache(tmp_path / "partial", shards=3)
     message = refuse(*pretrain(tmp_path / "partial", out), out=out)

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from occfeat_train.config import Config
-from occfeat_train.training.checkpoint import CheckpointError, find_checkpoint, save_checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
+from occfeat_train.training.saving import CheckpointError
 from tests.train.runs import (
     GRID,
     assert_same,
@@ -90,7 +91,7 @@ def test_another_number_of_channels_is_refused_with_both_numbers(cache, trained,
     message = refuse(
         *finetune(cache, out, "--from", trained, *steps(1), "--set", f"network.channels={channels}"), out=out
     )
-    assert f"network.channels={channels}: the network of" in message and "was trained with 8" in message
+    assert f"network.channels={channels}: " in message and "efficientnet-b0 with 8 channels" in message
 
 
 def test_another_backbone_is_refused_with_both_names(cache, trained, tmp_path):
@@ -98,7 +99,7 @@ def test_another_backbone_is_refused_with_both_names(cache, trained, tmp_path):
     message = refuse(
         *finetune(cache, out, "--from", trained, *steps(1), "--set", "network.backbone=resnet-50"), out=out
     )
-    assert "network.backbone=resnet-50: the network of" in message and "was trained with efficientnet-b0" in message
+    assert "network.backbone=resnet-50: " in message and "holds a simplebev efficientnet-b0 with" in message
 
 
 def test_another_grid_is_refused_with_both_grids(trained, tmp_path):

@@ -13,6 +13,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -282,15 +283,30 @@ def test_a_pickle_with_code_is_refused_and_the_code_does_not_run(tmp_path, resne
     with pytest.raises(ValueError, match="evil.pth are refused .*pickles with code are never executed"):
         load_backbone_weights(resnet, str(file))
     file.write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="evil.pth are refused"):
+    with pytest.raises(ValueError, match="evil.pth cannot be read"):
         load_backbone_weights(resnet, str(file))
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "config.json").write_text((resnet_folder / "config.json").read_text())
     torch.save({"weight": Marker(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"folder.* (are refused|cannot be read)"):
+    with pytest.raises(
+        ValueError, match=r"folder has only pickled weights, .*or pass .*/folder/pytorch_model.bin itself"
+    ):
         load_backbone_weights(resnet, str(folder))
+    with pytest.raises(ValueError, match=r"folder.* (are refused|cannot be read)"):
+        load_backbone_weights(resnet, str(folder / "pytorch_model.bin"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_of_a_folder_are_read_if_their_file_is_named(tmp_path, resnet, resnet_folder):
+    shutil.copy(resnet_folder / "config.json", tmp_path)
+    torch.save(load_file(resnet_folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    load_backbone_weights(resnet, str(resnet_folder))
+    expected = {name: value.clone() for name, value in resnet.backbone.state_dict().items()}
+    for value in resnet.backbone.parameters():
+        value.data.zero_()
+    load_backbone_weights(resnet, str(tmp_path / "pytorch_model.bin"))
+    assert all(torch.equal(value, expected[name]) for name, value in resnet.backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("contents", [b"", b"neither a zip nor a pickle", b"PK\x03\x04 cut off"])

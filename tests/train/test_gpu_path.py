@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from occfeat_train.config import LIFTINGS
-from occfeat_train.ops import deformable, instance_norm, mean_over_views
+from occfeat_train.ops import deformable, instance_norm, mean_over_views, mirror
 from occfeat_train.tasks import heads
 from tests.train.interpreted import LIFTING, interpreted
 from tests.train.test_batch import make_batch
@@ -22,7 +22,10 @@ from tests.train.test_tasks import CONFIG, task_of
 pytest.importorskip("triton", reason="no Triton for this platform")
 KERNELS = [
     LIFTING,
-    *(f"occfeat_train.ops.{name}" for name in ("instance_norm_triton", "head_triton", "deformable_triton")),
+    *(
+        f"occfeat_train.ops.{name}"
+        for name in ("instance_norm_triton", "head_triton", "deformable_triton", "mirror_triton")
+    ),
 ]
 
 
@@ -38,14 +41,14 @@ def loss_and_gradients(name: str, *, with_kernels: bool) -> tuple[float, dict[st
     with contextlib.ExitStack() as stack:
         if with_kernels:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            for module in (instance_norm, heads, deformable, mean_over_views):
+            for module in (instance_norm, heads, deformable, mean_over_views, mirror):
                 patch.setattr(module, "runs_triton", lambda device: True)
             for kernels in KERNELS:
                 stack.enter_context(interpreted(kernels))
         with torch.autocast("cpu", torch.float16):
             loss = task(make_batch(2))["loss"]
         loss.backward()
-    return loss.item(), {n: p.grad for n, p in task.named_parameters()}, dtypes
+    return loss.item(), {n: p.grad for n, p in task.named_parameters() if p.requires_grad}, dtypes
 
 
 @pytest.mark.slow

@@ -84,6 +84,32 @@ def test_a_prediction_of_zeros_has_a_finite_gradient():
     assert torch.isfinite(predicted.grad).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)]
+)
+def test_cosines_and_their_gradients_are_torchs(dtype, tolerance):
+    """Also of a row of zeros in the target, which padding adds."""
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.randn(50, 96, generator=generator).to(dtype)
+    target = torch.randn(50, 96, generator=generator).half()
+    target[3] = 0
+    sample = torch.arange(50) % 3
+
+    def value_and_gradient(cosines: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        weight = -1 / (sample.bincount()[sample] * 3).double()
+        (cosines(x) * weight).sum().backward()
+        return cosines(x).detach(), x.grad
+
+    ours = predicted.clone().requires_grad_()
+    loss, cosine = feature_loss(ours, target, sample, 3)
+    loss.backward()
+    expected = value_and_gradient(lambda x: torch.cosine_similarity(x, target.double(), dim=1), predicted.double())
+    for found, exact in zip((cosine, ours.grad), expected, strict=True):
+        assert (found.double() - exact).norm() <= tolerance * exact.norm()
+    assert not ours.grad[3].any()
+
+
 def test_the_returned_cosines_have_no_gradient():
     predicted, target = torch.ones(1, 3, requires_grad=True), torch.ones(1, 3)
     _, cosine = feature_loss(predicted, target, torch.tensor([0]), 1)

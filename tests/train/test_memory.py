@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from occfeat_train.config import Config
 from occfeat_train.tasks.pretraining import Pretraining
+from occfeat_train.training import stages
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.memory import training_remedy
 from occfeat_train.training.step import Trainer
@@ -62,6 +64,19 @@ def test_training_out_of_memory_is_one_line_and_the_run_can_be_continued(cache, 
     assert find_checkpoint(tmp_path / "run").step == 2
     succeed(*command)
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("allocate", [lambda: np.zeros(1 << 55), lambda: torch.zeros(1 << 50)])
+def test_too_little_memory_of_the_machine_is_one_line(cache, tmp_path, monkeypatch, allocate):
+    command = pretrain(cache, tmp_path / "run", *steps(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", lambda *given, **flags: allocate())
+        line = error_of(command)
+    assert line.startswith("error: this machine has too little memory (") and "in training: start a run in" in line
+    assert "tried to allocate" in line or "Unable to allocate" in line
+    monkeypatch.setattr(stages, "prepare", lambda *given: allocate())
+    line = error_of(command)
+    assert line.startswith("error: this machine has too little memory (") and "end other programs" in line
 
 
 def test_evaluation_out_of_memory_is_one_line_with_a_smaller_batch(cache, tmp_path, monkeypatch):

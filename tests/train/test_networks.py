@@ -17,7 +17,9 @@ from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid,
 from occfeat_targets.cache.spec import CAMERAS
 from occfeat_train.cli import main
 from occfeat_train.config import LIFTINGS
+from occfeat_train.simple_bev.import_reference import read_state_dict
 from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.saving import CheckpointError
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.train.reference_seeds import GOLDEN, seeded_state_dict
 
@@ -81,7 +83,7 @@ def test_another_network_than_the_pretrained_is_refused(cache, tmp_path):
     run("pretrain", "--cache", cache, *SMALL, *FIELDS, "--out", tmp_path / "run")
     other = ["finetune", "--cache", cache, "--from", tmp_path / "run", *SMALL, "--out", tmp_path / "other"]
     message = run(*other, "--network", "lss", code=1)
-    assert "network.lifting=lss: the network of" in message and "was trained with simplebev" in message
+    assert "network.lifting=lss: " in message and "holds a simplebev efficientnet-b0 with 8 channels" in message
 
 
 def test_the_default_run_directory_contains_the_networks_name(cache, tmp_path, monkeypatch):
@@ -155,6 +157,22 @@ def test_a_bare_state_dict_is_imported_and_that_of_another_network_refused(tmp_p
     )
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_and_the_state_of_a_schedule_do_not_matter(tmp_path, prefix):
+    weights = {"decoder.weight": torch.tensor(2.0)}
+    schedule = {"_last_lr": [np.float64(1e-4)], "last_epoch": np.int64(3), "rate": np.float32(1)}
+    content = {f"{prefix}{name}": value for name, value in weights.items()}
+    torch.save({"model_state_dict": content, "scheduler_state_dict": schedule}, tmp_path / "model.pth")
+    assert read_state_dict(tmp_path / "model.pth") == weights
+
+
+def test_the_method_that_an_older_torch_saved_in_its_schedule_is_named_with_the_remedy(tmp_path):
+    schedule = {"anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos}
+    torch.save({"model_state_dict": {}, "scheduler_state_dict": schedule}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"is refused, because it holds .*never run. .*\['model_state_dict'\]"):
+        read_state_dict(tmp_path / "model.pth")
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return (print, ("code was run",))
@@ -173,6 +191,8 @@ def test_other_files_are_refused_and_code_in_them_is_not_run(tmp_path, capsys):
     assert "weight is no name of a Segnet, Bevformernet or Liftnet" in run(
         "import-reference", file, "--network", "lss", *options[2:], code=1
     )
-    file.write_bytes(b"not a checkpoint")
-    assert "error: " in run("import-reference", file, *options, code=1)
+    for text in (b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b'{"a": 1}', b"\x00" * 99):
+        file.write_bytes(text)
+        said = run("import-reference", file, *options, code=1)
+        assert f"{file} can't be read, because it is no checkpoint of torch.save, or damaged: download it again" in said
     assert "is a directory" in run("import-reference", tmp_path, *options, code=1)

@@ -6,7 +6,6 @@ OCCFEAT_KILLS sets the number of kills.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -39,10 +38,6 @@ VARIED = [
     "--set", "optim.accumulation=2", "--batch", "1", "--set", "optim.schedule=onecycle", "--set", "optim.optimizer=adamw",
     "--save-every", "3",
 ]  # fmt: skip
-
-
-class Killed(BaseException):
-    """Simulates SIGKILL: no code after it runs."""
 
 
 @pytest.fixture(scope="module")
@@ -157,41 +152,6 @@ def test_damaged_lines_of_the_log_are_kept_on_resuming_and_cost_no_other_line(ca
     assert [record["step"] for record in read_log(out)] == [0, 4, 5, 6]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["save_file", "sync_and_digest", "torch.save", "write_record", "rename", "rmtree"])
-def test_a_kill_while_a_checkpoint_is_written_costs_at_most_that_checkpoint(cache, whole, tmp_path, monkeypatch, where):
-    """The kill comes while the checkpoint of step 6 is written, at each stage of the writing."""
-    out, calls = tmp_path / "run", []
-
-    def killer(function):
-        def wrapped(*arguments, **options):
-            calls.append(arguments)
-            if "step-00000006" in str(arguments) or (where == "save_file" and len(calls) == 2):
-                raise Killed
-            return function(*arguments, **options)
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        if where == "torch.save":
-            patch.setattr(checkpoint.torch, "save", killer(checkpoint.torch.save))
-        elif where == "rename":
-            patch.setattr(Path, "rename", killer(Path.rename))
-        elif where == "rmtree":  # the removal of a draft that an earlier kill left
-            patch.setattr(checkpoint.shutil, "rmtree", killer(shutil.rmtree))
-        else:
-            patch.setattr(checkpoint, where, killer(getattr(checkpoint, where)))
-        with pytest.raises(Killed):
-            succeed(*pretrain(cache, out, *VARIED, *steps(10)))
-    found = find_checkpoint(out)
-    assert found.step == 3
-    found.weights()
-    found.trainer_state()
-    succeed(*pretrain(cache, out, *VARIED, *steps(10)))
-    assert_same_run(out, whole)
-    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000009", "step-00000010"]
-
-
 def test_a_checkpoint_that_was_not_validated_is_validated_on_resuming(cache, tmp_path, monkeypatch):
     """A signal skips the validation, and a kill may interrupt it. The missing record is written when the run continues."""
     runs = [tmp_path / "whole", tmp_path / "stopped"]
@@ -234,6 +194,17 @@ def test_a_finetuning_from_other_weights_or_with_other_scenes_is_refused(cache, 
     assert "initial weights: backbone weights: none != " in message
     (tmp_path / "scenes").write_text("b\n")
     assert "list of label scenes: " in refuse(*start)
+
+
+def test_a_finetuning_continues_after_the_run_that_it_started_from_was_moved(cache, whole, tmp_path):
+    start, moved, out = tmp_path / "pretrained", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(whole, start)
+    succeed(*finetune(cache, out, "--from", start, *steps(1)))
+    start.rename(moved)
+    assert "finished already" in succeed(*finetune(cache, out, "--from", moved, *steps(1)))
+    succeed(*pretrain(cache, start, *VARIED, *steps(2)))  # another run of the old name
+    message = refuse(*finetune(cache, out, "--from", start, *steps(1)))
+    assert "initial weights: " in message
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_gives_way_to_another(cache, tmp_path, monkeypatch):

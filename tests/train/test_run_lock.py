@@ -13,8 +13,8 @@ import torch
 
 from occfeat_train.distributed import Process, ranks
 from occfeat_train.training import run_lock
-from occfeat_train.training.checkpoint import CheckpointError
 from occfeat_train.training.run_lock import locked_run
+from occfeat_train.training.saving import CheckpointError
 from tests.train.runs import pretrain, refuse, steps, succeed
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -35,7 +35,7 @@ def test_a_lock_that_a_killed_training_left_is_named_and_does_not_block(cache, t
     out = tmp_path / "run"
     out.mkdir()
     (out / "lock").write_text("process 123 on node7\n")
-    (out / "config.partial").write_text("{")  # killed even before the run's config was complete
+    (out / ".config.json.node7-123.partial").write_text("{")  # killed even before the run's config was complete
     output = succeed(*pretrain(cache, out, *steps(1)))
     assert f"{out / 'lock'} was left by process 123 on node7, which no longer runs" in output
     assert not (out / "lock").exists()

@@ -71,7 +71,9 @@ def test_every_parameter_gets_a_gradient(loss, names):
     losses = task(make_batch())
     assert list(losses) == names
     losses["loss"].backward()
-    assert [name for name, p in task.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+    trained = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
+    assert [name for name, grad in trained.items() if grad is None or not torch.isfinite(grad).all()] == []
+    assert {name for name, _ in task.named_parameters()} - trained.keys() == {"head.conv.bias"}
     assert (task.head.occupancy is None, task.head.features is None) == (loss == "feat-only", loss == "occ-only")
 
 
@@ -90,7 +92,7 @@ def test_a_batch_without_an_occupied_voxel_still_trains():
     losses = task(batch)
     losses["loss"].backward()
     assert losses["features"].item() == 0
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in task.parameters())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in task.parameters() if p.requires_grad)
 
 
 def test_occupancy_needs_no_features_in_the_batch():

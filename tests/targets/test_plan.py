@@ -1,0 +1,370 @@
+"""The plan is made once and kept in the cache: what a later process reads, when it plans again, and what is refused before."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occfeat_targets.build.options import BuildOptions
+from occfeat_targets.build.plan import make_plan
+from occfeat_targets.build.planned import open_plan
+from occfeat_targets.build.shard import ShardReport, build_shard
+from occfeat_targets.build.workers import Workers, find_build_devices
+from occfeat_targets.cache.records import read_record, write_record
+from occfeat_targets.cache.spec import CAMERAS
+from occfeat_targets.cache.store import open_cache
+from occfeat_targets.messages import describe_plan
+from occfeat_targets.sources import nuscenes
+from occfeat_targets.sources.keyframe import Keyframe, broken_view
+from occfeat_targets.sources.keyframe_files import (
+    keyframes_from_bytes,
+    keyframes_to_bytes,
+    map_from_bytes,
+    map_to_bytes,
+)
+from occfeat_targets.targets import teacher as teacher_module
+from occfeat_targets.verify.verify import verify_checksums
+from tests.conftest import REPOSITORY
+from tests.kills import interrupted_at
+from tests.targets.command_line import GRID, build_arguments, contents, run, table, write_table
+from tests.targets.toy_source import WHERE, build
+
+READING = "reading the tables of"
+TABLES = ("scene", "sample", "sample_data", "ego_pose", "sample_annotation", "instance")
+
+
+@pytest.fixture
+def planned(broken_city: Path, tmp_path: Path) -> Path:
+    """A cache with a plan and nothing else, of a city that a test may damage."""
+    output = run(*build_arguments(broken_city, tmp_path / "cache", "none", "--plan-only", "--frames", "both")).stdout
+    assert READING in output and "planned: now run the same command with --workers" in output
+    return tmp_path / "cache"
+
+
+def task(city: Path, cache: Path, *more: str, check: bool = True):
+    return run(*build_arguments(city, cache, "none", "--frames", "both", *more), check=check)
+
+
+def forbid_tables(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the tables were read")
+
+    patch.setattr(nuscenes, "read_split", refuse)
+    patch.setattr(nuscenes, "read_map", refuse)
+
+
+def plan_file(cache: Path, name: str = "plan.json") -> Path:
+    return cache / "mini_train.zarr" / "progress" / name
+
+
+def test_tasks_verify_and_preview_of_a_planned_cache_read_no_table(
+    planned, broken_city, expected, monkeypatch, tmp_path
+):
+    forbid_tables(monkeypatch)
+    assert not open_cache(planned / "mini_train.zarr").finished_shards()
+    for k in range(3):
+        assert READING not in task(broken_city, planned, "--shard", f"{k}/3").stdout
+    found, without = contents(planned), {"features"}
+    assert found.keys() == expected.keys() - without
+    assert all((found[name] == expected[name]).all() for name in found)
+    for file in (broken_city / "v1.0-mini").glob("*.json"):
+        if file.name != "sample.json":  # by which the data set is recognised
+            file.unlink()
+    where = ["--cache", planned, "--split", "mini_train"]
+    verified = run("verify", *where, "--samples", "2").stdout
+    assert "paths, transforms and boxes are those of the build's plan; --tables reads them" in verified
+    assert verified.count(" 0 label cells wrong") == 2
+    run("preview", *where, "--points", "--samples", "1", "--out", tmp_path / "preview")
+
+
+def test_verify_with_tables_finds_a_plan_that_is_wrong(planned, broken_city):
+    """A plan whose boxes were moved, with valid checksums, as a fault of the reader of tables would make it."""
+    plan = open_plan(open_cache(planned / "mini_train.zarr"), broken_city)
+    record = read_record(plan_file(planned))
+    for name in [name for name in record["files"] if name.endswith(".json")]:
+        file = plan_file(planned, "plan") / name
+        keyframes = keyframes_from_bytes(file.read_bytes(), plan.data)
+        moved = [replace(k, vehicle_corners=k.vehicle_corners + np.array([0, 5.0, 0])) for k in keyframes]
+        content = keyframes_to_bytes(moved, plan.data)
+        file.write_bytes(content)
+        record["files"][name] = hashlib.sha256(content).hexdigest()
+    write_record(plan_file(planned), record)
+    task(broken_city, planned, "--workers", "0")
+    where = ["verify", "--cache", planned, "--split", "mini_train", "--samples", "10", "--seed", "0"]
+    assert run(*where).returncode == 0
+    found = run(*where, "--tables", check=False)
+    assert found.returncode == 1 and "label cells wrong" in found.stdout
+
+
+def test_keyframes_and_maps_in_files_are_exactly_the_same(city):
+    split = nuscenes.read_split(city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=3, with_boxes=True)
+    view = replace(broken_view("no record"), path=split.dataroot)
+    broken = replace(split.keyframes[0], cameras=(view, *split.keyframes[0].cameras[1:]))
+    keyframes = [broken, Keyframe("a", "scene", 7, "town", problem="no sweep"), *split.keyframes[2:]]
+    content = keyframes_to_bytes(keyframes, split.dataroot)
+    again = keyframes_from_bytes(content, split.dataroot)
+    for before, after in zip(keyframes, again, strict=True):
+        assert_equal(before, after)
+    assert str(city) not in content.decode()
+    geometry = nuscenes.read_map(split.dataroot, split.locations[0], "road")
+    assert_equal(geometry, map_from_bytes(map_to_bytes(geometry)))
+
+
+def assert_equal(a: object, b: object) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    elif isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif hasattr(a, "__dict__") and not isinstance(a, Path):
+        for name, value in vars(a).items():
+            assert_equal(value, vars(b)[name])
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cache: plan_file(cache).unlink(),
+        lambda cache: plan_file(cache).write_text("{"),
+        lambda cache: plan_file(cache, "plan/00001.json").unlink(),
+        lambda cache: plan_file(cache, "plan/00001.json").write_bytes(plan_file(cache, "plan/00000.json").read_bytes()),
+        lambda cache: shutil.rmtree(plan_file(cache, "plan")),
+    ],
+    ids=["no plan", "damaged record", "lost shard", "exchanged shard", "lost files"],
+)
+def test_a_plan_that_is_lost_or_damaged_is_made_again(planned, broken_city, expected, damage):
+    """As in a cache of an earlier release, which has none."""
+    task(broken_city, planned, "--shard", "0/5")
+    damage(planned)
+    assert READING in task(broken_city, planned, "--workers", "0").stdout
+    assert (contents(planned)["occupancy"] == expected["occupancy"]).all()
+    assert run("verify", "--cache", planned, "--split", "mini_train", "--samples", "0").returncode == 0
+
+
+def change_boxes(city: Path, scene_of_sample) -> None:
+    boxes = table(city, "sample_annotation")
+    for box in boxes:
+        if scene_of_sample(box["sample_token"]):
+            box["translation"][0] += 1
+    write_table(city, "sample_annotation", boxes)
+
+
+def test_changed_tables_are_read_again_and_refused_only_where_keyframes_are_built_already(planned, broken_city):
+    tokens = open_cache(planned / "mini_train.zarr").identity.tokens
+    task(broken_city, planned, "--shard", "0/5")
+    change_boxes(broken_city, lambda sample: sample == tokens[4])
+    assert READING in task(broken_city, planned, "--shard", "2/5").stdout
+    assert READING not in task(broken_city, planned, "--shard", "2/5").stdout
+    change_boxes(broken_city, lambda sample: sample == tokens[1])
+    refused = task(broken_city, planned, "--shard", "3/5", check=False)
+    assert refused.returncode == 1
+    assert (
+        f"have changed since keyframes of {planned / 'mini_train.zarr'} were built from them (sample {tokens[1]} of"
+        in refused.stderr
+    )
+
+
+def test_a_changed_map_is_refused_once_keyframes_are_built(planned, broken_city):
+    (file,) = (
+        f
+        for f in (broken_city / "maps" / "expansion").glob("*.json")
+        if plan_file(planned, f"plan/map-{f.stem}.npz").exists()
+    )
+    tables = json.loads(file.read_text())
+    tables["node"][0]["x"] += 1
+    task(broken_city, planned, "--shard", "0/5")
+    file.write_text(json.dumps(tables))
+    refused = task(broken_city, planned, "--shard", "1/5", check=False)
+    assert refused.returncode == 1 and f"(the map {file})" in refused.stderr
+
+
+def test_the_data_set_may_move_and_its_files_are_found_at_its_new_place(planned, broken_city, tmp_path, expected):
+    moved = Path(shutil.move(broken_city, tmp_path / "elsewhere"))
+    output = task(moved, planned, "--workers", "0").stdout
+    assert READING not in output
+    assert (contents(planned)["images"] == expected["images"]).all()
+
+
+def test_options_and_teacher_are_refused_before_the_tables_are_read(planned, broken_city, monkeypatch, tmp_path):
+    forbid_tables(monkeypatch)
+    for options, message in [
+        (["--sweeps", "3"], "num_sweeps: 1 != 3"),
+        (["--shard-size", "3"], "pass --shard-size 2"),
+        (["--scenes", "scene-0061"], "pass the same --scenes as at its first build"),
+        (["--label-kinds", "map"], "labels: ['vehicles', 'map'] != ['map']"),
+        (["--teacher", str(tmp_path / "none")], "cannot be loaded"),
+    ]:
+        refused = task(broken_city, planned, *options, check=False)
+        assert refused.returncode == 1 and message in refused.stderr, options
+    new = task(broken_city, tmp_path / "new", "--teacher", str(tmp_path / "none"), check=False)
+    assert new.returncode == 1 and "cannot be loaded" in new.stderr and READING not in new.stdout
+
+
+def test_two_tasks_that_start_at_once_on_an_empty_cache_share_it(city, tmp_path, expected):
+    def start(k: int) -> list[ShardReport]:
+        plan = make_plan(
+            BuildOptions(
+                city, tmp_path, "mini_train", teacher=None, frames="both", shard=(k, 2), keyframes_per_shard=2, grid=GRID,
+                image_size=(96, 160),
+            )
+        )  # fmt: skip
+        return [build_shard(plan.task(shard, device="cpu")) for shard in plan.shards]
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = [report for reports in pool.map(start, range(2)) for report in reports]
+    assert len(reports) == 5 and not any(report.error for report in reports)
+    found = contents(tmp_path)
+    assert all((found[name] == expected[name]).all() for name in found)
+
+
+def test_a_task_looks_only_for_its_own_files_and_exits_for_its_own_keyframes(planned, broken_city):
+    tokens = open_cache(planned / "mini_train.zarr").identity.tokens
+    split = nuscenes.read_split(
+        broken_city, "mini_train", version=None, cameras=CAMERAS, num_sweeps=1, with_boxes=False
+    )
+    split.keyframes[2].sweeps[0].path.unlink()
+    task(broken_city, planned, "--shard", "0/5")
+    failed = task(broken_city, planned, "--shard", "1/5", check=False)
+    assert failed.returncode == 1 and tokens[2] in failed.stderr
+    skipped = task(broken_city, planned, "--shard", "1/5", "--on-error", "skip", check=False)
+    assert skipped.returncode == 3
+    assert "built 1 keyframe in" in skipped.stdout
+    assert "skipped 1 keyframe, which the cache holds as zeros and masks in is_valid" in skipped.stdout
+    for k in (2, 3, 4):
+        last = task(broken_city, planned, "--shard", f"{k}/5", "--on-error", "skip")  # exits with 0
+    assert "is complete: 10 keyframes, 1 keyframe skipped, 0 keyframes with masked cameras" in last.stdout
+    assert run("status", "--cache", planned, "--split", "mini_train", check=False).returncode == 3
+
+
+def test_a_build_of_which_every_keyframe_was_skipped_says_that_none_was_built(toy, tmp_path):
+    for image in (toy / "front").iterdir():
+        image.unlink()
+    built = build(toy, tmp_path, "none", "--on-error", "skip", check=False)
+    assert built.returncode == 3 and "built 0 keyframes in" in built.stdout
+    assert "is complete: 4 keyframes, 4 keyframes skipped" in built.stdout
+
+
+def test_a_source_that_names_no_tables_is_planned_once(toy, tmp_path, monkeypatch):
+    assert READING in build(toy, tmp_path, "none", "--workers", "0").stdout
+    shutil.rmtree(tmp_path / "all.zarr")
+    arguments = (
+        "build",
+        "--source",
+        "toy",
+        "--dataroot",
+        toy,
+        *WHERE,
+        tmp_path,
+        "--teacher",
+        "none",
+        "--image-size",
+        "48x80",
+    )
+    assert READING in run(*arguments, "--plan-only").stdout
+    monkeypatch.setattr("tests.targets.toy_source.ToySource.read_split", None)
+    assert "is complete: 4 keyframes" in run(*arguments, "--workers", "0").stdout
+
+
+@pytest.mark.parametrize("begun_with", ["bfloat16", "float32"])
+def test_a_build_continues_in_the_type_it_was_begun_with_whatever_suits_the_machine(
+    toy, tiny_teacher, tmp_path, monkeypatch, begun_with
+):
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[begun_with]
+    monkeypatch.setattr(teacher_module, "native_dtype", lambda device="auto": begun_with)
+    arguments = ("build", "--source", "toy", "--dataroot", toy, *WHERE, tmp_path, "--teacher", tiny_teacher)
+    arguments += ("--image-size", "48x80", "--feature-size", "56x98", "--shard-size", "2")
+    assert f"the teacher computes in {begun_with}, which suits this machine" in run(*arguments, "--plan-only").stdout
+    run(*arguments, "--shard", "0/2")
+    monkeypatch.setattr(teacher_module, "native_dtype", lambda device="auto": other)
+    output = run(*arguments, "--shard", "1/2").stdout
+    assert f"computed in {begun_with}" in output and "is complete" in output
+    assert ("this machine has no native bfloat16" in output) == (begun_with == "bfloat16")
+    refused = run(*arguments, "--teacher-dtype", other, check=False)
+    assert refused.returncode == 1 and f"'dtype': '{begun_with}'" in refused.stderr
+
+
+def test_a_new_cache_has_the_type_that_suits_a_worker_of_the_scheduler(toy, tiny_teacher, tmp_path, monkeypatch):
+    """The planning machine has no GPU, and --device cuda is about the workers."""
+    asked = []
+
+    def ask_worker(scheduler, function, device):
+        asked.append((scheduler, function is teacher_module.native_dtype, device))
+        return "bfloat16"
+
+    monkeypatch.setattr("occfeat_targets.build.plan.ask_worker", ask_worker)
+    options = BuildOptions(
+        toy, tmp_path, "all", source="toy", teacher=tiny_teacher, device="cuda", image_size=(48, 80), feature_size=(56, 98),
+        keyframes_per_shard=2,
+    )  # fmt: skip
+    assert find_build_devices(options, "tcp://a:1") == ("cpu",)
+    plan = make_plan(options, scheduler="tcp://a:1")
+    assert asked == [("tcp://a:1", True, "cuda")]
+    assert plan.cache.spec.teacher.dtype == "bfloat16"
+    again = make_plan(replace(options, device="cpu"), scheduler="tcp://a:1")
+    assert again.cache.spec == plan.cache.spec and len(asked) == 1
+    assert (
+        "time: depends on the workers of tcp://a:1" in describe_plan(plan, Workers(0, ("cpu",), None, "tcp://a:1"))[-1]
+    )
+
+
+def test_tables_of_any_size_can_be_written_and_planned(tmp_path, monkeypatch, capsys):
+    """pipelines/benchmarks/planning.py, with 2 scenes of 3 keyframes."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "pipelines" / "benchmarks"))
+    from _tables import VERSION, Size
+    from planning import run as measure
+
+    size = Size(scenes=2, samples=6, sample_data=500, annotations=70, instances=40, map_polygons=60)
+    measure(tmp_path, size, train_scenes=2, teacher="none", num_measured=1)
+    assert "| task 0 of 1 |" in capsys.readouterr().out
+    found = {name: json.loads((tmp_path / "data" / VERSION / f"{name}.json").read_text()) for name in TABLES}
+    assert {name: len(records) for name, records in found.items()} == {
+        "scene": 2, "sample": 6, "sample_data": 500, "ego_pose": 500, "sample_annotation": 70, "instance": 40
+    }  # fmt: skip
+    cache = open_cache(tmp_path / "cache" / "train.zarr")
+    assert len(cache) == 6 and cache.spec.labels == ("vehicles", "map")
+    keyframes = nuscenes.read_split(
+        tmp_path / "data", "train", version=None, cameras=CAMERAS, num_sweeps=5, with_boxes=True
+    ).keyframes
+    assert [len(k.sweeps) for k in keyframes] == [1, 5, 5] * 2 and not any(k.problem for k in keyframes)
+    assert sum(len(k.vehicle_corners) for k in keyframes) > 10
+    assert sum(Size().keyframes[:700]) == 28_149 and sum(Size().keyframes) == 34_149
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_new", [True, False], ids=["new cache", "cache without a plan"])
+def test_a_plan_whose_writing_is_killed_anywhere_is_made_by_the_next_process(toy, tmp_path, monkeypatch, is_new):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    whole = BuildOptions(
+        toy, tmp_path / "whole", "all", source="toy", teacher=None, image_size=(48, 80), keyframes_per_shard=2
+    )
+    record = make_plan(whole).cache.path / "progress" / "plan.json"
+    expected = read_record(record)["files"]
+    stopped = replace(whole, cache=tmp_path / "stopped")
+    for number in itertools.count(1):
+        shutil.rmtree(stopped.cache, ignore_errors=True)
+        if not is_new:
+            shutil.copytree(whole.cache, stopped.cache)
+            shutil.rmtree(stopped.path / "progress" / "plan")
+            (stopped.path / "progress" / "plan.json").unlink()
+        if not interrupted_at(number, lambda: make_plan(stopped)):
+            break
+        if stopped.path.exists():
+            assert verify_checksums(open_cache(stopped.path), progress=False).problems == []
+        plan = make_plan(stopped)
+        assert read_record(stopped.path / "progress" / "plan.json")["files"] == expected
+        assert [k.token for shard in plan.shards for k in plan.stored.keyframes(plan.cache, shard)] == [
+            f"toy{i}" for i in range(4)
+        ]
+    assert number > 6
