@@ -68,6 +68,7 @@ def test_build_cache_has_every_option_of_the_command():
         "scheduler",
         "scheduler_file",
         "plan_only",
+        "overwrite",
     }  # not part of the plan: they choose where it runs
     assert set(KEYWORDS) == (theirs | {"grid"}) - used
 
