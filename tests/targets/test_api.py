@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import occfeat_targets
-from occfeat_targets.build.plan import BuildOptions
+from occfeat_targets.build.options import BuildOptions
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
