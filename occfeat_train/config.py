@@ -123,6 +123,7 @@ class AugmentConfig:
 
 
 _LARGEST = 1_000_000_000  # of a number in OptimConfig, far above sensible ones, so that products of them are finite
+_LARGEST_STEP = 1_000_000  # samples
 NO_AUGMENTATION = AugmentConfig(
     resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
@@ -151,6 +152,10 @@ class OptimConfig:
                 raise ValueError(
                     f"optim.{name}={getattr(self, name)}: a number above 0 and at most {_LARGEST:,} expected"
                 )
+        if self.samples_per_step > _LARGEST_STEP:
+            raise ValueError(
+                f"optim.batch={self.batch} and optim.accumulation={self.accumulation}: at most {_LARGEST_STEP:,} samples per step expected"
+            )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
 
@@ -211,6 +216,8 @@ class Config:
         require_one_of(self, "precision", "compile")
         if self.task not in (*PRETEXTS, *LABEL_KINDS):
             raise ValueError(f"task={self.task!r}: one of {', '.join((*PRETEXTS, *LABEL_KINDS))} expected")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: a whole number of 64 bits expected")
         if not 0 < self.labels <= 100:
             raise ValueError(f"labels={self.labels}: percent of the training scenes, above 0 and at most 100, expected")
 

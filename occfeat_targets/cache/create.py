@@ -45,11 +45,9 @@ def create_cache(
     if not path.exists():
         with writing(str(path)):
             _create(path.with_name(prefix + unique_suffix()), wanted, add)
-    for (
-        entry
-    ) in path.parent.iterdir():  # of killed processes, or of one that finds the cache when its own draft is gone
-        if entry.name.startswith(prefix):
-            shutil.rmtree(entry, ignore_errors=True)
+    # Drafts of killed processes, or of live ones, which find the cache when their own draft is gone.
+    for draft in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        shutil.rmtree(draft, ignore_errors=True)
     return _open_matching(wanted)
 
 

@@ -92,9 +92,13 @@ def _write_info(run: Path, info: RunInfo) -> None:
 
 
 def remove_partial(run: Path) -> None:
-    """Remove what a killed training left: files and checkpoints that were being written or deleted."""
-    for path in [path for path in run.rglob(".*") if is_partial(path.name)]:
-        if path.is_dir():
+    """Remove what a killed training left: files and checkpoints that were being written or deleted.
+
+    Only names that occur in a run, because this is called before it is known that the directory is one.
+    """
+    patterns = [*(f".{name}.*" for name in _OWN), "checkpoints/.step-*", "checkpoints/.best.*", "evaluation/.*"]
+    for path in [path for pattern in patterns for path in run.glob(pattern) if is_partial(path.name)]:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -108,6 +108,8 @@ def test_overrides_apply_in_order():
         ("optim.lr=Infinity", "optim.lr=inf: a number above 0"),
         ("optim.epochs=1e308", r"optim.epochs=1e\+308: a number above 0 and at most 1,000,000,000 expected"),
         (f"optim.batch={10**400}", "a number above 0 and at most 1,000,000,000 expected"),
+        ("optim.batch=10000000", "optim.batch=10000000 and optim.accumulation=1: at most 1,000,000 samples per step"),
+        (f"seed={2**63}", f"seed={2**63}: a whole number of 64 bits expected"),
         ("optim.epochs=NaN", "optim.epochs=nan: a number above 0"),
         ("optim.batch=0", "optim.batch=0: a number above 0"),
         ("optim.accumulation=-1", "optim.accumulation=-1: a number above 0"),

@@ -76,6 +76,22 @@ def test_overwrite_deletes_nothing_that_is_no_run(cache, tmp_path, name):
     assert contents(out) == {name: file.read_bytes()}
 
 
+def test_what_a_killed_training_left_is_removed_and_unfinished_files_of_others_are_not(cache, tmp_path):
+    run = tmp_path / "run"
+    left = [
+        ".config.json.node-7.partial",
+        "checkpoints/.step-00000003.partial/model.safetensors",
+        "checkpoints/.best.partial",
+    ]
+    others = [".movie.mkv.partial", "data/.step-00000003.partial", "checkpoints/.other.partial"]
+    for name in (*left[:2], *others):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    (run / left[2]).symlink_to(".step-00000003.partial")
+    assert "is not empty and not a run" in refuse(*pretrain(cache, run, *steps(1)), out=run)
+    assert sorted(str(p.relative_to(run)) for p in run.rglob("*") if not p.is_dir()) == sorted(others)
+
+
 def test_overwrite_does_not_delete_the_weights_that_it_starts_from(cache, pretrained, tmp_path):
     run = Path(shutil.copytree(pretrained, tmp_path / "run"))
     before = contents(run)
