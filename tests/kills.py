@@ -1,4 +1,4 @@
-"""Kills and errors at a chosen file-system operation of a function."""
+"""Kills and errors at a chosen file-system operation of a function, and names that a loss of power could lose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}  # rename includes replace
 _WRITES = os.O_WRONLY | os.O_RDWR
@@ -31,6 +34,31 @@ def interrupted_at(number: int, function: Callable[[], object], *, error: OSErro
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, 1, -signal.SIGKILL), output.decode()
     return status != 0
+
+
+def unflushed_renames(function: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a function renamed and kept without a later flush of the folder that holds the new name."""
+    kept: list[Path] = []
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        folder = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        kept[:] = [path for path in kept if path.parent != folder]
+        fsync(descriptor)
+
+    def noting(rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(source: str, target: str, **options: Any) -> None:
+            rename(source, target, **options)
+            kept.append(Path(target))
+
+        return renamed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush)
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, noting(getattr(os, name)))
+        function()
+    return [str(path) for path in kept if path.exists()]
 
 
 def _can_be_made(folder: str | os.PathLike[str]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.cache.records import delete_folder
+from occfeat_targets.cache.records import delete_folder, sync
 from occfeat_train.training.checkpoint import BEST, checkpoint_folder
 from occfeat_train.training.log import read_log
 from occfeat_train.training.saving import saving
@@ -34,3 +34,4 @@ def link_best(run: Path, score: Callable[[Mapping[str, Any]], float | None]) -> 
             delete_folder(link)
         partial.symlink_to(checkpoint_folder(run, max(scores, key=lambda step: scores[step])).name)
         os.replace(partial, link)
+        sync(link.parent)

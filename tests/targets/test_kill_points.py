@@ -30,7 +30,7 @@ def no_flushing(monkeypatch):
 
 
 def create(path: Path) -> Cache:
-    spec = small_spec(teacher=None, labels=("vehicles",))
+    spec = small_spec(teacher=None, labels=())
     return create_cache(path, spec, small_identity(), keyframes_per_shard=3, provenance={"simulated": []})
 
 

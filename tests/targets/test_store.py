@@ -17,6 +17,7 @@ from occfeat_targets.cache.records import CacheError, read_record, write_record
 from occfeat_targets.cache.shards import shard_file
 from occfeat_targets.cache.store import Cache, open_cache
 from tests.conftest import random_arrays, small_identity, small_spec
+from tests.kills import unflushed_renames
 
 NOTES = {"skipped": {}, "cosine": None}
 
@@ -74,6 +75,14 @@ def test_keyframes_of_zeros_are_written(small_cache):
     small_cache.write_shard(2, arrays, NOTES)
     for array in small_cache.spec.arrays():
         assert shard_file(small_cache.path, array, 2).stat().st_size > 0
+
+
+def test_renamed_files_and_folders_are_on_disk_when_a_cache_is_created_and_a_shard_written(tmp_path, monkeypatch):
+    assert unflushed_renames(lambda: create(tmp_path / "t.zarr"), monkeypatch) == []
+    cache = open_cache(tmp_path / "t.zarr")
+    for seed in (0, 1):
+        arrays = random_arrays(cache, 1, seed)
+        assert unflushed_renames(lambda arrays=arrays: cache.write_shard(1, arrays, NOTES), monkeypatch) == []
 
 
 def test_a_finished_shard_that_was_changed_is_not_read(finished_cache):

@@ -21,7 +21,7 @@ from occfeat_train.training.log import RunLog
 from occfeat_train.training.loop import is_validated
 from occfeat_train.training.run_directory import begin_run
 from occfeat_train.training.run_lock import locked_run
-from tests.kills import interrupted_at
+from tests.kills import interrupted_at, unflushed_renames
 from tests.targets.command_line import tmpfs
 from tests.train.runs import GRID, assert_same_run, pretrain, refuse, steps, succeed
 
@@ -80,6 +80,10 @@ def test_a_run_that_is_killed_at_any_operation_continues_to_the_same_files(tmp_p
         assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
         shutil.rmtree(run)
     assert number > 40
+
+
+def test_renamed_files_and_folders_are_on_disk_at_the_end_of_a_training(tmp_path, monkeypatch):
+    assert unflushed_renames(lambda: train(tmp_path / "run"), monkeypatch) == []
 
 
 def test_a_disk_that_is_full_is_an_error_of_one_line_and_the_run_continues(cache, tmp_path):
