@@ -10,7 +10,8 @@ _SPLITS = {"v1.0-mini": ("mini_train", "mini_val"), "v1.0-trainval": ("train", "
 
 def choose_names(version: str | None, scenes: int, val_scenes: int) -> tuple[str, list[str], list[str]]:
     """(version, training names, validation names); without a version, the smallest with enough names."""
-    names = {key: [split_scenes()[split] for split in splits] for key, splits in _SPLITS.items()}
+    scenes_of = split_scenes()
+    names = {key: [scenes_of[split] for split in splits] for key, splits in _SPLITS.items()}
     if version is None:
         train, val = names["v1.0-mini"]
         version = "v1.0-mini" if scenes <= len(train) and val_scenes <= len(val) else "v1.0-trainval"

@@ -124,6 +124,20 @@ def test_images_equal_torchs_resize_and_a_crop_of_each_camera(seed, source, size
         torch.testing.assert_close(ours[at].double(), expected, atol=2e-4, rtol=0)
 
 
+def test_under_bfloat16_an_image_is_off_by_little_more_than_its_rounding():
+    """The products are in float16: two roundings of 2^-11 of 255 grey levels, and bfloat16's of 2^-9."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1, 2, 40, 60, 3), dtype=torch.uint8, generator=generator)
+    draws = (torch.tensor([[[30, 50], [36, 70]]]), torch.tensor([[[2, 3], [4, 5]]]), torch.tensor([[False, True]]))
+    exact = resample(images, *draws, (24, 40))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = resample(images, *draws, (24, 40))
+    assert ours.dtype == torch.bfloat16
+    assert ours.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    grey = (ours.double() - exact).abs() * STD * 255
+    assert grey.max() < 255 * (2 * 2**-11 + 1.2 * 2**-9)
+
+
 def test_a_plain_resize_to_the_same_size_only_normalises():
     images = torch.randint(0, 256, (2, 3, 8, 10, 3), dtype=torch.uint8)
     draws = (t.expand(2, 3, *t.shape[2:]) for t in one((8, 10)))
