@@ -24,8 +24,9 @@ SYNTHETIC_DATA = "the data set is a synthetic city"
 
 @dataclass(frozen=True)
 class Contents:
-    """labels: kinds to build. missing_labels: {other kind: why it is missing}, if none was asked for by name.
+    """What a build needs of the tables, and what of it goes into the cache.
 
+    labels: kinds to build. missing_labels: {other kind: why it is missing}, if none was asked for by name.
     maps, map_files: {location: its map, the file that it was read from}, if a kind needs them.
     """
 
@@ -56,6 +57,7 @@ class Contents:
             "dataroot": str(options.dataroot.absolute()),
             "missing_scenes": list(self.split.missing_scenes),
             "left_out_scenes": list(self.split.left_out_scenes),
+            "missing_labels": self.missing_labels,
             "maps_sha256": {location: digest(file) for location, file in self.map_files.items()},
             **describe_origin(names, _gpus(teacher)),
         }

@@ -179,10 +179,14 @@ def _plan_again(
 
 def _require_unchanged(cache: Cache, old: StoredPlan | None, contents: Contents) -> None:
     """Raises CacheError if finished shards were built from other maps or, as far as the old plan says, other keyframes."""
-    finished = cache.finished_shards()
-    digests = cache.provenance.get("maps_sha256", {})
-    files = contents.map_files if finished else {}
-    changed = [f"the map {file}" for name, file in files.items() if digests.get(name) not in (None, digest(file))]
+    finished, digests = cache.finished_shards(), cache.provenance.get("maps_sha256", {})
+    changed = []
+    for location, file in contents.map_files.items() if finished else ():
+        if old is not None and old.has_map(location):
+            is_same = old.is_same_map(location, contents.maps[location])
+        else:
+            is_same = digests.get(location) in (None, digest(file))
+        changed += [] if is_same else [f"the map {file}"]
     for shard, record in finished.items() if old is not None and old.is_intact(finished) else ():
         assert old is not None
         again = {*record["skipped"], *record["masked"]}

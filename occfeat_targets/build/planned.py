@@ -3,7 +3,7 @@
 Planning reads all tables, which takes a minute and gigabytes for nuScenes. It happens once: ``progress/plan`` in the cache holds
 one file for each shard and map, and ``progress/plan.json`` their SHA-256 and the sizes and times of the tables. Every
 later process of the build, and `verify` and `preview`, read only the files that they need. If a table has changed, or a file of the
-plan is lost, the next build plans again. A plan has no file of a data set's own formats, and nothing that runs code when it is read.
+plan is lost, the next build plans again. Users share caches, so the files are JSON and .npz without pickles.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from occfeat_targets.sources.keyframe_files import (
 from occfeat_targets.sources.map_geometry import MapGeometry
 
 PLAN = "plan"
+_FORMAT = 1  # raise it with every change of Keyframe or MapGeometry: a build then plans again
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class StoredPlan:
             self._maps[location] = map_from_bytes(self._read(_map_name(location)))
         return self._maps[location]
 
+    def is_same_map(self, location: str, geometry: MapGeometry) -> bool:
+        """Whether the plan has exactly this map of a location."""
+        return self.files.get(_map_name(location)) == hashlib.sha256(map_to_bytes(geometry)).hexdigest()
+
     def is_intact(self, shards: Iterable[int]) -> bool:
         """Whether the files of these shards and of all maps are there and unchanged."""
         names = {*map(_shard_name, shards), *(name for name in self.files if name.endswith(".npz"))}
@@ -100,12 +105,12 @@ class StoredPlan:
 
 
 def open_plan(cache: Cache, dataroot: Path) -> StoredPlan | None:
-    """The plan of a cache for a data set at `dataroot`; None if there is none, or it is not this cache's."""
+    """The plan of a cache for a data set at `dataroot`; None if there is none, or it is another cache's or release's."""
     try:
         record = read_record(_record_file(cache.path))
     except CacheError:
         return None
-    if record["metadata"] != cache.metadata:
+    if record.get("format") != _FORMAT or record["metadata"] != cache.metadata:
         return None
     data = dataroot / record["base"]
     return StoredPlan(
@@ -134,6 +139,7 @@ def write_plan(path: Path, contents: Contents, options: BuildOptions) -> None:
             keyframes = keyframes_to_bytes(split.keyframes[start : start + step], data)
             files[_shard_name(shard)] = _write(folder / _shard_name(shard), keyframes)
         record = {
+            "format": _FORMAT,
             "metadata": digest(path / PROGRESS / f"{CREATED}.json"),
             "base": str(data.relative_to(dataroot)) if data.is_relative_to(dataroot) else ".",
             "versions": sorted({split.version, options.version or split.version}),

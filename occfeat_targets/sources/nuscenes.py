@@ -93,7 +93,8 @@ def read_split(
     """
     dataroot, version = find_dataroot(root, split, version)
     file = dataroot / version / "splits.json"
-    splits = own_splits(file) | split_scenes()
+    official = split_scenes()
+    splits = own_splits(file) | official
     if split not in splits:
         raise DatasetError(
             f"no split {split!r}{did_you_mean(split, splits) or ':'} choose one of {', '.join(splits)}, or list its scenes in {file}"
@@ -131,7 +132,7 @@ def read_split(
         locations=tuple(sorted({k.location for k in keyframes})),
         has_annotations=has_annotations,
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
-        tables=tables.files,
+        tables=tables.files if split in official else (*tables.files, file),
     )
 
 

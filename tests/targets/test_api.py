@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import occfeat_targets
-from occfeat_targets.build.plan import BuildOptions
+from occfeat_targets.build.options import BuildOptions
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
@@ -69,7 +69,7 @@ def test_build_cache_has_every_option_of_the_command():
         "scheduler_file",
         "plan_only",
         "overwrite",
-    }  # not part of the plan: they choose where it runs
+    }  # not part of the plan: they choose where it runs, and what becomes of an older cache
     assert set(KEYWORDS) == (theirs | {"grid"}) - used
 
 
