@@ -76,7 +76,7 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
         given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
         given["allow_unfinished"], given["overwrite"],
     )  # fmt: skip
-    again = f"run the same command again to continue {out}"
+    again = f"run the same command again{' without --overwrite' * given['overwrite']} to continue {out}"
     try:
         with processes(given["device"]) as process:
             finished = run_training(config, options, process)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid, rotation_matrix
+from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, broken_view
 from occfeat_targets.sources.tables import Record, Tables
 
@@ -115,22 +115,32 @@ class KeyframeReader:
             [[1, 1, 1], [1, -1, 1], [1, -1, -1], [1, 1, -1], [-1, 1, 1], [-1, -1, 1], [-1, -1, -1], [-1, 1, -1]]
         )
         for i, box in enumerate(boxes):
-            width, length, height = box["size"]
+            width, length, height = _size(box)
             local = 0.5 * signs * np.array([length, width, height])
-            corners[i] = local @ rotation_matrix(box["rotation"]).T + np.asarray(box["translation"])
-        if not np.isfinite(corners).all():
-            raise ValueError("sample_annotation.json has a box that is not finite: re-extract the tables")
+            global_from_box = _pose(box)
+            corners[i] = local @ global_from_box[:3, :3].T + global_from_box[:3, 3]
         visibility = np.array([_visibility(box) for box in boxes], np.uint8)
         return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility
 
 
 def _pose(record: Record) -> Matrix:
-    """global_from_ego of a record of ego_pose, ego_from_sensor of one of calibrated_sensor."""
+    """global_from_ego of a record of ego_pose, ego_from_sensor of one of calibrated_sensor, global_from_box of a box."""
     rotation, translation = record["rotation"], record["translation"]
     try:
         return rigid(rotation, translation)
     except (TypeError, ValueError) as err:
         raise ValueError(f"{record.place}: {err}; re-extract the tables") from err
+
+
+def _size(box: Record) -> tuple[float, float, float]:
+    """Width, length, height [m]."""
+    try:
+        width, length, height = map(float, box["size"])
+    except (TypeError, ValueError):
+        width = length = height = np.nan
+    if not all(0 < side < np.inf for side in (width, length, height)):
+        raise ValueError(f"{box.place}: size {box['size']}: three lengths above 0 expected; re-extract the tables")
+    return width, length, height
 
 
 def _visibility(box: Record) -> int:

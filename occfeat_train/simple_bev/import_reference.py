@@ -70,7 +70,9 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{file} can't be read, because {err}: download it again") from err
     state = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
-            f"{file} holds no state_dict, bare or as 'model_state_dict': a state_dict of {', '.join(LIFTINGS)} is expected"
+            f"{file} holds no state_dict, bare or as 'model_state_dict' (it has {keys or 'nothing'}): a state_dict of "
+            f"{', '.join(LIFTINGS)} is expected; save it alone from what the file has"
         )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}

@@ -241,6 +241,17 @@ def test_a_visibility_that_is_none_of_the_four_is_the_problem_of_its_keyframe(ch
     assert problems and all(p.startswith("sample_annotation.json, token ") and p.endswith(expected) for p in problems)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("size", [0, 0, 0]), ("size", [-1, 2, 1]), ("size", None), ("size", [1, 1]), ("size", [1, float("nan"), 1]), ("translation", None),
+     ("translation", [0.0, float("nan"), 0.0]), ("rotation", [0, 0, 0, 0])],
+)  # fmt: skip
+def test_a_box_that_is_none_is_the_problem_of_its_keyframe(changed, key, value):
+    split = split_of(changed("sample_annotation", lambda records: [r.update({key: value}) for r in records]))
+    problems = [k.problem for k in split.keyframes if k.problem is not None]
+    assert problems and all(p.startswith("sample_annotation.json, token ") and f"{key} {value}" in p for p in problems)
+
+
 def test_a_box_without_visibility_counts_as_visible_in_both_readers(without_key):
     root = without_key("sample_annotation", "visibility_token")
     split = split_of(root)

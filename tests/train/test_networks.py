@@ -184,9 +184,17 @@ def test_other_files_are_refused_and_code_in_them_is_not_run(tmp_path, capsys):
     torch.save({"model_state_dict": {}, "x": Harmful()}, file)
     assert "is refused" in run("import-reference", file, *options, code=1)
     assert "code was run" not in capsys.readouterr().out
-    for content in ({}, {"model_state_dict": {"a": 1}}, [torch.zeros(1)]):
+    contents = {
+        "nothing": {},
+        "model_state_dict": {"model_state_dict": {"a": 1}},
+        "list": [torch.zeros(1)],
+        "model, epoch": {"model": {}, "epoch": 3},
+    }
+    for found, content in contents.items():
         torch.save(content, file)
-        assert "holds no state_dict" in run("import-reference", file, *options, code=1)
+        assert f"holds no state_dict, bare or as 'model_state_dict' (it has {found}): " in run(
+            "import-reference", file, *options, code=1
+        )
     torch.save({"weight": torch.zeros(1)}, file)
     assert "weight is no name of a Segnet, Bevformernet or Liftnet" in run(
         "import-reference", file, "--network", "lss", *options[2:], code=1

@@ -10,7 +10,17 @@ import pytest
 
 from occfeat_train.training.checkpoint import checkpoint_folders, find_checkpoint
 from occfeat_train.training.log import read_log
-from tests.train.runs import assert_same_run, config_of, finetune, pretrain, refuse, steps, succeed
+from tests.train.runs import (
+    assert_same_run,
+    config_of,
+    finetune,
+    interrupt_at,
+    pretrain,
+    refuse,
+    steps,
+    stop_early,
+    succeed,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,6 +66,17 @@ def test_overwrite_deletes_the_run_and_starts_again(cache, tmp_path):
     assert config_of(run)["seed"] == 0 and len(read_log(run)) == 1
     assert [folder.name for folder in checkpoint_folders(run)] == ["step-00000001"]
     assert (run / "notes.txt").read_text() == "mine" and not (run / "evaluation").exists()
+
+
+def test_a_stopped_run_that_overwrote_another_is_continued_without_overwrite(cache, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = pretrain(cache, run, *steps(5))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0)
+        output = stop_early(*command, "--overwrite")
+    assert f"run the same command again without --overwrite to continue {run}" in output
+    step = find_checkpoint(run).step
+    assert f"continuing at step {step} of 5" in succeed(*command)
 
 
 def test_overwrite_takes_a_run_whose_config_is_damaged_and_a_new_directory(cache, tmp_path):
