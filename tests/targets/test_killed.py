@@ -72,8 +72,9 @@ def test_ctrl_c_ends_a_build_with_one_line_that_says_how_to_continue(city, tiny_
     options = ["--workers", workers, "--frames", "both", "--shard-size", "1"]
     arguments = build_arguments(city, tmp_path, tiny_teacher, *options)
     with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+        ["env", "--default-signal=INT", *COMMAND, *arguments],  # a shell ignores it in programs in the background
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
         while not finished_shards(tmp_path):
             assert process.poll() is None
             time.sleep(0.005)
