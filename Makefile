@@ -70,7 +70,7 @@ demo: setup
 		--cache demo/small --split mini_val --out demo/report.html
 
 bench: setup
-	for benchmark in voxelizer images sampling reads loader lifting step growth loop teacher rounding build memory; do \
+	for benchmark in voxelizer images sampling reads loader lifting step growth loop teacher rounding build memory planning; do \
 		echo "## $$benchmark"; $(BIN)/python pipelines/benchmarks/$$benchmark.py || exit; \
 	done
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import EGO_BOX
 from occfeat_targets.common.compiled import compiled
-from occfeat_targets.common.files import open_file
+from occfeat_targets.common.files import read_file
 
 COLUMNS = 5  # x, y, z [m], intensity, ring of each return in a nuScenes .pcd.bin
 MAX_RANGE = 150.0  # [m] along an axis; the HDL-32E's 16 bits of 2 mm end at 131
@@ -99,19 +99,17 @@ def read_sweep(path: str | os.PathLike[str]) -> NDArray[np.float32]:
     returns is refused if a quarter turn around the sensor has no returns; a later truncation shows only in a checksum.
     """
     try:
-        file, size = open_file(path, _MOST_BYTES)
-        with file:
-            values = np.empty(size // 4 + 1, np.float32)  # one more, for sizes that are no multiple of 4
-            size = file.readinto(values.view(np.uint8).data[:size])
+        content = read_file(path, _MOST_BYTES)
     except FileNotFoundError as err:
         raise ValueError(f"sweep {path} is missing: check the dataroot, or download its blob again") from err
     except OSError as err:
         raise ValueError(
             f"sweep {path} cannot be read ({err.strerror}): check the dataroot's files and permissions"
         ) from err
-    points = values[: size // (4 * COLUMNS) * COLUMNS].reshape(-1, COLUMNS)
+    size = len(content)
+    points = np.frombuffer(content, np.float32, size // (4 * COLUMNS) * COLUMNS).reshape(-1, COLUMNS)
     if size == 0 or size % (4 * COLUMNS) or _is_doubtful(points):
-        _require_sweep(path, points, values.view(np.uint8)[:size])
+        _require_sweep(path, points, np.frombuffer(content, np.uint8))
     mask = _sectors_of(points, _STEP)
     if mask != _ALL_SECTORS:  # exact check, only if the quick check failed
         mask = _sectors_of(points, 1)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from occfeat_targets.cache.geometry import Area
 from occfeat_targets.common.compiled import compiled
-from occfeat_targets.common.files import open_file
+from occfeat_targets.common.files import read_file
 
 # The scaled DCT removes frequencies that the triangle filter would only attenuate. A slightly narrower triangle matches the
 # result of a full decode to 53-55 dB at 5/3 and 2 decoded pixels per output pixel, but not with fewer pixels.
@@ -84,11 +84,9 @@ def letterbox(image: NDArray[np.uint8], area: Area, size: tuple[int, int]) -> ND
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, tuple[int, int]]:
     """The bytes of a JPEG, and its (height, width) in pixels."""
     try:
-        file, size = open_file(path, _MOST_BYTES)
+        content = read_file(path, _MOST_BYTES)
     except FileNotFoundError as err:
         raise ValueError(f"image {path} is missing: check the dataroot, or download its blob again") from err
-    with file:
-        content = file.read(size)
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(content)
     except ValueError as err:

@@ -128,12 +128,11 @@ def resample(
     rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0]).to(exact)
     columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1], mirror).to(exact)
     factor, shift = normalisation(device)
-    out = torch.empty((batch * views, 3, *size), dtype=dtype, device=device, memory_format=torch.channels_last)
     with torch.autocast(device.type, enabled=False):
         pixels = rows @ images.flatten(-2).to(exact)  # one product for all colours, in the order of the memory
         pixels = pixels.unflatten(-1, (width, 3)).transpose(-1, -2).flatten(2, 3) @ columns.transpose(-1, -2)
-        torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3).flatten(0, 1), factor, out=out)
-    return out.unflatten(0, (batch, views))
+        pixels = torch.addcmul(shift, pixels.unflatten(2, (size[0], 3)).transpose(2, 3), factor)
+    return pixels.flatten(0, 1).to(dtype, memory_format=torch.channels_last).unflatten(0, (batch, views))
 
 
 @lru_cache
