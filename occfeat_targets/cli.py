@@ -217,7 +217,9 @@ def info(cache: Path, split: str, as_json: bool) -> None:
     is_flag=True,
     help="Read paths, transforms and boxes of these keyframes from the data set's tables, instead of the build's plan.",
 )
-@click.option("--seed", metavar="N", type=int, help="Seed of the random choice of keyframes.  [default: random]")
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(0), help="Seed of the random choice of keyframes.  [default: random]"
+)
 @reports_errors
 def verify(cache: Path, split: str, dataroot: Path | None, samples: int, tables: bool, seed: int | None) -> None:
     """Check all checksums of a cache, and recompute random keyframes from the data set."""

@@ -80,7 +80,7 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A record written by write_record. Raises CacheError if it is absent or was changed."""
+    """A record of a cache that write_record wrote. Raises CacheError if it is absent or was changed."""
     try:
         data = file.read_bytes()
         record: dict[str, Any] = json.loads(data)
@@ -91,7 +91,11 @@ def read_record(file: Path) -> dict[str, Any]:
         raise CacheError(f"{file} is missing: this cache was not made by occfeat-targets, or lost files") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         pass
-    raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' rebuilds that shard")
+    if file.stem.isdigit():
+        raise CacheError(f"{file} is damaged: delete it, and 'occfeat-targets build' rebuilds that shard")
+    raise CacheError(
+        f"{file} is damaged: restore it, or pass --overwrite to 'occfeat-targets build' to replace the cache"
+    )
 
 
 def _record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -102,12 +106,16 @@ def _record_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turn an OSError into a CacheError that says what was being written and what to do."""
+def writing(what: str, if_gone: str = "correct the path, then run the same command again") -> Iterator[None]:
+    """Turn an OSError into a CacheError that says what was being written and what to do. if_gone: what, if a file is missing."""
     try:
         yield
+    except FileNotFoundError as err:
+        raise CacheError(
+            f"could not write {what}: {err.filename or 'a file'} is missing. Finished shards are intact: {if_gone}"
+        ) from err
     except OSError as err:
         raise CacheError(
             f"could not write {what}: {err.strerror or err}. Finished shards are intact: free disk space or correct the permissions, "
-            "then run the same build again to continue"
+            "then run the same command again to continue"
         ) from err

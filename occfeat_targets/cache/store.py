@@ -161,7 +161,8 @@ class Cache:
             expected = (len(keyframes), *array.shape)
             values = arrays[array.name]
             assert values.shape == expected and values.dtype == array.dtype, (array.name, values.shape, values.dtype)
-        with writing(f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"):
+        what = f"shard {shard} (keyframes {span.start}..{span.stop - 1}) of {self.path}"
+        with writing(what, "another process may build it, too; let one finish, then run the same command again"):
             self._settle_draft(shard)
             draft = self._draft(shard)
             files, chunks = {}, {}
@@ -265,6 +266,10 @@ def open_cache(path: Path) -> Cache:
     """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
+        if (path / PROGRESS).is_dir():
+            raise CacheError(
+                f"{path / 'zarr.json'} is missing: restore it, or pass --overwrite to 'occfeat-targets build' to replace the cache"
+            )
         there = sorted(p.stem for p in path.parent.glob("*.zarr")) if path.parent.is_dir() else []
         raise CacheError(
             f"no cache at {path}" + (f" (splits there: {', '.join(there)})" if there else "") + (did_you_mean(path.stem, there) or ":")

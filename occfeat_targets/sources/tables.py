@@ -16,14 +16,33 @@ from typing import Any
 from occfeat_targets.sources.keyframe import DatasetError
 
 _BLOCK = 1 << 22  # bytes read at a time
+_STRINGS = ("token", "name", "location", "channel", "filename")
+_LINKS = ("next", "prev")  # null or empty at the end
 
 
 class Record(dict[str, Any]):
-    """A record of a table. place: table and token for messages. A missing key is a DatasetError that names the record."""
+    """A record of a table. place: table and token for messages.
+
+    A missing key is a DatasetError that names the record; so is a name, token or time of another type.
+    """
 
     def __init__(self, record: dict[str, Any], place: str) -> None:
         super().__init__(record)
         self.place = place
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if key == "timestamp":
+            expected, is_right = "a number of microseconds", isinstance(value, int | float) and abs(value) < 2**63
+        elif key in _STRINGS or key.endswith("_token"):
+            expected, is_right = "text", isinstance(value, str)
+        elif key in _LINKS:
+            expected, is_right = "text", isinstance(value, str | None)
+        else:
+            return value
+        if not is_right:
+            raise DatasetError(f"{self.place}: {key} is {value!r}: {expected} expected; re-extract the tables")
+        return value
 
     def __missing__(self, key: str) -> Any:
         raise DatasetError(f"{self.place}: the record has no key {key!r}; re-extract the tables")
@@ -61,11 +80,15 @@ class Tables:
                     token = record["token"]
                     if is_needed is not None and not is_needed(record):
                         continue
+                    loaded[token] = record if fields is None else {key: record[key] for key in fields if key in record}
                 except KeyError as err:
                     raise DatasetError(
                         f"{table}.json, token {record.get('token')}: the record has no key {err}; re-extract the tables"
                     ) from err
-                loaded[token] = record if fields is None else {key: record[key] for key in fields if key in record}
+                except TypeError as err:  # a list or an object instead of a token
+                    raise DatasetError(
+                        f"{table}.json, token {record.get('token')}: {err}, text expected; re-extract the tables"
+                    ) from err
 
     def all(self, table: str) -> Iterator[Record]:
         """The loaded records of a table, in its order."""

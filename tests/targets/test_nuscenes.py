@@ -172,6 +172,34 @@ def test_a_key_that_a_split_needs_is_named_with_its_record(without_key, table, k
 
 
 @pytest.mark.parametrize(
+    ("table", "key", "value", "fault"),
+    [
+        ("sample", "timestamp", None, "timestamp is None: a number of microseconds expected"),
+        ("sample", "timestamp", 10**30, f"timestamp is {10**30}: a number of microseconds expected"),
+        ("sample", "next", {}, "next is {}: text expected"),
+        ("scene", "name", 5, "name is 5: text expected"),
+        ("scene", "first_sample_token", [], r"first_sample_token is \[\]: text expected"),
+        ("log", "location", None, "location is None: text expected"),
+        ("category", "name", None, "name is None: text expected"),
+        ("instance", "category_token", [1], r"category_token is \[1\]: text expected"),
+        ("sample_data", "calibrated_sensor_token", [1], "unhashable type: 'list', text expected"),
+        ("sample", "token", [1], "unhashable type: 'list', text expected"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_record(changed, table, key, value, fault):
+    root = changed(table, lambda records: [record.update({key: value}) for record in records])
+    with pytest.raises(DatasetError, match=rf"{table}\.json, token .*: {fault}; re-extract the tables"):
+        split_of(root)
+
+
+@pytest.mark.parametrize(("key", "value"), [("filename", 7), ("timestamp", "7"), ("ego_pose_token", 7), ("prev", 7)])
+def test_a_value_of_another_type_that_a_keyframe_needs_is_its_problem(changed, key, value):
+    root = changed("sample_data", lambda records: [record.update({key: value}) for record in records])
+    for keyframe in split_of(root, num_sweeps=2).keyframes:
+        assert keyframe.problem.startswith("sample_data.json, token ") and f"{key} is {value!r}: " in keyframe.problem
+
+
+@pytest.mark.parametrize(
     ("table", "key"), [("sample_data", "filename"), ("sample_data", "prev"), ("sample_annotation", "size")]
 )
 def test_a_key_that_a_keyframe_needs_is_the_problem_of_the_keyframe(without_key, table, key):

@@ -12,6 +12,7 @@ import xarray
 import zarr
 
 from occfeat_targets.cache import create as create_module
+from occfeat_targets.cache import store as store_module
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
 from occfeat_targets.cache.shards import shard_file
@@ -120,6 +121,17 @@ def test_a_missing_cache_is_reported_with_the_caches_that_exist(small_cache):
         open_cache(small_cache.path.with_name("val.zarr"))
 
 
+def test_a_cache_without_its_metadata_or_record_of_creation_is_not_called_absent(small_cache):
+    """Deleting the record of creation, as advised for those of shards, would make the cache unreadable."""
+    record = small_cache.path / "progress" / "created.json"
+    record.write_text("{}")
+    with pytest.raises(CacheError, match=r"created\.json is damaged: restore it, or pass --overwrite"):
+        open_cache(small_cache.path)
+    (small_cache.path / "zarr.json").unlink()
+    with pytest.raises(CacheError, match=r"train\.zarr/zarr\.json is missing: restore it, or pass --overwrite"):
+        open_cache(small_cache.path)
+
+
 def test_drafts_of_builders_with_equal_process_ids_have_different_names(tmp_path, monkeypatch):
     """Host names may be equal, too, as those of two containers that are copies."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
@@ -181,6 +193,19 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one_and_no_other_file(tm
         write_record(file, {"shard": 4})
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
     assert read_record(file) == {"shard": 3}
+
+
+def test_a_shard_that_two_processes_build_at_once_is_not_blamed_on_the_disk(small_cache, monkeypatch):
+    """Each takes the other's draft for the leftover of a killed build, and removes it."""
+    write = store_module.chunk_checksums
+
+    def remove_draft(*args):
+        small_cache.settle_drafts([1])
+        return write(*args)
+
+    monkeypatch.setattr(store_module, "chunk_checksums", remove_draft)
+    with pytest.raises(CacheError, match=r"could not write shard 1 .* is missing.*: another process may build it"):
+        small_cache.write_shard(1, random_arrays(small_cache, 1), NOTES)
 
 
 def test_a_record_with_any_byte_changed_is_damaged(tmp_path):
