@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,19 +67,43 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
 
     Exits with STOPPED or INTERRUPTED if the training has not finished.
     """
+    changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given[option] is not None]
+    config = config.override([*changed, *given["overrides"]])
+    out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
+    again = f"run the same command again{' without --overwrite' * given['overwrite']} to continue {out}"
+    with exit_on_signals(f"stopped by a signal outside of the training: {again}"):
+        _train(config, out, given, preset, again)
+
+
+@contextlib.contextmanager
+def exit_on_signals(message: str) -> Iterator[None]:
+    """Exit with STOPPED on SIGTERM and SIGUSR1, before and after the training itself, which handles them on its own.
+
+    Setting up takes seconds, in which a job may be told to stop, and the signals would end the process with another code.
+    """
+
+    def stop(*_: object) -> None:
+        echo(message, err=True)
+        sys.exit(STOPPED)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again: str) -> None:
     from occfeat_train.distributed import processes
     from occfeat_train.training.loop import LoopOptions
     from occfeat_train.training.stages import RunOptions, run_training
 
-    changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given[option] is not None]
-    config = config.override([*changed, *given["overrides"]])
-    out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
     loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
     options = RunOptions(
         given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
         given["allow_unfinished"], given["overwrite"],
     )  # fmt: skip
-    again = f"run the same command again{' without --overwrite' * given['overwrite']} to continue {out}"
     try:
         with processes(given["device"]) as process:
             finished = run_training(config, options, process)

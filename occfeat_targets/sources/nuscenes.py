@@ -21,7 +21,7 @@ from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
 from occfeat_targets.sources.splits import own_splits, split_scenes
 from occfeat_targets.sources.sweeps import read_sweep
-from occfeat_targets.sources.tables import Tables, read_records
+from occfeat_targets.sources.tables import Record, Tables, read_records
 
 SYNTHETIC_VEHICLE = "occfeat-synthetic-city"
 _VERSIONS_OF_SPLIT = {"mini_train": "v1.0-mini", "mini_val": "v1.0-mini", "test": "v1.0-test"}
@@ -102,7 +102,13 @@ def read_split(
     tables = Tables(dataroot / version)
     for table in ("scene", "log", "sample", "sensor", "calibrated_sensor"):
         tables.load(table)
-    scenes = {scene["name"]: scene for scene in tables.all("scene")}
+    scenes: dict[str, Record] = {}
+    for scene in tables.all("scene"):
+        if scene["name"] in scenes:
+            raise DatasetError(
+                f"{scene.place}: the name {scene['name']} is also that of {scenes[scene['name']].place}; re-extract the tables"
+            )
+        scenes[scene["name"]] = scene
     present = [name for name in splits[split] if name in scenes]
     if not present:
         raise DatasetError(

@@ -242,7 +242,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"no checkpoint in {path}: a run directory of occfeat-train pretrain or finetune is expected"
         )
-    file = _sound_file(folders[0], INFO)
+    try:
+        file = _sound_file(folders[0], INFO)
+    except CheckpointError:
+        if is_checkpoint or folders[0].is_dir():
+            raise
+        return find_checkpoint(path)  # a training has replaced it meanwhile
     try:
         info = RunInfo.from_dict(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as err:

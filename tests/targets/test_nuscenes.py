@@ -192,6 +192,12 @@ def test_a_value_of_another_type_is_named_with_its_record(changed, table, key, v
         split_of(root)
 
 
+def test_two_scenes_of_one_name_are_refused(changed):
+    root = changed("scene", lambda records: [record.update(name="scene-0061") for record in records])
+    with pytest.raises(DatasetError, match=r"token .*: the name scene-0061 is also that of scene\.json, token "):
+        split_of(root)
+
+
 @pytest.mark.parametrize(("key", "value"), [("filename", 7), ("timestamp", "7"), ("ego_pose_token", 7), ("prev", 7)])
 def test_a_value_of_another_type_that_a_keyframe_needs_is_its_problem(changed, key, value):
     root = changed("sample_data", lambda records: [record.update({key: value}) for record in records])

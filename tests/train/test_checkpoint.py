@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from occfeat_train.config import Config
+from occfeat_train.training import checkpoint
 from occfeat_train.training.checkpoint import find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
 from occfeat_train.training.saving import CheckpointError
@@ -57,6 +58,20 @@ def trained(cache, tmp_path_factory) -> Path:
 def run(trained, tmp_path) -> Path:
     """A copy that a test may damage."""
     return copy_of(trained, tmp_path / "run")
+
+
+def test_a_checkpoint_that_a_training_replaces_while_it_is_opened_is_found_again(run, monkeypatch):
+    folders, listed = checkpoint.checkpoint_folders, []
+
+    def list_and_replace(run: Path) -> list[Path]:
+        found = folders(run)
+        if not listed:
+            (run / "checkpoints" / "step-00000004").rename(run / "checkpoints" / ".step-00000004.deleted")
+        listed.append(found)
+        return found
+
+    monkeypatch.setattr(checkpoint, "checkpoint_folders", list_and_replace)
+    assert find_checkpoint(run).step == 3
 
 
 def test_safetensors_alone_opens_the_complete_weights(trained):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from occfeat_train.training import stages
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import RunLog
 from tests.conftest import REPOSITORY
@@ -66,6 +67,21 @@ def test_an_unfinished_run_is_marked_by_evaluate_and_in_the_report(cache, stoppe
     assert page.count(f"{name} <b>(step 3 of 60, unfinished)</b>") > 2
     assert page.count("unfinished)</b>") == page.count(f"{name} <b>(step 3 of 60, unfinished)</b>")
     assert "pretrained: run, step 3 of 60, unfinished" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_has_the_exit_code_of_a_training_to_continue(
+    cache, tmp_path, monkeypatch, number
+):
+    """Otherwise the job would not be requeued."""
+    before, out = signal.getsignal(number), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "prepare", lambda *given: os.kill(os.getpid(), number))
+        result = invoke(*pretrain(cache, out, *steps(2)))
+    assert result.exit_code == 3
+    assert f"run the same command again to continue {out}" in result.output
+    assert signal.getsignal(number) == before
+    succeed(*pretrain(cache, out, *steps(2)))
 
 
 def test_a_second_ctrl_c_stops_at_once_and_says_how_to_continue(cache, tmp_path, monkeypatch, capfd):
