@@ -118,11 +118,7 @@ def read_split(
         )
     missing = tuple(name for name in splits[split] if name not in scenes)
     logs = {name: tables.get("log", scenes[name]["log_token"]) for name in present}
-    samples = [
-        (name, sample)
-        for name in present
-        for sample in tables.follow("sample", scenes[name]["first_sample_token"], "next")
-    ]
+    samples = [(name, sample) for name in present for sample in _samples_of(tables, scenes[name])]
     wanted = {sample["token"] for _, sample in samples}
     files = _load_files(tables, wanted, {LIDAR, *cameras}, num_sweeps)
     has_annotations = any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True))
@@ -140,6 +136,16 @@ def read_split(
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
         tables=tables.files if split in official else (*tables.files, file),
     )
+
+
+def _samples_of(tables: Tables, scene: Record) -> list[Record]:
+    """Raises DatasetError if the chain of samples ends before the scene's last one."""
+    samples = list(tables.follow("sample", scene["first_sample_token"], "next"))
+    if not samples or samples[-1]["token"] != scene["last_sample_token"]:
+        raise DatasetError(
+            f"{scene.place}: its samples end after {len(samples)}, and not with its last_sample_token; re-extract the tables"
+        )
+    return samples
 
 
 def _load_files(

@@ -192,6 +192,14 @@ def test_a_value_of_another_type_is_named_with_its_record(changed, table, key, v
         split_of(root)
 
 
+def test_a_chain_of_samples_that_ends_early_is_refused(changed):
+    root = changed("sample", lambda records: [record.update(next="") for record in records])
+    with pytest.raises(
+        DatasetError, match=r"scene\.json, token .*: its samples end after 1, and not with its last_sample"
+    ):
+        split_of(root)
+
+
 def test_two_scenes_of_one_name_are_refused(changed):
     root = changed("scene", lambda records: [record.update(name="scene-0061") for record in records])
     with pytest.raises(DatasetError, match=r"token .*: the name scene-0061 is also that of scene\.json, token "):

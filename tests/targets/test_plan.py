@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,18 +179,21 @@ def test_options_and_teacher_are_refused_before_the_tables_are_read(planned, bro
     assert new.returncode == 1 and "cannot be loaded" in new.stderr and READING not in new.stdout
 
 
-def test_two_tasks_that_start_at_once_on_an_empty_cache_share_it(city, tmp_path, expected):
-    def start(k: int) -> list[ShardReport]:
-        plan = make_plan(
-            BuildOptions(
-                city, tmp_path, "mini_train", teacher=None, frames="both", shard=(k, 2), keyframes_per_shard=2, grid=GRID,
-                image_size=(96, 160),
-            )
-        )  # fmt: skip
-        return [build_shard(plan.task(shard, device="cpu")) for shard in plan.shards]
+def build_part(city: Path, cache: Path, part: int) -> list[ShardReport]:
+    """What one of two tasks of an array job does."""
+    options = BuildOptions(
+        city, cache, "mini_train", teacher=None, frames="both", shard=(part, 2), keyframes_per_shard=2, grid=GRID,
+        image_size=(96, 160),
+    )  # fmt: skip
+    plan = make_plan(options)
+    return [build_shard(plan.task(shard, device="cpu")) for shard in plan.shards]
 
-    with ThreadPoolExecutor(2) as pool:
-        reports = [report for reports in pool.map(start, range(2)) for report in reports]
+
+def test_two_tasks_that_start_at_once_on_an_empty_cache_share_it(city, tmp_path, expected):
+    """Processes, because filters of warnings belong to all threads of one."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started = [pool.submit(build_part, city, tmp_path, part) for part in range(2)]
+        reports = [report for task in started for report in task.result()]
     assert len(reports) == 5 and not any(report.error for report in reports)
     found = contents(tmp_path)
     assert all((found[name] == expected[name]).all() for name in found)
