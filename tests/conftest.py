@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Set before torch is imported. One thread is as fast for such small models, does not compete with other tests for cores, and
 # rounds like the single-threaded workers of a local cluster.
@@ -22,7 +23,10 @@ from jaxtyping import install_import_hook
 # files with Triton and numba kernels, because a compiler reads their functions, and networks/network.py, because tests give
 # BEVNetwork simpler encoders and decoders than it annotates.
 SHAPED = [
-    *(f"occfeat_train.ops.{name}" for name in ("deformable", "instance_norm", "mean_over_views", "views")),
+    *(
+        f"occfeat_train.ops.{name}"
+        for name in ("deformable", "instance_norm", "mean_over_views", "mirror", "resize", "views")
+    ),
     *(f"occfeat_train.networks.{name}" for name in ("bevformer", "decoder", "encoder", "lss", "simplebev")),
     *(f"occfeat_train.data.{name}" for name in ("augment", "batch")),
     *(f"occfeat_train.tasks.{name}" for name in ("base", "heads", "losses", "metrics", "pretraining", "segmentation")),
@@ -155,3 +159,13 @@ def finished_cache(small_cache: Cache) -> Cache:
     for shard in range(small_cache.num_shards):
         small_cache.write_shard(shard, random_arrays(small_cache, shard), {"skipped": {}, "cosine": None})
     return small_cache
+
+
+class Marker:
+    """Runs code when it is unpickled. Here the code creates a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)

@@ -19,6 +19,7 @@ from occfeat_train.training import checkpoint
 from occfeat_train.training.checkpoint import find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
 from occfeat_train.training.saving import CheckpointError
+from tests.conftest import Marker
 from tests.train.runs import (
     GRID,
     assert_same,
@@ -34,16 +35,6 @@ from tests.train.runs import (
     write_caches,
 )
 from tests.train.test_batch import GRID as OTHER_GRID
-
-
-class Hostile:
-    """Runs code when it is unpickled. Here the code creates a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return (os.mkdir, (str(self.marker),))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +118,7 @@ def test_another_grid_is_refused_with_both_grids(trained, tmp_path):
 def test_a_trainer_state_with_code_in_it_is_refused_and_the_code_does_not_run(cache, run, tmp_path):
     marker = tmp_path / "marker"
     for save in (lambda o, f: f.write_bytes(pickle.dumps(o)), lambda o, f: torch.save(o, f)):
-        save({"optimizer": Hostile(marker)}, find_checkpoint(run).path / "trainer.pt")
+        save({"optimizer": Marker(marker)}, find_checkpoint(run).path / "trainer.pt")
         for expected in ("trainer.pt is damaged", "no trainer state that can be loaded safely"):
             with pytest.raises(CheckpointError, match=f"{expected}.*step-00000003 is intact; pass that one, or delete"):
                 find_checkpoint(run).trainer_state()
@@ -141,11 +132,11 @@ def test_initial_weights_with_code_in_them_are_refused_and_the_code_does_not_run
     marker, out = tmp_path / "marker", tmp_path / "out"
     if name == "model.pth":
         source = tmp_path / name
-        torch.save({"state_dict": Hostile(marker)}, source)
+        torch.save({"state_dict": Marker(marker)}, source)
         expected = "is a file: a run or checkpoint directory of occfeat-train is expected"
     else:
         source = run
-        (find_checkpoint(run).path / name).write_bytes(pickle.dumps(Hostile(marker)))
+        (find_checkpoint(run).path / name).write_bytes(pickle.dumps(Marker(marker)))
         assert "model.safetensors is damaged, its SHA-256 is not" in refuse(*evaluate(source, cache))
         update_digests(find_checkpoint(run).path)
         expected = "model.safetensors is damaged"

@@ -19,7 +19,7 @@ from occfeat_train.simple_bev.weights import convert, load_reference
 from occfeat_train.tasks.heads import SegmentationHead
 from tests.conftest import REPOSITORY
 from tests.train.reference_seeds import GOLDEN, NETWORKS, seeded_images, seeded_state_dict
-from tests.train.test_encoder_weights import torchvision_resnet50
+from tests.train.test_moco_weights import torchvision_resnet50
 
 OFF_CENTRE = VoxelGrid((2, 8, 12), (-2, -7, -10), (2, 9, 14))
 ENCODERS = {"effb0": "efficientnet-b0", "res50": "resnet-50", "res101": "resnet-101"}
