@@ -49,9 +49,8 @@ class Draft:
         sync(record_file.parent)
 
     def remove(self) -> None:
-        (self.folder / _RECORD).unlink(
-            missing_ok=True
-        )  # first, because a draft without some of its files is not complete
+        # The record first, because a draft without some of its files is not complete.
+        (self.folder / _RECORD).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -260,9 +260,8 @@ def flops_per_image(spec: TeacherSpec) -> float:
 def gpu_bytes(spec: TeacherSpec, images: int) -> float:
     """Estimated GPU memory of a process that runs the teacher in batches of so many images [bytes]. Rather too high."""
     tokens = spec.map_size[0] * spec.map_size[1]
-    weights = flops_per_image(spec) / (
-        2 * tokens
-    )  # each is used in one multiply-add per token; attention adds a little
+    # Each weight is used in one multiply-add per token; attention adds a little.
+    weights = flops_per_image(spec) / (2 * tokens)
     return _CONTEXT_BYTES + 4 * weights + images * tokens * spec.dim * _BYTES_PER_TOKEN_AND_CHANNEL
 
 

@@ -23,9 +23,8 @@ def saving(what: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as err:
-        cause = (
-            err.__context__ if isinstance(err, RuntimeError) else err
-        )  # torch.save raises another error after the disk's
+        # torch.save raises another error after the disk's
+        cause = err.__context__ if isinstance(err, RuntimeError) else err
         if not isinstance(cause, OSError | SafetensorError):
             raise
         reason = (isinstance(cause, OSError) and cause.strerror) or first_line(cause)
