@@ -23,7 +23,7 @@ SIZES = {
     "cpu": CPU,
     "gpu": replace(
         CPU, seeds=5, pretrain=2000, finetune={1: 300, 10: 600, 100: 1500}, network=NETWORK, rate=1000.0,
-        machine="an H200", jobs=12,
+        machine="an H200", jobs=12, tasks=8,
     ),
     "demo": replace(
         CPU, city=City(train=24, tune=1, test=6), seeds=2, pretrain=60, finetune={100: 60}, curve=2,
