@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from occfeat_targets.probe.ranking import area_under_curve
 
-STRENGTHS = 10.0 ** np.arange(3, -5, -1)  # relative to the variance of a standardised channel; the strongest first
+# Relative to the variance of a standardised channel; the strongest first.
+STRENGTHS = np.array([1e3, 1e2, 1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 UNTESTED = 1.0  # strength where no fold can be scored
 MAX_FOLDS = 5
+_ROUNDING = 1e-6  # a float32 channel that varies less, relative to its mean, is constant
 _ROWS = 8192  # converted to float64 at a time
 
 
@@ -75,7 +77,7 @@ class Ridge:
         the folds.
         """
         mean, scale = inputs.mean(0, dtype=np.float64), inputs.std(0, dtype=np.float64)
-        scale[scale == 0] = 1
+        scale[scale <= _ROUNDING * np.abs(mean)] = np.inf  # constant channels become exactly 0
         fold = fold_of(group)
         chosen = [np.flatnonzero(fold == f) for f in range(fold.max() + 1)]
         parts = [

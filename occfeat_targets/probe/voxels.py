@@ -62,8 +62,8 @@ def read_voxels(reader: CacheReader, keyframe: int, frame: int, most: int, rng: 
     seen = np.flatnonzero(views.is_seen.any(0))
     chosen = np.sort(rng.permutation(seen)[:most])
     flat, views = flat[chosen], views.at(chosen)
-    features = views.mean(reader.read_features(keyframe))
-    if not np.isfinite(features).all():
+    maps = reader.read_features(keyframe)
+    if not np.isfinite(maps).all():
         raise ValueError(
             f"keyframe {keyframe} (sample {cache.identity.tokens[keyframe]}) of {cache.path} has features that are not finite: "
             "check the teacher's weights, then build the cache again"
@@ -75,7 +75,7 @@ def read_voxels(reader: CacheReader, keyframe: int, frame: int, most: int, rng: 
         labels[name] = masks[frame][:, row, column].T
         is_valid[name] = np.ones(len(flat), np.bool_) if valid is None else valid[frame][row, column]
     return Voxels(
-        features=features, colors=views.mean(reader.read("images", keyframe)) / 255, centers=grid.centers_of(flat),
+        features=views.mean(maps), colors=views.mean(reader.read("images", keyframe)) / 255, centers=grid.centers_of(flat),
         labels=labels, is_valid=is_valid, scene=np.full(len(flat), cache.identity.scenes[keyframe]),
         keyframe=np.full(len(flat), keyframe),
     )  # fmt: skip
