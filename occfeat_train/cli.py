@@ -11,15 +11,22 @@ from pathlib import Path
 
 import click
 
-from occfeat_targets.common.command_line import SETTINGS, VARIABLES, LocalPath, WorkOrder, describe_variables, examples
+from occfeat_targets.common.command_line import (
+    SETTINGS,
+    VARIABLES,
+    LocalPath,
+    WorkOrder,
+    describe_variables,
+    examples,
+    names_of,
+)
 from occfeat_targets.common.terminal import echo
-from occfeat_train.config import Config, NetworkConfig
+from occfeat_train.config import REFERENCE_LIFTINGS, Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
     COUNT,
     DEVICE_OPTION,
     DIRECTORY,
-    NETWORK,
     PATH,
     cache_option,
     machine_options,
@@ -173,7 +180,7 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 @click.argument("checkpoint", type=LocalPath(path_type=Path, exists=True))
 @click.option(
     "--network",
-    type=NETWORK,
+    type=names_of(REFERENCE_LIFTINGS),
     required=True,
     help="simplebev for Segnet, bevformer for Bevformernet, lss for liftnet2's Liftnet.",
 )
