@@ -213,7 +213,8 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 def figures(runs: tuple[Path, ...], cache: Path, out: Path, device: str, **given: Any) -> None:
     """Draw what pretrained networks predict for voxels: features as colours, fitted to one scene and used for all (paper, Figure 5), correlation maps (Figure 6), and occupancy."""
     from occfeat_train.distributed import processes
-    from occfeat_train.report.feature_page import FigureOptions, write_figures
+    from occfeat_train.report.feature_page import write_figures
+    from occfeat_train.report.feature_runs import FigureOptions
 
     with processes(device) as process:
         write_figures(runs, cache, out, FigureOptions(**given), process, process.print)

@@ -26,8 +26,7 @@ class Query:
 
     name: of the voxel or class. origin: which voxels of which keyframe it is the mean of, in words.
     predicted, target: (C,) mean of the unit features of these voxels: the run's, and the teacher's.
-    label: class of labels, or empty. at: (n, 3) centres (right, forward, up) of the voxels [m], and `keyframe` of the cache at `split` that
-    they belong to.
+    label: class of labels, or empty.
     """
 
     name: str

@@ -14,18 +14,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
-from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
-from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
 from occfeat_train.report.correlation import (
     DEFAULT_CLASSES,
-    Point,
     Query,
     check_class,
     classes_of,
@@ -33,49 +29,17 @@ from occfeat_train.report.correlation import (
     pick_class,
     pick_voxel,
 )
+from occfeat_train.report.feature_runs import FeatureRun, FigureOptions, choose_keyframes, fit_keyframes, open_runs
 from occfeat_train.report.feature_sheets import FeatureSheets
-from occfeat_train.report.runs import evenly_spread
 from occfeat_train.report.voxel_predictions import VoxelPredictions, predict_voxels
 from occfeat_train.tasks.pretraining import Pretraining
-from occfeat_train.training.checkpoint import Checkpoint, find_checkpoint
-from occfeat_train.training.compatibility import changes_of_meaning, notes_on_data, require_fit
+from occfeat_train.training.compatibility import changes_of_meaning, notes_on_data
 from occfeat_train.training.initial import restore
 from occfeat_train.training.precision import note_on_precision
-from occfeat_train.training.saving import CheckpointError, saving
+from occfeat_train.training.saving import saving
 from occfeat_train.training.stages import open_reader
 
-MAX_FITTED = 8  # keyframes to which the colours are fitted
 SECONDS_PER_SHEET = 6  # on one core of a desktop computer
-
-
-@dataclass(frozen=True)
-class FigureOptions:
-    """What is drawn.
-
-    split: of the keyframes. keyframes: their numbers; else `samples` of them, evenly spread over the split.
-    fit_split, fit_on: split and scene to which the colours are fitted; by default `split`, and the scene of the first keyframe, or the first
-    scene of another split.
-    voxels, classes: points and classes for correlation maps; without any, the DEFAULT_CLASSES that the cache has.
-    """
-
-    split: str
-    keyframes: Sequence[int] = ()
-    samples: int = 2
-    fit_split: str | None = None
-    fit_on: str | None = None
-    voxels: Sequence[Point] = ()
-    classes: Sequence[str] = ()
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class FeatureRun:
-    """A run that can be drawn. dataset, fit_dataset: keyframes of the split, and of the split to which colours are fitted."""
-
-    name: str
-    checkpoint: Checkpoint
-    dataset: KeyframeDataset
-    fit_dataset: KeyframeDataset
 
 
 @dataclass(frozen=True)
@@ -127,44 +91,6 @@ def write_figures(
     return out / "index.html"
 
 
-def open_runs(
-    paths: Sequence[Path], reader: CacheReader, fit_reader: CacheReader, print_line: Callable[[str], None]
-) -> tuple[list[FeatureRun], list[str]]:
-    """The runs that can be drawn, and a note for each that cannot. Raises ValueError if none can."""
-    runs: list[FeatureRun] = []
-    notes: list[str] = []
-    for path in dict.fromkeys(paths):
-        try:
-            run = open_run(path, reader, fit_reader)
-        except (ValueError, OSError) as err:
-            notes.append(f"{path} is left out: {err}")
-            continue
-        names = [other.name for other in runs]
-        runs.append(
-            run if run.name not in names else FeatureRun(f"{run.name}-{len(runs)}", *list(vars(run).values())[1:])
-        )
-    if not runs:
-        raise ValueError("; ".join(notes))
-    for note in notes:
-        print_line(note)
-    return runs, notes
-
-
-def open_run(path: Path, reader: CacheReader, fit_reader: CacheReader) -> FeatureRun:
-    """Raises ValueError or OSError if the run cannot be drawn."""
-    checkpoint = find_checkpoint(path)
-    config = checkpoint.info.config
-    if not (issubclass(config.task_class, Pretraining) and config.loss.feat):
-        what = f"task {config.task}" if not issubclass(config.task_class, Pretraining) else "loss.feat=0"
-        raise CheckpointError(
-            f"it predicts no features ({what}): a run of 'occfeat-train pretrain' with the feature loss is expected"
-        )
-    dataset, fit_dataset = (KeyframeDataset(each, config, training=False) for each in (reader, fit_reader))
-    for each in (dataset, fit_dataset):
-        require_fit(each, checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
-    return FeatureRun(path.resolve().name, checkpoint, dataset, fit_dataset)
-
-
 def draw_run(
     run: FeatureRun, out: Path, options: FigureOptions, process: Process, print_line: Callable[[str], None]
 ) -> Iterator[Picture]:
@@ -206,35 +132,6 @@ def draw_keyframe(
     for query, lowest in queries:
         kind = "correlation-" + re.sub(r"[^\w.,-]+", "-", query.name)
         yield kind, f"correlation with {query.name}", sheets.correlation(query, lowest)
-
-
-def choose_keyframes(dataset: KeyframeDataset, options: FigureOptions) -> list[int]:
-    """Raises ValueError if a keyframe that was asked for cannot be used."""
-    if not options.keyframes:
-        return evenly_spread(dataset.keyframes, options.samples)
-    usable, path = dataset.keyframes.tolist(), dataset.reader.cache.path
-    for keyframe in options.keyframes:
-        if not 0 <= keyframe < len(dataset.reader):
-            raise ValueError(f"--keyframes {keyframe}: {path} has keyframes 0 to {len(dataset.reader) - 1}")
-        if keyframe not in usable:
-            raise ValueError(
-                f"--keyframes {keyframe}: {path} has no grid for it in {' or '.join(dataset.frames)}, because it was skipped or that "
-                "camera is masked: choose another"
-            )
-    return list(dict.fromkeys(options.keyframes))
-
-
-def fit_keyframes(dataset: KeyframeDataset, options: FigureOptions, chosen: Sequence[int]) -> list[int]:
-    """Up to MAX_FITTED usable keyframes of the scene to which colours are fitted. Raises ValueError if it has none."""
-    scenes, cache = dataset.reader.cache.identity.scenes, dataset.reader.cache
-    is_same = options.fit_split in (None, options.split)
-    scene = options.fit_on or scenes[chosen[0] if is_same else int(dataset.keyframes[0])]
-    keyframes = dataset.keyframes[[scenes[keyframe] == scene for keyframe in dataset.keyframes]]
-    if not len(keyframes):
-        names = list(dict.fromkeys(scenes[keyframe] for keyframe in dataset.keyframes))
-        remedy = did_you_mean(scene, names) or f": it has {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
-        raise ValueError(f"--fit-on {scene}: {cache.path} has no usable keyframe of that scene{remedy}")
-    return evenly_spread(keyframes, MAX_FITTED)
 
 
 def fit_colors(found: Sequence[VoxelPredictions]) -> FeatureColors:
