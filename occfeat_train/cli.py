@@ -13,15 +13,22 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.spec import STUDENT_SIZE
-from occfeat_targets.common.command_line import SETTINGS, VARIABLES, LocalPath, WorkOrder, describe_variables, examples
+from occfeat_targets.common.command_line import (
+    SETTINGS,
+    VARIABLES,
+    LocalPath,
+    WorkOrder,
+    describe_variables,
+    examples,
+    names_of,
+)
 from occfeat_targets.common.terminal import echo
-from occfeat_train.config import Config, NetworkConfig
+from occfeat_train.config import REFERENCE_LIFTINGS, Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
     COUNT,
     DEVICE_OPTION,
     DIRECTORY,
-    NETWORK,
     NUMBERS,
     PATH,
     POINT,
@@ -230,7 +237,7 @@ def figures(runs: tuple[Path, ...], cache: Path, out: Path, device: str, **given
 @click.argument("checkpoint", type=LocalPath(path_type=Path, exists=True))
 @click.option(
     "--network",
-    type=NETWORK,
+    type=names_of(REFERENCE_LIFTINGS),
     required=True,
     help="simplebev for Segnet, bevformer for Bevformernet, lss for liftnet2's Liftnet.",
 )

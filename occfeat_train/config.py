@@ -26,6 +26,7 @@ LIFTINGS = {
     "simplebev": "occfeat_train.networks.simplebev:SimpleBEV",
     "bevformer": "occfeat_train.networks.bevformer:BEVFormer",
     "lss": "occfeat_train.networks.lss:LSS",
+    "cvt": "occfeat_train.networks.cvt:CVT",
 }
 REFERENCE_LIFTINGS = {
     "simplebev": "occfeat_train.simple_bev.quirks:ReferenceSimpleBEV",

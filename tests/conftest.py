@@ -25,9 +25,9 @@ from jaxtyping import install_import_hook
 SHAPED = [
     *(
         f"occfeat_train.ops.{name}"
-        for name in ("deformable", "instance_norm", "mean_over_views", "mirror", "resize", "views")
+        for name in ("cross_attention", "deformable", "instance_norm", "mean_over_views", "mirror", "resize", "views")
     ),
-    *(f"occfeat_train.networks.{name}" for name in ("bevformer", "decoder", "encoder", "lss", "simplebev")),
+    *(f"occfeat_train.networks.{name}" for name in ("bevformer", "cvt", "decoder", "encoder", "lss", "simplebev")),
     *(f"occfeat_train.data.{name}" for name in ("augment", "batch")),
     *(f"occfeat_train.tasks.{name}" for name in ("base", "heads", "losses", "metrics", "pretraining", "segmentation")),
     "occfeat_train.simple_bev.quirks",

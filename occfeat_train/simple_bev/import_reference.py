@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.config import LIFTINGS, Config
+from occfeat_train.config import REFERENCE_LIFTINGS, Config
 from occfeat_train.distributed import Process
 from occfeat_train.networks.pickled import UnsafePickle, load_pickled
 from occfeat_train.simple_bev.weights import convert
@@ -73,6 +73,6 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"{file} holds no state_dict, bare or as 'model_state_dict' (it has {keys or 'nothing'}): a state_dict of "
-            f"{', '.join(LIFTINGS)} is expected; save it alone from what the file has"
+            f"{', '.join(REFERENCE_LIFTINGS)} is expected; save it alone from what the file has"
         )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}

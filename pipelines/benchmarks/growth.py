@@ -38,19 +38,20 @@ def series(base: Setting) -> list[tuple[str, str, float, Setting]]:
     return found
 
 
-def seconds_of(setting: Setting, steps: int) -> float:
-    """Median of `steps` steps after a first one, in a new process."""
+def seconds_of(setting: Setting, steps: int, cpu_seconds: bool) -> float:
+    """Median of `steps` steps after a first one, in a new process. cpu_seconds: of all its threads, instead of elapsed time."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(_seconds, (setting, steps))
+        return pool.apply(_seconds, (setting, steps, cpu_seconds))
 
 
-def _seconds(setting: Setting, steps: int) -> float:
+def _seconds(setting: Setting, steps: int, cpu_seconds: bool) -> float:
     torch.set_num_threads(setting.threads)
     step, times = OurStep(setting), []
+    clock = time.process_time if cpu_seconds else time.perf_counter
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start = clock()
         step()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times[1:])
 
 
@@ -63,7 +64,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cpu-seconds", action="store_true", help="count CPU time, which another load changes little")
     options = parser.parse_args()
+    if options.device == "cuda" and options.cpu_seconds:
+        parser.error("--cpu-seconds: only with --device cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     dataroot = find_dataroot(None)
@@ -74,8 +78,9 @@ def main() -> None:
     rig = "a SYNTHETIC rig: no nuScenes dataroot found" if dataroot is None else "a real keyframe's rig"
     print(f"{machine()}\n{options.threads} threads" if options.device == "cpu" else torch.cuda.get_device_name())
     print(f"{rig}; {base.network} {base.backbone}, {base.precision}\n")
-    start, memory = seconds_of(base, options.steps), peak_megabytes(OurStep, base)[1]
-    print("| | | size, relative | s per step | time, relative | relative | MB of a step | memory, relative |")
+    start, memory = seconds_of(base, options.steps, options.cpu_seconds), peak_megabytes(OurStep, base)[1]
+    unit = "CPU s" if options.cpu_seconds else "s"
+    print(f"| | | size, relative | {unit} per step | time, relative | relative | MB of a step | memory, relative |")
     print("|---|---|---|---|---|---|---|---|")
     for what, value, share, setting in series(base):
         if options.only and what not in options.only:
@@ -83,7 +88,7 @@ def main() -> None:
         seconds, peak = (
             (start, memory)
             if setting == base
-            else (seconds_of(setting, options.steps), peak_megabytes(OurStep, setting)[1])
+            else (seconds_of(setting, options.steps, options.cpu_seconds), peak_megabytes(OurStep, setting)[1])
         )
         ratio = seconds / start
         print(

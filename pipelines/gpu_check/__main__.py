@@ -62,6 +62,7 @@ PARTS = {
     "bevformer": _network(lifting="bevformer"),
     "resnet-50": _network(backbone="resnet-50"),
     "lss": _network(lifting="lss"),
+    "cvt": _network(lifting="cvt"),
     "448x800": _network(image_size=(448, 800)),
     "variants": Part("speed", "variants", 150),
     "kernels": Part("kernels", "kernels", 60),

@@ -24,6 +24,7 @@ NETWORKS = {
     "simplebev/resnet-50": {"backbone": "resnet-50"},
     "bevformer": {"lifting": "bevformer"},
     "lss": {"lifting": "lss"},
+    "cvt": {"lifting": "cvt"},
 }
 # The error of the device's float32 result may be this many times the error of the host's float32 result. The floor is for
 # results that the host computes almost exactly by chance.

@@ -90,7 +90,7 @@ def test_overrides_apply_in_order():
         ("task=train", "task='train': one of occfeat, vehicles, map expected"),
         ("precision=[1]", r"precision=\[1\]: one of auto, float32, bfloat16 expected"),
         ("network.backbone=vit", "backbone='vit': one of efficientnet-b0, resnet-50, resnet-101 expected"),
-        ("network.lifting=cvt", "lifting='cvt': one of simplebev, bevformer, lss expected"),
+        ("network.lifting=gkt", "lifting='gkt': one of simplebev, bevformer, lss, cvt expected"),
         ("network.compat=lss", "compat='lss': one of none, simple-bev expected"),
         ("network.channels=7", "network.channels=7: an even number of at least 2 expected"),
         ("network.channels=0", "network.channels=0: an even number"),

@@ -24,6 +24,7 @@ from occfeat_train.ops.views import Views
 from occfeat_train.simple_bev.quirks import ReferenceSimpleBEV
 from tests.conftest import REPOSITORY
 from tests.train.test_decoder import parameters
+from tests.train.test_views import VARIANTS
 
 # The centre is 1 m ahead and 2 m to the right.
 OFF_CENTRE = VoxelGrid((2, 8, 12), (-2, -7, -10), (2, 9, 14))
@@ -85,8 +86,7 @@ def mirrorable_network(lifting: str, compat: str = "none") -> BEVNetwork:
     return BEVNetwork(MirrorableEncoder(lifted.feature_channels), lifted, nn.Identity()).double().eval()
 
 
-@pytest.mark.parametrize("compat", ["none", "simple-bev"])
-@pytest.mark.parametrize("lifting", LIFTINGS)
+@pytest.mark.parametrize(("lifting", "compat"), VARIANTS)
 def test_a_mirrored_image_gives_the_same_map_with_every_lifting(lifting, compat):
     network = mirrorable_network(lifting, compat)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_options_reach_their_modules():
     network = build_network(OFF_CENTRE, "efficientnet-b0", channels=16, drop_connect=0.44, compat="simple-bev")
     assert network.encoder.backbone.blocks[10].projection.dropout.rate == pytest.approx(0.4)
     assert isinstance(network.lifting, ReferenceSimpleBEV)
-    with pytest.raises(ValueError, match="lifting='splat': one of simplebev, bevformer, lss expected"):
+    with pytest.raises(ValueError, match="lifting='splat': one of simplebev, bevformer, lss, cvt expected"):
         build_network(OFF_CENTRE, "efficientnet-b0", lifting="splat")
 
 

@@ -55,7 +55,7 @@ def test_activation_checkpointing_is_an_attribute_of_the_lifting(monkeypatch: py
 
 
 def test_a_lifting_without_a_row_is_refused_with_the_names_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="lifting='toy': one of simplebev, bevformer, lss expected"):
+    with pytest.raises(ValueError, match="lifting='toy': one of simplebev, bevformer, lss, cvt expected"):
         Config().override(["network.lifting=toy"])
     monkeypatch.setitem(LIFTINGS, "toy", ROW)
     assert Config().override(["network.lifting=toy"]).network.lifting == "toy"

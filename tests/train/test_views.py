@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from occfeat_train.config import LIFTINGS, lifting_class
+from occfeat_train.config import LIFTINGS, REFERENCE_LIFTINGS, lifting_class
 from occfeat_train.networks.network import unmirror
 from occfeat_train.ops.mean_over_views import lift, sample_voxel_features, sample_voxel_features_numpy
 from occfeat_train.ops.views import Cameras, Views
@@ -21,6 +21,7 @@ from tests.train.lifting_twin import lift_dense
 from tests.train.test_lifting import BACKENDS, GRID, SIZE, WAYS, Lift, assert_equal_to_twin, random_views
 
 CHANNELS, TOKENS = 4, (4, 6)
+VARIANTS = [*((name, "none") for name in LIFTINGS), *((name, "simple-bev") for name in REFERENCE_LIFTINGS)]
 WHOLE = (0.0, 0.0, float(SIZE[0]), float(SIZE[1]))
 Sampler = Callable[..., tuple[Tensor, Tensor]]
 CENTERS = torch.from_numpy(GRID.voxel_centers()).flatten(0, 2)
@@ -76,8 +77,7 @@ def features_for(lifting: torch.nn.Module, batch: int, cams: int) -> Tensor:
 # -- masked cameras ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compat", ["none", "simple-bev"])
-@pytest.mark.parametrize("name", LIFTINGS)
+@pytest.mark.parametrize(("name", "compat"), VARIANTS)
 def test_the_features_of_a_masked_camera_have_no_effect(name: str, compat: str) -> None:
     """Camera 1 is masked in both samples."""
     lifting, views, kept = lifting_of(name, compat), random_views(3, batch=2), [0, 2, 3]
@@ -137,7 +137,7 @@ def test_a_camera_with_an_empty_area_has_no_effect(name: str) -> None:
     assert not gradient[:, 1].any()
 
 
-@pytest.mark.parametrize("name", ["simplebev", "lss"])
+@pytest.mark.parametrize("name", ["simplebev", "lss", "cvt"])
 def test_a_lifting_reads_no_token_outside_the_area(name: str) -> None:
     """The area is the left half of each image: 3 of 6 tokens."""
     lifting, views = lifting_of(name), random_views(6, batch=2)
