@@ -14,7 +14,8 @@ from occfeat_targets.pictures.canvas import DPI, place
 
 MARGIN = 20  # [px]
 PANEL, RULER = 600, 60  # [px] of a bird's-eye picture, and left of it for its ruler
-WIDTH = 3 * (PANEL + RULER) + 2 * MARGIN
+COLUMNS = 3  # of bird's-eye pictures
+WIDTH = COLUMNS * (PANEL + RULER) + 2 * MARGIN
 Band = tuple[float, Callable[[SubFigure], None]]  # height [px] of a part of the sheet, and what draws it
 
 

@@ -1,4 +1,4 @@
-"""Bird's-eye pictures beside each other, with their titles, legends and colour bars, as a band of a sheet."""
+"""Bird's-eye pictures in rows, with their titles, legends and colour bars, as bands of a sheet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.pictures.bands import MARGIN, PANEL, RULER, Band, color_bar
+from occfeat_targets.pictures.bands import COLUMNS, MARGIN, PANEL, RULER, Band, color_bar
 from occfeat_targets.pictures.birdseye import Mask, draw_cameras, draw_cells
 from occfeat_targets.pictures.cameras import Cameras
 from occfeat_targets.pictures.canvas import place
@@ -38,8 +38,13 @@ class Panel:
         return 1 if len(self.key) <= 3 else 2
 
 
-def maps_band(panels: Sequence[Panel], grid: VoxelGrid, grid_from_ego: Matrix, cameras: Cameras) -> Band:
-    """Up to three panels; the directions of the cameras are drawn on the first."""
+def map_bands(panels: Sequence[Panel], grid: VoxelGrid, grid_from_ego: Matrix, cameras: Cameras) -> list[Band]:
+    """Rows of up to COLUMNS panels; the directions of the cameras are drawn on the first."""
+    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    return [_row(row, grid, grid_from_ego, cameras, is_first=row is rows[0]) for row in rows]
+
+
+def _row(panels: Sequence[Panel], grid: VoxelGrid, grid_from_ego: Matrix, cameras: Cameras, *, is_first: bool) -> Band:
     is_valid = cameras.is_valid
     grid_from_cams = grid_from_ego @ inverse_rigid(cameras.cam_from_ego[is_valid])
     names = [name for name, valid in zip(cameras.names, is_valid, strict=True) if valid]
@@ -55,7 +60,7 @@ def maps_band(panels: Sequence[Panel], grid: VoxelGrid, grid_from_ego: Matrix, c
             axes = place(part, left, 40, width, height)
             draw_cells(axes, panel.colors, grid, grid_from_ego, hatched=panel.hatched, outlined=panel.outlined)
             axes.set_title(panel.title, loc="left", size=12)
-            if column == 0:
+            if is_first and column == 0:
                 draw_cameras(axes, grid_from_cams, names, PANEL / 8 / scale)
             if panel.scale is not None:
                 color_bar(part, panel.scale, left, height + 115, panel.unit)

@@ -27,6 +27,7 @@ from occfeat_targets.pictures.birdseye import (
     BODY_HEIGHT,
     coincidence_colors,
     label_colors,
+    observed_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
@@ -34,6 +35,9 @@ from occfeat_targets.pictures.cameras import RETURN, VOXEL, Cameras, Dot, read_f
 from occfeat_targets.pictures.canvas import default_style
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
+    EMPTY,
+    FREE,
+    OCCUPIED,
     OCCUPIED_ONLY,
     SOLID,
     Colors,
@@ -43,7 +47,7 @@ from occfeat_targets.pictures.colors import (
     rgb,
     swatch,
 )
-from occfeat_targets.pictures.panels import Panel, maps_band
+from occfeat_targets.pictures.panels import Panel, map_bands
 
 
 @default_style()
@@ -68,7 +72,7 @@ def draw_keyframe(
         bands += [text_band(absent[0], 44, margin=60), text_band(absent[1], 17, margin=40)]
     else:
         scene = Scene(reader, keyframe, index)
-        bands += [*scene.views(returns, feature_colors), scene.maps()]
+        bands += [*scene.views(returns, feature_colors), *scene.maps()]
     return stack(bands)
 
 
@@ -147,12 +151,12 @@ class Scene:
             bands += [heading, (cameras.height, draw_features)]
         return bands
 
-    def maps(self) -> Band:
-        """The bird's-eye pictures beside each other."""
-        return maps_band(self.panels(), self.grid, self.grid_from_ego, self.cameras)
+    def maps(self) -> list[Band]:
+        """The bird's-eye pictures, in rows."""
+        return map_bands(self.panels(), self.grid, self.grid_from_ego, self.cameras)
 
     def panels(self) -> list[Panel]:
-        """Occupancy, labels, and the coincidence of both, as far as the cache has labels."""
+        """Occupancy, labels, the coincidence of both, and what the rays observed, as far as the cache has them."""
         title = f"{int(self.volume.sum())} occupied voxels, the highest of each column"
         panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid), scale=self.height)]
         kinds = [LABEL_KINDS[name] for name in self.reader.cache.spec.labels]
@@ -181,4 +185,16 @@ class Scene:
                 swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
             ]
             panels.append(Panel(title, coincidence_colors(cells, occupied), key))
+        if self.reader.cache.spec.rays:
+            panels.append(self._observed())
         return panels
+
+    def _observed(self) -> Panel:
+        observed, free = self.grid.unpack_volume(self.reader.read("rays", self.keyframe)[self.index])
+        title = f"{100 * observed.mean():.1f} % of the voxels are observed by the LiDAR's rays"
+        key = [
+            swatch(OCCUPIED, "column with an occupied voxel"),
+            swatch(FREE, "column with free voxels"),
+            swatch(EMPTY, "column that no ray has passed"),
+        ]
+        return Panel(title, observed_colors(self.volume, free), key)

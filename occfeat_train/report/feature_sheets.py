@@ -25,7 +25,7 @@ from occfeat_targets.pictures.birdseye import Mask, occupancy_colors
 from occfeat_targets.pictures.cameras import VOXEL, Cameras
 from occfeat_targets.pictures.canvas import default_style, place
 from occfeat_targets.pictures.colors import Colors, FeatureColors, correlation_scale, height_scale, rgb, swatch
-from occfeat_targets.pictures.panels import Panel, maps_band
+from occfeat_targets.pictures.panels import Panel, map_bands
 from occfeat_targets.pictures.voxels import draw_voxels
 from occfeat_train.report.correlation import Query, contrast, cosines, label_mask
 from occfeat_train.report.figures import OUTCOMES, outcome_colors, topmost
@@ -86,12 +86,12 @@ class FeatureSheets:
             notes = [
                 f"mean cosine {split[0]:.2f} in voxels of {query.name} (outlined below), {split[1]:.2f} in all others"
             ]
-        maps = maps_band(panels, found.grid, found.grid_from_ego, self._cameras(WIDTH, MARGIN))
+        maps = map_bands(panels, found.grid, found.grid_from_ego, self._cameras(WIDTH, MARGIN))
         bands = [
             *self._title(f"{self.run}: correlation with {query.name}", caption, *notes),
             *self._views(cosine, scale),
         ]
-        return stack([*bands, maps])
+        return stack([*bands, *maps])
 
     def _title(self, text: str, *captions: str) -> list[Band]:
         teacher = self.found.reader.cache.spec.teacher
@@ -144,7 +144,7 @@ class FeatureSheets:
             panels.append(Panel("columns with an occupied voxel, right or wrong", colors, key))
         cameras = self._cameras(WIDTH, MARGIN)
         heading = "occupancy from above: the height of each column's highest voxel"
-        return [heading_band(heading), maps_band(panels, grid, found.grid_from_ego, cameras)]
+        return [heading_band(heading), *map_bands(panels, grid, found.grid_from_ego, cameras)]
 
     def _heights(self, volume: Mask, name: str) -> Panel:
         scale = height_scale(self.found.grid)
