@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.reader import CacheReader, frame_index
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.bands import (
     MARGIN,
@@ -74,14 +74,6 @@ def draw_keyframe(
         scene = Scene(reader, keyframe, index)
         bands += [*scene.views(returns, feature_colors), *scene.maps()]
     return stack(bands)
-
-
-def frame_index(cache: Cache, frame: str | None) -> int:
-    """Index of a reference frame. Raises ValueError if the cache has no grid in that frame."""
-    frames = cache.spec.frames
-    if frame is not None and frame not in frames:
-        raise ValueError(f"{cache.path} has no grid in frame {frame!r}: choose one of {', '.join(frames)} with --frame")
-    return frames.index(frame) if frame is not None else 0
 
 
 def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
