@@ -15,12 +15,23 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.pictures.colors import CAMERA, COINCIDENT, EMPTY, OCCUPIED_ONLY, SOLID, Colors, hex_color, rgb
+from occfeat_targets.pictures.colors import (
+    CAMERA,
+    COINCIDENT,
+    EMPTY,
+    FREE,
+    OCCUPIED,
+    OCCUPIED_ONLY,
+    SOLID,
+    Colors,
+    hex_color,
+    rgb,
+)
 
 Mask = NDArray[np.bool_]
 
 # Outline of the ego vehicle on the ground of the ego frame (x forward from the rear axle, y left) [m]; its nose is pointed.
-_EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])
+EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])
 _RINGS = (1, 2, 5, 10, 25, 50, 100, 200)  # [m]
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 BODY_HEIGHT = (0.3, 2.0)  # [m] above the ground: heights where vehicles have LiDAR returns and the road has none
@@ -31,6 +42,14 @@ def occupancy_colors(volume: Mask, scale: ScalarMappable, grid: VoxelGrid) -> Co
     highest = volume.shape[0] - 1 - volume[::-1].argmax(axis=0)
     up = grid.lower[0] + (highest + 0.5) * grid.cell_size[0]
     return np.where(volume.any(axis=0)[..., None], rgb(scale, up), np.array(EMPTY, np.uint8))
+
+
+def observed_colors(occupied: Mask, free: Mask) -> Colors:
+    """(Z, H, W), (Z, H, W) -> (H, W, 3): columns with an occupied voxel, others with a free one, and columns without either."""
+    colors = np.full((*occupied.shape[1:], 3), EMPTY, np.uint8)
+    colors[free.any(axis=0)] = FREE
+    colors[occupied.any(axis=0)] = OCCUPIED
+    return colors
 
 
 def label_colors(masks: Mapping[str, Mask], shape: tuple[int, int]) -> Colors:
@@ -77,7 +96,7 @@ def draw_cells(
         axes.contourf(*_steps(hatched, grid), levels=[0.5, 1.5], colors="none", hatches=["//////"])
     if outlined is not None and outlined.any():
         axes.contour(*_steps(outlined, grid), levels=[0.5], colors=["#c8102e"], linewidths=1)
-    center, *outline = transform(grid_from_ego, np.concatenate([np.zeros((1, 3)), _EGO_OUTLINE]))[:, :2]
+    center, *outline = transform(grid_from_ego, np.concatenate([np.zeros((1, 3)), EGO_OUTLINE]))[:, :2]
     reach = max(map(abs, (rear, left, front, right)))
     for radius in (r for r in _RINGS if reach / 8 <= r <= reach):
         axes.add_patch(Circle(center, radius, fill=False, edgecolor="#888", linewidth=0.5))

@@ -22,11 +22,14 @@ CAMERA: RGB = (194, 24, 122)
 OCCUPIED_ONLY: RGB = (140, 150, 210)
 COINCIDENT: RGB = (16, 96, 64)
 SOLID: RGB = (216, 88, 20)
+OCCUPIED, FREE = COINCIDENT, OCCUPIED_ONLY
 
 # One ramp for one quantity. Their lightness grows, and the steps of blue and yellow are large, so that colour-blind people can
 # read them too (tests/targets/test_colors.py).
 HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#0f25cd", "#2470af", "#5f8471", "#c5a447", "#f9ff2a"])
 DEPTHS = LinearSegmentedColormap.from_list("depths", colormaps["inferno"](np.linspace(1, 0.3, 256)))
+
+CORRELATIONS = colormaps["viridis"]
 
 
 def height_scale(grid: VoxelGrid) -> ScalarMappable:
@@ -39,8 +42,13 @@ def depth_scale() -> ScalarMappable:
     return ScalarMappable(LogNorm(2, 64), DEPTHS)
 
 
+def correlation_scale(lowest: float) -> ScalarMappable:
+    """Colours of cosines from `lowest` to 1."""
+    return ScalarMappable(Normalize(lowest, 1), CORRELATIONS)
+
+
 def rgb(scale: ScalarMappable, values: NDArray[Any]) -> Colors:
-    """(...) values [m] -> (..., 3); values outside of the scale are clamped."""
+    """(...) values -> (..., 3); values outside of the scale are clamped."""
     return np.asarray(scale.to_rgba(np.asarray(values, np.float64), bytes=True))[..., :3]
 
 
