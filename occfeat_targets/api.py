@@ -52,6 +52,7 @@ def build_cache(
     dividers: str = "road",
     compat: str | None = None,
     points: bool = False,
+    rays: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
     scheduler_file: str | Path | None = None,
@@ -128,7 +129,7 @@ def build_cache(
         image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
         labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat, points=points,
-        keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,
+        rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)

@@ -1,4 +1,4 @@
-"""The command line: occfeat-targets synth, build, status, info, verify, preview.
+"""The command line: occfeat-targets synth, build, status, info, verify, preview, probe.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
 keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing; 130: Ctrl-C.
@@ -32,6 +32,7 @@ from occfeat_targets.options import (
     parse_label_kinds,
     reports_errors,
 )
+from occfeat_targets.probe_command import probe
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
@@ -103,7 +104,7 @@ def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
-    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, workers: int | None,
+    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, rays: bool, workers: int | None,
     scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
     overwrite: bool, retry_skipped: bool, device: str,
 ) -> None:  # fmt: skip
@@ -137,7 +138,7 @@ def build(
         frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
         teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
         feature_dtype=feature_dtype, labels=() if no_labels else parse_label_kinds(label_kinds), dividers=dividers,
-        compat=compat, points=points, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
+        compat=compat, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)
@@ -290,3 +291,6 @@ def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool,
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)
     echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")
+
+
+main.add_command(probe)

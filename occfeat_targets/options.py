@@ -153,6 +153,7 @@ build_options = options(
         help="Draw vehicle labels as Simple-BEV does.  [default: at their true size]",
     ),
     click.option("--points", is_flag=True, help="Also store the LiDAR returns of each keyframe."),
+    click.option("--rays", is_flag=True, help="Also store which voxels the LiDAR's rays have passed: free or unknown."),
     click.option(
         "--workers",
         type=click.IntRange(0),

@@ -32,7 +32,7 @@ from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import letterbox, load_image
 from occfeat_targets.targets.labels import Draw
-from occfeat_targets.targets.occupancy import voxelize
+from occfeat_targets.targets.lidar import lidar_arrays
 from occfeat_targets.targets.points import points_of
 
 Seconds = MutableMapping[str, float]
@@ -101,7 +101,7 @@ def build_keyframe(
         with timed(seconds, "occupancy"):
             source = open_source(spec.source)
             returns = [source.read_sweep(sweep.path) for sweep in keyframe.sweeps]
-            occupancy = _occupancy(keyframe, returns, spec, frames[has_grid])
+            of_lidar = lidar_arrays(keyframe, returns, spec, frames[has_grid])
             points = {}
             if spec.max_points:
                 of_all = points_of(keyframe, returns, spec.ego_box)
@@ -110,7 +110,7 @@ def build_keyframe(
             labels = _labels(keyframe, spec, frames[has_grid], maps)
     except (ValueError, OSError) as err:
         raise KeyframeError(f"sample {keyframe.token} of {keyframe.scene}: {err}") from err
-    in_grids = {"occupancy": occupancy, **labels}
+    in_grids = {**of_lidar, **labels}
     arrays = {
         "is_valid": np.array(True),
         "grid_from_ego": frames.astype(np.float32),
@@ -188,26 +188,11 @@ def _calibration(keyframe: Keyframe, spec: TargetSpec) -> dict[str, NDArray[Any]
     }
 
 
-def _in_all_frames(values: NDArray[np.uint8], has_grid: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def _in_all_frames(values: NDArray[Any], has_grid: NDArray[np.bool_]) -> NDArray[Any]:
     """(frames with a grid, ...) -> (F, ...), zeros in frames without one."""
     out = np.zeros((len(has_grid), *values.shape[1:]), values.dtype)
     out[has_grid] = values
     return out
-
-
-def _occupancy(
-    keyframe: Keyframe, returns: Sequence[NDArray[np.float32]], spec: TargetSpec, frames: Matrix
-) -> NDArray[np.uint8]:
-    packed = np.zeros((len(frames), spec.grid.packed_bytes), np.uint8)
-    for sweep, values in zip(keyframe.sweeps, returns, strict=True):
-        grids_from_sensor = frames @ sweep.ego_from_sensor
-        voxelize(values, grids_from_sensor, spec.grid, ego_box=spec.ego_box, out=packed)
-    if not packed.any():
-        raise ValueError(
-            f"none of the returns of {keyframe.sweeps[0].path} are inside the grid {spec.grid}: "
-            "restore the sweep if it is damaged, or correct --range"
-        )
-    return packed
 
 
 def _labels(

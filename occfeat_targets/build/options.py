@@ -44,6 +44,7 @@ class BuildOptions:
     shard: tuple[int, int] | None = None
     plan_only: bool = False
     points: bool = False
+    rays: bool = False
     retry_skipped: bool = False
     device: str = "auto"
     keyframes_per_batch: int | None = None
@@ -73,6 +74,7 @@ def make_spec(options: BuildOptions, source: Source, teacher: TeacherSpec | None
         num_sweeps=options.num_sweeps,
         ego_box=source.ego_box,
         max_points=source.max_returns * options.num_sweeps if options.points else 0,
+        rays=options.rays,
         labels=tuple(name for name in LABEL_KINDS if name in labels),
         dividers=options.dividers,
         compat=options.compat,

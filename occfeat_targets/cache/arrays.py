@@ -62,3 +62,18 @@ def point_arrays(max_points: int, num_sweeps: int) -> tuple[ArraySpec, ...]:
         ArraySpec("sweep_origins", (num_sweeps, 3), ("sweep", "xyz"), "float32", "sensor during each sweep [m]", **small),
         ArraySpec("sweep_times", (num_sweeps,), ("sweep",), "float32", "time of each sweep from the keyframe's [s]", **small),
     )  # fmt: skip
+
+
+def ray_arrays(num_frames: int, grid: VoxelGrid) -> tuple[ArraySpec, ...]:
+    """Observed and free voxels, and where their rays start."""
+    return (
+        ArraySpec(
+            "rays", (num_frames, 2, grid.packed_bytes), ("frame", "observed_free", "packed_voxel"), "uint8",
+            "bits as in occupancy. observed: a LiDAR ray passes the voxel, or it is occupied; free: observed and not occupied",
+            compress=True, ratio=7,
+        ),
+        ArraySpec(
+            "ray_origin", (num_frames, 3), ("frame", "right_forward_up"), "float32",
+            "sensor of the keyframe's own sweep in each reference frame's grid [m]", per_keyframe=False,
+        ),
+    )  # fmt: skip

@@ -72,7 +72,11 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
             "--range",
             *(f"{side:g}" for pair in bounds for side in pair),
         ]
-    words += ["--points"] * bool(spec.get("max_points")) + ["--no-labels"] * (not spec["labels"])
+    words += (
+        ["--points"] * bool(spec.get("max_points"))
+        + ["--rays"] * bool(spec.get("rays"))
+        + ["--no-labels"] * (not spec["labels"])
+    )
     return shlex.join(words)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays
+from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays, ray_arrays
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.plural import count
@@ -31,6 +31,9 @@ DIVIDER_WIDTH = 1.0
 STUDENT_SIZE = (270, 480)
 LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multiplies a network's image size
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
+
+# Fields that are younger than the format, and the value of a cache without them. Its fingerprint must stay what it was.
+_LATER = {"rays": False}
 
 
 def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
@@ -106,6 +109,7 @@ class TargetSpec:
     num_sweeps: LiDAR sweeps accumulated in the occupancy, including the keyframe's own.
     ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle and dropped.
     max_points: LiDAR returns stored of each keyframe at most, of all its sweeps; 0 for none.
+    rays: whether the cache tells which voxels the LiDAR's rays have passed.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
     """
 
@@ -123,6 +127,7 @@ class TargetSpec:
     divider_width: float = DIVIDER_WIDTH
     compat: str | None = None
     max_points: int = 0
+    rays: bool = False
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -162,8 +167,11 @@ class TargetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over all fields except the teacher's name."""
+        """Sixteen hex digits over all fields except the teacher's name, and except those of _LATER with their default."""
         identity = self.to_dict()
+        for name, value in _LATER.items():
+            if identity[name] == value:
+                del identity[name]
         if self.teacher is not None:
             del identity["teacher"]["name"]
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
@@ -206,6 +214,8 @@ class TargetSpec:
         lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
         if self.max_points:
             lines.append(f"LiDAR points of each keyframe, at most {self.max_points}")
+        if self.rays:
+            lines.append("rays: which voxels the LiDAR's rays have passed (observed, free)")
         return lines
 
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -261,6 +271,8 @@ class TargetSpec:
                 "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
             )
         )  # fmt: skip
+        if self.rays:
+            specs += ray_arrays(frames, grid)
         for name, kind in LABEL_KINDS.items():
             if name in self.labels:
                 specs += label_arrays(kind, frames, grid)

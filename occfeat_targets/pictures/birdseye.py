@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import Matrix, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.pictures.colors import CAMERA, COINCIDENT, EMPTY, OCCUPIED_ONLY, SOLID, Colors, hex_color, rgb
+from occfeat_targets.pictures.colors import (
+    CAMERA,
+    COINCIDENT,
+    EMPTY,
+    FREE,
+    OCCUPIED,
+    OCCUPIED_ONLY,
+    SOLID,
+    Colors,
+    hex_color,
+    rgb,
+)
 
 Mask = NDArray[np.bool_]
 
@@ -31,6 +42,14 @@ def occupancy_colors(volume: Mask, scale: ScalarMappable, grid: VoxelGrid) -> Co
     highest = volume.shape[0] - 1 - volume[::-1].argmax(axis=0)
     up = grid.lower[0] + (highest + 0.5) * grid.cell_size[0]
     return np.where(volume.any(axis=0)[..., None], rgb(scale, up), np.array(EMPTY, np.uint8))
+
+
+def observed_colors(occupied: Mask, free: Mask) -> Colors:
+    """(Z, H, W), (Z, H, W) -> (H, W, 3): columns with an occupied voxel, others with a free one, and columns without either."""
+    colors = np.full((*occupied.shape[1:], 3), EMPTY, np.uint8)
+    colors[free.any(axis=0)] = FREE
+    colors[occupied.any(axis=0)] = OCCUPIED
+    return colors
 
 
 def label_colors(masks: Mapping[str, Mask], shape: tuple[int, int]) -> Colors:

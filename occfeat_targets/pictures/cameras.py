@@ -128,9 +128,7 @@ def read_features(reader: CacheReader, keyframe: int) -> tuple[NDArray[np.float3
     int8 features are multiplied by their scale. The other tokens are of masked cameras, or of the black part of an image.
     """
     spec = reader.cache.spec
-    features = reader.read("features", keyframe).astype(np.float32)
-    if spec.feature_dtype == "int8":
-        features *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
+    features = reader.read_features(keyframe)
     y, x = ((np.arange(n) + 0.5) * size / n for n, size in zip(features.shape[1:3], spec.image_size, strict=True))
     top, left, bottom, right = reader.read("image_area", keyframe).T[..., None]
     is_shown = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]

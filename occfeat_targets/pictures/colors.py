@@ -22,6 +22,7 @@ CAMERA: RGB = (194, 24, 122)
 OCCUPIED_ONLY: RGB = (140, 150, 210)
 COINCIDENT: RGB = (16, 96, 64)
 SOLID: RGB = (216, 88, 20)
+OCCUPIED, FREE = COINCIDENT, OCCUPIED_ONLY
 
 # One ramp for one quantity. Their lightness grows, and the steps of blue and yellow are large, so that colour-blind people can
 # read them too (tests/targets/test_colors.py).

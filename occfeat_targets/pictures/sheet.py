@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.reader import CacheReader, frame_index
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.birdseye import (
     BODY_HEIGHT,
@@ -25,6 +25,7 @@ from occfeat_targets.pictures.birdseye import (
     draw_cameras,
     draw_cells,
     label_colors,
+    observed_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
@@ -32,6 +33,9 @@ from occfeat_targets.pictures.cameras import RETURN, VOXEL, Cameras, Dot, read_f
 from occfeat_targets.pictures.canvas import DPI, default_style, place
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
+    EMPTY,
+    FREE,
+    OCCUPIED,
     OCCUPIED_ONLY,
     SOLID,
     Colors,
@@ -43,7 +47,8 @@ from occfeat_targets.pictures.colors import (
 
 MARGIN = 20  # [px]
 PANEL, RULER = 600, 60  # [px] of a bird's-eye picture, and left of it for its ruler
-WIDTH = 3 * (PANEL + RULER) + 2 * MARGIN
+COLUMNS = 3  # of bird's-eye pictures
+WIDTH = COLUMNS * (PANEL + RULER) + 2 * MARGIN
 Band = tuple[float, Callable[[SubFigure], None]]  # height [px] of a part of the sheet, and what draws it
 
 
@@ -69,21 +74,13 @@ def draw_keyframe(
         bands += [_text(absent[0], 44, margin=60), _text(absent[1], 17, margin=40)]
     else:
         scene = Scene(reader, keyframe, index)
-        bands += [*scene.views(returns, feature_colors), scene.maps()]
+        bands += [*scene.views(returns, feature_colors), *scene.maps()]
     heights = [height for height, _ in bands]
     sheet = Figure((WIDTH / DPI, sum(heights) / DPI), DPI, facecolor="white")
     parts = sheet.subfigures(len(bands), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
     for part, (_, draw) in zip(parts, bands, strict=True):
         draw(part)
     return sheet
-
-
-def frame_index(cache: Cache, frame: str | None) -> int:
-    """Index of a reference frame. Raises ValueError if the cache has no grid in that frame."""
-    frames = cache.spec.frames
-    if frame is not None and frame not in frames:
-        raise ValueError(f"{cache.path} has no grid in frame {frame!r}: choose one of {', '.join(frames)} with --frame")
-    return frames.index(frame) if frame is not None else 0
 
 
 def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
@@ -189,9 +186,14 @@ class Scene:
             bands += [heading, (cameras.height, draw_features)]
         return bands
 
-    def maps(self) -> Band:
-        """The bird's-eye pictures beside each other."""
-        grid, is_valid, panels = self.grid, self.cameras.is_valid, self.panels()
+    def maps(self) -> list[Band]:
+        """The bird's-eye pictures, in rows."""
+        panels = self.panels()
+        return [self._row(panels[start : start + COLUMNS], start == 0) for start in range(0, len(panels), COLUMNS)]
+
+    def _row(self, panels: list[Panel], is_first: bool) -> Band:
+        """Bird's-eye pictures beside each other. The first of all has the cameras, and the scale of heights as its key."""
+        grid, is_valid = self.grid, self.cameras.is_valid
         grid_from_cams = self.grid_from_ego @ inverse_rigid(self.cameras.cam_from_ego[is_valid])
         names = [name for name, valid in zip(self.cameras.names, is_valid, strict=True) if valid]
         spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
@@ -206,7 +208,7 @@ class Scene:
                 axes = place(part, left, 40, width, height)
                 draw_cells(axes, panel.colors, grid, self.grid_from_ego, hatched=panel.hatched)
                 axes.set_title(panel.title, loc="left", size=12)
-                if column == 0:
+                if is_first and column == 0:
                     draw_cameras(axes, grid_from_cams, names, PANEL / 8 / scale)
                     _color_bar(part, self.height, left, height + 115)
                 else:
@@ -219,7 +221,7 @@ class Scene:
         return height + 100 + 22 * max(rows, 2), draw
 
     def panels(self) -> list[Panel]:
-        """Occupancy, labels, and the coincidence of both, as far as the cache has labels."""
+        """Occupancy, labels, the coincidence of both, and what the rays observed, as far as the cache has them."""
         title = f"{int(self.volume.sum())} occupied voxels, the highest of each column"
         panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid))]
         kinds = [LABEL_KINDS[name] for name in self.reader.cache.spec.labels]
@@ -248,7 +250,19 @@ class Scene:
                 swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
             ]
             panels.append(Panel(title, coincidence_colors(cells, occupied), key))
+        if self.reader.cache.spec.rays:
+            panels.append(self._observed())
         return panels
+
+    def _observed(self) -> Panel:
+        observed, free = self.grid.unpack_volume(self.reader.read("rays", self.keyframe)[self.index])
+        title = f"{100 * observed.mean():.1f} % of the voxels are observed by the LiDAR's rays"
+        key = [
+            swatch(OCCUPIED, "column with an occupied voxel"),
+            swatch(FREE, "column with free voxels"),
+            swatch(EMPTY, "column that no ray has passed"),
+        ]
+        return Panel(title, observed_colors(self.volume, free), key)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_targets.verify.slow_labels import Reference
+from occfeat_targets.verify.slow_rays import wrong_free_voxels
 from occfeat_targets.verify.slow_targets import SlowSource, filled_part, grid_from_ego, occupancy_bounds
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
@@ -90,6 +91,24 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source
             return
         wrong += int((must & ~volume).sum() + (volume & ~may).sum())
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {count(wrong, 'voxel')} wrong"
+
+
+def _rays(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
+    spec = reader.cache.spec
+    if not spec.rays:
+        return
+    rays, origins = (reader.read(name, keyframe) for name in ("rays", "ray_origin"))
+    occupied = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
+    observed, free = spec.grid.unpack_volume(rays).swapaxes(0, 1)
+    wrong = int((observed != (free | occupied)).sum() + (free & occupied).sum())
+    worst = 0.0
+    for i, frame in enumerate(_frames(spec, source)):
+        if frame.any():
+            origin = (frame @ source.sweeps[0].ego_from_sensor)[:3, 3]
+            worst = max(worst, float(np.abs(origins[i] - origin).max()))
+            wrong += wrong_free_voxels(reference, source, frame, spec, free[i], occupied[i])
+    is_good = wrong == 0 and worst <= MAX_CALIBRATION_ERROR
+    yield is_good, f"{int(free.sum())} free voxels, {wrong} bits of rays wrong, their origin within {worst:.1e}"
 
 
 def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
@@ -179,4 +198,4 @@ def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
     yield worst <= MAX_CALIBRATION_ERROR, f"{count(len(found), 'LiDAR point')} within {worst:.1e}"
 
 
-CHECKS = (_masked, _calibration, _occupancy, _points, _images, _features, _labels)
+CHECKS = (_masked, _calibration, _occupancy, _rays, _points, _images, _features, _labels)

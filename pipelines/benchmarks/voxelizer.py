@@ -1,4 +1,4 @@
-"""From a sweep in the page cache to bit-packed occupancy, against NumPy, torch and the time of reading the file.
+"""From a sweep in the page cache to bit-packed occupancy, against NumPy, torch and the time of reading the file; walking its rays.
 
 python pipelines/benchmarks/voxelizer.py [--sweep file.pcd.bin] [--dataroot nuscenes]
 """
@@ -20,6 +20,7 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_BOX
 from occfeat_targets.sources.sweeps import read_sweep
 from occfeat_targets.targets.occupancy import voxelize
+from occfeat_targets.targets.rays import walk_rays
 
 
 def numpy_as_written(path: Path, grid_from_lidar: Matrix, grid: VoxelGrid) -> np.ndarray:
@@ -131,6 +132,15 @@ def main() -> None:
         "seven, in seven calls": lambda: [voxelize(points, frame, grid) for frame in frames],
     }
     print(table(compare(several, ours="one reference frame", seconds=options.seconds / 3)))
+    passed = np.unpackbits(walk_rays(points, grid_from_lidar, grid)).sum()
+    print(f"\nVoxels on the rays of the sweep ({passed:,} of them), exactly\n")
+    walks = {
+        "voxelize, one reference frame": several["one reference frame"],
+        "read_sweep and voxelize": lambda: voxelize(read_sweep(path), grid_from_lidar, grid),
+        "walk_rays, one reference frame": lambda: walk_rays(points, grid_from_lidar, grid),
+        "walk_rays, seven": lambda: walk_rays(points, frames, grid),
+    }
+    print(table(compare(walks, ours="voxelize, one reference frame", seconds=options.seconds)))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
     spec |= {
         "labels": ["map", "vehicles"],
         "max_points": 1,
+        "rays": True,
         "source": "nuscenes",
         "grid": {**grid, "upper": [5, 40, 40]},
     }
@@ -94,6 +95,7 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
         "scenes": "scene-1,scene-2",
         "label_kinds": "map,vehicles",
         "points": True,
+        "rays": True,
         "grid_range": (-5, 5, -50, 40, -50, 40),
     }
     assert {name: given[name] for name in asked} == asked

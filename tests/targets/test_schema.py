@@ -32,6 +32,7 @@ def test_a_spec_survives_json_with_its_fingerprint():
         {"labels": ("map",)},
         {"dividers": "road+lane"},
         {"compat": "simple-bev"},
+        {"rays": True},
     ],
 )
 def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
@@ -40,6 +41,14 @@ def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
     assert changed.fingerprint != spec.fingerprint
     (difference,) = spec.differences(changed)
     assert difference.startswith(next(iter(change)))
+
+
+def test_caches_of_earlier_releases_keep_their_fingerprint():
+    data = TargetSpec(teacher=TEACHER).to_dict()
+    del data["rays"]
+    assert TargetSpec.from_dict(data) == TargetSpec(teacher=TEACHER)
+    assert TargetSpec(teacher=TEACHER).fingerprint == "aa387214fe3b65e4"
+    assert TargetSpec(teacher=TEACHER, num_sweeps=10).fingerprint == "8d2e40f12289df1d"
 
 
 def test_the_fingerprint_depends_on_the_teachers_digest_and_not_on_its_name():
