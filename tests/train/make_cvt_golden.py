@@ -1,4 +1,4 @@
-"""Write `golden/cvt.npz`: two attention stages of Cross-View Transformers, run from a checkout of bradyz/cross_view_transformers.
+"""Write `golden/cvt/stages.npz`: two attention stages of Cross-View Transformers, run from a checkout of bradyz/cross_view_transformers.
 
     python -m tests.train.make_cvt_golden ../cross_view_transformers
 
@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="of bradyz/cross_view_transformers")
     sys.path.insert(0, str(parser.parse_args().checkout.resolve()))
     arrays = run(importlib.import_module("cross_view_transformer.model.encoder"))
-    file = GOLDEN / "cvt.npz"
+    file = GOLDEN / "cvt" / "stages.npz"
+    file.parent.mkdir(exist_ok=True)
     np.savez_compressed(file, **arrays)
     print(f"{file}: {file.stat().st_size:,} bytes")
 
