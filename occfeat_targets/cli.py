@@ -1,4 +1,4 @@
-"""The command line: occfeat-targets synth, build, status, info, verify, preview.
+"""The command line: occfeat-targets synth, build, status, info, verify, preview, probe.
 
 Exit codes: 0 success; 1 error, or a failed build or verification; 2 wrong usage; 3, of build and status:
 keyframes were skipped or cameras masked; 3, of status and verify: the cache is sound, but shards are missing; 130: Ctrl-C.
@@ -32,6 +32,7 @@ from occfeat_targets.options import (
     parse_label_kinds,
     reports_errors,
 )
+from occfeat_targets.probe_command import probe
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
@@ -290,3 +291,6 @@ def preview(cache: Path, split: str, out: Path, frame: str | None, points: bool,
     opened = _open(cache, split)
     chosen = choose_keyframes(opened, **choice)
     echo(f"written to {write_preview(opened, out, chosen, frame=frame, points=points, dataroot=dataroot)}")
+
+
+main.add_command(probe)

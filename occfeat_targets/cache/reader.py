@@ -29,6 +29,14 @@ from occfeat_targets.cache.store import Cache, open_cache
 Check = Literal["first", "always", "never"]
 
 
+def frame_index(cache: Cache, frame: str | None) -> int:
+    """Index of a reference frame, by default the first. Raises ValueError if the cache has no grid in that frame."""
+    frames = cache.spec.frames
+    if frame is not None and frame not in frames:
+        raise ValueError(f"{cache.path} has no grid in frame {frame!r}: choose one of {', '.join(frames)} with --frame")
+    return frames.index(frame) if frame is not None else 0
+
+
 class CacheReader:
     """Random access to the keyframes of a cache.
 
@@ -68,6 +76,11 @@ class CacheReader:
     def camera_valid(self) -> NDArray[np.bool_]:
         """(N, V) false for masked cameras, and for all cameras of keyframes that were skipped or are not built yet."""
         return self._whole("camera_valid")
+
+    @property
+    def grid_from_ego(self) -> NDArray[np.float32]:
+        """(N, F, 4, 4) zeros where a keyframe has no grid: it was skipped or is not built yet, or the frame's camera is masked."""
+        return self._whole("grid_from_ego")
 
     @property
     def is_letterboxed(self) -> bool:
@@ -111,6 +124,13 @@ class CacheReader:
         masks = grid.unpack_map(self.read(kind.array, keyframe))
         is_valid = None if kind.valid_array is None else grid.unpack_map(self.read(kind.valid_array, keyframe))
         return masks.reshape(len(masks), -1, *grid.map_shape), is_valid
+
+    def read_features(self, keyframe: int) -> NDArray[np.float32]:
+        """Teacher features (V, h, w, C) of a keyframe; int8 features are multiplied by their scale."""
+        features = self.read("features", keyframe).astype(np.float32)
+        if self.cache.spec.feature_dtype == "int8":
+            features *= self.read("feature_scale", keyframe)[..., None].astype(np.float32)
+        return features
 
     def points(self, keyframe: int) -> Points:
         """The LiDAR returns of a keyframe. Raises CacheError if the cache was built without --points, and as `read`."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import Matrix, project, transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.canvas import DPI, place
+from occfeat_targets.pictures.colors import Colors, rgb
 
 GAP = 8  # [px] between pictures
 MAX_COLUMNS = 4
@@ -100,12 +101,11 @@ class Cameras:
         camera: int,
         dot: Dot,
         points: NDArray[Any],
-        scale: ScalarMappable,
-        heights: NDArray[Any] | None = None,
+        colors: Colors | ScalarMappable,
     ) -> None:
-        """Draw the points that a camera sees, the nearest last, coloured by their heights, by default by their depths.
+        """Draw the points that a camera sees, the nearest last.
 
-        points: (n, 3) in the ego frame [m]. heights: (n,) [m].
+        points: (n, 3) in the ego frame [m]. colors: (n, 3), or a scale of depths [m].
         """
         intrinsics, points_cam = self._intrinsics[camera], transform(self.cam_from_ego[camera], points)
         pixels, depth, is_seen = project(intrinsics, points_cam, self._image_size, self._areas[camera])
@@ -116,8 +116,9 @@ class Cameras:
         )
         points_per_pixel = 72 / DPI
         u, v = pixels[chosen].T
+        shown = rgb(colors, depth[chosen]) if isinstance(colors, ScalarMappable) else colors[chosen]
         axes.scatter(
-            u, v, (2 * radii * points_per_pixel) ** 2, scale.to_rgba((depth if heights is None else heights)[chosen]),
+            u, v, (2 * radii * points_per_pixel) ** 2, shown / 255,
             edgecolors="black", linewidths=dot.rim * points_per_pixel,
         )  # fmt: skip
 
@@ -128,9 +129,7 @@ def read_features(reader: CacheReader, keyframe: int) -> tuple[NDArray[np.float3
     int8 features are multiplied by their scale. The other tokens are of masked cameras, or of the black part of an image.
     """
     spec = reader.cache.spec
-    features = reader.read("features", keyframe).astype(np.float32)
-    if spec.feature_dtype == "int8":
-        features *= reader.read("feature_scale", keyframe)[..., None].astype(np.float32)
+    features = reader.read_features(keyframe)
     y, x = ((np.arange(n) + 0.5) * size / n for n, size in zip(features.shape[1:3], spec.image_size, strict=True))
     top, left, bottom, right = reader.read("image_area", keyframe).T[..., None]
     is_shown = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]

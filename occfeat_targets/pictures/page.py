@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.cache.reader import CacheReader, frame_index
 from occfeat_targets.cache.records import writing
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.common.progress import progress_bar
@@ -16,7 +16,7 @@ from occfeat_targets.pictures.cameras import read_features
 from occfeat_targets.pictures.canvas import png
 from occfeat_targets.pictures.colors import FeatureColors
 from occfeat_targets.pictures.html import render
-from occfeat_targets.pictures.sheet import draw_keyframe, frame_index, why_absent
+from occfeat_targets.pictures.sheet import draw_keyframe, why_absent
 
 MAX_FITTED = 8  # keyframes to which the colours are fitted
 

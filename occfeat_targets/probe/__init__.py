@@ -1,0 +1,1 @@
+"""Linear probes: how well a cache's target features separate the classes of its labels."""
