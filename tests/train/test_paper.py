@@ -44,7 +44,7 @@ def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
 
 OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
-    "task": None, "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "task": None, "loss.occ_on": "observed", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
 }  # fmt: skip
