@@ -56,8 +56,9 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     value = Config().flat()[field]
     other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
     config = Config().override([f"{field}={json.dumps(other)}"])
+    targets = {**TARGETS.to_dict(), "rays": True}  # which some fields need
     computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling")
-    assert list(found_in(about_of(config))) == ([] if field in computing else [field])
+    assert list(found_in(about_of(config, targets=targets))) == ([] if field in computing else [field])
 
 
 def test_differences_are_reported_with_both_values():
