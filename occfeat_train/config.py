@@ -181,14 +181,17 @@ class OptimConfig:
 class LossConfig:
     """occ: weight of eq. 2, 1 or 0 (``--feat-only``). feat: lambda of eq. 1; 0 leaves the features out (``--occ-only``).
 
+    occ_on: voxels of eq. 2: ``all``, or those that the LiDAR's rays have ``observed``.
     pos_weight: weight of positive cells in the segmentation's cross-entropy (Simple-BEV).
     """
 
     occ: float = 1.0
     feat: float = 0.01
+    occ_on: Literal["all", "observed"] = "all"
     pos_weight: float = 2.13
 
     def __post_init__(self) -> None:
+        require_one_of(self, "occ_on")
         weights = (self.occ, self.feat)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
