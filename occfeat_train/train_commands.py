@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -145,12 +145,24 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
     metavar="WEIGHT",
     help="Weight of the feature loss (eq. 1, Table 4).  [default: the preset's, 0.01]",
 )
+@click.option(
+    "--occ-on",
+    type=click.Choice(["all", "observed"]),
+    help="Voxels of the occupancy loss: all, or only those that LiDAR rays have passed or ended in, of a cache built with --rays.  "
+    "[default: the preset's, all]",
+)
 @initial_option(help="Run or checkpoint with the initial weights of network and head.")
 @training_options
 @machine_options
 @reports_errors
 def pretrain(
-    asked: str | None, method: str | None, occ_only: bool, feat_only: bool, lambda_: float | None, **given: Any
+    asked: str | None,
+    method: str | None,
+    occ_only: bool,
+    feat_only: bool,
+    lambda_: float | None,
+    occ_on: Literal["all", "observed"] | None,
+    **given: Any,
 ) -> None:
     """Pretrain a network on occupancy and features (paper, section 3), or with another pretext task. The defaults are the paper's values."""
     of_method = f"table1/simplebev-enb0/{method}"
@@ -162,14 +174,21 @@ def pretrain(
         chosen, name = replace(chosen, task=method), f"{name}-{method}"
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
-    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None):
-        raise click.UsageError(f"--occ-only, --feat-only and --lambda are about occfeat's losses, not {chosen.task}'s")
+    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None or occ_on is not None):
+        raise click.UsageError(
+            f"--occ-only, --feat-only, --lambda and --occ-on are about occfeat's losses, not {chosen.task}'s"
+        )
+    if feat_only and occ_on is not None:
+        raise click.UsageError("--feat-only has no occupancy loss: leave --occ-on out")
     if occ_only or feat_only:
         chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
         name += "-occ-only" if occ_only else "-feat-only"
     if lambda_ is not None:
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
+    if occ_on is not None and occ_on != chosen.loss.occ_on:
+        chosen = replace(chosen, loss=replace(chosen.loss, occ_on=occ_on))
+        name += f"-occ-on-{occ_on}"
     train(chosen, name, given, preset=row)
 
 

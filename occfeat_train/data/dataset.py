@@ -118,6 +118,10 @@ class KeyframeDataset:
             names: list[str] = self.config.task_class.arrays(self.config, cache.spec)
         except ValueError as err:
             raise CacheError(f"{cache.path} has {err}") from err
+        if not self.training:
+            names += [
+                name for name in self.config.task_class.evaluation_arrays(self.config, cache.spec) if name not in names
+            ]
         missing = [name for name in names if name not in self._specs]
         if missing:
             raise CacheError(f"{cache.path} has no {', '.join(missing)}, which {task} reads: build a cache with it")

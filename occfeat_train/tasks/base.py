@@ -60,6 +60,11 @@ class Task(nn.Module):
         return reader.is_valid
 
     @staticmethod
+    def evaluation_arrays(config: Config, spec: TargetSpec) -> list[str]:
+        """Names of further arrays that only `measure` reads, and that a cache need not have."""
+        return []
+
+    @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
         """What a batch carries of a sample, by default its arrays. Called in the loader's threads."""
         return dict(sample.arrays)

@@ -17,10 +17,21 @@ from torch.autograd.function import once_differentiable
 _EPS = 1e-8  # smallest norm of a vector, as in torch's cosine_similarity
 
 
-def occupancy_loss(logits: Float[Tensor, "B Z H W"], occupied: Bool[Tensor, "B Z H W"]) -> Float[Tensor, ""]:
-    """Eq. 2: binary cross-entropy averaged over all voxels."""
+def occupancy_loss(
+    logits: Float[Tensor, "B Z H W"],
+    occupied: Bool[Tensor, "B Z H W"],
+    observed: Bool[Tensor, "B Z H W"] | None = None,
+) -> Float[Tensor, ""]:
+    """Eq. 2: binary cross-entropy averaged over all voxels, or over those that are observed (not in the paper).
+
+    A sample without observed voxels adds 0 and counts in the mean.
+    """
     logits = _exact(logits)
-    return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
+    if observed is None:
+        return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
+    loss = F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none")
+    mask = observed.to(loss)
+    return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 def feature_loss(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.distributed import gather, sum_over_processes
+from occfeat_train.tasks.ray_iou import NUM_COUNTS, ray_ious
 
 THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)  # BEVFusion's
 HALF = THRESHOLDS.index(0.5)
@@ -116,11 +117,17 @@ class SegmentationMetric(Metric):
 
 
 class PretrainingMetric(Metric):
-    """Occupancy IoU at 0.5 and the mean cosine between predicted and target features over all distilled voxels."""
+    """Occupancy IoU at 0.5, and the mean cosine between predicted and target features over all distilled voxels.
+
+    With rays also the IoU over observed voxels, and RayIoU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = torch.zeros(3, dtype=torch.int64)  # intersection, union, distilled voxels
+        self.counts = torch.zeros(
+            5, dtype=torch.int64
+        )  # intersection, union; both of observed voxels; distilled voxels
+        self.rays = torch.zeros(NUM_COUNTS, dtype=torch.int64)
         self.cosine = torch.zeros((), dtype=torch.float64)
 
     def update(
@@ -128,26 +135,36 @@ class PretrainingMetric(Metric):
         logits: Float[Tensor, "B Z H W"] | None,
         occupied: Bool[Tensor, "B Z H W"],
         cosine: Float[Tensor, " n"] | None,
+        observed: Bool[Tensor, "B Z H W"] | None = None,
+        rays: Int64[Tensor, " m"] | None = None,
     ) -> None:
-        """logits: None without occupancy head. cosine: None without feature head."""
+        """logits: None without occupancy head. cosine: None without feature head. observed, rays (`ray_counts`): None without rays."""
         if logits is not None:
             predicted = logits > 0
-            self.counts[0] += (predicted & occupied).sum().cpu()
-            self.counts[1] += (predicted | occupied).sum().cpu()
+            both, either = predicted & occupied, predicted | occupied
+            self.counts[0] += both.sum().cpu()
+            self.counts[1] += either.sum().cpu()
+            if observed is not None:
+                self.counts[2] += (both & observed).sum().cpu()
+                self.counts[3] += (either & observed).sum().cpu()
+        if rays is not None:
+            self.rays += rays
         if cosine is not None:
-            self.counts[2] += len(cosine)
+            self.counts[4] += len(cosine)
             self.cosine += cosine.double().sum().cpu()
         self.num_samples += len(occupied)
 
     def reduce(self) -> None:
         super().reduce()
-        self.counts, self.cosine = sum_over_processes(self.counts), sum_over_processes(self.cosine)
+        self.counts, self.rays, self.cosine = map(sum_over_processes, (self.counts, self.rays, self.cosine))
 
     def results(self) -> dict[str, Any]:
-        voxels = int(self.counts[2])
+        voxels = int(self.counts[4])
+        with_rays = {"occupancy_iou_observed": _iou(self.counts[2:4]), **ray_ious(self.rays)} if self.rays.any() else {}
         return {
             "samples": self.num_samples,
             "occupancy_iou": _iou(self.counts[:2]),
+            **with_rays,
             "cosine": float(self.cosine) / voxels if voxels else None,
         }
 

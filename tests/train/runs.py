@@ -81,7 +81,7 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, points: int = 0, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
@@ -90,7 +90,7 @@ def write_cache(
     """
     features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
     spec = TargetSpec(
-        grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels, max_points=points
+        grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels, rays=rays, max_points=points
     )
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))

@@ -44,7 +44,8 @@ def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
 
 OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
-    "task": None, "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "task": None, "loss.occ_on": "observed", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "network.efficientnet": "torch",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
 }  # fmt: skip
@@ -56,8 +57,9 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     value = Config().flat()[field]
     other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
     config = Config().override([f"{field}={json.dumps(other)}"])
+    targets = {**TARGETS.to_dict(), "rays": True}  # which some fields need
     computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling")
-    assert list(found_in(about_of(config))) == ([] if field in computing else [field])
+    assert list(found_in(about_of(config, targets=targets))) == ([] if field in computing else [field])
 
 
 def test_differences_are_reported_with_both_values():
