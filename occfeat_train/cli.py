@@ -1,4 +1,4 @@
-"""The command line: occfeat-train check, config, pretrain, finetune, evaluate, report, import-reference.
+"""The command line: occfeat-train check, config, pretrain, finetune, evaluate, report, figures, import-reference.
 
 Exit codes: 0 success; 1 error; 2 wrong usage; 3 training stopped early by a signal, with a checkpoint saved; 130
 interrupted by a second Ctrl-C.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_targets.common.command_line import (
     SETTINGS,
     VARIABLES,
@@ -28,7 +28,10 @@ from occfeat_train.options import (
     COUNT,
     DEVICE_OPTION,
     DIRECTORY,
+    NUMBERS,
     PATH,
+    POINT,
+    PROGRESS_OPTION,
     cache_option,
     machine_options,
     reports_errors,
@@ -73,12 +76,11 @@ def config() -> None:
 
 @config.command("list", short_help="List the presets.", epilog=examples("occfeat-train config list"))
 def list_presets() -> None:
-    """List the presets, named after the rows of the paper's tables, and the cache each needs if not of the default size."""
+    """List the presets, named after the rows of the paper's tables, and the cache each needs if not the default one."""
     width = max(map(len, PRESETS))
     for name, chosen in PRESETS.items():
-        height, wide = chosen.smallest_cache()
-        needs = f"{name:{width}}  a cache built with --image-size {height}x{wide}"
-        echo(name if height <= STUDENT_SIZE[0] else needs)
+        needs = " ".join(chosen.build_options)
+        echo(f"{name:{width}}  a cache built with {needs}" if needs else name)
 
 
 @config.command(
@@ -98,7 +100,9 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     chosen = chosen.override(overrides)
     for key, value in chosen.flat().items():
         echo(f"{key}={json.dumps(value)}")
-    echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
+    height, width = chosen.smallest_cache()
+    points = ", and --points" * ("--points" in chosen.build_options)
+    echo(f"# needs a cache built with --image-size {height}x{width} or more{points}")
 
 
 main.add_command(pretrain)
@@ -168,6 +172,59 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
 
     with processes(device) as process:
         write_report(runs, cache, split, out, process, process.print, samples)
+
+
+@main.command(
+    short_help="Draw the features that pretraining runs predict.",
+    epilog=examples(
+        "occfeat-train figures runs/pretrained --split val --out figures",
+        "occfeat-train figures runs/pretrained --keyframes 0,400 --fit-split train --fit-on scene-0061",
+        "occfeat-train figures runs/pretrained --of vehicles --voxel 0,12,-0.4",
+    ),
+)
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+@cache_option
+@click.option("--split", metavar="SPLIT", default="val", help="Split to draw keyframes from.")
+@click.option("--out", type=DIRECTORY, default=Path("figures"), help="Directory of the PNGs and of index.html.")
+@click.option(
+    "--keyframes",
+    type=NUMBERS,
+    metavar="LIST",
+    help="Numbers of the keyframes to draw, joined by commas.  [default: --samples]",
+)
+@click.option("--samples", type=COUNT, metavar="N", default=2, help="Keyframes to draw, evenly spread over the split.")
+@click.option("--fit-split", metavar="SPLIT", help="Split with the scene of --fit-on.  [default: that of --split]")
+@click.option(
+    "--fit-on",
+    metavar="SCENE",
+    help="Scene to whose predicted features the colours are fitted; its first keyframe is drawn, too.  [default: the first keyframe's, or the first of another --fit-split]",
+)
+@click.option(
+    "--voxel",
+    "voxels",
+    type=POINT,
+    multiple=True,
+    metavar="R,F,U",
+    help="Correlation map of the voxel at this point of the first keyframe drawn: metres to the right, forward and up in the grid. Repeatable.",
+)
+@click.option(
+    "--of",
+    "classes",
+    multiple=True,
+    metavar="CLASS",
+    help="Correlation map of the mean of a class, such as vehicles or road, in the first keyframe drawn that has it. Repeatable.  [default: road and vehicles, without --voxel and where the cache has them]",
+)
+@DEVICE_OPTION
+@PROGRESS_OPTION
+@reports_errors
+def figures(runs: tuple[Path, ...], cache: Path, out: Path, device: str, **given: Any) -> None:
+    """Draw what pretrained networks predict for voxels: features as colours, fitted to one scene and used for all (paper, Figure 5), correlation maps (Figure 6), and occupancy."""
+    from occfeat_train.distributed import processes
+    from occfeat_train.report.feature_page import write_figures
+    from occfeat_train.report.feature_runs import FigureOptions
+
+    with processes(device) as process:
+        write_figures(runs, cache, out, FigureOptions(**given), process, process.print)
 
 
 @main.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,26 @@ NETWORK = names_of(LIFTINGS)
 BACKBONE = click.Choice(get_args(Backbone))
 
 
+def numbers(
+    kind: type[int] | type[float], example: str, length: int | None = None
+) -> Callable[[str], tuple[float, ...]]:
+    """The type of an option that takes numbers joined by commas. length: how many are expected; None for any."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        try:
+            found = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or len(found) != (length or len(found)) or not all(map(math.isfinite, found)):
+            amount = "" if length is None else f"{length} "
+            raise click.BadParameter(f"{text!r}: {amount}numbers joined by commas expected, such as {example}")
+        return found
+
+    return parse
+
+
+NUMBERS = numbers(int, "0,5,9")
+POINT = numbers(float, "0,12,-0.4", length=3)
 cache_option = click.option(
     "--cache", type=DIRECTORY, default=Path("cache"), envvar="OCCFEAT_CACHE", show_envvar=True,
     help="Directory of the caches; a split is in CACHE/SPLIT.zarr.",
@@ -36,6 +57,9 @@ def initial_option(help: str) -> Callable[..., Any]:
 
 set_option = functools.partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
 DEVICE_OPTION = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+PROGRESS_OPTION = click.option(
+    "--progress/--no-progress", default=True, help="Progress bars; a line a minute if stderr is no terminal."
+)
 machine_options = options(
     DEVICE_OPTION,
     click.option(
@@ -46,9 +70,7 @@ machine_options = options(
         default=4,
         help="Threads that load batches ahead.",
     ),
-    click.option(
-        "--progress/--no-progress", default=True, help="Progress bars; a line a minute if stderr is no terminal."
-    ),
+    PROGRESS_OPTION,
 )
 training_options = options(
     click.option("--split", default="train", metavar="SPLIT", help="Split to train on."),
@@ -57,7 +79,7 @@ training_options = options(
     set_option(help="Change a field of the config; 'config show' lists them."),
     click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid.  [default: the preset's, simplebev]"),
     click.option("--backbone", type=BACKBONE, help="Backbone of image encoder and decoder.  [default: the preset's, efficientnet-b0]"),
-    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: a hub id, a local folder, a MoCo .pth.tar, or none (from scratch).  [default: the preset's, trained on ImageNet]"),
+    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: a hub id, a local folder, a file of torchvision, timm or MoCo, or none (from scratch).  [default: the preset's, trained on ImageNet]"),
     click.option("--epochs", type=float, metavar="N", help="Number of epochs.  [default: the preset's]"),
     click.option("--batch", type=COUNT, metavar="N", help="Samples per forward pass, over all ranks.  [default: the preset's]"),
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the initial weights, the sample order and the augmentation.  [default: the preset's, 0]"),

@@ -31,7 +31,7 @@ from occfeat_targets.pictures.colors import (
 Mask = NDArray[np.bool_]
 
 # Outline of the ego vehicle on the ground of the ego frame (x forward from the rear axle, y left) [m]; its nose is pointed.
-_EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])
+EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])
 _RINGS = (1, 2, 5, 10, 25, 50, 100, 200)  # [m]
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 BODY_HEIGHT = (0.3, 2.0)  # [m] above the ground: heights where vehicles have LiDAR returns and the road has none
@@ -96,7 +96,7 @@ def draw_cells(
         axes.contourf(*_steps(hatched, grid), levels=[0.5, 1.5], colors="none", hatches=["//////"])
     if outlined is not None and outlined.any():
         axes.contour(*_steps(outlined, grid), levels=[0.5], colors=["#c8102e"], linewidths=1)
-    center, *outline = transform(grid_from_ego, np.concatenate([np.zeros((1, 3)), _EGO_OUTLINE]))[:, :2]
+    center, *outline = transform(grid_from_ego, np.concatenate([np.zeros((1, 3)), EGO_OUTLINE]))[:, :2]
     reach = max(map(abs, (rear, left, front, right)))
     for radius in (r for r in _RINGS if reach / 8 <= r <= reach):
         axes.add_patch(Circle(center, radius, fill=False, edgecolor="#888", linewidth=0.5))

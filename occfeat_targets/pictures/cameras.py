@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.geometry import Matrix, project, transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.pictures.canvas import DPI, place
+from occfeat_targets.pictures.colors import Colors, rgb
 
 GAP = 8  # [px] between pictures
 MAX_COLUMNS = 4
@@ -100,12 +101,11 @@ class Cameras:
         camera: int,
         dot: Dot,
         points: NDArray[Any],
-        scale: ScalarMappable,
-        heights: NDArray[Any] | None = None,
+        colors: Colors | ScalarMappable,
     ) -> None:
-        """Draw the points that a camera sees, the nearest last, coloured by their heights, by default by their depths.
+        """Draw the points that a camera sees, the nearest last.
 
-        points: (n, 3) in the ego frame [m]. heights: (n,) [m].
+        points: (n, 3) in the ego frame [m]. colors: (n, 3), or a scale of depths [m].
         """
         intrinsics, points_cam = self._intrinsics[camera], transform(self.cam_from_ego[camera], points)
         pixels, depth, is_seen = project(intrinsics, points_cam, self._image_size, self._areas[camera])
@@ -116,8 +116,9 @@ class Cameras:
         )
         points_per_pixel = 72 / DPI
         u, v = pixels[chosen].T
+        shown = rgb(colors, depth[chosen]) if isinstance(colors, ScalarMappable) else colors[chosen]
         axes.scatter(
-            u, v, (2 * radii * points_per_pixel) ** 2, scale.to_rgba((depth if heights is None else heights)[chosen]),
+            u, v, (2 * radii * points_per_pixel) ** 2, shown / 255,
             edgecolors="black", linewidths=dot.rim * points_per_pixel,
         )  # fmt: skip
 

@@ -29,6 +29,8 @@ OCCUPIED, FREE = COINCIDENT, OCCUPIED_ONLY
 HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#0f25cd", "#2470af", "#5f8471", "#c5a447", "#f9ff2a"])
 DEPTHS = LinearSegmentedColormap.from_list("depths", colormaps["inferno"](np.linspace(1, 0.3, 256)))
 
+CORRELATIONS = colormaps["viridis"]
+
 
 def height_scale(grid: VoxelGrid) -> ScalarMappable:
     """Colours of heights in a grid [m]."""
@@ -40,8 +42,13 @@ def depth_scale() -> ScalarMappable:
     return ScalarMappable(LogNorm(2, 64), DEPTHS)
 
 
+def correlation_scale(lowest: float) -> ScalarMappable:
+    """Colours of cosines from `lowest` to 1."""
+    return ScalarMappable(Normalize(lowest, 1), CORRELATIONS)
+
+
 def rgb(scale: ScalarMappable, values: NDArray[Any]) -> Colors:
-    """(...) values [m] -> (..., 3); values outside of the scale are clamped."""
+    """(...) values -> (..., 3); values outside of the scale are clamped."""
     return np.asarray(scale.to_rgba(np.asarray(values, np.float64), bytes=True))[..., :3]
 
 

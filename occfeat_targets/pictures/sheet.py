@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -18,19 +14,25 @@ from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader, frame_index
 from occfeat_targets.cache.store import Cache
+from occfeat_targets.pictures.bands import (
+    MARGIN,
+    WIDTH,
+    Band,
+    heading_band,
+    stack,
+    text_band,
+    warning_bands,
+)
 from occfeat_targets.pictures.birdseye import (
     BODY_HEIGHT,
-    Mask,
     coincidence_colors,
-    draw_cameras,
-    draw_cells,
     label_colors,
     observed_colors,
     occupancy_colors,
     occupied_at_body_height,
 )
 from occfeat_targets.pictures.cameras import RETURN, VOXEL, Cameras, Dot, read_features
-from occfeat_targets.pictures.canvas import DPI, default_style, place
+from occfeat_targets.pictures.canvas import default_style
 from occfeat_targets.pictures.colors import (
     COINCIDENT,
     EMPTY,
@@ -42,14 +44,10 @@ from occfeat_targets.pictures.colors import (
     FeatureColors,
     depth_scale,
     height_scale,
+    rgb,
     swatch,
 )
-
-MARGIN = 20  # [px]
-PANEL, RULER = 600, 60  # [px] of a bird's-eye picture, and left of it for its ruler
-COLUMNS = 3  # of bird's-eye pictures
-WIDTH = COLUMNS * (PANEL + RULER) + 2 * MARGIN
-Band = tuple[float, Callable[[SubFigure], None]]  # height [px] of a part of the sheet, and what draws it
+from occfeat_targets.pictures.panels import Panel, map_bands
 
 
 @default_style()
@@ -71,16 +69,11 @@ def draw_keyframe(
     bands = _title(reader.cache, keyframe, index)
     absent = why_absent(reader, keyframe) or _why_no_grid(reader, keyframe, index)
     if absent is not None:
-        bands += [_text(absent[0], 44, margin=60), _text(absent[1], 17, margin=40)]
+        bands += [text_band(absent[0], 44, margin=60), text_band(absent[1], 17, margin=40)]
     else:
         scene = Scene(reader, keyframe, index)
         bands += [*scene.views(returns, feature_colors), *scene.maps()]
-    heights = [height for height, _ in bands]
-    sheet = Figure((WIDTH / DPI, sum(heights) / DPI), DPI, facecolor="white")
-    parts = sheet.subfigures(len(bands), 1, height_ratios=heights, hspace=0, squeeze=False)[:, 0]
-    for part, (_, draw) in zip(parts, bands, strict=True):
-        draw(part)
-    return sheet
+    return stack(bands)
 
 
 def why_absent(reader: CacheReader, keyframe: int) -> tuple[str, str] | None:
@@ -110,43 +103,7 @@ def _title(cache: Cache, keyframe: int, index: int) -> list[Band]:
     title = f"{identity.tokens[keyframe]}   {identity.scenes[keyframe]}   {cache.path.stem} {keyframe} of {len(cache)}"
     teacher = "no teacher" if spec.teacher is None else f"teacher {spec.teacher.name} ({spec.teacher.digest})"
     caption = f"cache {spec.fingerprint}; {teacher}; grid {spec.grid} in frame {spec.frames[index]}"
-    warnings = [_text(text, 18, color="white", background="#c8201c") for text in cache.warnings]
-    return [_text(title, 20), _text(caption, 12, color="#555", margin=2), *warnings]
-
-
-def _text(text: str, size: float, *, margin: float = 8, color: str = "#111", background: str = "none") -> Band:
-    """Lines of text of `size` points over the whole width."""
-    pixels = size * DPI / 72
-    lines = textwrap.wrap(text, int((WIDTH - 2 * MARGIN) / (0.65 * pixels)))  # more than the mean width of a character
-
-    def draw(part: SubFigure) -> None:
-        part.set_facecolor(background)
-        at = (MARGIN / WIDTH, 0.5)
-        part.text(*at, "\n".join(lines), size=size, color=color, va="center", linespacing=1.25, parse_math=False)
-
-    return 1.25 * pixels * len(lines) + 2 * margin, draw
-
-
-def _heading(text: str, scale: ScalarMappable | None = None) -> Band:
-    """A heading, and the colour bar of a scale in metres."""
-
-    def draw(part: SubFigure) -> None:
-        part.text(MARGIN / WIDTH, 0.3, text, size=14, va="center")
-        if scale is not None:
-            _color_bar(part, scale, MARGIN + 620, 30)
-
-    return 52, draw
-
-
-def _color_bar(part: SubFigure, scale: ScalarMappable, left: float, top: float) -> None:
-    """A colour bar with its values in metres above it."""
-    bar = place(part, left, top, 420, 12)
-    assert isinstance(scale.norm, Normalize)
-    part.colorbar(scale, cax=bar, orientation="horizontal", ticks=scale.norm.inverse(np.linspace(0, 1, 6)))
-    bar.minorticks_off()
-    bar.xaxis.set_ticks_position("top")
-    bar.xaxis.set_major_formatter("{x:g} m")
-    bar.tick_params(labelsize=10, pad=1, length=3)
+    return [text_band(title, 20), text_band(caption, 12, color="#555", margin=2), *warning_bands(cache.warnings)]
 
 
 class Scene:
@@ -165,10 +122,10 @@ class Scene:
         centers = self.grid.centers_of(np.flatnonzero(self.volume)).astype(np.float64)
         voxels = transform(inverse_rigid(self.grid_from_ego), centers)
 
-        def dots(dot: Dot, points: NDArray[Any], scale: ScalarMappable, heights: NDArray[Any] | None = None) -> Band:
+        def dots(dot: Dot, points: NDArray[Any], colors: Colors | ScalarMappable) -> Band:
             def draw(part: SubFigure) -> None:
                 for camera, axes in cameras.draw(part).items():
-                    cameras.draw_points(axes, camera, dot, points, scale, heights)
+                    cameras.draw_points(axes, camera, dot, points, colors)
 
             return cameras.height, draw
 
@@ -177,53 +134,23 @@ class Scene:
             colors = (feature_colors or FeatureColors.fit(features[is_shown]))(features)
             cameras.draw(part, np.where(is_shown[..., None], colors, np.uint8(0)))
 
-        heading = _heading("centres of occupied voxels, by height in the grid", self.height)
-        bands = [heading, dots(VOXEL, voxels, self.height, centers[:, 2])]
+        heading = heading_band("centres of occupied voxels, by height in the grid", self.height)
+        bands = [heading, dots(VOXEL, voxels, rgb(self.height, centers[:, 2]))]
         if returns is not None:
-            bands += [_heading("LiDAR returns, by depth", depth_scale()), dots(RETURN, returns, depth_scale())]
+            bands += [heading_band("LiDAR returns, by depth", depth_scale()), dots(RETURN, returns, depth_scale())]
         if self.reader.cache.spec.teacher is not None:
-            heading = _heading("teacher features: three principal components as red, green and blue")
+            heading = heading_band("teacher features: three principal components as red, green and blue")
             bands += [heading, (cameras.height, draw_features)]
         return bands
 
     def maps(self) -> list[Band]:
         """The bird's-eye pictures, in rows."""
-        panels = self.panels()
-        return [self._row(panels[start : start + COLUMNS], start == 0) for start in range(0, len(panels), COLUMNS)]
-
-    def _row(self, panels: list[Panel], is_first: bool) -> Band:
-        """Bird's-eye pictures beside each other. The first of all has the cameras, and the scale of heights as its key."""
-        grid, is_valid = self.grid, self.cameras.is_valid
-        grid_from_cams = self.grid_from_ego @ inverse_rigid(self.cameras.cam_from_ego[is_valid])
-        names = [name for name, valid in zip(self.cameras.names, is_valid, strict=True) if valid]
-        spans = [high - low for low, high in zip(grid.lower[1:], grid.upper[1:], strict=True)]
-        scale = PANEL / max(spans)  # [px/m]
-        cell = scale * min(grid.cell_size[1:])
-        scale *= int(cell) / cell if cell >= 1 else 1  # whole pixels per cell if they fit
-        height, width = (scale * span for span in spans)
-
-        def draw(part: SubFigure) -> None:
-            for column, panel in enumerate(panels):
-                left = MARGIN + RULER + column * (PANEL + RULER)
-                axes = place(part, left, 40, width, height)
-                draw_cells(axes, panel.colors, grid, self.grid_from_ego, hatched=panel.hatched)
-                axes.set_title(panel.title, loc="left", size=12)
-                if is_first and column == 0:
-                    draw_cameras(axes, grid_from_cams, names, PANEL / 8 / scale)
-                    _color_bar(part, self.height, left, height + 115)
-                else:
-                    axes.legend(
-                        handles=panel.key, loc="upper left", bbox_to_anchor=(0, -50 / height), ncols=panel.key_columns,
-                        frameon=False, borderaxespad=0, borderpad=0, fontsize=10,
-                    )  # fmt: skip
-
-        rows = max(-(-len(panel.key) // panel.key_columns) for panel in panels)
-        return height + 100 + 22 * max(rows, 2), draw
+        return map_bands(self.panels(), self.grid, self.grid_from_ego, self.cameras)
 
     def panels(self) -> list[Panel]:
         """Occupancy, labels, the coincidence of both, and what the rays observed, as far as the cache has them."""
         title = f"{int(self.volume.sum())} occupied voxels, the highest of each column"
-        panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid))]
+        panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid), scale=self.height)]
         kinds = [LABEL_KINDS[name] for name in self.reader.cache.spec.labels]
         masks, invalid = {}, {}
         for kind in kinds:
@@ -263,17 +190,3 @@ class Scene:
             swatch(EMPTY, "column that no ray has passed"),
         ]
         return Panel(title, observed_colors(self.volume, free), key)
-
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """A bird's-eye picture. colors: (H, W, 3). key: entries of its legend. hatched: (H, W) cells."""
-
-    title: str
-    colors: Colors
-    key: list[Patch] = field(default_factory=list)
-    hatched: Mask | None = None
-
-    @property
-    def key_columns(self) -> int:
-        return 1 if len(self.key) <= 3 else 2

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.common.pickled import UnsafePickle, load_pickled
 from occfeat_train.config import REFERENCE_LIFTINGS, Config
 from occfeat_train.distributed import Process
-from occfeat_train.networks.pickled import UnsafePickle, load_pickled
 from occfeat_train.simple_bev.weights import convert
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.checkpoint import RunInfo, load_weights, save_checkpoint
