@@ -33,13 +33,19 @@ from pipelines.study.sizes import SIZES
 @click.option("--teacher", help="Hub id or folder of a trained teacher; without it, only the random teacher is used.")
 @click.option("--teacher-name", help="What the report calls the teacher.  [default: --teacher]")
 @click.option("--seeds", type=click.IntRange(1), help="Number of seeds.  [default: the size's]")
+@click.option(
+    "--only-seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Run only this seed, for example on another machine; the results of several are copied into one OUT/runs.",
+)
 @click.option("--jobs", type=click.IntRange(1), help="Trainings at a time, one thread each.  [default: the size's]")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--search", is_flag=True, help="Try the candidate settings instead.")
 @click.option("--stop-after", type=float, metavar="MINUTES", help="Begin no run after this time.  [default: none]")
 @click.option("--report-only", is_flag=True, help="Write the report of what is finished.")
 def main(
-    size_name: str, out: Path, teacher: str | None, teacher_name: str | None, seeds: int | None, jobs: int | None,
+    size_name: str, out: Path, teacher: str | None, teacher_name: str | None, seeds: int | None, only_seed: int | None, jobs: int | None,
     device: str, search: bool, stop_after: float | None, report_only: bool,
 ) -> None:  # fmt: skip
     """Does pretraining help? A study on the synthetic city."""
@@ -48,16 +54,17 @@ def main(
     teachers = {"random": RANDOM} if teacher is None else {"trained": teacher, "random": RANDOM}
     teachers = {name: model for name, model in teachers.items() if name in teachers_of(chosen)} or teachers
     runs = search_runs(chosen) if search else runs_of(chosen, set(teachers))
+    mine = [run for run in runs if only_seed in (None, run.seed)]
     out = out.resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     if not report_only:
-        for line in describe(chosen, runs, out, teachers):
+        for line in describe(chosen, mine, out, teachers):
             echo(line)
         make_data(out, chosen.city, teachers, device=device, tasks=chosen.tasks)
         echo(f"data: {describe_minutes(time.monotonic() - started)}")
         try:
-            train(runs, out, chosen, list(teachers), device, None if stop_after is None else started + 60 * stop_after)
+            train(mine, out, chosen, list(teachers), device, None if stop_after is None else started + 60 * stop_after)
         finally:
             if search:
                 echo(markdown(search_table(runs, out)))

@@ -10,19 +10,25 @@ from dataclasses import dataclass, replace
 
 TASKS = ("vehicles", "map")
 NONE, OCCUPANCY, FEATURES, OCCFEAT = "none", "occupancy only", "features only", "OccFeat"
+LONGER = "none, 3 times the steps"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """name: as in the tables. pretrain: options of `occfeat-train pretrain`, None for no pretraining. teacher: whose features it learns."""
+    """name: as in the tables. pretrain: options of `occfeat-train pretrain`, None for no pretraining. teacher: whose features it learns.
+
+    longer: how many times the steps of the other arms it is finetuned.
+    """
 
     name: str
     pretrain: tuple[str, ...] | None = ()
     teacher: str = "trained"
+    longer: int = 1
 
 
 ARMS = (
     Arm(NONE, None),
+    Arm(LONGER, None, longer=3),  # whether pretraining only saves steps
     Arm(FEATURES, ("--feat-only",)),
     Arm(OCCUPANCY, ("--occ-only",)),
     Arm(OCCFEAT),  # the paper's lambda, 0.01
