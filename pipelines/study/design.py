@@ -132,7 +132,7 @@ def runs_of(size: Size, teachers: set[str]) -> list[Run]:
             for labels, steps in size.finetune.items():
                 for task in TASKS:
                     options = ("--preset", f"small/{task}-100", "--set", f"labels={labels:g}")
-                    run = _run(size, f"{name}-{task}-{labels:g}", arm, seed, steps, labels, options)
+                    run = _run(size, f"{name}-{task}-{labels:g}", arm, seed, steps * arm.longer, labels, options)
                     runs.append(replace(run, task=task, labels=labels, after="" if arm.pretrain is None else name))
     return runs
 
