@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 TASKS = ("vehicles", "map")
 NONE, OCCUPANCY, FEATURES, OCCFEAT = "none", "occupancy only", "features only", "OccFeat"
+OCCFEAT_RANDOM = f"{OCCFEAT}, random teacher"
 LONGER = "none, 3 times the steps"
 
 
@@ -35,7 +36,7 @@ ARMS = (
     Arm(f"{OCCFEAT}, lambda 0.1", ("--lambda", "0.1")),
     Arm(f"{OCCFEAT}, lambda 1", ("--lambda", "1")),
     Arm(f"{FEATURES}, random teacher", ("--feat-only",), "random"),
-    Arm(f"{OCCFEAT}, random teacher", (), "random"),
+    Arm(OCCFEAT_RANDOM, (), "random"),
     Arm(f"{OCCFEAT}, lambda 1, random teacher", ("--lambda", "1"), "random"),
 )
 

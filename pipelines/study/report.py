@@ -19,7 +19,7 @@ from occfeat_train.report.figures import LINE_COLORS
 from occfeat_train.report.pretraining import cosine_of_mean
 from occfeat_train.report.runs import draw_predictions, open_run
 from occfeat_train.training.initial import restore
-from pipelines.study.design import NONE, OCCFEAT, TASKS, Run, Size, runs_of
+from pipelines.study.design import NONE, OCCFEAT, OCCFEAT_RANDOM, TASKS, Run, Size, runs_of
 from pipelines.study.results import judge, pretraining_table, read_curve, read_results, read_scores, table
 
 Rows = list[list[str]]
@@ -110,7 +110,9 @@ def draw_curves(runs: Sequence[Run], out: Path, colors: Mapping[str, str]) -> di
 
 def draw_picture(runs: Sequence[Run], out: Path) -> dict[str, Any] | None:
     """One keyframe of the test split, with the predictions of none and of OccFeat: the cameras, and {caption: PNG}."""
-    finished = [run for run in runs if run.task and run.seed == 0 and run.arm.name in (NONE, OCCFEAT)]
+    found = [run for run in runs if run.task and run.seed == 0]
+    compared = [name for name in (OCCFEAT, OCCFEAT_RANDOM) if any(run.arm.name == name for run in found)][:1]
+    finished = [run for run in found if run.arm.name in (NONE, *compared)]
     if not finished:
         return None
     labels = max(run.labels for run in finished)

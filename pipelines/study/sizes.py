@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.study.design import ARMS, NONE, OCCFEAT, City, Size
+from pipelines.study.design import ARMS, NONE, OCCFEAT, OCCFEAT_RANDOM, City, Size
 
 NETWORK = {"network.image_size": "64x112", "network.channels": "32", "network.drop_connect": "0"}
 RECIPE = {"optim.lr": "3e-3"}
@@ -26,8 +26,14 @@ SIZES = {
         machine="an H200", jobs=12, tasks=8,
     ),
     "demo": replace(
-        CPU, city=City(train=24, tune=1, test=6), seeds=2, pretrain=60, finetune={100: 60}, curve=2,
-        arms=tuple(arm for arm in ARMS if arm.name in (NONE, OCCFEAT)),
+        CPU,
+        city=City(train=16, tune=1, test=5, image_size=(135, 240), cached=(80, 140), feature_size=(84, 154)),
+        network=CPU.network | {"network.image_size": "48x80"},
+        seeds=2,
+        pretrain=150,
+        finetune={100: 120},
+        curve=2,
+        arms=tuple(arm for arm in ARMS if arm.name in (NONE, OCCFEAT, OCCFEAT_RANDOM)),
     ),
     "tiny": replace(  # for tests: every step, no result
         CPU, city=City(train=2, tune=1, test=1, keyframes=1, image_size=(90, 160), cached=(80, 140), feature_size=(28, 56), grid=(2, 16, 16)),
