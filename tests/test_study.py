@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +18,12 @@ from click.testing import CliRunner
 from occfeat_train.presets import preset
 from pipelines.study.__main__ import main
 from pipelines.study.design import ARMS, LONGER, NONE, OCCFEAT, OCCUPANCY, TASKS, Arm, Run, runs_of, slug, teachers_of
-from pipelines.study.processes import Job, run_jobs
+from pipelines.study.processes import STOPPED, Job, run_jobs
 from pipelines.study.report import markdown
 from pipelines.study.results import CLAIMS, Difference, gain_shrinks, judge, mean_and_spread, paired, read_scores, table
 from pipelines.study.search import CANDIDATES, search_runs
 from pipelines.study.sizes import SIZES
+from tests.conftest import REPOSITORY
 
 BOTH = {"trained", "random"}
 
@@ -166,6 +170,37 @@ def test_no_job_begins_after_the_deadline(tmp_path, capsys):
     run_jobs([job("late", tmp_path, "occfeat_train", "config", "list")], 1, deadline=0.0)
     assert not (tmp_path / "late.log").exists()
     assert "1 job not begun" in capsys.readouterr().out
+
+
+def test_jobs_that_need_one_that_needs_a_failed_one_are_named(tmp_path):
+    jobs = [
+        job("a", tmp_path, "occfeat_train", "config", "show", "no-such-preset"),
+        job("b", tmp_path, "occfeat_train", "config", "list", after="a"),
+        job("c", tmp_path, "occfeat_train", "config", "list", after="b"),
+    ]
+    with pytest.raises(click.ClickException, match=r"3 of 3 jobs failed(?s:.)*c: needs b"):
+        run_jobs(jobs, 2)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_ends_its_workers(tmp_path):
+    """A training of a million steps runs in a worker, of which SIGTERM to the study leaves nothing but a checkpoint."""
+    out = tmp_path / "study"
+    study("--out", str(out), "--only-seed", "0", "--stop-after", "0")
+    code = (
+        f"from pathlib import Path; from pipelines.study.processes import *; out = Path({str(out)!r}); run_jobs([Job('long', ("
+        "'occfeat_train', 'pretrain', '--preset', 'small/occfeat', '--occ-only', '--cache', str(out / 'cache' / 'random'), "
+        "'--set', 'network.image_size=32x48', '--set', 'network.channels=8', '--batch', '2', '--epochs', '1000000', '--out', "
+        "str(out / 'runs' / 'long'), '--no-tensorboard', '--save-every', '1000000'), out / 'long.log')], 1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], cwd=REPOSITORY)
+    log = out / "runs" / "long" / "log.jsonl"
+    while not (log.is_file() and log.read_text().count("\n") > 2):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == STOPPED
+    assert len(list((out / "runs" / "long" / "checkpoints").glob("step-*"))) == 1
 
 
 def study(*arguments: str) -> str:

@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import pkgutil
 import shlex
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ import click
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.common.terminal import echo
+
+STOPPED = 3  # exit code, as of a training that the same command continues
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def run_jobs(
     """Run jobs in their order, at most `workers` at a time, each after the one that it needs.
 
     weight: units of a job on the progress bar. deadline: value of time.monotonic() after which no job begins.
-    A failed job does not stop the others, except those that need it. Raises click.ClickException that names the failed jobs.
+    A failed job does not stop the others, except those that need it. Raises click.ClickException that names the failed jobs, or
+    if a worker was killed. On Ctrl-C and SIGTERM, workers save their trainings and end.
     """
     if not jobs:
         return
@@ -62,14 +67,15 @@ def run_jobs(
     running: dict[Future[None], Job] = {}
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
     bar = progress_bar(sum(map(weight, jobs)), desc=title or jobs[0].name, unit=unit)
-    with pool, bar:
+    with pool, bar, ending_workers():
         while waiting or running:
             if deadline is not None and time.monotonic() > deadline and waiting:
                 echo(f"{count(len(waiting), 'job')} not begun, because the time is over; the same command continues")
                 waiting = []
-            for job in [j for j in waiting if j.after in failed]:
-                waiting.remove(job)
-                failed[job.name] = f"needs {job.after}"
+            for job in list(waiting):
+                if job.after in failed:
+                    waiting.remove(job)
+                    failed[job.name] = f"needs {job.after}"
             ready = [j for j in waiting if j.after in finished or j.after not in known]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
@@ -80,7 +86,10 @@ def run_jobs(
             for future in done:
                 job = running.pop(future)
                 bar.update(weight(job))
-                if (error := future.exception()) is None:
+                error = future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    raise error
+                if error is None:
                     finished.add(job.name)
                 else:
                     failed[job.name] = f"{error}; see {job.log}"
@@ -89,6 +98,24 @@ def run_jobs(
         raise click.ClickException(
             f"{len(failed)} of {len(jobs)} jobs failed; the same command repeats only these:{lines}"
         )
+
+
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """End the worker processes if this one is stopped: they would finish their jobs alone, which takes minutes."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    try:
+        yield
+    except BrokenProcessPool as err:
+        raise click.ClickException(
+            "a worker process was killed, for example for lack of memory: the same command continues; use fewer --jobs"
+        ) from err
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_job(job: Job) -> None:
