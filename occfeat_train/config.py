@@ -19,7 +19,11 @@ from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.conversion import build, parse_value, require_one_of
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
-PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}
+PRETEXTS = {
+    "occfeat": "occfeat_train.tasks.pretraining:Pretraining",
+    "img-also": "occfeat_train.tasks.img_also:ImgALSO",
+}
+READS_POINTS = ("img-also",)  # tasks that need a cache built with --points
 SEGMENTATION = "occfeat_train.tasks.segmentation:Segmentation"
 # Liftings, and their variants with the defects of the reference repository (network.compat=simple-bev).
 LIFTINGS = {
@@ -282,6 +286,13 @@ class Config:
         """(height, width) [px] of the smallest cached images with the aspect ratio of `like` that are never enlarged."""
         scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
         return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
+
+    @property
+    def build_options(self) -> list[str]:
+        """Options that a build of a cache for this run needs and that are not the default."""
+        height, width = self.smallest_cache()
+        large = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
+        return large + ["--points"] * (self.task in READS_POINTS)
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

@@ -15,7 +15,7 @@ from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_
 
 def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> RunInfo:
     """RunInfo of a config on the paper's data."""
-    targets = {**TARGETS.to_dict(), "image_size": list(size)}
+    targets = {**TARGETS.to_dict(), "image_size": list(size), "max_points": 40_000}
     values = {"feature_dim": 384, "cache": "", "num_samples": 28_130, "initial": "", "targets": targets, "data": DATA}
     return RunInfo(config, VoxelGrid(), **{**values, **changes})
 
