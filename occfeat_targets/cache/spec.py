@@ -32,8 +32,8 @@ STUDENT_SIZE = (270, 480)
 LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multiplies a network's image size
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
-# Fields that are younger than the format, and the value of a cache without them. Its fingerprint must stay what it was.
-_LATER = {"rays": False, "dynamic": "smear"}
+# Fields that are younger than the format, and the value of a cache without them, whose fingerprint stays what it was.
+LATER = {"rays": False, "dynamic": "smear"}
 # What is done about objects that move during the sweeps of a keyframe.
 DYNAMIC = ("carve", "boxes", "smear")
 BOXES_NOTE = "the occupancy uses annotated boxes (--dynamic boxes), so pretraining on it is not free of labels"
@@ -182,10 +182,10 @@ class TargetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over all fields except the teacher's name, and except those of _LATER with their default."""
+        """Sixteen hex digits over all fields except the teacher's name, and except those of LATER with their default."""
         identity = self.to_dict()
-        for name, value in _LATER.items():
-            if identity[name] == value:
+        for name, value in LATER.items():
+            if identity.get(name) == value:
                 del identity[name]
         if self.teacher is not None:
             del identity["teacher"]["name"]
