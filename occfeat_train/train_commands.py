@@ -19,7 +19,7 @@ from occfeat_targets.common.paths import local_path
 from occfeat_targets.common.terminal import echo
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
 from occfeat_train.options import cache_option, initial_option, machine_options, reports_errors, training_options
-from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, finetuning, preset
+from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 PRETRAINING = "table1/simplebev-enb0/occfeat"
 STOPPED, INTERRUPTED = 3, 130  # exit codes of a training that the same command continues
@@ -116,11 +116,12 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
 
 
 @click.command(
-    short_help="Pretrain a network on occupancy and features.",
+    short_help="Pretrain a network without labels.",
     epilog=examples(
         "occfeat-train pretrain --validate val",
         "occfeat-train pretrain --preset table1/simplebev-rn50/occfeat-100ep --out runs/rn50",
         "occfeat-train pretrain --occ-only --epochs 5 --set optim.lr=5e-4",
+        "occfeat-train pretrain --method img-also  # on a cache built with --points",
     ),
 )
 @cache_option
@@ -128,9 +129,13 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
     "--preset",
     "asked",
     metavar="NAME",
-    help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}]",
+    help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}, or that of --method]",
 )
-@click.option("--method", type=names_of(PRETEXTS), help="Pretext task.  [default: the preset's, occfeat]")
+@click.option(
+    "--method",
+    type=names_of(PRETEXTS),
+    help="Pretext task: occfeat, the paper's, or its baseline Img-ALSO, which needs a cache built with --points.  [default: the preset's, occfeat]",
+)
 @click.option("--occ-only", is_flag=True, help="Only the occupancy loss (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Only the feature loss (Table 3).")
 @click.option(
@@ -159,8 +164,9 @@ def pretrain(
     occ_on: Literal["all", "observed"] | None,
     **given: Any,
 ) -> None:
-    """Pretrain a network on occupancy and features (paper, section 3). The defaults are the paper's values."""
-    name = row = asked or PRETRAINING
+    """Pretrain a network on occupancy and features (paper, section 3), or with another pretext task. The defaults are the paper's values."""
+    of_method = f"table1/simplebev-enb0/{method}"
+    name = row = asked or (of_method if of_method in PRESETS else PRETRAINING)
     chosen = inherit(preset(name), given["initial"], network=asked is None)
     if not chosen.is_pretext:
         raise click.UsageError(f"--preset {name} is a finetuning preset: use occfeat-train finetune --preset {name}")

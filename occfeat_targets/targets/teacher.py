@@ -1,8 +1,8 @@
 """The teacher: a frozen image model whose dense features the network learns to predict (paper 3.3).
 
 `Teacher` is what every family of models has, and TEACHERS is their table. This module finds a teacher, makes its spec, and runs
-it. A teacher is named by a hub id or a local folder, whose config.json says the family, or by ``random:<hub id>`` for seeded
-random weights of a published architecture.
+it. A teacher is named by a hub id or a local folder, whose config.json says the family, by a file of DINOv2's torch hub, or by
+``random:<hub id>`` for seeded random weights of a published architecture.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.hub import use_cache_without_hub
-from occfeat_targets.common.weights import find_weights
+from occfeat_targets.common.weights import find_weights, weights_file
 from occfeat_targets.targets.teacher_devices import find_devices
+from occfeat_targets.targets.teacher_dinov2_hub import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,11 @@ def _config(name: str) -> Mapping[str, Any]:
         return found
     from transformers import PreTrainedConfig
 
+    if weights_file(name) is not None:
+        try:
+            return summarize(name)[0]
+        except (OSError, ValueError) as err:
+            raise TeacherError(unavailable(name, err)) from err
     if not Path(name).exists():
         use_cache_without_hub()
     source, _ = find_weights(name)
@@ -127,6 +133,11 @@ def _config(name: str) -> Mapping[str, Any]:
 def unavailable(name: str, err: Exception) -> str:
     """Message of the TeacherError for a hub id or folder that does not load."""
     first_line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    if Path(name).is_file() or weights_file(name):
+        return (
+            f"teacher {name} cannot be loaded ({first_line}): expected DINOv2's file of torch.hub, such as "
+            "dinov2_vits14_pretrain.pth, or a folder in transformers' layout"
+        )
     if Path(name).exists():
         return (
             f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "
@@ -263,17 +274,6 @@ def gpu_bytes(spec: TeacherSpec, images: int) -> float:
     # Each weight is used in one multiply-add per token; attention adds a little.
     weights = flops_per_image(spec) / (2 * tokens)
     return _CONTEXT_BYTES + 4 * weights + images * tokens * spec.dim * _BYTES_PER_TOKEN_AND_CHANNEL
-
-
-def matmul_flops(dtype: str, size: int = 2048, rounds: int = 6) -> float:
-    """Floating-point operations per second of a square matrix product on this machine's CPU, the best of several."""
-    a = torch.randn(size, size).to(getattr(torch, dtype))
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int = 3) -> float:
