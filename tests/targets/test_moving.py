@@ -21,6 +21,10 @@ from occfeat_targets.sources.nuscenes import read_split
 from occfeat_targets.targets.lidar import lidar_arrays
 from occfeat_targets.targets.moving import box_pose, move_returns
 from occfeat_targets.verify.slow_nuscenes import read_keyframes
+from occfeat_train.config import Config
+from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.presets import OCC_ONLY
+from occfeat_train.training.compatibility import notes_on_data
 from tests.targets.command_line import build_arguments, contents, run
 from tests.targets.test_keyframe_files import assert_equal
 from tests.targets.toy_source import build
@@ -167,6 +171,12 @@ def test_with_one_sweep_nothing_changes_and_a_treatment_is_refused(toy: Path, tm
         assert refused.returncode == 1 and f"--dynamic {dynamic} is about earlier sweeps" in refused.stderr
 
 
+def test_boxes_of_a_source_without_tracks_are_refused(toy: Path, tmp_path: Path) -> None:
+    refused = build(toy, tmp_path, "none", "--sweeps", "2", "--dynamic", "boxes", check=False)
+    assert refused.returncode == 1
+    assert "--source toy has no tracks of objects, which --dynamic boxes needs: pass --dynamic carve" in refused.stderr
+
+
 def test_boxes_of_a_data_set_without_annotations_are_refused(changed) -> None:
     root = changed("sample_annotation", lambda records: records.clear())
     with pytest.raises(DatasetError, match="no annotations, which --dynamic boxes needs: pass --dynamic carve"):
@@ -240,3 +250,6 @@ def test_carving_occupies_a_part_of_what_smearing_does_and_only_boxes_say_that_t
         info = run("info", "--cache", cache, "--split", "mini_train").stdout
         assert f"moving objects: {name}" in info
         assert (BOXES_NOTE in info) == (name == "boxes")
+        config = Config(loss=OCC_ONLY, allow_upsampling=True, frame="ego")
+        dataset = KeyframeDataset(CacheReader(cache / "mini_train.zarr"), config, training=True)
+        assert any(BOXES_NOTE in line for line in notes_on_data(dataset)) == (name == "boxes")
