@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 import occfeat_targets
+from occfeat_targets.cache.geometry import inverse_rigid, transform
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.pictures.birdseye import BODY_HEIGHT
 from occfeat_targets.pictures.page import read_returns
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.distributed import Process
@@ -186,13 +188,15 @@ def transform_rows(pair: Pair) -> dict[str, dict[str, float]]:
 
 
 def draw(settings: Settings, pair: Pair) -> None:
-    """The paper's Figures 5 and 6, with the nearest voxel of a vehicle and the mean of all."""
+    """The paper's Figures 5 and 6: correlation maps of the nearest voxel of a vehicle's body, and of the mean of all vehicles."""
     found = pair.train[0]
-    chosen = found.predicted.voxels[voxels_of("vehicles", found)]
-    centers = found.grid.centers_of(chosen)
-    queries: list[object] = ["--of", "vehicles"] if len(chosen) else ["--voxel", "0,10,-0.4"]
-    if len(chosen):
-        nearest = centers[np.linalg.norm(centers, axis=1).argmin()]
+    is_vehicle = voxels_of("vehicles", found)
+    centers = found.grid.centers_of(found.predicted.voxels).astype(np.float64)
+    height = transform(inverse_rigid(found.grid_from_ego), centers)[:, 2]
+    body = centers[is_vehicle & (height > BODY_HEIGHT[0]) & (height < BODY_HEIGHT[1])]
+    queries: list[object] = ["--of", "vehicles"] if is_vehicle.any() else []
+    if len(body):
+        nearest = body[np.linalg.norm(body, axis=1).argmin()]
         queries += ["--voxel", ",".join(f"{value:g}" for value in np.round(nearest, 3))]
     call(
         "figures", settings.run, "--cache", settings.cache, "--split", settings.val[0], "--fit-split", settings.train[0],
