@@ -104,7 +104,7 @@ build_options = options(
         "--teacher",
         metavar="MODEL",
         default="facebook/dinov2-small",
-        help="Hub id or folder of a DINOv2, DINOv3, RADIO or SigLIP model, random:ID for random weights, or none.",
+        help="Hub id or folder of a DINOv2, DINOv3, RADIO or SigLIP model, a .pth of DINOv2's torch.hub, random:ID for random weights, or none.",
     ),
     click.option(
         "--teacher-layer",

@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 
-from occfeat_targets.cache.spec import STUDENT_SIZE
 from occfeat_targets.common.command_line import (
     SETTINGS,
     VARIABLES,
@@ -77,12 +76,11 @@ def config() -> None:
 
 @config.command("list", short_help="List the presets.", epilog=examples("occfeat-train config list"))
 def list_presets() -> None:
-    """List the presets, named after the rows of the paper's tables, and the cache each needs if not of the default size."""
+    """List the presets, named after the rows of the paper's tables, and the cache each needs if not the default one."""
     width = max(map(len, PRESETS))
     for name, chosen in PRESETS.items():
-        height, wide = chosen.smallest_cache()
-        needs = f"{name:{width}}  a cache built with --image-size {height}x{wide}"
-        echo(name if height <= STUDENT_SIZE[0] else needs)
+        needs = " ".join(chosen.build_options)
+        echo(f"{name:{width}}  a cache built with {needs}" if needs else name)
 
 
 @config.command(
@@ -102,7 +100,9 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     chosen = chosen.override(overrides)
     for key, value in chosen.flat().items():
         echo(f"{key}={json.dumps(value)}")
-    echo("# needs a cache built with --image-size {}x{} or more".format(*chosen.smallest_cache()))
+    height, width = chosen.smallest_cache()
+    points = ", and --points" * ("--points" in chosen.build_options)
+    echo(f"# needs a cache built with --image-size {height}x{width} or more{points}")
 
 
 main.add_command(pretrain)

@@ -19,7 +19,11 @@ from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.conversion import build, parse_value, require_one_of
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
-PRETEXTS = {"occfeat": "occfeat_train.tasks.pretraining:Pretraining"}
+PRETEXTS = {
+    "occfeat": "occfeat_train.tasks.pretraining:Pretraining",
+    "img-also": "occfeat_train.tasks.img_also:ImgALSO",
+}
+READS_POINTS = ("img-also",)  # tasks that need a cache built with --points
 SEGMENTATION = "occfeat_train.tasks.segmentation:Segmentation"
 # Liftings, and their variants with the defects of the reference repository (network.compat=simple-bev).
 LIFTINGS = {
@@ -37,7 +41,7 @@ Backbone = Literal["efficientnet-b0", "resnet-50", "resnet-101"]
 # Fields that change the meaning of F_B: with another value, the same weights compute another function. `--from` inherits
 # them. FIXED are those that also change the shapes or names of the weights.
 FIXED = ("network.lifting", "network.backbone", "network.channels")
-MEANING = (*FIXED, "network.image_size", "network.compat", "frame")
+MEANING = (*FIXED, "network.image_size", "network.compat", "network.efficientnet", "frame")
 
 
 def lifting_class(lifting: str, compat: str) -> str:
@@ -54,11 +58,13 @@ class NetworkConfig:
     """The BEV network (paper 3.1).
 
     weights: initial weights of the image backbone: ``default`` (RN-50 MoCo-v2, the others supervised, all on ImageNet), a hub id, a local
-    folder, a MoCo ``.pth.tar``, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
+    folder, a file of torchvision, timm or MoCo, or ``none``. channels: N_B. drop_connect: EfficientNet's stochastic depth.
     image_size: (height, width) of the student's input [px], multiples of 16.
     recompute: activation checkpointing of the encoder's first blocks, which have the largest maps, and of BEVFormer's
     layers. ``auto`` uses it on a CPU, and on a GPU once a step exceeds its memory. freeze_batchnorm: use running statistics in training, so that a sample's result does not depend on its
     micro-batch. compat: ``simple-bev`` reproduces the reference code's defects, for weights that were trained with them.
+    efficientnet: padding and BatchNorm epsilon of EfficientNet-B0. ``tensorflow`` is that of google/efficientnet-b0 and of
+    timm's tf_efficientnet_b0, ``torch`` that of torchvision and of timm's efficientnet_b0.
     """
 
     lifting: str = "simplebev"
@@ -70,10 +76,16 @@ class NetworkConfig:
     recompute: Literal[True, False, "auto"] = "auto"
     freeze_batchnorm: bool = False
     compat: Literal["none", "simple-bev"] = "none"
+    efficientnet: Literal["tensorflow", "torch"] = "tensorflow"
 
     def __post_init__(self) -> None:
-        require_one_of(self, "backbone", "recompute", "compat")
+        require_one_of(self, "backbone", "recompute", "compat", "efficientnet")
         lifting_class(self.lifting, self.compat)
+        if self.efficientnet == "torch" and (self.backbone != "efficientnet-b0" or self.compat != "none"):
+            raise ValueError(
+                f"network.efficientnet=torch with backbone={self.backbone}, compat={self.compat}: it is for efficientnet-b0 "
+                "and compat=none; the reference's EfficientNet has TensorFlow's padding"
+            )
         if self.channels < 2 or self.channels % 2:
             raise ValueError(f"network.channels={self.channels}: an even number of at least 2 expected")
         if self.lifting == "bevformer" and self.channels % 4:
@@ -173,14 +185,17 @@ class OptimConfig:
 class LossConfig:
     """occ: weight of eq. 2, 1 or 0 (``--feat-only``). feat: lambda of eq. 1; 0 leaves the features out (``--occ-only``).
 
+    occ_on: voxels of eq. 2: ``all``, or those that the LiDAR's rays have ``observed``.
     pos_weight: weight of positive cells in the segmentation's cross-entropy (Simple-BEV).
     """
 
     occ: float = 1.0
     feat: float = 0.01
+    occ_on: Literal["all", "observed"] = "all"
     pos_weight: float = 2.13
 
     def __post_init__(self) -> None:
+        require_one_of(self, "occ_on")
         weights = (self.occ, self.feat)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
@@ -271,6 +286,13 @@ class Config:
         """(height, width) [px] of the smallest cached images with the aspect ratio of `like` that are never enlarged."""
         scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
         return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
+
+    @property
+    def build_options(self) -> list[str]:
+        """Options that a build of a cache for this run needs and that are not the default."""
+        height, width = self.smallest_cache()
+        large = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
+        return large + ["--points"] * (self.task in READS_POINTS)
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

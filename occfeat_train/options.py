@@ -79,7 +79,7 @@ training_options = options(
     set_option(help="Change a field of the config; 'config show' lists them."),
     click.option("--network", type=NETWORK, help="Lifting from image features to the BEV grid.  [default: the preset's, simplebev]"),
     click.option("--backbone", type=BACKBONE, help="Backbone of image encoder and decoder.  [default: the preset's, efficientnet-b0]"),
-    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: a hub id, a local folder, a MoCo .pth.tar, or none (from scratch).  [default: the preset's, trained on ImageNet]"),
+    click.option("--backbone-weights", metavar="WEIGHTS", help="Initial weights of the backbone: a hub id, a local folder, a file of torchvision, timm or MoCo, or none (from scratch).  [default: the preset's, trained on ImageNet]"),
     click.option("--epochs", type=float, metavar="N", help="Number of epochs.  [default: the preset's]"),
     click.option("--batch", type=COUNT, metavar="N", help="Samples per forward pass, over all ranks.  [default: the preset's]"),
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the initial weights, the sample order and the augmentation.  [default: the preset's, 0]"),

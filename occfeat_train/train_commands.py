@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -19,7 +19,7 @@ from occfeat_targets.common.paths import local_path
 from occfeat_targets.common.terminal import echo
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
 from occfeat_train.options import cache_option, initial_option, machine_options, reports_errors, training_options
-from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, finetuning, preset
+from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 PRETRAINING = "table1/simplebev-enb0/occfeat"
 STOPPED, INTERRUPTED = 3, 130  # exit codes of a training that the same command continues
@@ -116,11 +116,12 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
 
 
 @click.command(
-    short_help="Pretrain a network on occupancy and features.",
+    short_help="Pretrain a network without labels.",
     epilog=examples(
         "occfeat-train pretrain --validate val",
         "occfeat-train pretrain --preset table1/simplebev-rn50/occfeat-100ep --out runs/rn50",
         "occfeat-train pretrain --occ-only --epochs 5 --set optim.lr=5e-4",
+        "occfeat-train pretrain --method img-also  # on a cache built with --points",
     ),
 )
 @cache_option
@@ -128,9 +129,13 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
     "--preset",
     "asked",
     metavar="NAME",
-    help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}]",
+    help=f"A pretraining preset of 'config list'; without it, --from also sets the network.  [default: {PRETRAINING}, or that of --method]",
 )
-@click.option("--method", type=names_of(PRETEXTS), help="Pretext task.  [default: the preset's, occfeat]")
+@click.option(
+    "--method",
+    type=names_of(PRETEXTS),
+    help="Pretext task: occfeat, the paper's, or its baseline Img-ALSO, which needs a cache built with --points.  [default: the preset's, occfeat]",
+)
 @click.option("--occ-only", is_flag=True, help="Only the occupancy loss (Table 3).")
 @click.option("--feat-only", is_flag=True, help="Only the feature loss (Table 3).")
 @click.option(
@@ -140,15 +145,28 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
     metavar="WEIGHT",
     help="Weight of the feature loss (eq. 1, Table 4).  [default: the preset's, 0.01]",
 )
+@click.option(
+    "--occ-on",
+    type=click.Choice(["all", "observed"]),
+    help="Voxels of the occupancy loss: all, or only those that LiDAR rays have passed or ended in, of a cache built with --rays.  "
+    "[default: the preset's, all]",
+)
 @initial_option(help="Run or checkpoint with the initial weights of network and head.")
 @training_options
 @machine_options
 @reports_errors
 def pretrain(
-    asked: str | None, method: str | None, occ_only: bool, feat_only: bool, lambda_: float | None, **given: Any
+    asked: str | None,
+    method: str | None,
+    occ_only: bool,
+    feat_only: bool,
+    lambda_: float | None,
+    occ_on: Literal["all", "observed"] | None,
+    **given: Any,
 ) -> None:
-    """Pretrain a network on occupancy and features (paper, section 3). The defaults are the paper's values."""
-    name = row = asked or PRETRAINING
+    """Pretrain a network on occupancy and features (paper, section 3), or with another pretext task. The defaults are the paper's values."""
+    of_method = f"table1/simplebev-enb0/{method}"
+    name = row = asked or (of_method if of_method in PRESETS else PRETRAINING)
     chosen = inherit(preset(name), given["initial"], network=asked is None)
     if not chosen.is_pretext:
         raise click.UsageError(f"--preset {name} is a finetuning preset: use occfeat-train finetune --preset {name}")
@@ -156,14 +174,21 @@ def pretrain(
         chosen, name = replace(chosen, task=method), f"{name}-{method}"
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
-    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None):
-        raise click.UsageError(f"--occ-only, --feat-only and --lambda are about occfeat's losses, not {chosen.task}'s")
+    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None or occ_on is not None):
+        raise click.UsageError(
+            f"--occ-only, --feat-only, --lambda and --occ-on are about occfeat's losses, not {chosen.task}'s"
+        )
+    if feat_only and occ_on is not None:
+        raise click.UsageError("--feat-only has no occupancy loss: leave --occ-on out")
     if occ_only or feat_only:
         chosen = replace(chosen, loss=OCC_ONLY if occ_only else FEAT_ONLY)
         name += "-occ-only" if occ_only else "-feat-only"
     if lambda_ is not None:
         chosen = replace(chosen, loss=replace(chosen.loss, feat=lambda_))
         name += f"-lambda-{lambda_:g}"
+    if occ_on is not None and occ_on != chosen.loss.occ_on:
+        chosen = replace(chosen, loss=replace(chosen.loss, occ_on=occ_on))
+        name += f"-occ-on-{occ_on}"
     train(chosen, name, given, preset=row)
 
 

@@ -28,8 +28,11 @@ SHAPED = [
         for name in ("cross_attention", "deformable", "instance_norm", "mean_over_views", "mirror", "resize", "views")
     ),
     *(f"occfeat_train.networks.{name}" for name in ("bevformer", "cvt", "decoder", "encoder", "lss", "simplebev")),
-    *(f"occfeat_train.data.{name}" for name in ("augment", "batch")),
-    *(f"occfeat_train.tasks.{name}" for name in ("base", "heads", "losses", "metrics", "pretraining", "segmentation")),
+    *(f"occfeat_train.data.{name}" for name in ("augment", "batch", "queries")),
+    *(
+        f"occfeat_train.tasks.{name}"
+        for name in ("base", "heads", "img_also", "losses", "metrics", "pretraining", "segmentation")
+    ),
     "occfeat_train.simple_bev.quirks",
 ]
 install_import_hook(SHAPED, "beartype.beartype")

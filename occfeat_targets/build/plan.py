@@ -238,7 +238,7 @@ def _teacher(
     """The spec of the teacher. Its type, if the user left it open, is the cache's, or what suits the machine that computes."""
     if options.teacher is None:
         return None
-    from occfeat_targets.targets.teacher import native_dtype, teacher_spec
+    from occfeat_targets.targets.teacher import describe_file, native_dtype, teacher_spec
 
     print_line(f"reading the weights of {options.teacher} ...")
     dtype, is_here = options.teacher_dtype, scheduler is None and not options.plan_only
@@ -259,7 +259,10 @@ def _teacher(
         print_line(
             "this machine has no native bfloat16, in which the cache was begun or is asked for: the teacher is slow here"
         )
-    return teacher_spec(options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=dtype)
+    spec = teacher_spec(options.teacher, input_size=options.feature_size, layer=options.teacher_layer, dtype=dtype)
+    if (summary := describe_file(options.teacher)) is not None:
+        print_line(f"{options.teacher} is {summary}")
+    return spec
 
 
 def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ENDINGS = (".pth", ".pth.tar", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
 def find_weights(name: str) -> tuple[str, bool]:
@@ -23,3 +26,26 @@ def find_weights(name: str) -> tuple[str, bool]:
             f"model.safetensors with transformers' save_pretrained, or pass {pickled[0]} itself"
         )
     return name, False
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Contents of the folder's config.json; empty if there is none that is valid."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def weights_file(name: str) -> Path | None:
+    """The file of weights that `name` means: itself, or model.safetensors in a folder of timm. None for what transformers reads.
+
+    transformers reads hub ids, folders with a config.json that has a model_type, and FOLDER/pytorch_model.bin of such a folder.
+    """
+    path = Path(name)
+    if path.is_dir():
+        weights = path / "model.safetensors"
+        return weights if weights.is_file() and "architecture" in _read_config(path) else None
+    if path.name in _PICKLED and "model_type" in _read_config(path.parent):
+        return None
+    return path if path.is_file() or name.endswith(_ENDINGS) else None

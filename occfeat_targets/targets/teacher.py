@@ -1,8 +1,8 @@
 """The teacher: a frozen image model whose dense features the network learns to predict (paper 3.3).
 
 `Teacher` is what every family of models has, and TEACHERS is their table. This module finds a teacher, makes its spec, and runs
-it. A teacher is named by a hub id or a local folder, whose config.json says the family, or by ``random:<hub id>`` for seeded
-random weights of a published architecture.
+it. A teacher is named by a hub id or a local folder, whose config.json says the family, by a file of DINOv2's torch hub, or by
+``random:<hub id>`` for seeded random weights of a published architecture.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.hub import use_cache_without_hub
-from occfeat_targets.common.weights import find_weights
+from occfeat_targets.common.weights import find_weights, weights_file
 from occfeat_targets.targets.teacher_devices import find_devices
+from occfeat_targets.targets.teacher_dinov2_hub import read_hub_file
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def _config(name: str) -> Mapping[str, Any]:
         return found
     from transformers import PreTrainedConfig
 
+    if weights_file(name) is not None:
+        return _read_file(name)[0]
     if not Path(name).exists():
         use_cache_without_hub()
     source, _ = find_weights(name)
@@ -124,9 +127,31 @@ def _config(name: str) -> Mapping[str, Any]:
     return config
 
 
+def describe_file(name: str) -> str | None:
+    """What was read of a teacher's file of weights and what was left out; None for other names."""
+    return None if weights_file(name) is None else _read_file(str(Path(name).absolute()))[1]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_file(name: str) -> tuple[Mapping[str, Any], str]:
+    """(contents of a config.json, summary) of a file of DINOv2's torch hub."""
+    file = weights_file(name)
+    assert file is not None
+    try:
+        read = read_hub_file(file)
+    except (OSError, ValueError) as err:
+        raise TeacherError(unavailable(name, err)) from err
+    return read.config, read.summary
+
+
 def unavailable(name: str, err: Exception) -> str:
     """Message of the TeacherError for a hub id or folder that does not load."""
     first_line = (str(err).strip() or type(err).__name__).splitlines()[0]
+    if Path(name).is_file() or weights_file(name):
+        return (
+            f"teacher {name} cannot be loaded ({first_line}): expected DINOv2's file of torch.hub, such as "
+            "dinov2_vits14_pretrain.pth, or a folder in transformers' layout"
+        )
     if Path(name).exists():
         return (
             f"teacher {name} cannot be loaded ({first_line}): expected a folder in transformers' layout, with a config.json "

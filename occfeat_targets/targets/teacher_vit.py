@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from occfeat_targets.common.weights import find_weights
+from occfeat_targets.common.weights import find_weights, weights_file
 from occfeat_targets.targets.teacher import Architectures, TeacherError, unavailable
+from occfeat_targets.targets.teacher_dinov2_hub import read_hub_file
 
 _RANDOM_SEED = 0
 _UNUSED = "mask_token"  # the only tensor that does not affect the features
@@ -62,7 +63,7 @@ class VisionTransformer:
         from transformers.image_processing_base import ImageProcessingMixin
 
         settings: dict[str, Any] = {}
-        if not self.is_random:
+        if not self.is_random and weights_file(self.name) is None:
             with contextlib.suppress(OSError):  # a folder with only weights
                 settings = ImageProcessingMixin.get_image_processor_dict(find_weights(self.name)[0])[0]
         mean: Any = tuple(settings.get("image_mean", self.default_mean))
@@ -131,16 +132,22 @@ def _random_model(config: Any) -> Any:
 def _load_model(name: str, config: Any) -> Any:
     """The model with its weights. Raises TeacherError if the file's tensors do not match the model exactly."""
     from safetensors import SafetensorError
-    from transformers import AutoModel, logging
+    from transformers import MODEL_MAPPING, AutoModel, logging
 
-    source, is_pickled = find_weights(name)
-    verbosity = logging.get_verbosity()
+    file, verbosity = weights_file(name), logging.get_verbosity()
+    options: dict[str, Any] = {
+        "config": config, "dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True
+    }  # fmt: skip
     logging.set_verbosity_error()  # without transformers' report: the faults are reported below
     try:  # mismatched sizes are accepted here; a folder's or repository's own code is never run
-        model, info = AutoModel.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=False, use_safetensors=not is_pickled, weights_only=True,
-        )  # fmt: skip
+        if file is not None:
+            model_class: Any = MODEL_MAPPING[type(config)]
+            model, info = model_class.from_pretrained(None, state_dict=read_hub_file(file).tensors, **options)
+        else:
+            source, is_pickled = find_weights(name)
+            model, info = AutoModel.from_pretrained(
+                source, trust_remote_code=False, use_safetensors=not is_pickled, weights_only=True, **options
+            )
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as err:
         raise TeacherError(unavailable(name, err)) from err
     finally:

@@ -32,6 +32,7 @@ class Sample:
     cam_from_grid: [m], for the grid in the sampled reference frame; zeros for a masked camera.
     area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     arrays: the task's arrays (`Task.arrays`), as in the cache's spec; arrays with a frame axis are those of that frame.
+    rng: for targets that are drawn at random; in evaluation it depends only on the keyframe.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Sample:
     intrinsics: Float64[NDArray[Any], "V 3 3"]
     cam_from_grid: Float64[NDArray[Any], "V 4 4"]
     arrays: Mapping[str, NDArray[Any]]
+    rng: np.random.Generator
     area: Float64[NDArray[Any], "V 4"] | None = None
 
 

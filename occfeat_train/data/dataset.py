@@ -34,7 +34,8 @@ class KeyframeDataset:
     """Samples of one cache for one task, with or without augmentation.
 
     keyframes: (N,) indices into the cache, without skipped keyframes, and without those whose every possible reference frame
-    is a masked camera's (num_without_frame). arrays: names of the arrays read for each sample.
+    is a masked camera's (num_without_frame) or that have no targets of the task (num_without_targets). arrays: names of the
+    arrays read for each sample.
     """
 
     def __init__(
@@ -60,11 +61,17 @@ class KeyframeDataset:
         if scenes is not None:
             wanted = set(scenes)
             chosen = np.array([scene in wanted for scene in reader.cache.identity.scenes])
-        usable = chosen & self._has_grid.any(axis=1)
-        self.num_without_frame = int((chosen & reader.is_valid & ~usable).sum())
-        self.keyframes = np.flatnonzero(usable)
+        is_placed, has_targets = chosen & self._has_grid.any(axis=1), config.task_class.has_targets(reader)
+        self.num_without_frame = int((chosen & reader.is_valid & ~is_placed).sum())
+        self.num_without_targets = int((is_placed & ~has_targets).sum())
+        self.keyframes = np.flatnonzero(is_placed & has_targets)
         if not len(self.keyframes):
             of = "" if scenes is None else " of the chosen scenes"
+            if self.num_without_targets:
+                raise ValueError(
+                    f"{reader.cache.path}: none of the {self.num_without_targets} valid keyframes{of} can be used: "
+                    f"{config.task_class.without_targets}: train another task, or build the cache again from intact files"
+                )
             if self.num_without_frame:
                 raise ValueError(
                     f"{reader.cache.path}: none of the {self.num_without_frame} valid keyframes{of} can be used: "
@@ -111,6 +118,10 @@ class KeyframeDataset:
             names: list[str] = self.config.task_class.arrays(self.config, cache.spec)
         except ValueError as err:
             raise CacheError(f"{cache.path} has {err}") from err
+        if not self.training:
+            names += [
+                name for name in self.config.task_class.evaluation_arrays(self.config, cache.spec) if name not in names
+            ]
         missing = [name for name in names if name not in self._specs]
         if missing:
             raise CacheError(f"{cache.path} has no {', '.join(missing)}, which {task} reads: build a cache with it")
@@ -131,10 +142,10 @@ class KeyframeDataset:
         columns: dict[str, list[Any]] = defaultdict(list)
         targets = []
         for index, (epoch, keyframe) in enumerate(samples):
-            rng = np.random.default_rng((self.config.seed, epoch, keyframe))
+            rng = np.random.default_rng((self.config.seed if self.training else 0, epoch, keyframe))
             frames = [frame for frame, there in zip(self._frames, self._has_grid[keyframe], strict=True) if there]
             drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], frames)
-            sample = self._read(index, keyframe, drawn.frame, images[index].numpy())
+            sample = self._read(index, keyframe, drawn.frame, images[index].numpy(), rng)
             for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
                 columns[name].append(getattr(drawn, name))
             for name in ("intrinsics", "cam_from_grid", *(["area"] if self._is_letterboxed else [])):
@@ -148,7 +159,9 @@ class KeyframeDataset:
             **{name: torch.from_numpy(np.stack(values)) for name, values in columns.items()},
         )
 
-    def _read(self, index: int, keyframe: int, frame: int, images: NDArray[np.uint8]) -> Sample:
+    def _read(
+        self, index: int, keyframe: int, frame: int, images: NDArray[np.uint8], rng: np.random.Generator
+    ) -> Sample:
         """One keyframe with its grid in reference frame number `frame`. images: where to read them to."""
 
         def read(name: str) -> NDArray[Any]:
@@ -166,6 +179,7 @@ class KeyframeDataset:
             intrinsics=read("intrinsics").astype(np.float64),
             cam_from_grid=cam_from_grid,
             arrays={name: read(name) for name in self.arrays if name != "images"},
+            rng=rng,
             area=read("image_area").astype(np.float64) if self._is_letterboxed else None,
         )
 

@@ -30,8 +30,13 @@ EFFICIENTNET: dict[str, Any] = {
     "strides": [1, 2, 2, 2, 1],
     "num_block_repeats": [1, 2, 2, 3, 3],
     "expand_ratios": [1, 6, 6, 6, 6],
-    "depthwise_padding": [],  # TensorFlow's padding everywhere: for even sides, the extra pixel is on the right and below
-    "batch_norm_eps": 1e-3,
+}
+BLOCKS = sum(EFFICIENTNET["num_block_repeats"])
+# EfficientNets trained in TensorFlow pad, for even sides, one pixel more on the right and below; those of torchvision, and of
+# timm without "tf_", pad evenly. depthwise_padding lists the blocks that pad evenly.
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "tensorflow": {"depthwise_padding": [], "batch_norm_eps": 1e-3},
+    "torch": {"depthwise_padding": list(range(BLOCKS)), "batch_norm_eps": 1e-5},
 }
 RESNET: dict[str, Any] = {
     "layer_type": "bottleneck",
@@ -49,6 +54,7 @@ class ImageEncoder(nn.Module):
     backbone: one of BACKBONES, with random weights until `encoder_weights.load_backbone_weights`.
     extra_channels: additional output channels of the last convolution for the lifting.
     drop_connect: EfficientNet's stochastic depth; the rate grows linearly with depth up to this value at block 11 (absent).
+    efficientnet: one of CONVENTIONS, EfficientNet's padding and BatchNorm epsilon.
     backbone.recompute: activation checkpointing of the first blocks, which have the largest maps.
     Raises ValueError on an unknown backbone, and in `forward` if height or width is no multiple of 16.
     """
@@ -59,13 +65,16 @@ class ImageEncoder(nn.Module):
         channels: int = 128,
         drop_connect: float = 0.2,
         extra_channels: int = 0,
+        efficientnet: str = "tensorflow",
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
             raise ValueError(f"backbone {backbone!r}: one of {', '.join(BACKBONES)} expected")
-        self.name = backbone
+        self.name, self.efficientnet = backbone, efficientnet
         self.backbone = (
-            EfficientNetB0(drop_connect) if backbone == "efficientnet-b0" else ResNet(RESNET_DEPTHS[backbone])
+            EfficientNetB0(drop_connect, efficientnet)
+            if backbone == "efficientnet-b0"
+            else ResNet(RESNET_DEPTHS[backbone])
         )
         skip, deep = self.backbone.widths
         width = channels if backbone == "efficientnet-b0" else 4 * channels
@@ -92,14 +101,16 @@ class EfficientNetB0(nn.Module):
 
     widths = (40, 112)
 
-    def __init__(self, drop_connect: float) -> None:
+    def __init__(self, drop_connect: float, convention: str) -> None:
         super().__init__()
         self.recompute = True  # set by BEVNetwork
         from transformers import EfficientNetConfig
         from transformers.models.efficientnet.modeling_efficientnet import EfficientNetEmbeddings, EfficientNetEncoder
 
-        config = EfficientNetConfig(**EFFICIENTNET)
+        config = EfficientNetConfig(**EFFICIENTNET, **CONVENTIONS[convention])
         self.embeddings = EfficientNetEmbeddings(config)
+        if convention == "torch":
+            self.embeddings.padding = nn.ZeroPad2d(1)  # of the stem, for which transformers has no setting
         self.blocks = EfficientNetEncoder(config).blocks
         block: Any
         for index, block in enumerate(self.blocks):

@@ -1,11 +1,10 @@
-"""Initial weights of the image backbones, trained on ImageNet: from the hub, a folder, or MoCo-v2's file."""
+"""Initial weights of the image backbones, trained on ImageNet: from the hub, a folder, or a file."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch import nn
 
 from occfeat_targets.cache.records import unique_suffix
 from occfeat_targets.common.hub import use_cache_without_hub
-from occfeat_targets.common.weights import find_weights
-from occfeat_train.networks.encoder import EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
-from occfeat_train.networks.pickled import UnsafePickle, load_pickled
+from occfeat_targets.common.weights import find_weights, weights_file
+from occfeat_train.networks.backbone_files import first_line, read_file, refused
+from occfeat_train.networks.encoder import BLOCKS, CONVENTIONS, EFFICIENTNET, RESNET, RESNET_DEPTHS, ImageEncoder
 
 DEFAULT_WEIGHTS = {
     "efficientnet-b0": "google/efficientnet-b0",
@@ -32,21 +31,25 @@ MOCO_V2_MD5 = "a04e12f8"  # the first digits, as published by MoCo's authors
 def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
     """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
 
-    weights: ``none`` keeps them random; a hub id, a local folder that transformers can read, or a pytorch_model.bin in one; ``moco-v2`` for the
-    official file of 800 epochs; or a .pth or .pth.tar file with its layout (ResNet-50 only).
-    Raises ValueError if the weights are not available, incomplete, or of another architecture.
+    weights: ``none`` keeps them random; a hub id, a local folder that transformers can read, or a pytorch_model.bin in one; a
+    hub id or folder of timm; ``moco-v2`` for the official file of 800 epochs; or a file with tensors of torchvision, timm, MoCo or
+    efficientnet_pytorch. The sentence then says what of it was loaded and left out.
+    Raises ValueError if the weights are not available, incomplete, or of another architecture or convention.
     """
     if weights == "none":
         return "backbone: from scratch, random weights"
-    if weights == "moco-v2" or weights.endswith((".pth", ".pth.tar")):
-        if encoder.name != "resnet-50":
-            raise ValueError(
-                f"backbone weights {weights}: MoCo-v2's are of a resnet-50, the network has {encoder.name}"
-            )
-        file = _moco_v2_file() if weights == "moco-v2" else Path(weights)
-        _fill(encoder.backbone, _read_moco(file), str(file))
-        return f"backbone: {encoder.name} with MoCo-v2 weights from {file}"
-    state, origin = _read_pretrained(encoder.name, weights)
+    if weights == "moco-v2" and encoder.name != "resnet-50":
+        raise ValueError(f"backbone weights moco-v2: they are of a resnet-50, the network has {encoder.name}")
+    if weights == "moco-v2":
+        file: Path | None = _moco_v2_file()
+    elif weights.startswith("timm/") and not Path(weights).exists():
+        file = Path(_local_first(weights, _timm_file))
+    else:
+        file = weights_file(weights)
+    if file is not None:
+        state, origin = read_file(encoder, file)
+    else:
+        state, origin = _read_pretrained(encoder, weights)
     _fill(encoder.backbone, state, weights)
     return f"backbone: {encoder.name} with weights from {origin}"
 
@@ -65,14 +68,17 @@ def _fill(backbone: nn.Module, state: Mapping[str, torch.Tensor], source: str) -
             raise ValueError(
                 f"backbone weights {source}: {name} of shape {tuple(state[name].shape)}, {tuple(value.shape)} expected"
             )
+        if not state[name].isfinite().all():
+            raise ValueError(f"backbone weights {source}: {name} has values that are not finite: they are damaged")
     backbone.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
-def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tensor], str]:
+def _read_pretrained(encoder: ImageEncoder, weights: str) -> tuple[dict[str, torch.Tensor], str]:
     """(tensors by the truncated backbone's names, source) of a hub id or folder."""
     from transformers import AutoConfig, EfficientNetModel, ResNetModel
 
-    kind, expected = "efficientnet", EFFICIENTNET
+    backbone = encoder.name
+    kind, expected = "efficientnet", {**EFFICIENTNET, **CONVENTIONS[encoder.efficientnet]}
     if backbone in RESNET_DEPTHS:
         kind, expected = "resnet", {**RESNET, "depths": RESNET_DEPTHS[backbone]}
     # Without trust_remote_code=False, transformers asks on the terminal whether to run a folder's or repository's code.
@@ -82,9 +88,15 @@ def _read_pretrained(backbone: str, weights: str) -> tuple[dict[str, torch.Tenso
         raise ValueError(f"backbone weights {weights} are of a {config.model_type}: a {kind} expected for {backbone}")
     for key, value in expected.items():
         found = getattr(config, key)
-        found = list(found)[: len(value)] if isinstance(value, list) else found
+        if key == "depthwise_padding":
+            found = [block for block in found if block < BLOCKS]
+        elif isinstance(value, list):
+            found = list(found)[: len(value)]
         if found != value:
-            raise ValueError(f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}")
+            convention = f" with network.efficientnet={encoder.efficientnet}" if key in CONVENTIONS["torch"] else ""
+            raise ValueError(
+                f"backbone weights {weights} have {key} {found}: {value} expected for {backbone}{convention}"
+            )
     model_class: Any = EfficientNetModel if kind == "efficientnet" else ResNetModel
     model, info = _local_first(
         source,
@@ -112,24 +124,34 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
     try:
         return load(weights, local_files_only=True)
     except pickle.UnpicklingError as err:
-        raise ValueError(_refused(weights, err)) from err
+        raise ValueError(refused(weights, err)) from err
     except (OSError, ValueError, SafetensorError) as err:
         if Path(weights).is_dir():
             raise ValueError(
-                f"backbone weights in folder {weights} cannot be read ({_first_line(err)}): expected a config.json of "
+                f"backbone weights in folder {weights} cannot be read ({first_line(err)}): expected a config.json of "
                 "a model of transformers (a model's own code is never run) and whole weights (no git-lfs pointers), as 'hf download --local-dir' makes it"
             ) from err
     use_cache_without_hub()
     try:
         return load(weights)
     except pickle.UnpicklingError as err:
-        raise ValueError(_refused(weights, err)) from err
+        raise ValueError(refused(weights, err)) from err
     except (OSError, ValueError, SafetensorError) as err:
         raise ValueError(
-            f"backbone weights {weights} cannot be loaded ({_first_line(err)}). They are neither a local folder nor in "
+            f"backbone weights {weights} cannot be loaded ({first_line(err)}). They are neither a local folder nor in "
             f"the Hugging Face cache, and the hub was not reached or refused: run 'hf download {weights}' where there "
             "is internet and pass the folder or set HF_HOME, or pass 'none' to start from random weights"
         ) from err
+
+
+def _timm_file(hub_id: str, local_files_only: bool = False) -> str:
+    """The weights of a model of timm on the hub, with its config.json beside them."""
+    from huggingface_hub import hf_hub_download
+
+    return [
+        hf_hub_download(hub_id, name, local_files_only=local_files_only)
+        for name in ("config.json", "model.safetensors")
+    ][-1]
 
 
 def _moco_v2_file() -> Path:
@@ -151,51 +173,9 @@ def _moco_v2_file() -> Path:
         part.replace(file)
     except OSError as err:
         raise ValueError(
-            f"MoCo-v2's weights are not at {file} and cannot be downloaded ({_first_line(err)}): fetch {MOCO_V2_URL} "
+            f"MoCo-v2's weights are not at {file} and cannot be downloaded ({first_line(err)}): fetch {MOCO_V2_URL} "
             "where there is internet and put it there, or pass its path, or pass 'none' to start from random weights"
         ) from err
     finally:
         part.unlink(missing_ok=True)
     return file
-
-
-def _read_moco(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a MoCo-v2 checkpoint's query encoder, by the truncated backbone's names."""
-    try:
-        checkpoint = load_pickled(file)
-    except FileNotFoundError as err:
-        raise ValueError(f"backbone weights {file}: there is no such file") from err
-    except UnsafePickle as err:
-        raise ValueError(_refused(str(file), err)) from err
-    except (OSError, ValueError) as err:
-        raise ValueError(f"backbone weights {file} cannot be read ({err}): download them again") from err
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError(f"backbone weights {file} hold no 'state_dict': MoCo-v2's checkpoint expected")
-    prefix = "module.encoder_q."
-    named = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return {ours: value for name, value in named.items() if (ours := resnet_name(name)) is not None}
-
-
-def resnet_name(torchvision_name: str) -> str | None:
-    """Name of a torchvision tensor in `ResNet`; None for tensors that are left out (layer4, fc)."""
-    match = re.fullmatch(r"(?:layer([123])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(\w+)", torchvision_name)
-    if match is None:
-        return None
-    layer, index, kind, number, tensor = match.groups()
-    # downsample.0 is a convolution, downsample.1 its norm
-    part = "convolution" if kind == "conv" or (kind == "downsample." and number == "0") else "normalization"
-    if layer is None:
-        return f"embedder.embedder.{part}.{tensor}"
-    place = "shortcut" if kind == "downsample." else f"layer.{int(number) - 1}"
-    return f"stages.{int(layer) - 1}.layers.{index}.{place}.{part}.{tensor}"
-
-
-def _refused(source: str, err: Exception) -> str:
-    return (
-        f"backbone weights {source} are refused ({_first_line(err)}): not a checkpoint of plain tensors, and pickles "
-        "with code are never executed; save only its state_dict, or download it again"
-    )
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -120,15 +120,16 @@ def build_network(
     drop_connect: float = 0.2,
     compat: str = "none",
     recompute: bool = True,
+    efficientnet: str = "tensorflow",
 ) -> BEVNetwork:
     """A network with random weights, channels-last.
 
     backbone: one of BACKBONES; lifting: one of `config.LIFTINGS`; compat: "simple-bev" reproduces the reference's defects.
-    recompute: activation checkpointing.
+    recompute: activation checkpointing. efficientnet: see `ImageEncoder`.
     Raises ValueError on an unknown name, or on a number of channels that the lifting or the decoder does not support.
     """
     lifted: Lifting = pkgutil.resolve_name(lifting_class(lifting, compat))(grid, channels)
-    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels)
+    encoder = ImageEncoder(backbone, channels, drop_connect, lifted.feature_channels - channels, efficientnet)
     network = BEVNetwork(encoder, lifted, BEVDecoder(channels))
     network.recompute = recompute
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -67,7 +68,13 @@ def outcome_colors(predicted: Mask, true: Mask, valid: Mask | None = None) -> Co
 
 def outcome_shares(predicted: Mask, true: Mask, axis: int) -> Colors:
     """Colours of a volume's outcomes, averaged along an axis by their frequency."""
-    counts = np.stack([(predicted & true).sum(axis), (predicted & ~true).sum(axis), (~predicted & true).sum(axis)], -1)
+    return mixed_outcomes(
+        np.stack([(predicted & true).sum(axis), (predicted & ~true).sum(axis), (~predicted & true).sum(axis)], -1)
+    )
+
+
+def mixed_outcomes(counts: NDArray[np.integer[Any]]) -> Colors:
+    """Colours of cells from their numbers of hits, false alarms and misses (..., 3)."""
     total = counts.sum(-1, keepdims=True)
     mixed = counts @ np.array(list(OUTCOMES.values()), np.float64) / np.maximum(total, 1)
     return np.where(total > 0, mixed, EMPTY).round().astype(np.uint8)

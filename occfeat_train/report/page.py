@@ -29,10 +29,13 @@ from occfeat_train.training.stages import open_reader
 # Titles of quantities in logs; others are shown under their own names.
 TITLES = {
     "occupancy": "occupancy loss (eq. 2)", "features": "feature loss (eq. 3)", "lr": "learning rate",
-    "occupancy_iou": "occupancy IoU at 0.5 [%]", "cosine": "mean cosine",
+    "reconstruction": "occupancy loss of queries", "intensity": "intensity loss of queries",
+    "query_iou": "occupancy IoU of queries [%]", "query_accuracy": "accuracy of queries [%]", "intensity_error": "error of intensities",
+    "occupancy_iou": "occupancy IoU at 0.5 [%]", "occupancy_iou_observed": "IoU over observed voxels [%]",
+    "ray_iou": "RayIoU, mean over thresholds [%]", **{f"ray_iou_{limit}m": f"RayIoU at {limit} m [%]" for limit in (1, 2, 4)}, "cosine": "mean cosine",
     "iou": "IoU at 0.5 [%]", "iou_best": "IoU at the best threshold [%]",
 }  # fmt: skip
-NOT_PLOTTED = {"step", "epoch", "samples_per_s", "data_wait", "grad_norm", "samples", "threshold_best"}
+NOT_PLOTTED = {"step", "epoch", "samples_per_s", "data_wait", "grad_norm", "samples", "queries", "threshold_best"}
 Curve = tuple[list[float], list[float]]  # steps, values
 
 

@@ -12,19 +12,9 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.networks.encoder_weights import resnet_name
+from occfeat_train.networks.backbone_names import efficientnet_pytorch_name, resnet_name
 from occfeat_train.networks.network import BEVNetwork
 
-_EFFICIENTNET_PARTS = {
-    "_expand_conv": "expansion.expand_conv",
-    "_bn0": "expansion.expand_bn",
-    "_depthwise_conv": "depthwise_conv.depthwise_conv",
-    "_bn1": "depthwise_conv.depthwise_norm",
-    "_se_reduce": "squeeze_excite.reduce",
-    "_se_expand": "squeeze_excite.expand",
-    "_project_conv": "projection.project_conv",
-    "_bn2": "projection.project_bn",
-}
 # torchvision's children of a ResNet in the reference's Sequential
 _RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2"}
 _REST = {
@@ -95,12 +85,9 @@ def _reorder_places(name: str, value: torch.Tensor, grid: VoxelGrid) -> torch.Te
 
 
 def _our_name(name: str) -> str:
-    if match := re.fullmatch(r"encoder\.backbone\._blocks\.(\d+)\.(\w+)\.(\w+)", name):
-        if (part := _EFFICIENTNET_PARTS.get(match[2])) is not None:
-            return f"network.encoder.backbone.blocks.{match[1]}.{part}.{match[3]}"
-    elif match := re.fullmatch(r"encoder\.backbone\._(conv_stem|bn0)\.(\w+)", name):
-        part = "convolution" if match[1] == "conv_stem" else "batchnorm"
-        return f"network.encoder.backbone.embeddings.{part}.{match[2]}"
+    if match := re.fullmatch(r"encoder\.backbone\.(_.+)", name):
+        if (ours := efficientnet_pytorch_name(match[1])) is not None:
+            return f"network.encoder.backbone.{ours}"
     elif match := re.fullmatch(r"encoder\.(?:backbone\.([0145])|(layer3))\.(.+)", name):
         child = match[2] or _RESNET_CHILDREN[match[1]]
         if (ours := resnet_name(f"{child}.{match[3]}")) is not None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
@@ -29,12 +31,14 @@ class Task(nn.Module):
     pictures: "module:function" that draws a run's predictions for the report, like `report.segmentation:draw`; without one,
     the report has none.
     note: what a reader of the report's curves should know, in a sentence or two.
+    without_targets: why `has_targets` leaves out keyframes.
     """
 
     head: nn.Module
     ragged: ClassVar[tuple[str, ...]] = ()
     pictures: ClassVar[str] = ""
     note: ClassVar[str] = ""
+    without_targets: ClassVar[str] = ""
 
     def __init__(self, network: BEVNetwork, config: Config, grid: VoxelGrid, feature_dim: int) -> None:
         """feature_dim: N_y of the cache's teacher, 0 without a teacher."""
@@ -49,6 +53,16 @@ class Task(nn.Module):
         Raises ValueError if the cache lacks something: a phrase that follows "CACHE has", with what to do.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def has_targets(reader: CacheReader) -> NDArray[np.bool_]:
+        """(N,) whether a keyframe has targets of the task, by default whether it is valid. Others are left out."""
+        return reader.is_valid
+
+    @staticmethod
+    def evaluation_arrays(config: Config, spec: TargetSpec) -> list[str]:
+        """Names of further arrays that only `measure` reads, and that a cache need not have."""
+        return []
 
     @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:

@@ -24,6 +24,7 @@ def build_task(config: Config, grid: VoxelGrid, feature_dim: int) -> Task:
             config.network.drop_connect,
             config.network.compat,
             config.network.recompute is not False,
+            config.network.efficientnet,
         )
         task: Task = config.task_class(network, config, grid, feature_dim)
         return task

@@ -1,4 +1,4 @@
-"""Losses: eq. 2 and 3 of the paper, and the segmentation loss.
+"""Losses: eq. 2 and 3 of the paper, the mean over Img-ALSO's pairs, and the segmentation loss.
 
 Each is the mean over samples of a sample's own mean, so that a batch has the same loss and gradient when it is split over
 micro-batches or ranks. They are computed in float32, or in float64 for float64 inputs.
@@ -17,10 +17,21 @@ from torch.autograd.function import once_differentiable
 _EPS = 1e-8  # smallest norm of a vector, as in torch's cosine_similarity
 
 
-def occupancy_loss(logits: Float[Tensor, "B Z H W"], occupied: Bool[Tensor, "B Z H W"]) -> Float[Tensor, ""]:
-    """Eq. 2: binary cross-entropy averaged over all voxels."""
+def occupancy_loss(
+    logits: Float[Tensor, "B Z H W"],
+    occupied: Bool[Tensor, "B Z H W"],
+    observed: Bool[Tensor, "B Z H W"] | None = None,
+) -> Float[Tensor, ""]:
+    """Eq. 2: binary cross-entropy averaged over all voxels, or over those that are observed (not in the paper).
+
+    A sample without observed voxels adds 0 and counts in the mean.
+    """
     logits = _exact(logits)
-    return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
+    if observed is None:
+        return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
+    loss = F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none")
+    mask = observed.to(loss)
+    return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 def feature_loss(
@@ -62,6 +73,15 @@ class _Cosine(torch.autograd.Function):
         along_itself = (grad * cosine / length.square())[:, None]
         out = torch.addcmul(target * along_target, predicted, along_itself, value=-1)
         return out.to(predicted.dtype), None
+
+
+def pair_loss(values: Float[Tensor, " p"], sample: Int64[Tensor, " p"], num_samples: int) -> Float[Tensor, ""]:
+    """Mean of the values of a sample's pairs, averaged over samples.
+
+    sample: index of each pair's sample; -1 for pairs that do not count. A sample without pairs adds 0 and counts in the mean.
+    """
+    count = (sample == torch.arange(num_samples, device=sample.device)[:, None]).sum(1).clamp(min=1)
+    return torch.where(sample >= 0, _exact(values) / (count[sample] * num_samples), 0).sum()
 
 
 def segmentation_loss(

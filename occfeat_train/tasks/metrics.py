@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.distributed import gather, sum_over_processes
+from occfeat_train.tasks.ray_iou import NUM_COUNTS, ray_ious
 
 THRESHOLDS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65)  # BEVFusion's
 HALF = THRESHOLDS.index(0.5)
@@ -116,11 +117,17 @@ class SegmentationMetric(Metric):
 
 
 class PretrainingMetric(Metric):
-    """Occupancy IoU at 0.5 and the mean cosine between predicted and target features over all distilled voxels."""
+    """Occupancy IoU at 0.5, and the mean cosine between predicted and target features over all distilled voxels.
+
+    With rays also the IoU over observed voxels, and RayIoU.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = torch.zeros(3, dtype=torch.int64)  # intersection, union, distilled voxels
+        self.counts = torch.zeros(
+            5, dtype=torch.int64
+        )  # intersection, union; both of observed voxels; distilled voxels
+        self.rays = torch.zeros(NUM_COUNTS, dtype=torch.int64)
         self.cosine = torch.zeros((), dtype=torch.float64)
 
     def update(
@@ -128,28 +135,91 @@ class PretrainingMetric(Metric):
         logits: Float[Tensor, "B Z H W"] | None,
         occupied: Bool[Tensor, "B Z H W"],
         cosine: Float[Tensor, " n"] | None,
+        observed: Bool[Tensor, "B Z H W"] | None = None,
+        rays: Int64[Tensor, " m"] | None = None,
     ) -> None:
-        """logits: None without occupancy head. cosine: None without feature head."""
+        """logits: None without occupancy head. cosine: None without feature head. observed, rays (`ray_counts`): None without rays."""
         if logits is not None:
             predicted = logits > 0
-            self.counts[0] += (predicted & occupied).sum().cpu()
-            self.counts[1] += (predicted | occupied).sum().cpu()
+            both, either = predicted & occupied, predicted | occupied
+            self.counts[0] += both.sum().cpu()
+            self.counts[1] += either.sum().cpu()
+            if observed is not None:
+                self.counts[2] += (both & observed).sum().cpu()
+                self.counts[3] += (either & observed).sum().cpu()
+        if rays is not None:
+            self.rays += rays
         if cosine is not None:
-            self.counts[2] += len(cosine)
+            self.counts[4] += len(cosine)
             self.cosine += cosine.double().sum().cpu()
         self.num_samples += len(occupied)
 
     def reduce(self) -> None:
         super().reduce()
-        self.counts, self.cosine = sum_over_processes(self.counts), sum_over_processes(self.cosine)
+        self.counts, self.rays, self.cosine = map(sum_over_processes, (self.counts, self.rays, self.cosine))
 
     def results(self) -> dict[str, Any]:
-        voxels = int(self.counts[2])
+        voxels = int(self.counts[4])
+        with_rays = {"occupancy_iou_observed": _iou(self.counts[2:4]), **ray_ious(self.rays)} if self.rays.any() else {}
         return {
             "samples": self.num_samples,
             "occupancy_iou": _iou(self.counts[:2]),
+            **with_rays,
             "cosine": float(self.cosine) / voxels if voxels else None,
         }
+
+
+class QueryMetric(Metric):
+    """Img-ALSO's queries: accuracy and IoU of their occupancy at 0.5, and the mean absolute error of their intensity.
+
+    The prediction for a query is the mean of its pairs', of logits and of intensities. Queries without a pair do not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Queries: right, all, intersection, union, with an intensity
+        self.counts = torch.zeros(5, dtype=torch.int64)
+        self.error = torch.zeros((), dtype=torch.float64)
+
+    def update(
+        self,
+        logits: Float[Tensor, " p"],
+        intensity: Float[Tensor, " p"],
+        query: Int64[Tensor, " p"],
+        occupied: Bool[Tensor, "B q"],
+        target: Float[Tensor, "B q"],
+    ) -> None:
+        """query: flat indices of the pairs' queries. target: the queries' intensity, negative if they have none."""
+        predicted, mean, is_paired = mean_of_pairs(logits, intensity, query, occupied.numel())
+        true, wanted = occupied.flatten(), target.flatten()
+        outcomes = (predicted == true, torch.ones_like(true), predicted & true, predicted | true, wanted >= 0)
+        self.counts += torch.stack([(cells & is_paired).sum() for cells in outcomes]).cpu()
+        self.error += torch.where((wanted >= 0) & is_paired, (mean - wanted).abs(), 0).sum().cpu()
+        self.num_samples += len(occupied)
+
+    def reduce(self) -> None:
+        super().reduce()
+        self.counts, self.error = sum_over_processes(self.counts), sum_over_processes(self.error)
+
+    def results(self) -> dict[str, Any]:
+        number, with_intensity = self.counts[[1, 4]].tolist()
+        return {
+            "samples": self.num_samples,
+            "queries": number,
+            "query_iou": _iou(self.counts[2:4]),
+            "query_accuracy": _iou(self.counts[:2]),
+            "intensity_error": float(self.error) / with_intensity if with_intensity else None,
+        }
+
+
+def mean_of_pairs(
+    logits: Float[Tensor, " p"], intensity: Float[Tensor, " p"], query: Int64[Tensor, " p"], number: int
+) -> tuple[Bool[Tensor, " n"], Float64[Tensor, " n"], Bool[Tensor, " n"]]:
+    """Of `number` queries: whether the mean of their pairs' logits is above 0, their mean intensity, and whether they have a pair."""
+    sums = torch.zeros(3, number, dtype=torch.float64, device=logits.device)
+    values = torch.stack([logits.double(), intensity.double(), torch.ones_like(logits, dtype=torch.float64)])
+    total, light, pairs = sums.index_add_(1, query, values)
+    return total > 0, light / pairs.clamp(min=1), pairs > 0
 
 
 def _iou(counts: Tensor) -> float | None:

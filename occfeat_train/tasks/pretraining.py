@@ -21,6 +21,7 @@ from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from occfeat_train.tasks.metrics import PretrainingMetric, as_text
+from occfeat_train.tasks.ray_iou import DEPTH_ERRORS, ray_counts
 
 
 class Pretraining(Task):
@@ -46,26 +47,43 @@ class Pretraining(Task):
 
     @staticmethod
     def arrays(config: Config, spec: TargetSpec) -> list[str]:
+        names = ["occupancy"]
+        if config.loss.occ_on == "observed":
+            if not spec.rays:
+                raise ValueError(
+                    "no rays, which loss.occ_on=observed needs: build it with --rays, or pretrain with --occ-on all"
+                )
+            names.append("rays")
         if not config.loss.feat:
-            return ["occupancy"]
+            return names
         if spec.teacher is None:
             raise ValueError(
                 f"no teacher features, which lambda={config.loss.feat:g} needs: build it with --teacher, or pretrain with "
                 "--occ-only"
             )
-        return ["occupancy", "features"] + ["feature_scale"] * (spec.feature_dtype == "int8")
+        return [*names, "features"] + ["feature_scale"] * (spec.feature_dtype == "int8")
+
+    @staticmethod
+    def evaluation_arrays(config: Config, spec: TargetSpec) -> list[str]:
+        return ["rays", "ray_origin"] if spec.rays and config.loss.occ else []
 
     @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
-        """Packed occupancy, and of the n occupied voxels that at least one camera sees, with a feature loss:
+        """Packed occupancy and, if they were read, packed observed voxels and the rays' origin.
+
+        Also, of the n occupied voxels that at least one camera sees, with a feature loss:
 
         voxels: (n,) int64 flat indices into the batch's (B, Z, H, W). features: (n, N_y) float16, Y_v of paper 3.3. They are
         sampled from features of the cached images, because only the student's images are augmented.
         """
-        occupancy = sample.arrays["occupancy"]
+        targets = {"occupancy": sample.arrays["occupancy"]}
+        if "rays" in sample.arrays:
+            targets["observed"] = sample.arrays["rays"][0]
+        if "ray_origin" in sample.arrays:
+            targets["ray_origin"] = sample.arrays["ray_origin"]
         if not config.loss.feat:
-            return {"occupancy": occupancy}
-        voxels = np.flatnonzero(sample.grid.unpack_volume(occupancy))
+            return targets
+        voxels = np.flatnonzero(sample.grid.unpack_volume(targets["occupancy"]))
         features, num_views = sample_voxel_features_numpy(
             sample.arrays["features"],
             sample.arrays.get("feature_scale"),
@@ -77,14 +95,15 @@ class Pretraining(Task):
         )
         seen = num_views > 0
         voxels = voxels[seen] + sample.index * sample.grid.num_voxels
-        return {"occupancy": occupancy, "voxels": voxels, "features": features[seen]}
+        return {**targets, "voxels": voxels, "features": features[seen]}
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """{"loss": eq. 1, "occupancy": eq. 2, "features": eq. 3}, scalars."""
         logits, _, feat = self._outputs(batch)
         losses: dict[str, Tensor] = {}
         if logits is not None:
-            losses["occupancy"] = occupancy_loss(logits, batch.volume("occupancy"))
+            observed = batch.volume("observed") if self.config.loss.occ_on == "observed" else None
+            losses["occupancy"] = occupancy_loss(logits, batch.volume("occupancy"), observed)
         if feat is not None:
             losses["features"] = feat
         weights = {"occupancy": self.config.loss.occ, "features": self.config.loss.feat}
@@ -105,7 +124,11 @@ class Pretraining(Task):
 
     def measure(self, batch: Batch, metric: Any) -> None:
         logits, cosine, _ = self._outputs(batch)
-        metric.update(logits, batch.volume("occupancy"), cosine)
+        occupied, observed, rays = batch.volume("occupancy"), None, None
+        if logits is not None and "ray_origin" in batch.arrays:
+            observed = batch.volume("observed")
+            rays = ray_counts(logits > 0, occupied, batch.arrays["ray_origin"], self.grid)
+        metric.update(logits, occupied, cosine, observed, rays)
 
     @staticmethod
     def score(results: Mapping[str, Any]) -> float | None:
@@ -118,7 +141,9 @@ class Pretraining(Task):
 
     @staticmethod
     def columns(results: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            "occupancy IoU at 0.5 [%]": as_text(results["occupancy_iou"], 1),
-            "mean cosine to the teacher's features": as_text(results["cosine"], 3),
-        }
+        columns = {"occupancy IoU at 0.5 [%]": as_text(results["occupancy_iou"], 1)}
+        if "occupancy_iou_observed" in results:
+            columns["IoU over observed voxels [%]"] = as_text(results["occupancy_iou_observed"], 1)
+            by_threshold = " ".join(as_text(results[f"ray_iou_{limit:g}m"], 1) for limit in DEPTH_ERRORS)
+            columns["RayIoU at 1, 2, 4 m [%]"] = by_threshold
+        return columns | {"mean cosine to the teacher's features": as_text(results["cosine"], 3)}

@@ -36,8 +36,8 @@ from occfeat_targets.cache.records import (
     sync_and_digest,
     write_record,
 )
+from occfeat_targets.common.pickled import load_pickled
 from occfeat_train.config import Config
-from occfeat_train.networks.pickled import load_pickled
 from occfeat_train.training.saving import CheckpointError, first_line, saving
 
 KEEP = 2

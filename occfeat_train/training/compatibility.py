@@ -62,6 +62,8 @@ def left_out(dataset: KeyframeDataset) -> list[str]:
         lines.append(f"{skipped} {of} were skipped by its build and are left out")
     if dataset.num_without_frame:
         lines.append(f"{dataset.num_without_frame} {of} are left out: {why_left_out(dataset.frames)}")
+    if dataset.num_without_targets:
+        lines.append(f"{dataset.num_without_targets} {of} are left out: {dataset.config.task_class.without_targets}")
     return lines
 
 

@@ -78,7 +78,7 @@ def random_batch(config: Config, batch: int, small: bool) -> Batch:
     targets = []
     for i in range(batch):
         arrays = {"occupancy": packed[i], "features": features[i]}
-        sample = Sample(i, grid, source, images[i], intrinsics[i].numpy(), cam_from_grid[i].numpy(), arrays)  # type: ignore[arg-type]
+        sample = Sample(i, grid, source, images[i], intrinsics[i].numpy(), cam_from_grid[i].numpy(), arrays, rng)  # type: ignore[arg-type]
         targets.append(config.task_class.targets(sample, config))
     return Batch(
         tokens=tuple(map(str, range(batch))),

@@ -16,15 +16,16 @@ CENTERS = SMALL_GRID.voxel_centers()[0]  # (H, W, 3) of the cells
 IS_RIGHT = CENTERS[..., 0] > 0
 
 
-def write_cache(path, scenes, *, spec=None, seed=0, simulated=(), seen_by=FRONT, **contents):
+def write_cache(path, scenes, *, spec=None, seed=0, simulated=(), seen_by=FRONT, is_cut=False, **contents):
     """A cache with one keyframe for each name in `scenes`, random voxels, images, features and labels, and the contents given.
 
-    seen_by: (V,) the cameras that are not masked.
+    seen_by: (V,) the cameras that are not masked. is_cut: only the first half of the keyframes is built.
     """
     spec = spec or small_spec()
     n = len(scenes)
     identity = Identity(tuple(f"{path.stem}-{i}" for i in range(n)), tuple(scenes), tuple(range(1, n + 1)))
-    cache = create_cache(path, spec, identity, keyframes_per_shard=n, provenance={"simulated": list(simulated)})
+    built = n // 2 if is_cut else n
+    cache = create_cache(path, spec, identity, keyframes_per_shard=built, provenance={"simulated": list(simulated)})
     rng = np.random.default_rng(seed)
     arrays = {a.name: rng.integers(0, 100, (n, *a.shape)).astype(a.dtype) for a in spec.arrays()}
     pose = np.array([cam_from_ego(yaw) for yaw in YAWS]) * seen_by[:, None, None]
@@ -42,8 +43,8 @@ def write_cache(path, scenes, *, spec=None, seed=0, simulated=(), seen_by=FRONT,
         chosen.setdefault("labels/vehicles_valid", 255)
     for name, values in chosen.items():
         arrays[name][:] = values
-    cache.write_shard(0, arrays, {"skipped": {}, "cosine": None})
-    return CacheReader(cache)
+    cache.write_shard(0, {name: values[:built] for name, values in arrays.items()}, {"skipped": {}, "cosine": None})
+    return CacheReader(cache, allow_incomplete=is_cut)
 
 
 def vehicles(mask):

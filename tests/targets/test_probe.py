@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import EGO_FRAME
 from occfeat_targets.probe import probe as probe_module
@@ -275,13 +274,19 @@ def test_the_frame_is_that_of_the_grid_and_the_labels(tmp_path):
     assert failed.returncode == 1 and "no grid in frame 'CAM_BACK'" in failed.stderr
 
 
-def test_an_unfinished_cache_is_probed_as_far_as_it_is_built(small_cache):
-    from tests.conftest import random_arrays
+def test_an_unfinished_cache_is_probed_as_far_as_it_is_built(tmp_path):
+    cache_of(tmp_path, 12, is_cut=True)
+    out = run("probe", "--cache", tmp_path, "--split", "train").stdout
+    assert "fits probes to 3 keyframes of 3 scenes" in out and "tests them on 3 keyframes of 3 scenes" in out
 
-    small_cache.write_shard(0, random_arrays(small_cache, 0), {"skipped": {}})
-    reader = CacheReader(small_cache, allow_incomplete=True)
-    with pytest.raises(ValueError, match="are all of scene-0061"):
-        choose_halves(reader)
+
+def test_the_table_is_printed_even_if_the_json_cannot_be_written(tmp_path):
+    cache_of(tmp_path)
+    failed = run(
+        "probe", "--cache", tmp_path, "--split", "train", "--json", tmp_path / "absent" / "x.json", check=False
+    )
+    assert failed.returncode == 1 and "| vehicles" in failed.stdout
+    assert "could not write" in failed.stderr and "absent" in failed.stderr
 
 
 def test_a_half_holds_a_limited_number_of_voxels(tmp_path, monkeypatch):

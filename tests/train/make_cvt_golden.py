@@ -1,4 +1,4 @@
-"""Write `golden/cvt.npz`: two attention stages of Cross-View Transformers, run from a checkout of bradyz/cross_view_transformers.
+"""Write `golden/cvt/stages.npz`: two attention stages of Cross-View Transformers, run from a checkout of bradyz/cross_view_transformers.
 
     python -m tests.train.make_cvt_golden ../cross_view_transformers
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from occfeat_targets.cache.geometry import rigid
 from tests.train.make_reference_training import sums
-from tests.train.reference_seeds import GOLDEN, seeded_array, seeded_direction
+from tests.train.reference_seeds import GOLDEN, kind_of, seeded_array, seeded_direction
 
 CHANNELS, IMAGE, COARSE, FEATURES = 12, (32, 48), (4, 5), ((4, 6), (2, 3))  # of both stages
 BATCH, CAMS = 2, 3
@@ -50,12 +50,6 @@ def build(module: Any) -> Any:
         "decoder_blocks": [128, 128, 64],
     }  # fmt: skip
     return module.Encoder(Maps(), cross_view, embedding, dim=CHANNELS, middle=[2, 2])
-
-
-def kind_of(model: nn.Module, name: str) -> str:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    is_norm = isinstance(owner, (nn.BatchNorm2d, nn.LayerNorm))
-    return "int" if name.endswith("num_batches_tracked") else "norm" if is_norm else "other"
 
 
 def calibration() -> tuple[Tensor, Tensor]:
@@ -120,7 +114,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="of bradyz/cross_view_transformers")
     sys.path.insert(0, str(parser.parse_args().checkout.resolve()))
     arrays = run(importlib.import_module("cross_view_transformer.model.encoder"))
-    file = GOLDEN / "cvt.npz"
+    file = GOLDEN / "cvt" / "stages.npz"
+    file.parent.mkdir(exist_ok=True)
     np.savez_compressed(file, **arrays)
     print(f"{file}: {file.stat().st_size:,} bytes")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = {"segnet": "simplebev", "bevformernet": "bevformer", "liftnet2": "lss"}  # reference name: our name
@@ -33,6 +34,13 @@ def seeded_array(name: str, shape: tuple[int, ...], kind: str) -> NDArray[np.gen
     elif name.endswith("attention_weights.weight"):
         scale = 0.2
     return (scale * random.standard_normal(shape)).astype(np.float32)
+
+
+def kind_of(model: nn.Module, name: str) -> str:
+    """The kind of a model's parameter or buffer."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    is_norm = isinstance(owner, (nn.BatchNorm2d, nn.LayerNorm))
+    return "int" if name.endswith("num_batches_tracked") else "norm" if is_norm else "other"
 
 
 def seeded_state_dict(file: Path) -> dict[str, NDArray[np.generic]]:

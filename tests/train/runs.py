@@ -70,6 +70,9 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
             out["grid_from_ego"][row, frame] = rigid(
                 (np.cos(0.4 * frame), 0, 0, np.sin(0.4 * frame)), (0.2 * frame, 0, 0)
             )
+        if spec.max_points:
+            out["points"][row] = rng.uniform((-6, -6, -1, 0), (6, 6, 2, 255), (spec.max_points, 4))
+            out["num_points"][row], out["sweep_origins"][row] = spec.max_points, (1, 0, 1.8)
     out["is_valid"][:] = True
     out["camera_valid"][:] = True
     out["image_area"][:] = (0, 0, *spec.image_size)
@@ -78,15 +81,17 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
-    dim: N_y; 0: no features. image_size: 32x48 resized by up to 1.2 fits. shards: number of shards to write (None: all).
+    points: LiDAR returns of each keyframe. dim: N_y; 0: no features. image_size: 32x48 resized by up to 1.2 fits. shards: number of shards to write (None: all).
     change: modifies the arrays {name: (N, ...)} of all keyframes before they are written.
     """
     features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
-    spec = TargetSpec(grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels)
+    spec = TargetSpec(
+        grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels, rays=rays, max_points=points
+    )
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))
     cache = create_cache(

@@ -115,7 +115,7 @@ def test_scenes_that_do_not_exist_are_refused(cache, tmp_path):
         (["--epochs", "nan"], "optim.epochs=nan: a number above 0 and at most 1,000,000,000 expected"),
         (["--batch", "0"], "0 is not in the range x>=1"),
         (["--backbone-weights", "./absent"], "backbone weights ./absent: there is no such folder"),
-        (["--backbone-weights", "absent.pth.tar"], "MoCo-v2's are of a resnet-50, the network has efficientnet-b0"),
+        (["--backbone-weights", "absent.pth.tar"], "backbone weights absent.pth.tar: there is no such file"),
     ],
 )
 def test_wrong_options_are_refused_with_the_expected_value(cache, tmp_path, options, expected):

@@ -59,7 +59,7 @@ def make_samples(
         arrays["feature_scale"] = rng.uniform(0.01, 0.1, features.shape[:-1]).astype(np.float16)
     images = rng.integers(0, 256, (samples, CAMERAS, 24, 40, 3), dtype=np.uint8)
     return [
-        Sample(i, grid, (24, 40), images[i], intrinsics[i], cam_from_grid[i], {k: a[i] for k, a in arrays.items()})
+        Sample(i, grid, (24, 40), images[i], intrinsics[i], cam_from_grid[i], {k: a[i] for k, a in arrays.items()}, rng)
         for i in range(samples)
     ]
 

@@ -34,7 +34,7 @@ def our_name(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    with np.load(GOLDEN / "cvt.npz") as file:
+    with np.load(GOLDEN / "cvt" / "stages.npz") as file:
         return {k: v if v.dtype.kind == "U" else torch.from_numpy(v) for k, v in file.items()}
 
 
@@ -43,7 +43,7 @@ def lifting() -> CVT:
     """With the reference's weights, but for the upsampling, in float64 and training mode."""
     model = CVT(GRID, 12).double()
     own = model.state_dict()
-    for name, array in seeded_state_dict(GOLDEN / "cvt.npz").items():
+    for name, array in seeded_state_dict(GOLDEN / "cvt" / "stages.npz").items():
         ours = our_name(name)
         assert ours in own, name
         # 1x1 convolutions of positions are linear layers here

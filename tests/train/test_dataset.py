@@ -130,7 +130,7 @@ def test_a_pretraining_batch_has_the_contents_of_the_cache(tmp_path, feature_dty
         arrays = {name: written[name][keyframe] for name in dataset.arrays if name.startswith("feature")}
         arrays["occupancy"] = written["occupancy"][keyframe, frame]
         of_cameras = (batch.images[row].numpy(), batch.intrinsics[row].numpy(), batch.cam_from_grid[row].numpy())
-        sample = Sample(row, dataset.grid, cache.spec.image_size, *of_cameras, arrays)
+        sample = Sample(row, dataset.grid, cache.spec.image_size, *of_cameras, arrays, np.random.default_rng())
         targets.append(Pretraining.targets(sample, PRETRAIN))
     assert (batch.intrinsics.dtype, batch.cam_from_grid.dtype) == (torch.float64, torch.float64)
     assert ("feature_scale" in dataset.arrays) == (feature_dtype == "int8")

@@ -119,6 +119,21 @@ def test_another_width_or_layout_is_refused(tmp_path, efficientnet, resnet):
         load_backbone_weights(resnet, str(tmp_path / "deep"))
 
 
+def test_another_padding_is_refused(tmp_path):
+    from transformers import EfficientNetConfig
+
+    EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0, depthwise_padding=[3, 15]).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(
+        ValueError, match=r"have depthwise_padding \[3\]: \[\] expected .*network.efficientnet=tensorflow"
+    ):
+        load_backbone_weights(ImageEncoder("efficientnet-b0", 4), str(tmp_path))
+    EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"have depthwise_padding \[\]: \[0, .*expected .*network.efficientnet=torch"):
+        load_backbone_weights(ImageEncoder("efficientnet-b0", 4, efficientnet="torch"), str(tmp_path))
+
+
 @pytest.mark.parametrize("change", [None, (7, 7)], ids=["lacking", "of another shape"])
 def test_a_folder_with_a_missing_or_misshapen_tensor_is_refused(resnet_folder, resnet, tmp_path, change):
     from safetensors.torch import save_file

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import occfeat_train.networks.encoder_weights as backbones
-from occfeat_train.networks.encoder_weights import load_backbone_weights, resnet_name
+from occfeat_train.networks.backbone_names import resnet_name
+from occfeat_train.networks.encoder_weights import load_backbone_weights
 from tests.conftest import Marker
 from tests.train.test_encoder import efficientnet, resnet
 from tests.train.test_encoder_weights import resnet_folder
@@ -93,7 +94,10 @@ def test_mocos_file_loads_torchvisions_resnet(tmp_path, resnet):
     file = tmp_path / "moco.pth.tar"
     write_moco(file, state)
     said = load_backbone_weights(resnet, str(file))
-    assert said == f"backbone: resnet-50 with MoCo-v2 weights from {file}"
+    assert said == (
+        f"backbone: resnet-50 with weights from {file} (torchvision, timm and MoCo's names after 'module.encoder_q.': "
+        "258 tensors; left out: fc.0 (1), layer4.0 (1), 4 tensors without this prefix, epoch, arch)"
+    )
     images = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         expected = run_torchvision_resnet50(state, images)
@@ -114,7 +118,7 @@ def test_a_moco_file_with_a_missing_or_misshapen_tensor_is_refused(tmp_path, res
 
 
 def test_mocos_weights_are_refused_for_an_efficientnet(efficientnet):
-    with pytest.raises(ValueError, match="MoCo-v2's are of a resnet-50, the network has efficientnet-b0"):
+    with pytest.raises(ValueError, match="moco-v2: they are of a resnet-50, the network has efficientnet-b0"):
         load_backbone_weights(efficientnet, "moco-v2")
 
 
@@ -161,7 +165,7 @@ def test_a_missing_file_or_another_layout_is_refused(tmp_path, resnet):
     with pytest.raises(ValueError, match="no.pth: there is no such file"):
         load_backbone_weights(resnet, str(tmp_path / "no.pth"))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match="hold no 'state_dict': MoCo-v2's checkpoint expected"):
+    with pytest.raises(ValueError, match="none of the names of a resnet-50 that are known: .*They have conv1.weight"):
         load_backbone_weights(resnet, str(tmp_path / "bare.pth"))
 
 
@@ -181,7 +185,7 @@ def test_the_official_file_is_downloaded_once_and_checked(tmp_path, monkeypatch,
     assert not list((tmp_path / "hub" / "checkpoints").iterdir())
     monkeypatch.setattr(backbones, "MOCO_V2_MD5", hashlib.md5(source.read_bytes()).hexdigest()[:8])
     for _ in range(2):
-        assert "MoCo-v2 weights from" in load_backbone_weights(resnet, "moco-v2")
+        assert "resnet-50 with weights from" in load_backbone_weights(resnet, "moco-v2")
     assert asked == [backbones.MOCO_V2_URL] * 2
 
 
@@ -201,7 +205,7 @@ def test_ranks_that_download_the_official_file_together_each_get_it_whole(tmp_pa
         Path(target).write_bytes(source.read_bytes())
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    assert "MoCo-v2 weights from" in load_backbone_weights(resnet, "moco-v2")
+    assert "resnet-50 with weights from" in load_backbone_weights(resnet, "moco-v2")
     assert len(set(targets)) == 2
     (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
     assert file.read_bytes() == source.read_bytes()

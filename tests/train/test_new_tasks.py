@@ -107,7 +107,7 @@ def test_a_pretext_task_names_the_array_that_the_cache_lacks(tmp_path, monkeypat
     cache, run = write_caches(tmp_path / "cache"), tmp_path / "run"
     said = refuse(*pretrain(cache, run, "--method", "sounds"), out=run)
     assert "train.zarr has no sounds, which sounds reads: build a cache with it" in said
-    assert "'vehicles' is not one of 'occfeat', 'sounds'" in refuse(
+    assert "'vehicles' is not one of 'occfeat', 'img-also', 'sounds'" in refuse(
         *pretrain(cache, run, "--method", "vehicles"), out=run
     )
     said = refuse(*pretrain(cache, run, "--method", "sounds", "--lambda", "1"), out=run)

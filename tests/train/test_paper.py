@@ -15,7 +15,7 @@ from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_
 
 def about_of(config: Config, *, size: tuple[int, int] = (540, 960), **changes: Any) -> RunInfo:
     """RunInfo of a config on the paper's data."""
-    targets = {**TARGETS.to_dict(), "image_size": list(size)}
+    targets = {**TARGETS.to_dict(), "image_size": list(size), "max_points": 40_000}
     values = {"feature_dim": 384, "cache": "", "num_samples": 28_130, "initial": "", "targets": targets, "data": DATA}
     return RunInfo(config, VoxelGrid(), **{**values, **changes})
 
@@ -44,7 +44,8 @@ def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
 
 OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
-    "task": None, "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "task": None, "loss.occ_on": "observed", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "network.efficientnet": "torch",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
 }  # fmt: skip
@@ -56,8 +57,9 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     value = Config().flat()[field]
     other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
     config = Config().override([f"{field}={json.dumps(other)}"])
+    targets = {**TARGETS.to_dict(), "rays": True}  # which some fields need
     computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling")
-    assert list(found_in(about_of(config))) == ([] if field in computing else [field])
+    assert list(found_in(about_of(config, targets=targets))) == ([] if field in computing else [field])
 
 
 def test_differences_are_reported_with_both_values():
