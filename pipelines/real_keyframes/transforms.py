@@ -54,7 +54,7 @@ CHANGES: dict[str, Callable[[Rig], Rig]] = {
     "cameras turned to the left by 3 degrees": turned(3),
     "rig pitched by 3 degrees": turned(3, axis=1),
     "grid mirrored left and right": lambda rig: replace(rig, cam_from_ego=rig.cam_from_ego @ np.diag([1.0, -1, 1, 1])),
-    "image of the next camera": lambda rig: replace(rig, order=np.roll(rig.order, 1)),
+    "image of another camera (the next in the list)": lambda rig: replace(rig, order=np.roll(rig.order, -1)),
 }
 
 
