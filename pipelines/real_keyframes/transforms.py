@@ -39,7 +39,7 @@ class Rig:
 
 def turned(degrees: float, axis: int = 2) -> Callable[[Rig], Rig]:
     """All cameras turned about an axis of the ego frame: 0 forward, 1 left, 2 up."""
-    half, turn = np.deg2rad(degrees) / 2, np.eye(4)
+    half, turn = np.deg2rad(-degrees) / 2, np.eye(4)  # what they see turns the other way
     turn[:3, :3] = rotation_matrix((np.cos(half), *(np.sin(half) * (np.arange(3) == axis))))
     return lambda rig: replace(rig, cam_from_ego=rig.cam_from_ego @ turn)
 
@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[[Rig], Rig]] = {
     ),
     "cameras turned to the left by 0.5 degrees": turned(0.5),
     "cameras turned to the right by 0.5 degrees": turned(-0.5),
-    "cameras turned to the left by 3 degrees": turned(3),
+    "cameras turned to the right by 3 degrees": turned(-3),
     "rig pitched by 3 degrees": turned(3, axis=1),
     "grid mirrored left and right": lambda rig: replace(rig, cam_from_ego=rig.cam_from_ego @ np.diag([1.0, -1, 1, 1])),
     "image of another camera (the next in the list)": lambda rig: replace(rig, order=np.roll(rig.order, -1)),
