@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 TASKS = ("vehicles", "map")
 NONE, OCCUPANCY, FEATURES, OCCFEAT = "none", "occupancy only", "features only", "OccFeat"
 OCCFEAT_RANDOM = f"{OCCFEAT}, random teacher"
+IMG_ALSO = "Img-ALSO"
 LONGER = "none, 3 times the steps"
 
 
@@ -32,6 +33,7 @@ ARMS = (
     Arm(LONGER, None, longer=3),  # whether pretraining only saves steps
     Arm(FEATURES, ("--feat-only",)),
     Arm(OCCUPANCY, ("--occ-only",)),
+    Arm(IMG_ALSO, ("--method", "img-also")),
     Arm(OCCFEAT),  # the paper's lambda, 0.01
     Arm(f"{OCCFEAT}, lambda 0.1", ("--lambda", "0.1")),
     Arm(f"{OCCFEAT}, lambda 1", ("--lambda", "1")),
@@ -141,7 +143,7 @@ def teachers_of(size: Size) -> set[str]:
 
 def reads_features(arm: Arm) -> bool:
     """Whether the arm's pretraining needs the features of its teacher."""
-    return arm.pretrain is not None and "--occ-only" not in arm.pretrain
+    return arm.pretrain is not None and not {"--occ-only", "img-also"} & set(arm.pretrain)
 
 
 def _pretraining(size: Size, arm: Arm, seed: int) -> Run:
