@@ -50,6 +50,21 @@ def label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[Arra
     ]
 
 
+def instance_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> tuple[ArraySpec, ...]:
+    """The arrays of `targets.instances.Instances`. Most cells hold 255 and 0."""
+    dims = ("grid_forward", "grid_right")
+    return (
+        ArraySpec(
+            kind.center_array, (num_frames, *grid.map_shape), ("frame", *dims), "uint8",
+            "squared distance to the nearest rounded centre of an object [cells^2]; 255: that or more", compress=True, ratio=10,
+        ),
+        ArraySpec(
+            kind.offset_array, (num_frames, 2, *grid.map_shape), ("frame", "right_forward", *dims), "int16",
+            "from the rounded centre of a cell's own object to the cell [cells]; 0 in cells without one", compress=True, ratio=70,
+        ),
+    )  # fmt: skip
+
+
 def point_arrays(max_points: int, num_sweeps: int) -> tuple[ArraySpec, ...]:
     """The arrays of `cache.points.Points`: all float32, in the ego frame at LiDAR time."""
     small = {"per_keyframe": False}

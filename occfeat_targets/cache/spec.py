@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays, ray_arrays
+from occfeat_targets.cache.arrays import ArraySpec, instance_arrays, label_arrays, point_arrays, ray_arrays
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.plural import count
@@ -33,7 +33,7 @@ LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multip
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
 # Fields that are younger than the format, and the value of a cache without them. Its fingerprint must stay what it was.
-_LATER = {"rays": False}
+_LATER = {"rays": False, "instances": False}
 
 
 def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
@@ -111,6 +111,7 @@ class TargetSpec:
     max_points: LiDAR returns stored of each keyframe at most, of all its sweeps; 0 for none.
     rays: whether the cache tells which voxels the LiDAR's rays have passed.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
+    instances: whether the cache also has centres and offsets of single vehicles, as Simple-BEV's heads predict them.
     """
 
     source: str = "nuscenes"
@@ -128,6 +129,7 @@ class TargetSpec:
     compat: str | None = None
     max_points: int = 0
     rays: bool = False
+    instances: bool = False
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -150,6 +152,13 @@ class TargetSpec:
             raise ValueError(f"labels {self.labels}: some of {tuple(LABEL_KINDS)} expected")
         if self.dividers not in DIVIDERS:
             raise ValueError(f"dividers {self.dividers!r}: road or road+lane expected")
+        if self.instances and not (
+            self.compat == "simple-bev" and any(LABEL_KINDS[kind].instances for kind in self.labels)
+        ):
+            raise ValueError(
+                f"instances with labels {', '.join(self.labels) or 'none'} and compat {self.compat}: they are those of Simple-BEV's "
+                "vehicle labels: pass --compat simple-bev, and vehicles among --label-kinds"
+            )
         if self.compat not in (None, "simple-bev"):
             raise ValueError(f"compat {self.compat!r}: simple-bev or nothing expected")
 
@@ -212,6 +221,8 @@ class TargetSpec:
                 f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
             )
         lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
+        if self.instances:
+            lines.append("instances: squared distances to the centres of vehicles, and offsets from them")
         if self.max_points:
             lines.append(f"LiDAR points of each keyframe, at most {self.max_points}")
         if self.rays:
@@ -276,6 +287,7 @@ class TargetSpec:
         for name, kind in LABEL_KINDS.items():
             if name in self.labels:
                 specs += label_arrays(kind, frames, grid)
+                specs += instance_arrays(kind, frames, grid) if self.instances and kind.instances else ()
         if self.max_points:
             specs += point_arrays(self.max_points, self.num_sweeps)
         return tuple(specs)
