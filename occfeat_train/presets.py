@@ -78,10 +78,10 @@ def _presets() -> dict[str, Config]:
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
     for lifting in ("simplebev", "bevformer"):
-        for short, backbone in (("rn101", "resnet-101"), ("enb0", "efficientnet-b0")):
+        for encoder, backbone in (("rn101", "resnet-101"), ("enb0", "efficientnet-b0")):
             for suffix, size in (("", (224, 400)), ("-448x800", (448, 800))):
                 network = NetworkConfig(lifting, backbone, image_size=size)  # type: ignore[arg-type]
-                presets[f"simple-bev/{lifting}-{short}{suffix}"] = simple_bev(network)
+                presets[f"simple-bev/{lifting}-{encoder}{suffix}"] = simple_bev(network)
     # Smaller images, fewer channels, fewer epochs, no pretrained backbone: for two cores and the synthetic city.
     for task in PRETEXTS:
         presets[f"small/{task}"] = Config(task, _SMALL, optim=OptimConfig(batch=8, epochs=4))
