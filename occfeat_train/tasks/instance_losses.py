@@ -61,7 +61,8 @@ def offset_loss(
 
     offset: from the centre of its vehicle to a cell, along right and forward [cells]; the target is OFFSET_SCALE times that.
     """
-    error = (exact(predicted) - OFFSET_SCALE * offset).abs().sum(1, keepdim=True)
+    predicted = exact(predicted)
+    error = (predicted - OFFSET_SCALE * offset.to(predicted.dtype)).abs().sum(1, keepdim=True)
     return masked_mean(error, cells.to(error))
 
 
