@@ -38,6 +38,39 @@ class ArraySpec:
         return self.nbytes // self.ratio if self.compress else self.nbytes
 
 
+def camera_arrays(cams: int, frames: int, image_size: tuple[int, int]) -> list[ArraySpec]:
+    """Validity, calibration and student images of a keyframe."""
+    height, width = image_size
+    small = {"per_keyframe": False}
+    return [
+        ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
+        ArraySpec(
+            "camera_valid", (cams,), ("camera",), "bool",
+            "false: the camera was masked, its image is black, its features and calibration are zero", **small,
+        ),
+        ArraySpec(
+            "image_area", (cams, 4), ("camera", "side"), "int32",
+            "(top, left, bottom, right) of the part of the cached image that the camera fills [px]; the rest is black", **small,
+        ),
+        ArraySpec(
+            "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
+            "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
+        ),
+        ArraySpec(
+            "cam_from_ego", (cams, 4, 4), ("camera", "row", "col"), "float32",
+            "camera axes at its own timestamp from the ego frame at LiDAR time [m]", **small,
+        ),
+        ArraySpec(
+            "grid_from_ego", (frames, 4, 4), ("frame", "row", "col"), "float32",
+            "(right, forward, up) of each reference frame's grid from the ego frame at LiDAR time [m]", **small,
+        ),
+        ArraySpec(
+            "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8",
+            "student images, RGB",
+        ),
+    ]  # fmt: skip
+
+
 def label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[ArraySpec]:
     dims, shape = ("grid_forward", "packed_right"), (grid.map_shape[0], grid.map_row_bytes)
     class_dims = (f"{kind.name}_class",) if kind.class_shape else ()
@@ -79,16 +112,19 @@ def point_arrays(max_points: int, num_sweeps: int) -> tuple[ArraySpec, ...]:
     )  # fmt: skip
 
 
-def ray_arrays(num_frames: int, grid: VoxelGrid) -> tuple[ArraySpec, ...]:
-    """Observed and free voxels, and where their rays start."""
-    return (
-        ArraySpec(
-            "rays", (num_frames, 2, grid.packed_bytes), ("frame", "observed_free", "packed_voxel"), "uint8",
-            "bits as in occupancy. observed: a LiDAR ray passes the voxel, or it is occupied; free: observed and not occupied",
-            compress=True, ratio=7,
-        ),
-        ArraySpec(
-            "ray_origin", (num_frames, 3), ("frame", "right_forward_up"), "float32",
-            "sensor of the keyframe's own sweep in each reference frame's grid [m]", per_keyframe=False,
-        ),
+def volume_arrays(num_frames: int, grid: VoxelGrid, *, with_rays: bool) -> tuple[ArraySpec, ...]:
+    """Occupied voxels, and with rays also observed and free ones, and where the rays start."""
+    occupancy = ArraySpec(
+        "occupancy", (num_frames, grid.packed_bytes), ("frame", "packed_voxel"), "uint8",
+        "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
     )  # fmt: skip
+    rays = ArraySpec(
+        "rays", (num_frames, 2, grid.packed_bytes), ("frame", "observed_free", "packed_voxel"), "uint8",
+        "bits as in occupancy. observed: a LiDAR ray passes the voxel, or it is occupied; free: observed and not occupied",
+        compress=True, ratio=7,
+    )  # fmt: skip
+    origin = ArraySpec(
+        "ray_origin", (num_frames, 3), ("frame", "right_forward_up"), "float32",
+        "sensor of the keyframe's own sweep in each reference frame's grid [m]", per_keyframe=False,
+    )  # fmt: skip
+    return (occupancy, rays, origin) if with_rays else (occupancy,)
