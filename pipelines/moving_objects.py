@@ -3,7 +3,7 @@ keyframe, against the synthetic city's geometry at that time, for each treatment
 
     python pipelines/moving_objects.py --out city
 
-Truth. A voxel is truly occupied if it contains a surface: rays along both directions of the grid's three axes, 0.2 m apart,
+Truth. A voxel is truly occupied if it contains a surface: rays along both directions of the grid's three axes, 0.25 m apart,
 mark the voxels of all surfaces that they meet, also of those behind others. Precision is the share of occupied voxels that
 are truly occupied. Recall is the share of the truly occupied voxels that can be seen from the LiDAR at the time of the keyframe
 (rays 0.2 degrees apart, to the first surface) that are occupied. The city is written to --out if it is not there.
@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +23,7 @@ from occfeat_targets.build.assemble import grids_from_ego
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.common.compiled import compiled
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
 from occfeat_targets.common.terminal import echo
@@ -37,16 +37,17 @@ from occfeat_targets.synth.scene_names import choose_names
 from occfeat_targets.synth.world import World
 from occfeat_targets.targets.lidar import lidar_arrays
 
-SPACING = 0.2  # [m] between parallel rays
+SPACING = 0.25  # [m] between parallel rays
+STEP = 0.01  # [m] past a surface before the next one is looked for
 REACH = 100.0  # [m] of rays from the LiDAR
 ANGLE = np.deg2rad(0.2)  # between rays from the LiDAR
 ELEVATIONS = np.deg2rad([-31.0, 11.0])
 Mask = NDArray[np.bool_]
 
 
-@numba.njit(nogil=True)
+@compiled(error_model="numpy")
 def cast(starts, directions, length, every, world, cells_from_global, volume):  # type: ignore[no-untyped-def]
-    """Mark the voxels of surfaces that rays (n, 3) of unit directions meet: all of each ray, or only the first.
+    """Mark the voxels of surfaces that rays (n, 3) of unit directions meet: all of each ray down to the ground, or only the first.
 
     cells_from_global: (3, 4), of (right, forward, up). volume: (Z, H, W) uint8 out, 1 for the ground, 2 for others, or both.
     """
@@ -59,15 +60,15 @@ def cast(starts, directions, length, every, world, cells_from_global, volume):  
             t, hit, _ = trace(x, y, z, dx, dy, dz, left, False, world)
             if hit == SKY:
                 break
-            x, y, z, left = x + t * dx, y + t * dy, z + t * dz, left - t - 1e-4
+            x, y, z, left = x + t * dx, y + t * dy, z + t * dz, left - t - STEP
             w = int(np.floor(m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3]))
             h = int(np.floor(m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3]))
             u = int(np.floor(m[2, 0] * x + m[2, 1] * y + m[2, 2] * z + m[2, 3]))
             if 0 <= u < volume.shape[0] and 0 <= h < volume.shape[1] and 0 <= w < volume.shape[2]:
                 volume[u, h, w] |= 1 if hit == GROUND else 2
-            if not every:
+            if not every or hit == GROUND:
                 break
-            x, y, z = x + 1e-4 * dx, y + 1e-4 * dy, z + 1e-4 * dz
+            x, y, z = x + STEP * dx, y + STEP * dy, z + STEP * dz
 
 
 def surfaces(world: World, global_from_grid: Matrix, grid: VoxelGrid) -> tuple[Mask, Mask]:
@@ -127,6 +128,23 @@ def cases(most: int) -> Iterator[TargetSpec]:
                 yield TargetSpec(labels=(), num_sweeps=n, dynamic=dynamic)
 
 
+def print_table(specs: list[TargetSpec], counts: NDArray[np.int64], number: int, scenes: int) -> None:
+    echo(
+        f"\nSIMULATED: a synthetic city. {count(number, 'keyframe')} of {count(scenes, 'scene')}, grid {specs[0].grid}\n"
+    )
+    echo(
+        "| sweeps | moving objects | precision | recall | F1 | precision above ground | recall above ground | F1 above ground |"
+    )
+    echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for spec, row in zip(specs, counts, strict=True):
+        texts = []
+        for occupied, right, seen, found in row.tolist():
+            precision, recall = right / occupied, found / seen
+            texts += [f"{100 * v:.1f}" for v in (precision, recall, 2 * precision * recall / (precision + recall))]
+        name = spec.dynamic if spec.num_sweeps > 1 else "-"
+        echo(f"| {spec.num_sweeps} | {name} | {' | '.join(texts)} |")
+
+
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the city.")
 @click.option("--scenes", default=4)
@@ -157,20 +175,7 @@ def main(out: Path, scenes: int, keyframes: int, sweeps: int, seed: int) -> None
                     row[column] += [int((volume & among).sum()) for volume in volumes]
             number += 1
             bar.update()
-    echo(
-        f"\nSIMULATED: a synthetic city. {count(number, 'keyframe')} of {count(scenes, 'scene')}, grid {specs[0].grid}\n"
-    )
-    echo(
-        "| sweeps | moving objects | precision | recall | F1 | precision above ground | recall above ground | F1 above ground |"
-    )
-    echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for spec, row in zip(specs, counts, strict=True):
-        texts = []
-        for occupied, right, seen, found in row.tolist():
-            precision, recall = right / occupied, found / seen
-            texts += [f"{100 * v:.1f}" for v in (precision, recall, 2 * precision * recall / (precision + recall))]
-        name = spec.dynamic if spec.num_sweeps > 1 else "-"
-        echo(f"| {spec.num_sweeps} | {name} | {' | '.join(texts)} |")
+    print_table(specs, counts, number, scenes)
 
 
 if __name__ == "__main__":
