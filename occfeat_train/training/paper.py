@@ -22,7 +22,17 @@ EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_01
 # Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
-STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.digest", "teacher.dtype", "max_points", "rays"}
+STORAGE = {
+    "format_version",
+    "labels",
+    "frames",
+    "image_size",
+    "teacher.digest",
+    "teacher.dtype",
+    "max_points",
+    "rays",
+    "instances",
+}
 TEACHERS = "teacher."  # prefix of fields that only pretraining uses
 
 
