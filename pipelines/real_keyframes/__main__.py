@@ -32,7 +32,7 @@ from occfeat_train.distributed import Process
 from occfeat_train.report.correlation import directions, voxels_of
 from occfeat_train.report.voxel_predictions import VoxelPredictions, predict_voxels
 from occfeat_train.tasks.pretraining import Pretraining
-from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_train.training.checkpoint import find_checkpoint, save_checkpoint
 from occfeat_train.training.initial import restore
 from pipelines.real_keyframes.priors import features_by_place, iou, mean_cosine, occupancy_by_place
 from pipelines.real_keyframes.transforms import (
@@ -59,7 +59,7 @@ class Settings:
     train: tuple[str, str] = ("train", "scene-0061")
     val: tuple[str, str] = ("val", "scene-0003")
     version: str | None = None
-    steps: int = 400
+    steps: int = 500
     build: dict[str, Any] | None = None
     overrides: tuple[str, ...] = ("network.image_size=128x224", "network.channels=64", "optim.lr=2e-3")
 
@@ -70,6 +70,10 @@ class Settings:
     @property
     def run(self) -> Path:
         return self.out / "run"
+
+    @property
+    def settled(self) -> Path:
+        return self.out / "settled"
 
 
 def build(settings: Settings) -> None:
@@ -98,6 +102,27 @@ def pretrain(settings: Settings) -> None:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def settle(settings: Settings) -> None:
+    """Write the trained network to settings.settled, with BatchNorm statistics of the training scene.
+
+    The running statistics follow the weights with a time constant of 100 steps, as the encoder's of EfficientNet do, and these weights
+    change from one step to the next: 400 steps gave an occupancy IoU of 30 % with the running statistics, and of 78 % with these.
+    """
+    checkpoint = find_checkpoint(settings.run)
+    task = restore(checkpoint)
+    reader = CacheReader(settings.cache / f"{settings.train[0]}.zarr")
+    dataset = KeyframeDataset(reader, checkpoint.info.config, training=False)
+    for module in task.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all forward passes
+    task.train()
+    for keyframe in dataset.keyframes.tolist():
+        task(dataset.batch([(0, keyframe)]))
+    save_checkpoint(settings.settled, checkpoint.step, checkpoint.info, task.state_dict(), checkpoint.trainer_state())
+
+
 def call(*arguments: object) -> None:
     """Run occfeat-train. Raises ClickException if it fails."""
     done = subprocess.run([sys.executable, "-m", "occfeat_train", *map(str, arguments)], check=False)
@@ -118,7 +143,7 @@ class Pair:
 
     @classmethod
     def load(cls, settings: Settings) -> Pair:
-        checkpoint = find_checkpoint(settings.run)
+        checkpoint = find_checkpoint(settings.settled)
         task = restore(checkpoint)
         assert isinstance(task, Pretraining)
         readers = [CacheReader(settings.cache / f"{split}.zarr") for split, _ in (settings.train, settings.val)]
@@ -199,7 +224,7 @@ def draw(settings: Settings, pair: Pair) -> None:
         nearest = body[np.linalg.norm(body, axis=1).argmin()]
         queries += ["--voxel", ",".join(f"{value:g}" for value in np.round(nearest, 3))]
     call(
-        "figures", settings.run, "--cache", settings.cache, "--split", settings.val[0], "--fit-split", settings.train[0],
+        "figures", settings.settled, "--cache", settings.cache, "--split", settings.val[0], "--fit-split", settings.train[0],
         "--fit-on", settings.train[1], "--samples", 1, "--out", settings.out / "figures", "--device", "cpu", *queries,
     )  # fmt: skip
 
@@ -244,6 +269,7 @@ def study(settings: Settings) -> dict[str, Any]:
     )
     build(settings)
     pretrain(settings)
+    settle(settings)
     pair = Pair.load(settings)
     teacher = pair.train[0].reader.cache.spec.teacher
     assert teacher is not None
@@ -272,7 +298,7 @@ def study(settings: Settings) -> dict[str, Any]:
 )
 @click.option("--teacher", required=True, help="Folder of the teacher.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("real-keyframes"), show_default=True)
-@click.option("--steps", default=400, show_default=True)
+@click.option("--steps", default=500, show_default=True)
 def main(dataroot: Path, teacher: str, out: Path, steps: int) -> None:
     study(Settings(dataroot.resolve(), teacher, out.resolve(), steps=steps))
 
