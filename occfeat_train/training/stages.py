@@ -19,7 +19,7 @@ from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import resolve_frame
-from occfeat_train.data.label_scenes import label_scenes, read_scenes
+from occfeat_train.data.label_scenes import label_scenes, read_scenes, resolve_order
 from occfeat_train.distributed import Process, gpu_names, prepare_together
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, count_parameters
@@ -29,7 +29,7 @@ from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, find_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.memory import explains_memory, training_remedy
-from occfeat_train.training.paper import DATA, describe_data
+from occfeat_train.training.paper import DATA, LISTED, describe_data
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
@@ -118,10 +118,13 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
     config = replace(config, frame=resolve_frame(spec.frames, config.frame))
     usable = [scene for scene, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid]
     usable = list(dict.fromkeys(usable))
-    scenes = None
-    if not config.is_pretext:
-        given = options.scenes_file
-        scenes = read_scenes(given, usable) if given else label_scenes(usable, config.labels)
+    scenes, listed = None, options.scenes_file
+    if not config.is_pretext and listed is not None:
+        scenes = read_scenes(listed, usable)
+    elif not config.is_pretext:
+        config, notes = resolve_order(cache, config)
+        process.print(*notes)
+        scenes = label_scenes(cache, usable, config)
     dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
     feature_dim = spec.teacher.dim if spec.teacher is not None else 0
     held_out = None
@@ -150,7 +153,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         targets=spec.to_dict(),
         data={
             **describe_data(cache.provenance, int(reader.is_valid.sum())),
-            "label scenes": "from a list" if options.scenes_file else DATA["label scenes"],
+            "label scenes": LISTED if listed else config.label_scenes.describe(),
             "simulated": " and ".join(cache.simulated) or DATA["simulated"],
         },
         origin=describe_origin(PACKAGES, gpu_names(process)),
@@ -164,7 +167,8 @@ def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: P
     everything = dict.fromkeys(ready.dataset.reader.cache.identity.scenes)
     without = [scene for scene in everything if scene not in ready.usable]
     note = f"; {count(len(without), 'more scene')} without a valid keyframe: {', '.join(without)}" if without else ""
-    process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {out / 'scenes.txt'}{note}")
+    how = "" if len(scenes) == len(ready.usable) else f" ({ready.info.data['label scenes']})"
+    process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes{how}, listed in {out / 'scenes.txt'}{note}")
     if process.is_main:
         lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
         with saving(out / "scenes.txt"):
