@@ -96,7 +96,11 @@ def write_cache(
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))
     cache = create_cache(
-        folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"], **(provenance or {})}
+        folder / f"{split}.zarr",
+        spec,
+        identity,
+        keyframes_per_shard=2,
+        provenance={"simulated": ["all of it"], **(provenance or {})},
     )
     arrays = random_keyframes(spec, range(n), seed)
     if change is not None:

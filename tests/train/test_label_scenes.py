@@ -40,11 +40,8 @@ def test_the_seven_scenes_of_one_percent_of_nuscenes_depend_on_the_rule():
 @given(st.integers(1, 900), st.sampled_from([1, 2, 4, 5, 10, 20, 25, 50, 100]))
 def test_the_last_of_each_block_are_those_of_slidrs_counter(count, ratio):
     """SLidR and ALSO count the scenes of the split, and keep a scene whose number is a multiple of the ratio."""
-    scenes, kept, counter = [str(i) for i in range(count)], [], 0
-    for scene in scenes:
-        counter += 1
-        if counter % ratio == 0:
-            kept.append(scene)
+    scenes = [str(i) for i in range(count)]
+    kept = [scene for counter, scene in enumerate(scenes, 1) if counter % ratio == 0]
     assert LAST.choose(scenes, scenes, 100 / ratio) == (kept or scenes[-1:])  # at least one, where they have none
 
 
