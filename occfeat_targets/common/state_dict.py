@@ -16,6 +16,10 @@ from occfeat_targets.common.pickled import load_pickled
 _ENTRIES = ("state_dict", "model_state_dict", "model", "teacher")
 
 
+class NoStateDict(ValueError):
+    """A file that can be read but holds no state_dict. The message names what it holds."""
+
+
 @dataclass(frozen=True)
 class StateDict:
     """tensors: by their names in the file. beside: other entries of the file, such as the state of an optimiser."""
@@ -27,7 +31,7 @@ class StateDict:
 def load_state_dict(file: Path) -> StateDict:
     """The tensors of a file, on the CPU. Code in it is never run.
 
-    Raises UnsafePickle, OSError, or ValueError if there is no state_dict in it.
+    Raises UnsafePickle, NoStateDict, ValueError if the file is damaged, and OSError.
     """
     if file.suffix == ".safetensors":
         try:
@@ -39,8 +43,8 @@ def load_state_dict(file: Path) -> StateDict:
     state = content if entry is None else content[entry]
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(
-            f"it holds no state_dict, alone or as one of {', '.join(map(repr, _ENTRIES))} (it has {found or 'nothing'})"
+        raise NoStateDict(
+            f"it holds no state_dict, alone or as one of {', '.join(map(repr, _ENTRIES))} (it has {found or 'nothing'}): save it alone from what the file has"
         )
     beside = () if entry is None else tuple(str(key) for key in content if key != entry)
     return StateDict({str(key): value for key, value in state.items()}, beside)

@@ -11,7 +11,7 @@ import torch
 
 from occfeat_targets.common.pickled import UnsafePickle
 from occfeat_targets.common.plural import count
-from occfeat_targets.common.state_dict import StateDict, find_prefix, load_state_dict
+from occfeat_targets.common.state_dict import NoStateDict, StateDict, find_prefix, load_state_dict
 from occfeat_train.networks.backbone_names import NAMINGS, Naming
 from occfeat_train.networks.encoder import ImageEncoder
 
@@ -57,6 +57,8 @@ def _load(file: Path) -> StateDict:
         raise ValueError(f"backbone weights {file}: there is no such file") from err
     except UnsafePickle as err:
         raise ValueError(refused(str(file), err)) from err
+    except NoStateDict as err:
+        raise ValueError(f"backbone weights {file} cannot be used: {err}") from err
     except (OSError, ValueError) as err:
         raise ValueError(f"backbone weights {file} cannot be read ({first_line(err)}): download them again") from err
 

@@ -32,7 +32,7 @@ def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
     """Load all parameters and running statistics of the encoder's backbone. Returns a sentence that names the source.
 
     weights: ``none`` keeps them random; a hub id, a local folder that transformers can read, or a pytorch_model.bin in one; a
-    folder of timm; ``moco-v2`` for the official file of 800 epochs; or a file with tensors of torchvision, timm, MoCo or
+    hub id or folder of timm; ``moco-v2`` for the official file of 800 epochs; or a file with tensors of torchvision, timm, MoCo or
     efficientnet_pytorch. The sentence then says what of it was loaded and left out.
     Raises ValueError if the weights are not available, incomplete, or of another architecture or convention.
     """
@@ -40,7 +40,12 @@ def load_backbone_weights(encoder: ImageEncoder, weights: str) -> str:
         return "backbone: from scratch, random weights"
     if weights == "moco-v2" and encoder.name != "resnet-50":
         raise ValueError(f"backbone weights moco-v2: they are of a resnet-50, the network has {encoder.name}")
-    file = _moco_v2_file() if weights == "moco-v2" else weights_file(weights)
+    if weights == "moco-v2":
+        file: Path | None = _moco_v2_file()
+    elif weights.startswith("timm/") and not Path(weights).exists():
+        file = Path(_local_first(weights, _timm_file))
+    else:
+        file = weights_file(weights)
     if file is not None:
         state, origin = read_file(encoder, file)
     else:
@@ -137,6 +142,16 @@ def _local_first(weights: str, load: Callable[..., Any]) -> Any:
             f"the Hugging Face cache, and the hub was not reached or refused: run 'hf download {weights}' where there "
             "is internet and pass the folder or set HF_HOME, or pass 'none' to start from random weights"
         ) from err
+
+
+def _timm_file(hub_id: str, local_files_only: bool = False) -> str:
+    """The weights of a model of timm on the hub, with its config.json beside them."""
+    from huggingface_hub import hf_hub_download
+
+    return [
+        hf_hub_download(hub_id, name, local_files_only=local_files_only)
+        for name in ("config.json", "model.safetensors")
+    ][-1]
 
 
 def _moco_v2_file() -> Path:

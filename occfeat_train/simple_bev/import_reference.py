@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.common.pickled import UnsafePickle, load_pickled
+from occfeat_targets.common.pickled import UnsafePickle
+from occfeat_targets.common.state_dict import NoStateDict, load_state_dict
 from occfeat_train.config import REFERENCE_LIFTINGS, Config
 from occfeat_train.distributed import Process
 from occfeat_train.simple_bev.weights import convert
@@ -53,12 +54,12 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """The file's ``model_state_dict``, or the file itself, without the prefixes of DataParallel and torch.compile.
+    """The file's state_dict, alone or in a checkpoint, without the prefixes of DataParallel and torch.compile.
 
     Code in it is never executed. Raises CheckpointError.
     """
     try:
-        content = load_pickled(file)
+        tensors = load_state_dict(file).tensors
     except IsADirectoryError as err:
         raise CheckpointError(f"{file} is a directory: pass the model-*.pth file in it") from err
     except UnsafePickle as err:
@@ -66,13 +67,10 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
             f"{file} is refused, because {err}. If you trust the file, save its state_dict alone and import that: "
             "torch.save(torch.load(FILE, weights_only=False)['model_state_dict'], 'weights.pth')"
         ) from err
+    except NoStateDict as err:
+        raise CheckpointError(
+            f"{file} can't be imported: {err}; one of {', '.join(REFERENCE_LIFTINGS)} is expected"
+        ) from err
     except ValueError as err:
         raise CheckpointError(f"{file} can't be read, because {err}: download it again") from err
-    state = content.get("model_state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(
-            f"{file} holds no state_dict, bare or as 'model_state_dict' (it has {keys or 'nothing'}): a state_dict of "
-            f"{', '.join(REFERENCE_LIFTINGS)} is expected; save it alone from what the file has"
-        )
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in tensors.items()}

@@ -37,6 +37,7 @@ BATCH = 8
 READ = ("images", "features", "occupancy")  # arrays that pretraining reads
 PRESET = "small/occfeat"
 OCCUPIED = 4400 / 320_000  # of the voxels of a nuScenes keyframe
+RETURNS = 25_000  # of a sweep on flat ground
 
 
 SPEC = TargetSpec(teacher=TeacherSpec("random bytes", "none", (224, 392), 14, 384), labels=())
@@ -66,6 +67,11 @@ def write(directory: Path, n: int, spec: TargetSpec = SPEC) -> tuple[Cache, np.m
                 half = np.pi * camera / len(spec.cameras)
                 turned = rigid((np.cos(half), 0, np.sin(half), 0), (0, 0, 0))
                 arrays["cam_from_ego"][:, camera] = turned @ inverse_rigid(GRID_FROM_CAMERA_AXES)
+            if spec.max_points:
+                angle, distance = rng.uniform(-np.pi, np.pi, (k, RETURNS)), 3 + 47 * rng.random((k, RETURNS)) ** 2
+                columns = (distance * np.cos(angle), distance * np.sin(angle), rng.normal(0, 0.02, angle.shape))
+                arrays["points"][:, :RETURNS, :3] = np.stack(columns, axis=-1)
+                arrays["num_points"][:, 0], arrays["sweep_origins"][:] = RETURNS, (0, 0, 1.8)
             cache.write_shard(shard, arrays, {"skipped": {}})
             for row in range(k):
                 flat.writelines(arrays[name][row].tobytes() for name in READ)

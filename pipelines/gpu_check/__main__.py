@@ -63,6 +63,7 @@ PARTS = {
     "resnet-50": _network(backbone="resnet-50"),
     "lss": _network(lifting="lss"),
     "cvt": _network(lifting="cvt"),
+    "img-also": _network(task="img-also"),
     "448x800": _network(image_size=(448, 800)),
     "variants": Part("speed", "variants", 150),
     "kernels": Part("kernels", "kernels", 60),

@@ -19,12 +19,13 @@ from pipelines.gpu_check.inputs import DoubleBatch, config_of, random_batch, tas
 from pipelines.gpu_check.measure import Check, distance
 
 ROOT = Path(__file__).parents[2]
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "simplebev": {},
     "simplebev/resnet-50": {"backbone": "resnet-50"},
     "bevformer": {"lifting": "bevformer"},
     "lss": {"lifting": "lss"},
     "cvt": {"lifting": "cvt"},
+    "img-also": {"task": "img-also"},
 }
 # The error of the device's float32 result may be this many times the error of the host's float32 result. The floor is for
 # results that the host computes almost exactly by chance.
@@ -80,14 +81,14 @@ def loss_and_gradient(config: Config, device: torch.device, dtype: torch.dtype) 
 
 def graphs(check: Check) -> None:
     """Losses of a training with CUDA graphs and without, and steps that cannot be recorded. Batches have two shapes."""
-    for recompute in (False, True):
-        config = config_of(True, recompute=recompute)
+    for name, recompute in (("occfeat", False), ("occfeat", True), ("img-also", False)):
+        config = config_of(True, name, recompute=recompute)
         given = [
             replace(random_batch(config, 2, True), tokens=("a", "b")).to(check.device)
             for _ in range(12 if check.is_cuda else 2)
         ]
         for i, batch in enumerate(given):
-            repeats = 1 + 7 * (i % 2)  # of all voxels, so that there are two padded lengths
+            repeats = 1 + 7 * (i % 2)  # of all voxels or pairs, so that there are two padded lengths
             ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
             given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (
@@ -98,7 +99,7 @@ def graphs(check: Check) -> None:
             )
         )
         off, noise = (max(abs(a / b - 1) for a, b in zip(found, plain, strict=True)) for found in (graphed, again))
-        check.record(f"{len(given)} steps, recompute={recompute}", largest_relative_difference=off, of_two_plain_runs=noise,
+        check.record(f"{len(given)} steps of {name}, recompute={recompute}", largest_relative_difference=off, of_two_plain_runs=noise,
                      ok=off < max(5 * noise, 1e-3))  # fmt: skip
     if not check.is_cuda:
         return check.record("a step that waits", skipped="needs a GPU")

@@ -31,10 +31,10 @@ CAMERAS = 6
 _OCCUPIED = 6000 / 320_000  # share of the voxels that a nuScenes sweep occupies
 
 
-def config_of(small: bool, **network: Any) -> Config:
-    """The default pretraining config with random weights. network: fields of NetworkConfig to change."""
+def config_of(small: bool, task: str = "occfeat", **network: Any) -> Config:
+    """The default config of a pretext task with random weights. network: fields of NetworkConfig to change."""
     tiny: dict[str, Any] = {"channels": 32, "image_size": (32, 64)} if small else {}
-    return Config(network=NetworkConfig(**{"weights": "none", **tiny, **network}))
+    return Config(task, NetworkConfig(**{"weights": "none", **tiny, **network}))
 
 
 def grid_of(small: bool) -> VoxelGrid:
@@ -77,7 +77,7 @@ def random_batch(config: Config, batch: int, small: bool) -> Batch:
     packed, features = np.packbits(occupied, axis=-1, bitorder="little"), features.astype(np.float16)
     targets = []
     for i in range(batch):
-        arrays = {"occupancy": packed[i], "features": features[i]}
+        arrays = {"occupancy": packed[i], "features": features[i], **returns(rng)}
         sample = Sample(i, grid, source, images[i], intrinsics[i].numpy(), cam_from_grid[i].numpy(), arrays, rng)  # type: ignore[arg-type]
         targets.append(config.task_class.targets(sample, config))
     return Batch(
@@ -89,6 +89,20 @@ def random_batch(config: Config, batch: int, small: bool) -> Batch:
         arrays=collate(targets, config.task_class.ragged),
         **parameters,
     )
+
+
+def returns(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Arrays of a cache with a sweep of 25,000 LiDAR returns of flat ground, as many as a nuScenes sweep has."""
+    number = 25_000
+    distance, angle = 3 + 47 * rng.random(number) ** 2, rng.uniform(-np.pi, np.pi, number)
+    ground = rng.normal(-0.5, 0.02, number)
+    columns = (distance * np.cos(angle), distance * np.sin(angle), ground, rng.uniform(0, 255, number))
+    return {
+        "points": np.stack(columns, axis=1).astype(np.float32),
+        "num_points": np.array([number], np.int32),
+        "sweep_origins": np.array([[0, 0, 1.3]], np.float32),
+        "grid_from_ego": np.eye(4, dtype=np.float32),
+    }
 
 
 class DoubleBatch(Batch):

@@ -214,7 +214,7 @@ def kernel_table(check: Check, whole: Callable[[], None], suffix: str = "") -> N
 
 
 def network(**fields: Any) -> Callable[[Check], None]:
-    """A part that measures the step of another network."""
+    """A part that measures the step of another network or pretext task."""
 
     def run(check: Check) -> None:
         chosen = {k: v for k, v in fields.items() if not (check.small and k == "image_size")}

@@ -110,6 +110,23 @@ def test_a_folder_of_timm_says_itself_which_efficientnet_it_is(tmp_path: Path) -
         load_backbone_weights(encoder_for(TIMM, "tensorflow"), str(tmp_path))
 
 
+def test_a_hub_id_of_timm_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--timm--tf_efficientnet_b0.in1k"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    for each in (snapshot, folder / "refs"):
+        each.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text(json.dumps({"architecture": "tf_efficientnet_b0"}))
+    write(snapshot / "model.safetensors", tensors_of(TIMM_TF))
+    encoder = encoder_for(TIMM_TF)
+    load_backbone_weights(encoder, "timm/tf_efficientnet_b0.in1k")
+    assert distance_to_golden(encoder, TIMM_TF) < 1e-5
+    with pytest.raises(ValueError, match="timm/absent cannot be loaded .*run 'hf download timm/absent'"):
+        load_backbone_weights(encoder, "timm/absent")
+
+
 def test_efficientnet_pytorch_has_the_names_of_the_reference_repository(tmp_path: Path) -> None:
     prefix = "encoder.backbone."
     weights = seeded_state_dict(GOLDEN / "segnet-effb0_64x112_40x8x40.npz")
@@ -208,5 +225,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, ending: str) -> N
             load_backbone_weights(encoder_for("torchvision-resnet50"), str(file))
     for content in ({}, {"state_dict": {}}, [1], {"epoch": 3}):
         torch.save(content, file.with_suffix(".pth"))
-        with pytest.raises(ValueError, match="it holds no state_dict, alone or as one of 'state_dict', "):
+        with pytest.raises(
+            ValueError, match="cannot be used: it holds no state_dict, alone or as one of .* save it alone from what"
+        ):
             load_backbone_weights(encoder_for("torchvision-resnet50"), str(file.with_suffix(".pth")))

@@ -192,8 +192,9 @@ def test_other_files_are_refused_and_code_in_them_is_not_run(tmp_path, capsys):
     }
     for found, content in contents.items():
         torch.save(content, file)
-        assert f"holds no state_dict, bare or as 'model_state_dict' (it has {found}): " in run(
-            "import-reference", file, *options, code=1
+        assert (
+            f" holds no state_dict, alone or as one of 'state_dict', 'model_state_dict', 'model', 'teacher' (it has {found}): "
+            in run("import-reference", file, *options, code=1)
         )
     torch.save({"weight": torch.zeros(1)}, file)
     assert "weight is no name of a Segnet, Bevformernet or Liftnet" in run(
