@@ -71,6 +71,7 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
     Exits with STOPPED or INTERRUPTED if the training has not finished.
     """
     changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given.get(option) is not None]
+    changed += ["allow_upsampling=true"] * given["allow_upsampling"]
     config = config.override([*changed, *given["overrides"]])
     out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
     again = f"run the same command again{' without --overwrite' * given['overwrite']} to continue {out}"

@@ -201,10 +201,18 @@ def summary(
 
 
 def run_evaluation(
-    path: Path, options: RunOptions, process: Process, *, batch: int, frame: str | None = None
+    path: Path,
+    options: RunOptions,
+    process: Process,
+    *,
+    batch: int,
+    frame: str | None = None,
+    allow_upsampling: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint on a whole split. Writes the results to options.out/SPLIT.json and returns them."""
-    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, options, frame))
+    checkpoint, dataset, task = prepare_together(
+        lambda: prepare_evaluation(path, options, frame, allow_upsampling=allow_upsampling)
+    )
     info, reader, loop = checkpoint.info, dataset.reader, options.loop
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
@@ -234,11 +242,17 @@ def run_evaluation(
     return results
 
 
-def prepare_evaluation(path: Path, options: RunOptions, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, Task]:
-    """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError."""
+def prepare_evaluation(
+    path: Path, options: RunOptions, frame: str | None, *, allow_upsampling: bool = False
+) -> tuple[Checkpoint, KeyframeDataset, Task]:
+    """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError.
+
+    allow_upsampling: also if the run itself did not allow it.
+    """
     checkpoint = find_checkpoint(path)
     info = checkpoint.info
-    config = info.config if frame is None else replace(info.config, frame=frame)
+    allowed = info.config.allow_upsampling or allow_upsampling
+    config = replace(info.config, frame=frame or info.config.frame, allow_upsampling=allowed)
     dataset = KeyframeDataset(open_reader(options.cache, options.split), config, training=False)
     require_fit(dataset, info.grid, info.feature_dim, str(checkpoint.path))
     return checkpoint, dataset, restore(checkpoint, config)

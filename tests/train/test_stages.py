@@ -201,14 +201,14 @@ def test_images_are_enlarged_only_if_allowed_and_this_is_reported(cache, tmp_pat
     large = ["--set", "network.image_size=48x64"]
     message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
     assert "has images of 40x60, network.image_size=48x64 needs up to 57x76, and enlarged" in message
-    assert "build it with --image-size 57x86, or allow it with --set allow_upsampling=true" in message
+    assert "build it with --image-size 57x86, or allow it with --allow-upsampling" in message
     resized = ["--set", "augment.resize=[1, 1.5]"]  # for 32x48
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
-    output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
-    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
-    succeed(*pretrain(cache, tmp_path / "large", *large, *steps(1), "--set", "allow_upsampling=true"))
+    output = succeed(*pretrain(cache, out, *resized, *steps(1), "--allow-upsampling"))
+    assert "the cache's images of 40x60 are enlarged to up to 48x72 (--allow-upsampling)" in output
+    succeed(*pretrain(cache, tmp_path / "large", *large, *steps(1), "--set", "allow_upsampling=true"))  # the same
     output = succeed(*evaluate(tmp_path / "large", cache, "--out", tmp_path / "results"))
-    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
+    assert "the cache's images of 40x60 are enlarged to up to 48x64 (--allow-upsampling)" in output
     assert json.loads((tmp_path / "results" / "val.json").read_text())["enlarged"]
 
 
