@@ -70,7 +70,11 @@ def other_cache(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
         for name in here
         if name in there and name not in CONTENTS and here[name] != there[name]
     ]
-    return [f"{cache.path} is not the cache that {start.path} was trained on: {'; '.join(changed)}"] if changed else []
+    return (
+        [f"{cache.path} differs from the cache that {start.path} was trained on: {'; '.join(changed)}"]
+        if changed
+        else []
+    )
 
 
 def left_out(dataset: KeyframeDataset) -> list[str]:

@@ -61,7 +61,7 @@ def test_all_rows_are_trained_and_evaluated_from_one_cache(large, tmp_path):
         is_other_size = start is not None and not start.startswith(size)
         assert ("network.image_size=" in output and "overrides" in output) == is_other_size
         assert ("network from" in output) == (start is not None)
-        assert "enlarged" not in output and "is not the cache that" not in output
+        assert "enlarged" not in output and "differs from the cache" not in output
         assert "x".join(map(str, config_of(out)["network"]["image_size"])) == SIZES[size]
         assert "enlarged" not in succeed(*evaluate(out, large))
         results = json.loads((out / "evaluation" / "val.json").read_text())
@@ -74,8 +74,8 @@ def test_a_finetuning_on_another_cache_names_what_its_arrays_hold_differently(ca
     run, size = tmp_path / "run", ["--set", "network.image_size=64x96"]
     output = succeed(*finetune(tmp_path / "labels", run, "--from", pretrained, *steps(1), *size))
     there = pretrained / "checkpoints" / "step-00000002"
-    assert f"is not the cache that {there} was trained on: image_size=[80, 120] here, [40, 60] there\n" in output
-    assert "is not the cache" not in succeed(*finetune(cache, tmp_path / "same", "--from", pretrained, *steps(1)))
+    assert f"differs from the cache that {there} was trained on: image_size=[80, 120] here, [40, 60] there\n" in output
+    assert "differs from the cache" not in succeed(*finetune(cache, tmp_path / "same", "--from", pretrained, *steps(1)))
 
 
 def test_a_run_is_evaluated_on_smaller_images_only_if_that_is_allowed(cache, large, tmp_path):
