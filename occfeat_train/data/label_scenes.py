@@ -31,8 +31,10 @@ def resolve_order(cache: Cache, config: Config) -> tuple[Config, list[str]]:
 def label_scenes(cache: Cache, usable: Collection[str], config: Config) -> list[str]:
     """The scenes of the cache that are a share of config.labels percent, in the split's order, at least one.
 
-    usable: those with valid keyframes. The config's order of scenes is resolved.
+    usable: those with valid keyframes. The config's order of scenes is resolved. Raises ValueError without usable scenes.
     """
+    if not usable:
+        raise ValueError(f"{cache.path}: no valid keyframe among the {len(cache)}: build it again with --retry-skipped")
     split = list(dict.fromkeys(cache.identity.scenes))
     ordered = table_order(cache) if config.label_scenes.order == "table" else []
     chosen = set(config.label_scenes.choose(ordered or split, usable, config.labels))

@@ -158,6 +158,11 @@ def test_options_of_label_scenes_that_mean_nothing_are_refused(ordered, tmp_path
     assert message in refuse(*third(ordered, tmp_path / "run", *given))
 
 
+def test_a_cache_without_a_valid_keyframe_is_refused(tmp_path):
+    write_cache(tmp_path, dim=0, change=lambda arrays: arrays["is_valid"].fill(False))
+    assert "train.zarr: no valid keyframe among the 7: build it again" in refuse(*third(tmp_path, tmp_path / "run"))
+
+
 def as_written_by_an_earlier_release(run: Path) -> None:
     """Remove what that release did not save."""
     for file in (run / "config.json", *run.glob("checkpoints/step-*/config.json")):
