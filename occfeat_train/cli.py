@@ -102,8 +102,9 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     for key, value in chosen.flat().items():
         echo(f"{key}={json.dumps(value)}")
     height, width = chosen.smallest_cache()
-    points = ", and --points" * ("--points" in chosen.build_options)
-    echo(f"# needs a cache built with --image-size {height}x{width} or more{points}")
+    others = [option for option in chosen.build_options if not option.startswith("--image-size")]
+    more = f", and {' '.join(others)}" if others else ""
+    echo(f"# needs a cache built with --image-size {height}x{width} or more{more}")
 
 
 main.add_command(pretrain)

@@ -1,5 +1,7 @@
 """Presets: one for every row of the paper's tables that this release can train, and scaled-down ones.
 
+``simple-bev/...`` is the protocol of aharley/simple_bev, for comparisons with its published numbers.
+
 Pretraining presets are named after the row (``table1/simplebev-enb0/occfeat``), finetuning presets after the row's
 network and the column (``table1/simplebev-enb0/vehicles-1``). The finetuning recipe is the same with and without
 pretraining (``--from``; paper 4.1).
@@ -33,6 +35,18 @@ _NETWORKS = {
 }
 _SMALL = NetworkConfig(weights="none", channels=32, image_size=(64, 112))
 
+# train_nuscenes.py: 25,000 steps of 5 x 8 samples are 35.55 epochs of 28,130 keyframes.
+_SIMPLE_BEV_OPTIM = OptimConfig(
+    "adamw", "onecycle", lr=3e-4, epochs=35.55, batch=8, accumulation=5, accumulate="sum", schedule_tail=100
+)
+
+
+def simple_bev(network: NetworkConfig) -> Config:
+    """Simple-BEV's protocol: grids in camera frames, three heads with its losses, its recipe, and its liftings' defects."""
+    network = replace(network, compat="simple-bev")
+    loss = LossConfig(heads="simple-bev")
+    return Config("vehicles", network, optim=_SIMPLE_BEV_OPTIM, loss=loss, frame="cameras", precision="float32")
+
 
 def finetuning(task: str, labels: float, network: NetworkConfig) -> Config:
     """The paper's recipe for a label fraction [%]; for other fractions, the recipe of the next larger one."""
@@ -52,15 +66,15 @@ def _presets() -> dict[str, Config]:
         for task in FINETUNED:
             for labels in LABELS:
                 presets[f"table1/{name}/{task}-{labels:g}"] = finetuning(task, labels, _NETWORKS[name])
-    for size in ("224x400", "448x800"):
-        network = _NETWORKS["simplebev-enb0" if size == "224x400" else "simplebev-enb0-448x800"]
-        presets[f"table2/simplebev-enb0-{size}/occfeat"] = row = Config(network=network)
-        if size == "224x400":  # finetuned with both sizes
-            presets[f"table2/simplebev-enb0-{size}/occfeat-100ep"] = replace(
+    for pixels in ("224x400", "448x800"):
+        network = _NETWORKS["simplebev-enb0" if pixels == "224x400" else "simplebev-enb0-448x800"]
+        presets[f"table2/simplebev-enb0-{pixels}/occfeat"] = row = Config(network=network)
+        if pixels == "224x400":  # finetuned with both sizes
+            presets[f"table2/simplebev-enb0-{pixels}/occfeat-100ep"] = replace(
                 row, optim=replace(row.optim, epochs=100.0)
             )
         for labels in LABELS:
-            presets[f"table2/simplebev-enb0-{size}/vehicles-{labels:g}"] = finetuning("vehicles", labels, network)
+            presets[f"table2/simplebev-enb0-{pixels}/vehicles-{labels:g}"] = finetuning("vehicles", labels, network)
     presets["table3/simplebev/occ-only"] = Config(loss=OCC_ONLY)
     presets["table3/simplebev/feat-only"] = Config(loss=FEAT_ONLY)
     presets["table3/simplebev/occfeat"] = Config()
@@ -68,6 +82,11 @@ def _presets() -> dict[str, Config]:
     presets["table3/bevformer/occfeat"] = Config(network=_NETWORKS["bevformer-enb0"])
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
+    for lifting in ("simplebev", "bevformer"):
+        for encoder, backbone in (("rn101", "resnet-101"), ("enb0", "efficientnet-b0")):
+            for suffix, size in (("", (224, 400)), ("-448x800", (448, 800))):
+                network = NetworkConfig(lifting, backbone, image_size=size)  # type: ignore[arg-type]
+                presets[f"simple-bev/{lifting}-{encoder}{suffix}"] = simple_bev(network)
     # Smaller images, fewer channels, fewer epochs, no pretrained backbone: for two cores and the synthetic city.
     for task in PRETEXTS:
         presets[f"small/{task}"] = Config(task, _SMALL, optim=OptimConfig(batch=8, epochs=4))
@@ -75,6 +94,10 @@ def _presets() -> dict[str, Config]:
         for labels, epochs in ((1, 24), (10, 8), (100, 1.5)):
             short = OptimConfig("adamw", "onecycle", lr=1e-3, epochs=epochs, batch=4)
             presets[f"small/{task}-{labels}"] = replace(finetuning(task, labels, _SMALL), optim=short)
+    short = OptimConfig(
+        "adamw", "onecycle", lr=1e-3, epochs=1.5, batch=4, accumulation=2, accumulate="sum", schedule_tail=4
+    )
+    presets["small/simple-bev"] = replace(simple_bev(_SMALL), optim=short)
     return presets
 
 

@@ -47,9 +47,9 @@ class KeyframeDataset:
         self.grid = spec.grid
         self._specs = {array.name: array for array in spec.arrays()}
         self._augment = config.augment if training else NO_AUGMENTATION
+        self.arrays = ("images", *self._task_arrays())
         self._frames = reference_frames(spec.frames, config.frame, training=training and config.augment.random_frame)
         self._require_large_images()
-        self.arrays = ("images", *self._task_arrays())
         # Before training, not hours into the first epoch.
         reader.cache.require_files([*self.arrays, *CALIBRATION])
         cameras = len(spec.cameras)
