@@ -12,15 +12,17 @@ from typing import Any
 
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_train.config import Config
+from occfeat_train.label_rule import LABEL_CHOICE, LabelScenesConfig
 from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS
 from occfeat_train.presets import PRESETS
 from occfeat_train.training.checkpoint import RunInfo
 
 TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
-DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": "evenly spread", "simulated": "nothing"}  # fmt: skip
+DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": LabelScenesConfig().describe(), "simulated": "nothing"}  # fmt: skip
 EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_019}
 # Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
+LISTED = "from a list"  # label scenes of --scenes
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
 STORAGE = {
     "format_version",
@@ -78,7 +80,8 @@ def differences(info: RunInfo) -> list[Difference]:
         {f"targets.{name}": value for name, value in targets.items() if name not in left_out},
         {f"targets.{name}": value for name, value in paper.items()},
     )
-    found += _compare({f"data.{name}": value for name, value in info.data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
+    data = {**info.data, "label scenes": _label_scenes(info)}
+    found += _compare({f"data.{name}": value for name, value in data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
     if "image_size" in info.targets:
         cached, largest = info.targets["image_size"], info.config.augment.largest(info.config.network.image_size)
         if any(n > given for n, given in zip(largest, cached, strict=True)):
@@ -102,10 +105,18 @@ def describe_data(provenance: Mapping[str, Any], keyframes: int) -> dict[str, An
     return {**named, "keyframes": keyframes}
 
 
+def _label_scenes(info: RunInfo) -> str:
+    """How the label scenes were chosen; as in the paper's group if all scenes are used, or no labels."""
+    if info.data.get("label scenes") == LISTED:
+        return LISTED
+    return info.config.label_scenes.describe() if info.config.uses_label_share else str(DATA["label scenes"])
+
+
 def _config_differences(config: Config, row: Config) -> list[Difference]:
     row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper uses Simple-BEV's frames
     here, paper = (
-        {name: value for name, value in each.flat().items() if name not in COMPUTING} for each in (config, row)
+        {name: value for name, value in each.flat().items() if name not in {*COMPUTING, *LABEL_CHOICE}}
+        for each in (config, row)
     )
     for each in (here, paper):
         if each["network.weights"] == DEFAULT_WEIGHTS[each["network.backbone"]]:
