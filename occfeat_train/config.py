@@ -213,7 +213,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
+    float32. float32 excludes TF32. teacher: hub id of the teacher that the cache must have features of, or ``any``. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
@@ -224,6 +224,7 @@ class Config:
     labels: float = 100
     frame: str = "auto"
     allow_upsampling: bool = False
+    teacher: str = "any"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal[True, False, "auto"] = "auto"
     seed: int = 0
@@ -286,13 +287,6 @@ class Config:
         """(height, width) [px] of the smallest cached images with the aspect ratio of `like` that are never enlarged."""
         scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
         return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
-
-    @property
-    def build_options(self) -> list[str]:
-        """Options that a build of a cache for this run needs and that are not the default."""
-        height, width = self.smallest_cache()
-        large = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
-        return large + ["--points"] * (self.task in READS_POINTS)
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

@@ -1,4 +1,4 @@
-"""Presets: one for every row of the paper's tables that this release can train, and scaled-down ones.
+"""Presets: one for every row of the paper's tables that this release can train, larger ones, and scaled-down ones.
 
 Pretraining presets are named after the row (``table1/simplebev-enb0/occfeat``), finetuning presets after the row's
 network and the column (``table1/simplebev-enb0/vehicles-1``). The finetuning recipe is the same with and without
@@ -63,6 +63,11 @@ def _presets() -> dict[str, Config]:
     presets["table3/bevformer/occfeat"] = Config(network=_NETWORKS["bevformer-enb0"])
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
+    # The paper's perspectives (5): a larger teacher, image encoder and BEV decoder. It gives no sizes: these are ours.
+    for size, teacher in (("b", "base"), ("l", "large"), ("g", "giant")):
+        presets[f"scale/teacher-vit{size}"] = Config(teacher=f"facebook/dinov2-{teacher}")
+    presets["scale/student-rn101"] = Config(network=NetworkConfig(backbone="resnet-101"))
+    presets["scale/wide-decoder"] = Config(network=NetworkConfig(channels=256))
     # Smaller images, fewer channels, fewer epochs, no pretrained backbone: for two cores and the synthetic city.
     for task in PRETEXTS:
         presets[f"small/{task}"] = Config(task, _SMALL, optim=OptimConfig(batch=8, epochs=4))
