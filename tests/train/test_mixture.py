@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -57,7 +56,9 @@ def write_other(folder: Path, *, number: int = 4, letterboxed: bool = False, poi
     }  # fmt: skip
     spec = TargetSpec(teacher=teacher, max_points=points, **values)
     identity = Identity(tuple(f"other{i}" for i in range(number)), ("o",) * number, tuple(range(number)))
-    cache = create_cache(folder / "train.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["cameras"]})
+    cache = create_cache(
+        folder / "train.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["cameras"]}
+    )
     arrays = random_keyframes(spec, range(number), 5)
     if letterboxed:
         arrays["image_area"][:, 0] = (3, 0, 30, 58)
@@ -134,13 +135,14 @@ def test_pixels_beyond_an_image_are_never_sampled(is_mirrored):
         draws = torch.tensor([[resized]]), torch.tensor([[[1, -3]]]), torch.tensor([[is_mirrored]]), (12, 18)
         torch.testing.assert_close(resample(padded, *draws, source), resample(image, *draws), rtol=0, atol=1e-6)
         pinhole = torch.tensor([[[[20.0, 0, 10], [0, 20, 6], [0, 0, 1]]]]).double()
-        assert torch.equal(transform_intrinsics(pinhole, source, *draws), transform_intrinsics(pinhole, (13, 21), *draws))
+        assert torch.equal(
+            transform_intrinsics(pinhole, source, *draws), transform_intrinsics(pinhole, (13, 21), *draws)
+        )
         area = torch.tensor([[[2.0, 0, 13, 21]]]).double()
         assert torch.equal(transform_area(area, source, *draws), transform_area(area, (13, 21), *draws))
 
 
-@pytest.mark.parametrize("num_cameras", [0, 2])
-@pytest.mark.parametrize("lifting", LIFTINGS)
+@pytest.mark.parametrize(("lifting", "num_cameras"), [*((name, 0) for name in LIFTINGS), ("simplebev", 2)])
 def test_the_loss_of_a_mixed_batch_is_the_mean_of_its_samples_losses(cache, other, lifting, num_cameras):
     """And so is the gradient. Every sample alone is read from its own cache, without masked cameras and padding."""
     config = dataclasses.replace(
@@ -172,7 +174,9 @@ def test_the_loss_of_a_mixed_batch_is_the_mean_of_its_samples_losses(cache, othe
     assert found.keys() == expected.keys() and len(found) > 50
     for name, value in expected.items():
         scale = max(float(value.abs().max()), 1e-6)
-        torch.testing.assert_close(found[name] / scale, value / scale, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name] / scale, value / scale, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_img_also_mixes_caches_with_other_numbers_of_points_and_teachers(tmp_path):
@@ -253,14 +257,14 @@ def test_a_run_on_two_caches_continues_bit_for_bit_and_only_on_the_same_caches(c
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     info = RunInfo.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
     fingerprints = [reader(each).cache.spec.fingerprint for each in (cache, other)]
-    assert info.cache == "+".join(fingerprints) and info.num_samples == 11 and info.simulated == ("all of it", "cameras")
+    assert (
+        info.cache == "+".join(fingerprints) and info.num_samples == 11 and info.simulated == ("all of it", "cameras")
+    )
     assert [TargetSpec.from_dict(t).fingerprint for t in (info.targets, *info.more_targets)] == fingerprints
     assert (info.data["caches"], info.data["keyframes"]) == (2, 11)
     found = {(d.field, d.here) for d in differences(info)}
-    assert {("data.caches", "2"), ("upsampling", "from 39x58 to up to 38x57 pixels")} - found == {
-        ("upsampling", "from 39x58 to up to 38x57 pixels")
-    }
-    assert ("targets.teacher.input_size", "14x28") in found and ("targets.teacher.input_size", "28x42") in found
+    sizes = {("targets.teacher.input_size", size) for size in ("14x28", "28x42")}
+    assert {("data.caches", "2"), *sizes} <= found
 
 
 def test_a_single_cache_writes_no_field_of_a_mixture(pretrained):
@@ -290,4 +294,3 @@ def test_the_default_name_of_a_run_says_how_many_caches(cache, other, tmp_path, 
 
 
 assert set(THREE) & set(CAMERAS) == {"CAM_FRONT"}
-assert np.isfinite(1.0)
