@@ -23,13 +23,15 @@ def build_options(config: Config) -> list[str]:
     return options + ["--points"] * (config.task in READS_POINTS)
 
 
-def bytes_per_keyframe(config: Config) -> int:
-    """Estimated bytes on disk of a keyframe of nuScenes in a cache with these options."""
+def bytes_per_keyframe(config: Config) -> int | None:
+    """Estimated bytes on disk of a keyframe of nuScenes in a cache with these options; None for a teacher not in CHANNELS."""
     name = DEFAULT_TEACHER if config.teacher == "any" else config.teacher
+    if name not in CHANNELS:
+        return None
     height, width = config.smallest_cache()
     spec = TargetSpec(
         image_size=(height, width) if height > STUDENT_SIZE[0] else STUDENT_SIZE,
-        teacher=TeacherSpec(name, "", (224, 392), 14, CHANNELS[name]) if name in CHANNELS else None,
+        teacher=TeacherSpec(name, "", (224, 392), 14, CHANNELS[name]),
         max_points=_POINTS if config.task in READS_POINTS else 0,
     )
     return spec.bytes_per_keyframe

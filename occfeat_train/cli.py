@@ -104,8 +104,8 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     height, width = chosen.smallest_cache()
     further = "".join(f", and {option}" for option in build_options(chosen) if "--image-size" not in option)
     echo(f"# needs a cache built with --image-size {height}x{width} or more{further}")
-    size = bytes_per_keyframe(chosen)
-    echo(f"# about {size / 1e6:.1f} MB per keyframe of nuScenes, {size * 28_130 / 1e9:.0f} GB for its train split")
+    if (size := bytes_per_keyframe(chosen)) is not None:
+        echo(f"# about {size / 1e6:.1f} MB per keyframe of nuScenes, {size * 28_130 / 1e9:.0f} GB for its train split")
 
 
 main.add_command(pretrain)

@@ -44,7 +44,6 @@ from tests.train.runs import (
 THREE = ("left", "CAM_FRONT", "right")  # cameras of another data set
 CONFIG = Config(
     network=NetworkConfig(weights="none", channels=8, image_size=(32, 48), drop_connect=0.0, freeze_batchnorm=True),
-    allow_upsampling=True,
 )
 
 
@@ -222,21 +221,21 @@ def test_occupancy_alone_needs_no_common_teacher(cache, tmp_path):
 
 def command(caches: tuple[Path, ...], out: Path, *more: object) -> list[str]:
     further = [option for cache in caches[1:] for option in ("--cache", cache)]
-    return pretrain(caches[0], out, *further, "--set", "allow_upsampling=true", *more)
+    return pretrain(caches[0], out, *further, *more)
 
 
 def test_the_command_line_refuses_caches_that_cannot_be_mixed(cache, other, tmp_path):
     assert "pass each cache once" in refuse(*command((cache, cache), tmp_path / "run"), out=tmp_path / "run")
-    more = ["--cache", other, "--set", "allow_upsampling=true"]
-    message = refuse(*finetune(cache, tmp_path / "run", *more), out=tmp_path / "run")
+    message = refuse(*finetune(cache, tmp_path / "run", "--cache", other), out=tmp_path / "run")
     assert "--cache is given 2 times: only a pretraining mixes caches" in message
     ego = write_other(tmp_path / "ego", frames=("ego",)).path.parent
     message = refuse(*command((cache, ego), tmp_path / "run"), out=tmp_path / "run")
     assert "frame=auto is not the same for all caches" in message and "--set frame=ego" in message
     message = refuse(*command((cache, other), tmp_path / "run", "--set", "augment.num_cameras=4"), out=tmp_path / "run")
     assert "augment.num_cameras=4: the cache has 3" in message and str(other) in message
-    message = refuse(*pretrain(cache, tmp_path / "run", "--cache", other), out=tmp_path / "run")
-    assert "has images of 39x58" in message
+    small = write_other(tmp_path / "small", image_size=(30, 58)).path.parent
+    message = refuse(*command((cache, small), tmp_path / "run"), out=tmp_path / "run")
+    assert f"{small / 'train.zarr'} has images of 30x58" in message
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

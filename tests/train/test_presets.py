@@ -120,8 +120,16 @@ def test_presets_name_the_options_of_the_cache_that_they_need():
     assert build_options(preset("table1/simplebev-enb0/img-also")) == ["--points"]
     assert build_options(preset("table2/simplebev-enb0-448x800/occfeat")) == ["--image-size 540x960"]
     assert build_options(Config()) == build_options(Config(teacher="facebook/dinov2-small")) == []
+
+
+def test_config_show_prints_the_size_of_the_cache():
     assert bytes_per_keyframe(Config()) == TARGETS.bytes_per_keyframe
-    assert bytes_per_keyframe(preset("scale/teacher-vitb")) - TARGETS.bytes_per_keyframe == 6 * 16 * 28 * 384 * 2
+    assert bytes_per_keyframe(preset("scale/teacher-vitb")) == TARGETS.bytes_per_keyframe + 6 * 16 * 28 * 384 * 2
+    shown = succeed("config", "show", "scale/teacher-vitg")
+    assert "# needs a cache built with --image-size 270x480 or more, and --teacher facebook/dinov2-giant" in shown
+    assert "# about 10.6 MB per keyframe of nuScenes, 298 GB for its train split" in shown
+    assert "a cache built with --teacher facebook/dinov2-giant" in succeed("config", "list")
+    assert "per keyframe" not in succeed("config", "show", "scale/teacher-vitg", "--set", "teacher=my/own")
 
 
 @pytest.mark.parametrize(
