@@ -35,39 +35,17 @@ check: lint
 
 # The teacher has random weights unless TEACHER is a hub id or a local folder. The output states this.
 TEACHER ?= random:facebook/dinov2-small
-# The training data: more keyframes than the preview needs, and small ones.
-TOWN = --dataroot demo/town --cache demo/small --teacher $(TEACHER) --image-size 80x140 --feature-size 112x196 \
-	--grid 8x50x50 --range -5 5 -25 25 -25 25
-RUN = --cache demo/small --split mini_train --no-tensorboard --no-progress --save-every 1000
-FEW = $(RUN) --set labels=12.5 --set optim.epochs=30
-EVALUATE = $(BIN)/occfeat-train evaluate --cache demo/small --split mini_val --no-progress
+# Without TEACHER, the study has no arm with a trained teacher.
 demo: setup
 	rm -rf demo
-	@echo '## Targets: a synthetic city of 2 scenes -> a cache of the default size; see demo/preview/index.html'
-	$(BIN)/occfeat-targets synth --out demo/city --scenes 2 --keyframes 4 --image-size 450x800 --sweeps 2
-	$(BIN)/occfeat-targets build --dataroot demo/city --cache demo/cache --split mini_train --teacher $(TEACHER)
-	$(BIN)/occfeat-targets verify --cache demo/cache --split mini_train
-	$(BIN)/occfeat-targets preview --cache demo/cache --split mini_train --out demo/preview
+	@echo '## Targets: a synthetic city -> a cache of the default size; see demo/preview/index.html'
+	$(BIN)/occfeat-targets synth --out demo/full/city --scenes 1 --keyframes 2 --image-size 450x800 --sweeps 1
+	$(BIN)/occfeat-targets build --dataroot demo/full/city --cache demo/full --split mini_train --teacher $(TEACHER)
+	$(BIN)/occfeat-targets verify --cache demo/full --split mini_train --samples 1
+	$(BIN)/occfeat-targets preview --cache demo/full --split mini_train --out demo/preview
 	@echo
-	@echo '## Training, scaled down for two cores: 64 synthetic keyframes (the paper: 28,130 of nuScenes), images 64x112 (224x400),'
-	@echo '## 32 channels (128), a grid of 50x50 over 25 m (200x200 over 50 m), teacher $(TEACHER); the backbone is stated below.'
-	@echo '## This shows that all steps work. It does not measure how much pretraining helps.'
-	$(BIN)/occfeat-targets synth --out demo/town --scenes 8 --val-scenes 2 --keyframes 8 --image-size 135x240 --sweeps 1
-	for split in mini_train mini_val; do \
-		$(BIN)/occfeat-targets build $(TOWN) --split $$split && \
-		$(BIN)/occfeat-targets verify --cache demo/small --split $$split && \
-		$(BIN)/occfeat-train check --cache demo/small --split $$split || exit; \
-	done
-	$(BIN)/occfeat-train pretrain $(RUN) --preset small/occfeat --epochs 12 --validate mini_val --save-every 32 --out demo/pretrained
-	for task in vehicles map; do \
-		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --from demo/pretrained --out demo/$$task-pretrained && \
-		$(BIN)/occfeat-train finetune $(FEW) --preset small/$$task-10 --out demo/$$task-scratch || exit; \
-	done
-	for run in pretrained vehicles-pretrained vehicles-scratch map-pretrained map-scratch; do \
-		echo "## $$run"; $(EVALUATE) demo/$$run || exit; \
-	done
-	$(BIN)/occfeat-train report demo/pretrained demo/vehicles-pretrained demo/vehicles-scratch demo/map-pretrained demo/map-scratch \
-		--cache demo/small --split mini_val --out demo/report.html
+	@echo '## Does pretraining help? The smallest size of pipelines/study: pretraining, finetuning and evaluation with two seeds.'
+	$(BIN)/python -m pipelines.study --size demo --out demo $(if $(filter random:%,$(TEACHER)),,--teacher $(TEACHER))
 
 bench: setup
 	for benchmark in voxelizer images sampling reads loader lifting step growth loop teacher rounding build memory planning; do \

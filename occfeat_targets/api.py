@@ -27,6 +27,7 @@ __all__ = ["GRID_FROM_CAMERA_AXES", "GRID_FROM_EGO_AXES", "VoxelGrid", "build_ca
 
 Frames = Literal["ego", "cameras", "both"]
 TeacherDtype = Literal["auto", "float32", "bfloat16"]
+Dynamic = Literal["carve", "boxes", "smear"]
 OnError = Literal["fail", "skip", "mask-camera"]
 
 
@@ -41,6 +42,7 @@ def build_cache(
     grid: VoxelGrid = VoxelGrid(),  # noqa: B008, a frozen value
     frames: Frames = "ego",
     sweeps: int = 1,
+    dynamic: Dynamic | None = None,
     image_size: tuple[int, int] = STUDENT_SIZE,
     teacher: str | None = "facebook/dinov2-small",
     teacher_layer: str = "post-norm",
@@ -90,6 +92,10 @@ def build_cache(
     for name, size in {"image_size": image_size, "feature_size": feature_size}.items():
         _require(size is None or _is_pair(size), f"{name}={size!r}: (height, width) [px] expected, such as (270, 480)")
     _require(frames in get_args(Frames), f"frames={frames!r}: one of {', '.join(get_args(Frames))} expected")
+    _require(
+        dynamic is None or dynamic in get_args(Dynamic),
+        f"dynamic={dynamic!r}: one of {', '.join(get_args(Dynamic))} expected, or None",
+    )
     _require(on_error in get_args(OnError), f"on_error={on_error!r}: one of {', '.join(get_args(OnError))} expected")
     dtypes = get_args(TeacherDtype)
     _require(teacher_dtype in dtypes, f"teacher_dtype={teacher_dtype!r}: one of {', '.join(dtypes)} expected")
@@ -126,7 +132,7 @@ def build_cache(
     options = BuildOptions(
         dataroot=dataroot, cache=cache, split=split, source=source, version=version,
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
-        image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
+        dynamic=dynamic, image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
         labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat, points=points,
         rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,

@@ -102,7 +102,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
 @reports_errors
 def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
-    grid_range: tuple[float, ...], frames: str, sweeps: int, image_size: tuple[int, int], teacher: str,
+    grid_range: tuple[float, ...], frames: str, sweeps: int, dynamic: str | None, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
     feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, rays: bool, workers: int | None,
     scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
@@ -135,7 +135,7 @@ def build(
         dataroot=dataroot, cache=cache, split=split, source=source, version=version,
         scenes=None if scenes is None else parse_scenes(scenes),
         grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
-        frames=frames, num_sweeps=sweeps, image_size=image_size, teacher=None if teacher == "none" else teacher,
+        frames=frames, num_sweeps=sweeps, dynamic=dynamic, image_size=image_size, teacher=None if teacher == "none" else teacher,
         teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
         feature_dtype=feature_dtype, labels=() if no_labels else parse_label_kinds(label_kinds), dividers=dividers,
         compat=compat, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,

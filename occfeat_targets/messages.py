@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from occfeat_targets.build.estimate import estimate_seconds, format_bytes, format_seconds, free_bytes
@@ -13,6 +12,7 @@ from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.build.workers import Workers, count_cores
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.records import sizes_of_files
 from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_code
@@ -223,7 +223,7 @@ def info_as_json(cache: Cache) -> str:
 
 
 def bytes_on_disk(cache: Cache) -> int:
-    return sum(p.stat().st_size for p in Path(cache.path).rglob("*") if p.is_file())
+    return sum(sizes_of_files(cache.path).values())
 
 
 def _ranges(numbers: list[int]) -> str:

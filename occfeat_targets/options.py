@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.spec import DYNAMIC
 from occfeat_targets.common import command_line
 from occfeat_targets.common.command_line import LocalPath, names_of, options
 from occfeat_targets.sources.source import SOURCES
@@ -99,6 +100,12 @@ build_options = options(
         help="Reference frames with a grid: ego, each camera (Simple-BEV's protocol), or both.",
     ),
     click.option("--sweeps", metavar="N", default=1, help="LiDAR sweeps in the occupancy, including the keyframe's."),
+    click.option(
+        "--dynamic",
+        type=click.Choice(DYNAMIC),
+        help="Moving objects in earlier sweeps. carve: empty the voxels that the keyframe's own rays pass; boxes: move returns with "
+        "annotated boxes, which uses labels; smear: leave them.  [default: carve]",
+    ),
     click.option("--image-size", type=Size("HEIGHTxWIDTH"), default="270x480", help="Size of the student images."),
     click.option(
         "--teacher",

@@ -83,7 +83,7 @@ def test_every_package_has_a_docstring():
         ("distributed", {"cluster.py"}),
         ("torch", {"teacher*.py", "pickled.py", "state_dict.py"}),
         ("transformers", {"teacher*.py"}),
-        ("pyquaternion", {"slow_nuscenes.py"}),
+        ("pyquaternion", {"slow_nuscenes.py", "slow_lidar.py"}),
         ("shapely", {"slow_labels.py"}),
         ("cv2", {"labels.py"}),
         ("jinja2", {"html.py"}),

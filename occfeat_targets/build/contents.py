@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,18 @@ def read_contents(
     Raises DatasetError if the tables do not load, or the data set lacks a scene or a kind of labels that is asked for.
     """
     print_line(f"reading the tables of {options.dataroot}, once for all processes of this build ...")
+    tracks: dict[str, bool] = {"with_tracks": True} if options.moving_objects == "boxes" else {}
+    if tracks and "with_tracks" not in signature(source.read_split).parameters:
+        raise DatasetError(
+            f"--source {options.source} has no tracks of objects, which --dynamic boxes needs: pass --dynamic carve"
+        )
     split = source.read_split(
         options.dataroot,
         options.split,
         version=options.version,
         num_sweeps=options.num_sweeps,
         with_boxes=_need("annotations", LABEL_KINDS if labels is None else labels),
+        **tracks,
     )
     if options.scenes is not None:
         split = choose_scenes(split, options.scenes)

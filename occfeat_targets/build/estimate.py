@@ -61,7 +61,8 @@ def estimate_seconds(
     read = _READ_SECONDS / min(processes, cores)
     if spec.teacher is None:
         return _START_SECONDS + num_keyframes * read
-    from occfeat_targets.targets.teacher import flops_per_image, matmul_flops, seconds_per_image
+    from occfeat_targets.targets.teacher import flops_per_image, seconds_per_image
+    from occfeat_targets.targets.teacher_devices import matmul_flops
 
     cameras = len(spec.cameras)
     if devices == ("cpu",):

@@ -17,6 +17,7 @@ from occfeat_targets.sources.source import Source
 class BuildOptions:
     """Options of 'occfeat-targets build'. labels: None for all that the data set has.
 
+    dynamic: what is done about moving objects in earlier sweeps; None for carve, if there are some.
     source: a name in SOURCES. scenes: build only these scenes. teacher: a name, or None for a cache without features. shard: (k, n) to build every n-th
     shard, starting with the k-th. plan_only: build nothing; the tasks run later, and maybe on other machines.
     """
@@ -30,6 +31,7 @@ class BuildOptions:
     grid: VoxelGrid = field(default_factory=VoxelGrid)
     frames: str = "ego"
     num_sweeps: int = 1
+    dynamic: str | None = None
     image_size: tuple[int, int] = STUDENT_SIZE
     teacher: str | None = "facebook/dinov2-small"
     teacher_layer: str = "post-norm"
@@ -48,6 +50,15 @@ class BuildOptions:
     retry_skipped: bool = False
     device: str = "auto"
     keyframes_per_batch: int | None = None
+
+    @property
+    def moving_objects(self) -> str:
+        """`dynamic` of the spec. Raises ValueError if it is given without earlier sweeps."""
+        if self.num_sweeps > 1:
+            return self.dynamic or "carve"
+        if self.dynamic not in (None, "smear"):
+            raise ValueError(f"--dynamic {self.dynamic} is about earlier sweeps: pass it with --sweeps of at least 2")
+        return "smear"
 
     @property
     def path(self) -> Path:
@@ -72,6 +83,7 @@ def make_spec(options: BuildOptions, source: Source, teacher: TeacherSpec | None
         teacher=teacher,
         feature_dtype=options.feature_dtype,
         num_sweeps=options.num_sweeps,
+        dynamic=options.moving_objects,
         ego_box=source.ego_box,
         max_points=source.max_returns * options.num_sweeps if options.points else 0,
         rays=options.rays,

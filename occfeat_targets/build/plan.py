@@ -238,7 +238,8 @@ def _teacher(
     """The spec of the teacher. Its type, if the user left it open, is the cache's, or what suits the machine that computes."""
     if options.teacher is None:
         return None
-    from occfeat_targets.targets.teacher import describe_file, native_dtype, teacher_spec
+    from occfeat_targets.targets.teacher import native_dtype, teacher_spec
+    from occfeat_targets.targets.teacher_dinov2_hub import describe_file
 
     print_line(f"reading the weights of {options.teacher} ...")
     dtype, is_here = options.teacher_dtype, scheduler is None and not options.plan_only

@@ -30,7 +30,8 @@ from occfeat_targets.sources.keyframe_files import (
 from occfeat_targets.sources.map_geometry import MapGeometry
 
 PLAN = "plan"
-_FORMAT = 1  # raise it with every change of Keyframe or MapGeometry: a build then plans again
+# Raise it with every change of Keyframe or MapGeometry, except for fields that are left out when empty: a build then plans again.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,19 @@ def point_arrays(max_points: int, num_sweeps: int) -> tuple[ArraySpec, ...]:
     )  # fmt: skip
 
 
-def ray_arrays(num_frames: int, grid: VoxelGrid) -> tuple[ArraySpec, ...]:
-    """Observed and free voxels, and where their rays start."""
-    return (
-        ArraySpec(
-            "rays", (num_frames, 2, grid.packed_bytes), ("frame", "observed_free", "packed_voxel"), "uint8",
-            "bits as in occupancy. observed: a LiDAR ray passes the voxel, or it is occupied; free: observed and not occupied",
-            compress=True, ratio=7,
-        ),
-        ArraySpec(
-            "ray_origin", (num_frames, 3), ("frame", "right_forward_up"), "float32",
-            "sensor of the keyframe's own sweep in each reference frame's grid [m]", per_keyframe=False,
-        ),
+def volume_arrays(num_frames: int, grid: VoxelGrid, *, with_rays: bool) -> tuple[ArraySpec, ...]:
+    """Occupied voxels, and with rays also observed and free ones, and where the rays start."""
+    occupancy = ArraySpec(
+        "occupancy", (num_frames, grid.packed_bytes), ("frame", "packed_voxel"), "uint8",
+        "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
     )  # fmt: skip
+    rays = ArraySpec(
+        "rays", (num_frames, 2, grid.packed_bytes), ("frame", "observed_free", "packed_voxel"), "uint8",
+        "bits as in occupancy. observed: a LiDAR ray passes the voxel, or it is occupied; free: observed and not occupied",
+        compress=True, ratio=7,
+    )  # fmt: skip
+    origin = ArraySpec(
+        "ray_origin", (num_frames, 3), ("frame", "right_forward_up"), "float32",
+        "sensor of the keyframe's own sweep in each reference frame's grid [m]", per_keyframe=False,
+    )  # fmt: skip
+    return (occupancy, rays, origin) if with_rays else (occupancy,)

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.spec import EGO_FRAME, FORMAT_VERSION, TargetSpec
+from occfeat_targets.cache.spec import EGO_FRAME, FORMAT_VERSION, LATER, TargetSpec
 
 
 def require_format(path: Path) -> None:
@@ -23,7 +23,7 @@ def require_format(path: Path) -> None:
         version, options = attributes["spec"]["format_version"], set(attributes["spec"])
     except (ValueError, KeyError, TypeError):
         return  # not a cache at all, or damaged: other checks say so
-    others = sorted(options ^ {field.name for field in fields(TargetSpec)})
+    others = sorted((options | set(LATER)) ^ {field.name for field in fields(TargetSpec)})
     if version == FORMAT_VERSION and not others:
         return
     reason = f"other options ({', '.join(others)})" if version == FORMAT_VERSION else f"format version {version}"
@@ -49,6 +49,7 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
         "scenes": _scenes(path) if origin.get("left_out_scenes") else None,
         "frames": frames,
         "sweeps": spec["num_sweeps"],
+        "dynamic": spec.get("dynamic", "smear") if spec["num_sweeps"] > 1 else None,
         "image-size": "x".join(map(str, spec["image_size"])),
         "feature-dtype": spec["feature_dtype"],
         "dividers": spec["dividers"],

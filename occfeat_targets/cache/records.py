@@ -74,6 +74,16 @@ def delete_folder(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.deleted.partial")))
 
 
+def sizes_of_files(folder: Path) -> dict[str, int]:
+    """{path relative to the folder: bytes} of all files below it, without those that another process moves or deletes meanwhile."""
+    sizes = {}
+    for root, _, names in os.walk(str(folder)):  # leaves out folders that are gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes[os.path.relpath(os.path.join(root, name), folder)] = os.stat(os.path.join(root, name)).st_size
+    return sizes
+
+
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record with its own checksum, atomically."""
     write_file(file, _record_bytes(record))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays, ray_arrays
+from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays, volume_arrays
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.plural import count
@@ -32,8 +32,11 @@ STUDENT_SIZE = (270, 480)
 LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multiplies a network's image size
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
-# Fields that are younger than the format, and the value of a cache without them. Its fingerprint must stay what it was.
-_LATER = {"rays": False}
+# Fields that are younger than the format, and the value of a cache without them, whose fingerprint stays what it was.
+LATER = {"rays": False, "dynamic": "smear"}
+# What is done about objects that move during the sweeps of a keyframe.
+DYNAMIC = ("carve", "boxes", "smear")
+BOXES_NOTE = "the occupancy uses annotated boxes (--dynamic boxes), so pretraining on it is not free of labels"
 
 
 def largest_network(image_size: tuple[int, int], resize: float) -> tuple[int, int]:
@@ -107,6 +110,8 @@ class TargetSpec:
     source: the kind of data set. cameras: its cameras, in the order of the camera axis of every array.
     frames: reference frames with a grid: ``ego`` and/or camera channels.
     num_sweeps: LiDAR sweeps accumulated in the occupancy, including the keyframe's own.
+    dynamic: moving objects in earlier sweeps. ``carve``: voxels that the own sweep's rays pass are emptied. ``boxes``: returns inside
+    of annotated boxes move with them, which uses labels. ``smear``: nothing is done, as always with one sweep.
     ego_box: returns with abs(x) and abs(y) below this [m] in the sensor's frame are from the ego vehicle and dropped.
     max_points: LiDAR returns stored of each keyframe at most, of all its sweeps; 0 for none.
     rays: whether the cache tells which voxels the LiDAR's rays have passed.
@@ -128,6 +133,7 @@ class TargetSpec:
     compat: str | None = None
     max_points: int = 0
     rays: bool = False
+    dynamic: str = "smear"
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -146,12 +152,21 @@ class TargetSpec:
             raise ValueError(f"feature dtype {self.feature_dtype!r}: float16 or int8 expected")
         if self.num_sweeps < 1:
             raise ValueError(f"{self.num_sweeps} sweeps: at least 1 (the keyframe's own) expected")
+        if self.dynamic not in DYNAMIC or (self.num_sweeps == 1 and self.dynamic != "smear"):
+            raise ValueError(
+                f"dynamic {self.dynamic!r} of {count(self.num_sweeps, 'sweep')}: one of {', '.join(DYNAMIC)} expected; with one sweep, smear"
+            )
         if any(kind not in LABEL_KINDS for kind in self.labels):
             raise ValueError(f"labels {self.labels}: some of {tuple(LABEL_KINDS)} expected")
         if self.dividers not in DIVIDERS:
             raise ValueError(f"dividers {self.dividers!r}: road or road+lane expected")
         if self.compat not in (None, "simple-bev"):
             raise ValueError(f"compat {self.compat!r}: simple-bev or nothing expected")
+
+    @property
+    def uses_boxes(self) -> bool:
+        """Whether the occupancy depends on annotations."""
+        return self.dynamic == "boxes"
 
     def to_dict(self) -> dict[str, Any]:
         return {**json.loads(json.dumps(asdict(self))), "grid": self.grid.to_dict()}
@@ -167,10 +182,10 @@ class TargetSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over all fields except the teacher's name, and except those of _LATER with their default."""
+        """Sixteen hex digits over all fields except the teacher's name, and except those of LATER with their default."""
         identity = self.to_dict()
-        for name, value in _LATER.items():
-            if identity[name] == value:
+        for name, value in LATER.items():
+            if identity.get(name) == value:
                 del identity[name]
         if self.teacher is not None:
             del identity["teacher"]["name"]
@@ -192,8 +207,9 @@ class TargetSpec:
         """The spec in a few lines of text."""
         height, width = self.image_size
         up, forward, right = self.grid.cell_size
+        moving = f", moving objects: {self.dynamic}" if self.num_sweeps > 1 else ""
         lines = [
-            f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}",
+            f"grid {self.grid}, in {', '.join(self.frames)}; sweeps per keyframe: {self.num_sweeps}{moving}",
             f"cells {up:g} m high, {forward:g} m long (forward), {right:g} m wide (right)",
         ]
         if self.grid.shape_warning is not None:
@@ -203,6 +219,8 @@ class TargetSpec:
             f"images {height}x{width} of {count(len(self.cameras), 'camera')}: without upsampling, networks can train at up to {trained} "
             f"(resized by up to {LARGEST_RESIZE:g}) and be evaluated at up to {plain}"
         )
+        if self.uses_boxes:
+            lines.append(f"note: {BOXES_NOTE}")
         if self.teacher is None:
             lines.append("teacher: none, no features")
         else:
@@ -265,14 +283,7 @@ class TargetSpec:
                         "feature_scale", (cams, h, w), dims, "float16", "multiply int8 features of a token by this"
                     )
                 )
-        specs.append(
-            ArraySpec(
-                "occupancy", (frames, grid.packed_bytes), ("frame", "packed_voxel"), "uint8",
-                "bits of the (up, forward, right) volume, C order, little-endian within a byte", compress=True,
-            )
-        )  # fmt: skip
-        if self.rays:
-            specs += ray_arrays(frames, grid)
+        specs += volume_arrays(frames, grid, with_rays=self.rays)
         for name, kind in LABEL_KINDS.items():
             if name in self.labels:
                 specs += label_arrays(kind, frames, grid)

@@ -49,11 +49,26 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Track:
+    """An annotated object at the keyframe and before, for `targets.moving`. half_size: (3,) [m] along its own x, y, z.
+
+    seconds: (k,) times relative to the keyframe, descending from 0. rotations: (k, 4) quaternions (w, x, y, z) and translations:
+    (k, 3) [m] of global_from_box at these times.
+    """
+
+    half_size: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    rotations: NDArray[np.float64]
+    translations: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Keyframe:
     """Everything a worker needs of one sample.
 
     cameras: in the requested order. sweeps: the keyframe's own first, then backwards in time.
     vehicle_corners: (n, 8, 3) in the ego frame at LiDAR time [m], in the devkit's corner order; visibility: (n,) 1..4.
+    tracks: annotated objects of every kind that were annotated before, too; only if they are asked for.
     problem: why this keyframe cannot be built even with masked cameras, if the tables show it; then cameras and sweeps are empty.
     """
 
@@ -66,6 +81,7 @@ class Keyframe:
     sweeps: tuple[Sweep, ...] = ()
     vehicle_corners: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 8, 3)))
     visibility: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    tracks: tuple[Track, ...] = ()
     problem: str | None = None
 
 

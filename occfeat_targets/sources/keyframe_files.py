@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, Track
 from occfeat_targets.sources.map_geometry import MapGeometry
 
 
@@ -25,6 +25,8 @@ def keyframes_to_bytes(keyframes: Sequence[Keyframe], folder: Path) -> bytes:
     def encode(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value.relative_to(folder)) if value.is_relative_to(folder) else str(value)
+        if isinstance(value, Keyframe) and not value.tracks:  # as in the plans of releases without tracks
+            return {name: part for name, part in vars(value).items() if name != "tracks"}
         return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
     return json.dumps(keyframes, default=encode, separators=(",", ":")).encode()
@@ -42,6 +44,7 @@ def _keyframe(values: Mapping[str, Any], folder: Path) -> Keyframe:
         "sweeps": tuple(_sweep(sweep, folder) for sweep in values["sweeps"]),
         "vehicle_corners": _floats(values["vehicle_corners"]).reshape(-1, 8, 3),
         "visibility": np.array(values["visibility"], np.uint8),
+        "tracks": tuple(Track(**{name: _floats(each[name]) for name in each}) for each in values.get("tracks", ())),
     }
     return Keyframe(**{**values, **arrays})
 

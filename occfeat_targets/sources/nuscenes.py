@@ -35,10 +35,19 @@ class NuScenes:
     max_returns = 40_000  # nuScenes' sweeps have about 34,700
     ego_box = EGO_BOX
 
-    def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
+    def read_split(
+        self,
+        root: Path,
+        split: str,
+        *,
+        version: str | None,
+        num_sweeps: int,
+        with_boxes: bool,
+        with_tracks: bool = False,
+    ) -> Split:
         return read_split(
-            root, split, version=version, cameras=self.cameras, num_sweeps=num_sweeps, with_boxes=with_boxes
-        )
+            root, split, version=version, cameras=self.cameras, num_sweeps=num_sweeps, with_boxes=with_boxes, with_tracks=with_tracks,
+        )  # fmt: skip
 
     def read_sweep(self, path: Path) -> NDArray[np.float32]:
         return read_sweep(path)
@@ -84,7 +93,14 @@ def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, st
 
 
 def read_split(
-    root: Path, split: str, *, version: str | None, cameras: Sequence[str], num_sweeps: int, with_boxes: bool
+    root: Path,
+    split: str,
+    *,
+    version: str | None,
+    cameras: Sequence[str],
+    num_sweeps: int,
+    with_boxes: bool,
+    with_tracks: bool = False,
 ) -> Split:
     """Load the tables and compute all keyframes of a split, in the split's scene order, then by time.
 
@@ -122,8 +138,12 @@ def read_split(
     wanted = {sample["token"] for _, sample in samples}
     files = _load_files(tables, wanted, {LIDAR, *cameras}, num_sweeps)
     has_annotations = any(True for _ in read_records(tables.file("sample_annotation"), may_be_empty=True))
-    boxes = _load_vehicles(tables, wanted) if with_boxes and has_annotations else {}
-    reader = KeyframeReader(tables, dataroot, files, boxes, tuple(cameras), num_sweeps)
+    if with_tracks and not has_annotations:
+        raise DatasetError(f"{version} has no annotations, which --dynamic boxes needs: pass --dynamic carve")
+    needs_boxes = has_annotations and (with_boxes or with_tracks)
+    vehicles, objects = _load_boxes(tables, wanted, with_tracks) if needs_boxes else ({}, {})
+    boxes = vehicles if with_boxes else {}
+    reader = KeyframeReader(tables, dataroot, files, boxes, objects, tuple(cameras), num_sweeps)
     keyframes = tuple(reader.keyframe(sample, name, logs[name]["location"]) for name, sample in samples)
     return Split(
         name=split,
@@ -179,15 +199,21 @@ def _load_files(
     return files
 
 
-def _load_vehicles(tables: Tables, samples: Collection[str]) -> dict[str, list[str]]:
-    """Load the boxes whose category contains "vehicle" (also bicycles), as in Simple-BEV. Returns {sample token: their tokens}."""
+def _load_boxes(
+    tables: Tables, samples: Collection[str], with_tracks: bool
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Load boxes. Returns {sample token: tokens of its vehicles}, and with tracks {sample token: tokens of all its boxes}.
+
+    Vehicles are the boxes whose category contains "vehicle" (also bicycles), as in Simple-BEV.
+    """
     for table in ("category", "instance"):
         tables.load(table)
     is_vehicle = {
         record["token"]: "vehicle" in tables.get("category", record["category_token"])["name"]
         for record in tables.all("instance")
     }
-    boxes: dict[str, list[str]] = {}
+    vehicles: dict[str, list[str]] = {}
+    objects: dict[str, list[str]] = {}
 
     def is_needed(record: dict[str, Any]) -> bool:
         sample, instance = record["sample_token"], record["instance_token"]
@@ -197,11 +223,14 @@ def _load_vehicles(tables: Tables, samples: Collection[str]) -> dict[str, list[s
             tables.get("sample", sample)  # of another split, or an error
             return False
         if is_vehicle[instance]:
-            boxes.setdefault(sample, []).append(record["token"])
-        return is_vehicle[instance]
+            vehicles.setdefault(sample, []).append(record["token"])
+        if with_tracks:
+            objects.setdefault(sample, []).append(record["token"])
+        return is_vehicle[instance] or with_tracks
 
-    tables.load("sample_annotation", is_needed, ("translation", "size", "rotation", "visibility_token"))
-    return boxes
+    fields = ("translation", "size", "rotation", "visibility_token", *(("sample_token", "prev") if with_tracks else ()))
+    tables.load("sample_annotation", is_needed, fields)
+    return vehicles, objects
 
 
 def read_map(dataroot: Path, location: str, dividers: str) -> MapGeometry:

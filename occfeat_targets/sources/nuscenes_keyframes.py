@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, rigid
-from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, broken_view
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, Track, broken_view
 from occfeat_targets.sources.tables import Record, Tables
 
 LIDAR = "LIDAR_TOP"
@@ -19,12 +19,16 @@ LIDAR = "LIDAR_TOP"
 
 @dataclass(frozen=True)
 class KeyframeReader:
-    """Keyframes of loaded tables. files: {(sample token, channel): token}. boxes: {sample token: tokens of its vehicles}."""
+    """Keyframes of loaded tables. files: {(sample token, channel): token}. boxes: {sample token: tokens of its vehicles}.
+
+    objects: {sample token: tokens of all its boxes}, whose tracks are read.
+    """
 
     tables: Tables
     dataroot: Path
     files: Mapping[tuple[str, str], str]
     boxes: Mapping[str, Sequence[str]]
+    objects: Mapping[str, Sequence[str]]
     cameras: tuple[str, ...]
     num_sweeps: int
 
@@ -44,6 +48,7 @@ class KeyframeReader:
                 global_from_sensor = _pose(pose) @ _pose(calibration)
                 sweeps.append(Sweep(self._path(record), ego_from_global @ global_from_sensor, seconds))
             corners, visibility = self._vehicles(token, ego_from_global)
+            tracks = [self._track(box, sample["timestamp"], sweeps[-1].seconds) for box in self.objects.get(token, ())]
         except ValueError as err:
             return Keyframe(**identity, problem=str(err))
         return Keyframe(
@@ -53,6 +58,7 @@ class KeyframeReader:
             sweeps=tuple(sweeps),
             vehicle_corners=corners,
             visibility=visibility,
+            tracks=tuple(track for track in tracks if len(track.seconds) > 1),
         )
 
     def _file(self, sample: str, channel: str) -> Record:
@@ -121,6 +127,19 @@ class KeyframeReader:
             corners[i] = local @ global_from_box[:3, :3].T + global_from_box[:3, 3]
         visibility = np.array([_visibility(box) for box in boxes], np.uint8)
         return corners @ ego_from_global[:3, :3].T + ego_from_global[:3, 3], visibility
+
+    def _track(self, token: str, timestamp: int, earliest: float) -> Track:
+        """A box and those of the same object at earlier keyframes, up to the first at or before `earliest` [s]."""
+        boxes, seconds = [], []
+        for box in self.tables.follow("sample_annotation", token, "prev"):
+            _pose(box)  # checks it
+            boxes.append(box)
+            seconds.append((self.tables.get("sample", box["sample_token"])["timestamp"] - timestamp) / 1e6)
+            if seconds[-1] <= earliest:
+                break
+        width, length, height = _size(boxes[0])
+        poses = ([np.array(box[key], np.float64) for box in boxes] for key in ("rotation", "translation"))
+        return Track(np.array([length, width, height]) / 2, np.array(seconds), *map(np.stack, poses))
 
 
 def _pose(record: Record) -> Matrix:

@@ -42,10 +42,20 @@ class Source(Protocol):
     @property
     def ego_box(self) -> float: ...
 
-    def read_split(self, root: Path, split: str, *, version: str | None, num_sweeps: int, with_boxes: bool) -> Split:
+    def read_split(
+        self,
+        root: Path,
+        split: str,
+        *,
+        version: str | None,
+        num_sweeps: int,
+        with_boxes: bool,
+        with_tracks: bool = False,
+    ) -> Split:
         """All keyframes of a split, each with V views, sweeps (its own first, then backwards in time), and vehicle boxes.
 
-        version: a release of the data set; None for the usual one. A problem of a single keyframe or view is recorded in it.
+        version: a release of the data set; None for the usual one. with_tracks: also the annotated objects of each keyframe with their
+        poses before (`Keyframe.tracks`); a source without them need not have this argument. A problem of a single keyframe or view is recorded in it.
         Raises DatasetError if there is no such split or version, or its tables do not load.
         """
         ...

@@ -134,16 +134,22 @@ def write_city(
             (part / "samples" / channel).mkdir(parents=True)
         (part / "sweeps" / LIDAR_CHANNEL).mkdir(parents=True)
         tables = Tables(seed, image_size)
-        districts: dict[str, District] = {}
         with (
             ThreadPoolExecutor(workers) as pool,
             progress_bar(num_shots * len(plans), desc="synthetic city", unit="file", disable=not progress) as bar,
         ):
-            for plan in plans:
-                if plan.logfile not in districts:
-                    districts[plan.logfile] = district_of(seed, plan.location, plan.site)
-                    tables.add_log(plan.logfile, plan.location)
-                scene = scene_of(seed, plan, districts[plan.logfile], keyframes)
+            # The next scene is planned while this one is filmed: planning is Python, filming are kernels without the GIL.
+            def planned(plan: ScenePlan) -> Scene:
+                return scene_of(seed, plan, districts[plan.logfile], keyframes)
+
+            districts = {p.logfile: district_of(seed, p.location, p.site) for p in plans}
+            for logfile, location in {p.logfile: p.location for p in plans}.items():
+                tables.add_log(logfile, location)
+            ahead = pool.submit(planned, plans[0])
+            for plan, following in zip(plans, [*plans[1:], None], strict=True):
+                scene = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(planned, following)
                 stamps = [plan.start_us + k * KEYFRAME_PERIOD_US for k in range(keyframes)]
                 tables.add_scene(plan.name, plan.logfile, "synthetic city: " + scene.describe(), stamps)
                 film = Film(scene, plan.name, plan.logfile, plan.start_us, seed, part, image_size)

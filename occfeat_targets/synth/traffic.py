@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from occfeat_targets.common.compiled import compiled
 from occfeat_targets.synth.layout import LANE_WIDTH, District, Node
 
 Array = NDArray[np.float64]
@@ -158,12 +159,18 @@ def drive(district: District, path_uv: Array, top_speed: float) -> Motion:
     heading = np.convolve(padded, np.full(7, 1 / 7), mode="valid")
     curvature = np.abs(np.diff(heading)) / steps
     speed = np.minimum(top_speed, np.sqrt(_COMFORT_LATERAL / np.maximum(curvature, 1e-4)))
+    _limit_acceleration(speed, steps)
+    times = np.concatenate([[0.0], np.cumsum(steps / speed)])
+    return Motion(times, np.column_stack([xy, heading]))
+
+
+@compiled()
+def _limit_acceleration(speed: Array, steps: Array) -> None:
+    """Lower speeds (n,) [m/s] in place, so that none needs more than comfortable braking over `steps` (n,) [m]."""
     for k in range(1, len(speed)):
         speed[k] = min(speed[k], np.sqrt(speed[k - 1] ** 2 + 2 * _COMFORT_BRAKING * steps[k]))
     for k in range(len(speed) - 2, -1, -1):
         speed[k] = min(speed[k], np.sqrt(speed[k + 1] ** 2 + 2 * _COMFORT_BRAKING * steps[k]))
-    times = np.concatenate([[0.0], np.cumsum(steps / speed)])
-    return Motion(times, np.column_stack([xy, heading]))
 
 
 def walk(district: District, path_uv: Array, speed: float) -> Motion:
@@ -192,8 +199,18 @@ class Clearance:
         discs = poses[:, None, :2] + along[:, None] * axis[:, None]
         radius = 0.58 * width + 0.15
         for others, other_radius in self._bodies:
-            apart = discs[:, :, None] - others[:, None]
-            if np.square(apart).sum(-1).min() < (radius + other_radius) ** 2:
+            if _come_nearer(discs, others, (radius + other_radius) ** 2):
                 return False
         self._bodies.append((discs, radius))
         return True
+
+
+@compiled()
+def _come_nearer(a: Array, b: Array, square: float) -> bool:
+    """Whether two rows of discs, (times, n, 2) and (times, m, 2) [m], come nearer than sqrt(square) at any time."""
+    for t in range(a.shape[0]):
+        for i in range(a.shape[1]):
+            for j in range(b.shape[1]):
+                if (a[t, i, 0] - b[t, j, 0]) ** 2 + (a[t, i, 1] - b[t, j, 1]) ** 2 < square:
+                    return True
+    return False

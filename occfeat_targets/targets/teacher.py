@@ -25,7 +25,7 @@ from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.common.hub import use_cache_without_hub
 from occfeat_targets.common.weights import find_weights, weights_file
 from occfeat_targets.targets.teacher_devices import find_devices
-from occfeat_targets.targets.teacher_dinov2_hub import read_hub_file
+from occfeat_targets.targets.teacher_dinov2_hub import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,10 @@ def _config(name: str) -> Mapping[str, Any]:
     from transformers import PreTrainedConfig
 
     if weights_file(name) is not None:
-        return _read_file(name)[0]
+        try:
+            return summarize(name)[0]
+        except (OSError, ValueError) as err:
+            raise TeacherError(unavailable(name, err)) from err
     if not Path(name).exists():
         use_cache_without_hub()
     source, _ = find_weights(name)
@@ -125,23 +128,6 @@ def _config(name: str) -> Mapping[str, Any]:
     except (OSError, ValueError) as err:
         raise TeacherError(unavailable(name, err)) from err
     return config
-
-
-def describe_file(name: str) -> str | None:
-    """What was read of a teacher's file of weights and what was left out; None for other names."""
-    return None if weights_file(name) is None else _read_file(str(Path(name).absolute()))[1]
-
-
-@functools.lru_cache(maxsize=8)
-def _read_file(name: str) -> tuple[Mapping[str, Any], str]:
-    """(contents of a config.json, summary) of a file of DINOv2's torch hub."""
-    file = weights_file(name)
-    assert file is not None
-    try:
-        read = read_hub_file(file)
-    except (OSError, ValueError) as err:
-        raise TeacherError(unavailable(name, err)) from err
-    return read.config, read.summary
 
 
 def unavailable(name: str, err: Exception) -> str:
@@ -288,17 +274,6 @@ def gpu_bytes(spec: TeacherSpec, images: int) -> float:
     # Each weight is used in one multiply-add per token; attention adds a little.
     weights = flops_per_image(spec) / (2 * tokens)
     return _CONTEXT_BYTES + 4 * weights + images * tokens * spec.dim * _BYTES_PER_TOKEN_AND_CHANNEL
-
-
-def matmul_flops(dtype: str, size: int = 2048, rounds: int = 6) -> float:
-    """Floating-point operations per second of a square matrix product on this machine's CPU, the best of several."""
-    a = torch.randn(size, size).to(getattr(torch, dtype))
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def seconds_per_image(spec: TeacherSpec, device: str, images: int, rounds: int = 3) -> float:

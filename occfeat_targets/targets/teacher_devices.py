@@ -1,8 +1,9 @@
-"""Devices of the teacher: which ones this machine has, their names and free memory."""
+"""Devices of the teacher: which ones this machine has, their names, free memory and speed."""
 
 from __future__ import annotations
 
 import re
+import time
 
 import torch
 
@@ -47,3 +48,14 @@ def free_memory(device: str) -> int:
         raise ValueError(
             f"{device} cannot be used ({str(err).splitlines()[0]}): end other programs on it, or choose another --device"
         ) from err
+
+
+def matmul_flops(dtype: str, size: int = 2048, rounds: int = 6) -> float:
+    """Floating-point operations per second of a square matrix product on this machine's CPU, the best of several."""
+    a = torch.randn(size, size).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -7,6 +7,7 @@ same digest. The code of the hub differs from transformers in one thing: without
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from occfeat_targets.common.pickled import UnsafePickle
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.state_dict import find_prefix, load_state_dict
+from occfeat_targets.common.weights import weights_file
 
 _ANCHOR = "patch_embed.proj.weight"
 _HEAD_WIDTH = 64  # of all DINOv2 models; the number of heads is in no tensor
@@ -73,6 +75,20 @@ def read_hub_file(file: Path) -> HubFile:
         f"{count(len(own), 'tensor')}; left out: {', '.join([*left_out, *content.beside]) or 'nothing'}"
     )
     return HubFile(config, state, summary)
+
+
+def describe_file(name: str) -> str | None:
+    """What was read of a teacher's file and what was left out; None for teachers that are no file."""
+    return None if weights_file(name) is None else summarize(str(Path(name).absolute()))[1]
+
+
+@functools.lru_cache(maxsize=8)
+def summarize(name: str) -> tuple[dict[str, Any], str]:
+    """(config, summary) of a file. Raises ValueError or OSError as `read_hub_file`."""
+    file = weights_file(name)
+    assert file is not None
+    read = read_hub_file(file)
+    return read.config, read.summary
 
 
 def _renamed(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
 from occfeat_targets.targets.images import load_image_reference
 from occfeat_targets.verify.slow_labels import Reference
-from occfeat_targets.verify.slow_rays import wrong_free_voxels
-from occfeat_targets.verify.slow_targets import SlowSource, filled_part, grid_from_ego, occupancy_bounds
+from occfeat_targets.verify.slow_lidar import wrong_free_voxels, wrong_occupied_voxels
+from occfeat_targets.verify.slow_targets import SlowSource, filled_part, grid_from_ego
 
 MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled decoding reaches 50 and more
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
@@ -85,11 +85,10 @@ def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source
         if not frame.any():
             continue
         try:
-            must, may = occupancy_bounds(reference, source, frame, spec.grid, spec.ego_box)
+            wrong += wrong_occupied_voxels(reference, source, frame, spec, volume)
         except ValueError as err:
             yield False, str(err)
             return
-        wrong += int((must & ~volume).sum() + (volume & ~may).sum())
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {count(wrong, 'voxel')} wrong"
 
 

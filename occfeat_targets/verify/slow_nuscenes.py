@@ -6,7 +6,7 @@ It shares no step with `sources.nuscenes`: whole JSON tables instead of parts, p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import numpy as np
 
 from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, broken_view
+from occfeat_targets.sources.keyframe import CameraView, Keyframe, Sweep, Track, broken_view
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.verify.slow_targets import SlowSource
 
@@ -27,7 +27,8 @@ def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: Ta
     if not found:
         raise ValueError(f"{root} holds no {version}: pass the --dataroot of the data set the cache was built from")
     try:
-        keyframes = read_keyframes(found[0], version, tokens, spec.cameras, spec.num_sweeps) if tokens else {}
+        what = spec.cameras, spec.num_sweeps
+        keyframes = read_keyframes(found[0], version, tokens, *what, with_tracks=spec.uses_boxes) if tokens else {}
     except KeyError as err:
         raise ValueError(
             f"the tables of {found[0] / version} have no {err}: pass the --dataroot the cache was built from, or re-extract them"
@@ -42,7 +43,13 @@ def read_slow_source(root: Path, version: str, tokens: Collection[str], spec: Ta
 
 
 def read_keyframes(
-    dataroot: Path, version: str, tokens: Collection[str], cameras: Sequence[str], num_sweeps: int
+    dataroot: Path,
+    version: str,
+    tokens: Collection[str],
+    cameras: Sequence[str],
+    num_sweeps: int,
+    *,
+    with_tracks: bool = False,
 ) -> dict[str, Keyframe]:
     """{sample token: keyframe} from the JSON tables. A view without a usable calibration has a problem.
 
@@ -73,7 +80,9 @@ def read_keyframes(
             channel = sensors[calibration[record["calibrated_sensor_token"]]["sensor_token"]]["channel"]
             keyframe_data[record["sample_token"]][channel] = record
     boxes: dict[str, list[dict[str, Any]]] = {token: [] for token in tokens}
-    for box in table("sample_annotation", lambda record: record["sample_token"] in samples).values():
+    annotated = nearby if with_tracks else samples
+    annotations = table("sample_annotation", lambda record: record["sample_token"] in annotated)
+    for box in (box for box in annotations.values() if box["sample_token"] in samples):
         name = categories[instances[box["instance_token"]]["category_token"]]["name"]
         if "vehicle" in name:
             boxes[box["sample_token"]].append(box)
@@ -91,6 +100,23 @@ def read_keyframes(
             )
         except (KeyError, TypeError, ValueError) as err:  # a singular matrix is a ValueError
             return broken_view(f"no usable calibration: {err}")
+
+    def tracks(token: str, earliest: float) -> Iterator[Track]:
+        """Of the boxes of a sample, up to the first annotation at or before `earliest` [us]."""
+        for box in [box for box in annotations.values() if box["sample_token"] == token]:
+            chain = [box]
+            while chain[-1]["prev"] and nearby[chain[-1]["sample_token"]]["timestamp"] > earliest:
+                chain.append(annotations[chain[-1]["prev"]])
+            if len(chain) > 1:
+                seconds = [(nearby[b["sample_token"]]["timestamp"] - samples[token]["timestamp"]) * 1e-6 for b in chain]
+                half_size = np.array([box["size"][1], box["size"][0], box["size"][2]]) / 2
+                yield Track(
+                    half_size,
+                    *(
+                        np.array(v, float)
+                        for v in (seconds, [b["rotation"] for b in chain], [b["translation"] for b in chain])
+                    ),
+                )
 
     found = {}
     for token, sample in samples.items():
@@ -122,6 +148,7 @@ def read_keyframes(
             ),
             vehicle_corners=np.array([_corners(box, global_from_ego) for box in boxes[token]]).reshape(-1, 8, 3),
             visibility=np.array([int(box.get("visibility_token") or 4) for box in boxes[token]], np.uint8),
+            tracks=tuple(tracks(token, sweeps[-1]["timestamp"])) if with_tracks else (),
         )
     return found
 

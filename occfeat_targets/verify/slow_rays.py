@@ -9,11 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from occfeat_targets.cache.geometry import Matrix
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.sources.keyframe import Keyframe
-from occfeat_targets.verify.slow_targets import BORDER, SlowSource
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -56,23 +52,3 @@ def is_passed(voxel: NDArray[np.int64], start: Floats, ends: Floats, grid: Voxel
     with np.errstate(over="ignore"):
         entry, leave = np.sort([(low - start) / along, (high - start) / along], axis=0)
     return bool((np.maximum(entry.max(axis=1), 0) < np.minimum(leave.min(axis=1), 1)).any())
-
-
-def wrong_free_voxels(
-    reference: SlowSource, keyframe: Keyframe, frame_from_ego: Matrix, spec: TargetSpec, free: Mask, occupied: Mask
-) -> int:
-    """Number of voxels (Z, H, W) that are free and should not be, or the other way round, beyond what rounding explains."""
-    sweeps = []
-    for sweep in keyframe.sweeps:
-        returns = reference.read_returns(sweep.path)[:, :3].astype(np.float64)
-        own = (np.abs(returns[:, 0]) < spec.ego_box) & (np.abs(returns[:, 1]) < spec.ego_box)
-        returns = returns[~own & np.isfinite(returns).all(axis=1)]
-        grid_from_sensor = frame_from_ego @ sweep.ego_from_sensor
-        sweeps.append((grid_from_sensor[:3, 3], returns @ grid_from_sensor[:3, :3].T + grid_from_sensor[:3, 3]))
-    passed = np.any([passed_voxels(start, ends, spec.grid) for start, ends in sweeps], axis=0)
-    wrong = 0
-    for voxel in np.argwhere(free != (passed & ~occupied)):
-        is_free = bool(free[tuple(voxel)])
-        grow = BORDER if is_free else -BORDER
-        wrong += is_free != any(is_passed(voxel, start, ends, spec.grid, grow) for start, ends in sweeps)
-    return wrong

@@ -1,6 +1,6 @@
-"""Slow, independent computation of calibration and occupancy, for `verify` and the tests.
+"""A data set as `verify` sees it, and slow, independent computation of calibration and image areas.
 
-It shares no step with the fast path: float64 NumPy instead of the voxelizer, full JPEG decodes instead of scaled ones. It
+`verify` shares no step with the fast path: float64 NumPy instead of compiled kernels, full JPEG decodes instead of scaled ones. It
 shares only definitions: keyframes, the grid, and the axes of its frames.
 """
 
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix
-from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
@@ -41,7 +40,8 @@ class SlowSource:
 
 def as_slow_source(source: Source, root: Path, split: str, version: str, spec: TargetSpec) -> SlowSource:
     """The data set through its own class, for a source without a slow reader: an error of that class is not found."""
-    read = source.read_split(root, split, version=version, num_sweeps=spec.num_sweeps, with_boxes=True)
+    tracks: dict[str, bool] = {"with_tracks": True} if spec.uses_boxes else {}
+    read = source.read_split(root, split, version=version, num_sweeps=spec.num_sweeps, with_boxes=True, **tracks)
     return SlowSource(
         {keyframe.token: keyframe for keyframe in read.keyframes},
         source.read_sweep,
@@ -71,36 +71,3 @@ def filled_part(source_size: tuple[int, int], size: tuple[int, int], student_siz
         used = round(student_size[0] * aspect)
         part = [0, (student_size[1] - used) // 2, student_size[0], (student_size[1] - used) // 2 + used]
     return [round(side * size[i % 2] / student_size[i % 2]) for i, side in enumerate(part)]
-
-
-def occupancy_bounds(
-    reference: SlowSource, keyframe: Keyframe, frame_from_ego: Matrix, grid: VoxelGrid, ego_box: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two (Z, H, W) bool volumes in float64: voxels that must be occupied, and voxels that may be.
-
-    They differ only where a return lies within BORDER of a cell's border. Raises ValueError if a file is no sweep.
-    """
-    must, may = np.zeros((2, *grid.shape), np.bool_)
-    lower = np.array(grid.lower[::-1])
-    size = np.array(grid.cell_size[::-1])
-    shape = np.array(grid.shape[::-1])
-    for sweep in keyframe.sweeps:
-        returns = reference.read_returns(sweep.path)[:, :3]
-        own = (np.abs(returns[:, 0]) < ego_box) & (np.abs(returns[:, 1]) < ego_box)
-        grid_from_sensor = frame_from_ego @ sweep.ego_from_sensor
-        points = returns[~own] @ grid_from_sensor[:3, :3].T + grid_from_sensor[:3, 3]
-        position = (points - lower) / size
-        index = np.floor(position).astype(np.int64)
-        to_border = np.abs(position - np.rint(position)) * size
-        clear = (to_border > BORDER).all(axis=1)
-        _mark(must, index[clear], shape)
-        shifts = np.array([[dx, dy, dz] for dx in (-1, 0, 1) for dy in (-1, 0, 1) for dz in (-1, 0, 1)]) * BORDER
-        for shift in shifts:
-            _mark(may, np.floor((points + shift - lower) / size).astype(np.int64), shape)
-    return must, may
-
-
-def _mark(volume: NDArray[np.bool_], index: NDArray[np.int64], shape: NDArray[np.int64]) -> None:
-    inside = ((index >= 0) & (index < shape)).all(axis=1)
-    right, forward, up = index[inside].T
-    volume[up, forward, right] = True

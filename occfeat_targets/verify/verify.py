@@ -18,7 +18,7 @@ import numpy as np
 from occfeat_targets.build.planned import PLAN, open_plan, plan_files
 from occfeat_targets.cache.drafts import PROGRESS, is_draft
 from occfeat_targets.cache.reader import CacheReader
-from occfeat_targets.cache.records import CacheError, digest, read_record
+from occfeat_targets.cache.records import CacheError, digest, read_record, sizes_of_files
 from occfeat_targets.cache.store import CREATED, Cache
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
@@ -58,8 +58,9 @@ def verify_checksums(cache: Cache, progress: bool = True) -> Findings:
         expected.update(plan)
         records.add(f"{PROGRESS}/{PLAN}.json")
     records |= {f"{PROGRESS}/{shard:05d}.failed.json" for shard in cache.failed_shards()}
-    there = {str(p.relative_to(cache.path)): p.stat().st_size for p in cache.path.rglob("*") if p.is_file()}
-    there = {name: size for name, size in there.items() if not is_draft(name)}  # removed by the next build
+    there = {
+        name: size for name, size in sizes_of_files(cache.path).items() if not is_draft(name)
+    }  # removed by the next build
     if plan is None:  # not yet complete, or its record is damaged: the next build writes both
         there = {name: size for name, size in there.items() if not name.startswith(f"{PROGRESS}/{PLAN}/")}
     unfinished = {str(shard) for shard in range(cache.num_shards) if shard not in sound}

@@ -86,13 +86,14 @@ def columns_near(
     xy: (right, forward) [m]. Returns indices of positions and flat indices of cells into (H, W), ascending. A position outside
     of the grid has pairs only if it is near its border. A fixed window of cells around each position contains all of them.
     """
-    lower, size = np.array(grid.lower[:0:-1]), np.array(grid.cell_size[:0:-1])
-    shape = np.array(grid.map_shape[::-1])
-    reach = [math.floor(radius / edge + 0.5) for edge in size]
-    window = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="xy"), axis=-1).reshape(-1, 2)
-    cells = np.floor((xy - lower) / size).astype(np.int64)[:, None] + window
-    distance = lower + (cells + 0.5) * size - xy[:, None]
-    is_pair = ((distance**2).sum(-1) <= radius**2) & ((cells >= 0) & (cells < shape)).all(-1)
-    position, slot = np.nonzero(is_pair)
-    column, row = cells[position, slot].T
-    return position, row * shape[0] + column
+    cells, gaps = [], []
+    for axis in (1, 0):  # of the position: forward, right
+        lower, size, number = grid.lower[2 - axis], grid.cell_size[2 - axis], grid.shape[2 - axis]
+        reach = math.floor(radius / size + 0.5)
+        index = np.floor((xy[:, axis, None] - lower) / size).astype(np.int64) + np.arange(-reach, reach + 1)
+        gap = (lower + (index + 0.5) * size - xy[:, axis, None]) ** 2
+        cells.append(index)
+        gaps.append(np.where((index >= 0) & (index < number), gap, np.inf))
+    (rows, columns), (forward, right) = cells, gaps
+    position, row, column = np.nonzero(forward[:, :, None] + right[:, None] <= radius**2)
+    return position, rows[position, row] * grid.shape[2] + columns[position, column]

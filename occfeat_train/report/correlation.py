@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class Query:
 
     name: of the voxel or class. origin: which voxels of which keyframe it is the mean of, in words.
     predicted, target: (C,) mean of the unit features of these voxels: the run's, and the teacher's.
-    label: class of labels, or empty.
+    label: class of labels, or empty. voxel: (split, keyframe, flat index) of a picked voxel; None for a class.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Query:
     label: str
     predicted: NDArray[np.float64]
     target: NDArray[np.float64]
+    voxel: tuple[str, int, int] | None = None
 
 
 def pick_voxel(point: Point, found: VoxelPredictions) -> Query:
@@ -54,7 +55,8 @@ def pick_voxel(point: Point, found: VoxelPredictions) -> Query:
         raise ValueError(
             f"--voxel {name}: no voxel with a LiDAR return within {MAX_DISTANCE:g} m in {found.name}: the nearest is --voxel {at}"
         )
-    return _query(f"voxel {at}", "", found, np.array([nearest]), f"the voxel at {at} m (right, forward, up)")
+    query = _query(f"voxel {at}", "", found, np.array([nearest]), f"the voxel at {at} m (right, forward, up)")
+    return replace(query, voxel=(found.split, found.keyframe, int(found.predicted.voxels[nearest])))
 
 
 def pick_class(label: str, found: Sequence[VoxelPredictions]) -> Query:
@@ -124,6 +126,19 @@ def voxels_of(label: str, found: VoxelPredictions) -> Mask:
         lowest[np.unique(column, return_index=True)[1]] = True  # ascending indices: the lowest comes first
         chosen &= lowest
     return chosen
+
+
+def outline(query: Query, found: VoxelPredictions) -> Mask | None:
+    """(H, W) cells of a query's class, or of the picked voxel and its neighbours; None for the voxel of another keyframe."""
+    if query.voxel is None:
+        return label_mask(query.label, found)
+    split, keyframe, voxel = query.voxel
+    if (split, keyframe) != (found.split, found.keyframe):
+        return None
+    h, w = divmod(voxel % int(np.prod(found.grid.map_shape)), found.grid.map_shape[1])
+    cells = np.zeros(found.grid.map_shape, np.bool_)
+    cells[max(h - 1, 0) : h + 2, max(w - 1, 0) : w + 2] = True
+    return cells
 
 
 def contrast(label: str, found: VoxelPredictions, query: Query) -> tuple[float, float] | None:

@@ -27,7 +27,7 @@ from occfeat_targets.pictures.canvas import default_style, place
 from occfeat_targets.pictures.colors import Colors, FeatureColors, correlation_scale, height_scale, rgb, swatch
 from occfeat_targets.pictures.panels import Panel, map_bands
 from occfeat_targets.pictures.voxels import draw_voxels
-from occfeat_train.report.correlation import Query, contrast, cosines, label_mask
+from occfeat_train.report.correlation import Query, contrast, cosines, outline
 from occfeat_train.report.figures import OUTCOMES, outcome_colors, topmost
 from occfeat_train.report.voxel_predictions import Seen, VoxelPredictions
 
@@ -68,10 +68,10 @@ class FeatureSheets:
         def cosine(seen: Seen, is_target: bool) -> Colors:
             return rgb(scale, cosines(seen.features, query.target if is_target else query.predicted))
 
-        caption = f"cosine to the mean feature of {query.origin}"
+        caption = f"cosine to the mean feature of {query.origin}" + ", outlined below" * (query.voxel is not None)
         found = self.found
         panels: list[Panel] = []
-        outlined = label_mask(query.label, found) if query.label else None
+        outlined = outline(query, found)
         for seen, name, is_target in (
             (found.predicted, "predicted, topmost voxel with LiDAR", False),
             (found.target, "teacher's own features there", True),

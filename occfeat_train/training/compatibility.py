@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.spec import BOXES_NOTE
 from occfeat_targets.common.plural import count
 from occfeat_train.cache_needs import wrong_teacher
 from occfeat_train.config import FIXED, MEANING, Config
@@ -86,6 +87,8 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
     masked = int((~reader.camera_valid[dataset.keyframes]).sum())
     if masked:
         lines.append(f"{count(masked, 'masked camera')} in the keyframes used: no feature is read from masked cameras")
+    if reader.cache.spec.uses_boxes and "occupancy" in dataset.arrays:
+        lines.append(f"{reader.cache.path.name}: {BOXES_NOTE}")
     if dataset.enlarges:
         size = "x".join(map(str, reader.cache.spec.image_size))
         lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")

@@ -20,7 +20,7 @@ from tests.targets.toy_source import WHERE, build, ego_from_lidar, returns
 
 @pytest.fixture
 def rays(toy: Path, tmp_path: Path) -> CacheReader:
-    build(toy, tmp_path / "rays", "none", "--rays", "--sweeps", "2", "--points")
+    build(toy, tmp_path / "rays", "none", "--rays", "--sweeps", "2", "--points", "--dynamic", "smear")
     return CacheReader(tmp_path / "rays" / "all.zarr")
 
 
@@ -49,7 +49,7 @@ def test_the_rays_are_those_of_all_sweeps_from_their_own_origins(rays: CacheRead
 
 
 def test_rays_change_no_other_array(toy: Path, rays: CacheReader, tmp_path: Path) -> None:
-    build(toy, tmp_path / "plain", "none", "--sweeps", "2", "--points")
+    build(toy, tmp_path / "plain", "none", "--sweeps", "2", "--points", "--dynamic", "smear")
     plain, found = contents(tmp_path / "plain", "all"), contents(rays.cache.path.parent, "all")
     assert found.keys() - plain.keys() == {"rays", "ray_origin"}
     for name, values in plain.items():

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from occfeat_targets.cache.rebuild import rebuild_command
 from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.spec import LATER, TargetSpec
 from occfeat_targets.cache.store import open_cache
 from occfeat_targets.cli import build as build_command
 from occfeat_train.cli import main as train
@@ -52,6 +53,19 @@ def test_a_cache_of_another_format_is_refused_by_both_tools_with_the_command_tha
     for name, values in contents(cache, "all").items():
         assert (values == expected[name]).all(), name
     assert run("info", *WHERE, cache).stdout.count(" left out by --scenes") == 1
+
+
+def test_a_cache_of_an_earlier_release_of_this_format_is_read_and_continued(toy, tmp_path, monkeypatch):
+    to_dict = TargetSpec.to_dict
+    with monkeypatch.context() as earlier:
+        earlier.setattr(TargetSpec, "to_dict", lambda self: {k: v for k, v in to_dict(self).items() if k not in LATER})
+        build(toy, tmp_path, "none")
+    stored = json.loads((tmp_path / "all.zarr" / "zarr.json").read_text())["attributes"]["occfeat"]["spec"]
+    assert not stored.keys() & LATER.keys()
+    (tmp_path / "all.zarr" / "progress" / "00001.json").unlink()
+    assert "to build here: 1 shard, 2 keyframes" in build(toy, tmp_path, "none").stdout
+    run("verify", *WHERE, tmp_path)
+    run("preview", *WHERE, tmp_path, "--out", tmp_path / "preview", "--samples", "1")
 
 
 def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_path):

@@ -33,10 +33,12 @@ def test_a_spec_survives_json_with_its_fingerprint():
         {"dividers": "road+lane"},
         {"compat": "simple-bev"},
         {"rays": True},
+        {"dynamic": "carve"},
+        {"dynamic": "boxes"},
     ],
 )
 def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
-    spec = TargetSpec(teacher=TEACHER)
+    spec = TargetSpec(teacher=TEACHER, num_sweeps=5)
     changed = dataclasses.replace(spec, **change)
     assert changed.fingerprint != spec.fingerprint
     (difference,) = spec.differences(changed)
@@ -45,7 +47,7 @@ def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
 
 def test_caches_of_earlier_releases_keep_their_fingerprint():
     data = TargetSpec(teacher=TEACHER).to_dict()
-    del data["rays"]
+    del data["rays"], data["dynamic"]
     assert TargetSpec.from_dict(data) == TargetSpec(teacher=TEACHER)
     assert TargetSpec(teacher=TEACHER).fingerprint == "aa387214fe3b65e4"
     assert TargetSpec(teacher=TEACHER, num_sweeps=10).fingerprint == "8d2e40f12289df1d"
@@ -90,6 +92,8 @@ def test_teacher_input_that_is_not_a_patch_multiple_is_refused_with_the_nearest_
         {"frames": ("ego", "ego")},
         {"feature_dtype": "float32"},
         {"num_sweeps": 0},
+        {"num_sweeps": 5, "dynamic": "drop"},
+        {"dynamic": "carve"},
         {"labels": ("boxes",)},
         {"dividers": "lane"},
         {"compat": "lss"},

@@ -113,7 +113,7 @@ def test_cached_points_contain_all_sweeps_and_give_their_occupancy_on_any_grid(t
     distances = np.linalg.norm((points.xyz - points.origins[points.sweep])[:, :2], axis=1)
     np.testing.assert_allclose(distances, 6.03, atol=1e-5)
 
-    other = ("--grid", "5x30x20", "--range", "-1", "3", "-9", "9", "-7", "7", "--sweeps", "2")
+    other = ("--grid", "5x30x20", "--range", "-1", "3", "-9", "9", "-7", "7", "--sweeps", "2", "--dynamic", "smear")
     build(toy, tmp_path / "other", "none", *other)
     grids = CacheReader(tmp_path / "other" / "all.zarr")
     grid = grids.cache.spec.grid

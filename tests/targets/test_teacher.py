@@ -13,9 +13,9 @@ from occfeat_targets.targets.teacher import (
     LoadedTeacher,
     flops_per_image,
     load_teacher,
-    matmul_flops,
     teacher_spec,
 )
+from occfeat_targets.targets.teacher_devices import matmul_flops
 
 SMALL = "random:facebook/dinov2-small"
 

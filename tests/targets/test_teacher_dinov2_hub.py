@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, describe_file, teacher_spec
+from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, teacher_spec
+from occfeat_targets.targets.teacher_dinov2_hub import describe_file
 from tests.conftest import Marker
 from tests.targets.command_line import build_arguments, run
 from tests.targets.make_dinov2_golden import FILE, MODELS, SIZES, image

@@ -171,7 +171,7 @@ def test_the_plan_announces_workers_gpus_and_the_time_of_the_teacher_on_them(toy
 
 
 def test_the_announced_time_honours_the_number_of_workers_and_the_cores(monkeypatch):
-    monkeypatch.setattr(teacher_module, "matmul_flops", lambda dtype: 1e12)
+    monkeypatch.setattr("occfeat_targets.targets.teacher_devices.matmul_flops", lambda dtype: 1e12)
 
     def seconds(teacher: str | None, processes: int, cores: int) -> float:
         spec = TargetSpec(teacher=None if teacher is None else TEACHERS[teacher])

@@ -16,6 +16,7 @@ from occfeat_train.report.correlation import (
     classes_of,
     contrast,
     cosines,
+    outline,
     pick_class,
     pick_voxel,
     voxels_of,
@@ -132,6 +133,19 @@ def test_a_point_picks_the_voxel_with_a_feature_whose_centre_is_nearest():
     assert query.target.tolist() == np.eye(5, 8)[2, ::-1].tolist()
     assert query.name == "voxel -1,-1,0" and not query.label
     assert "the voxel at -1,-1,0 m (right, forward, up) in s (val)" in query.origin
+
+
+def test_the_picked_cell_and_its_neighbours_are_outlined_in_the_keyframe_it_was_picked_in():
+    found = made()
+    query = pick_voxel((3, 1, 0), found)  # cell (2, 3), at the right border
+    cells = outline(query, found)
+    assert cells is not None
+    assert sorted(zip(*map(np.ndarray.tolist, np.nonzero(cells)), strict=True)) == [
+        (h, w) for h in (1, 2, 3) for w in (2, 3)
+    ]
+    assert outline(query, replace(found, keyframe=2)) is None
+    vehicles = outline(pick_class("vehicles", [found]), found)
+    assert vehicles is not None and np.argwhere(vehicles).tolist() == [[2, 2]]
 
 
 def test_points_outside_of_the_grid_or_far_from_a_return_are_refused_with_what_is_there():

@@ -1,0 +1,43 @@
+"""The sizes of the study, and the settings in which vehicles are learnt; pipelines/README.md has the search that found them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipelines.study.design import ARMS, NONE, OCCFEAT, OCCFEAT_RANDOM, City, Size
+
+NETWORK = {"network.image_size": "64x112", "network.channels": "32", "network.drop_connect": "0"}
+RECIPE = {"optim.lr": "3e-3"}
+
+CPU = Size(
+    city=City(),
+    seeds=3,
+    pretrain=600,
+    finetune={1: 150, 10: 300},
+    network=NETWORK | {"network.recompute": "false"},  # activation checkpointing saves memory that is not short here
+    recipe=RECIPE,
+    rate=20.0,
+    machine="two cores of an AMD EPYC",
+)
+SIZES = {
+    "cpu": CPU,
+    "gpu": replace(
+        CPU, seeds=5, pretrain=2000, finetune={1: 300, 10: 600, 100: 1500}, network=NETWORK, rate=1000.0,
+        machine="an H200", jobs=12, tasks=8,
+    ),
+    "demo": replace(
+        CPU,
+        city=City(train=16, tune=1, test=5, image_size=(135, 240), cached=(80, 140), feature_size=(84, 154)),
+        network=CPU.network | {"network.image_size": "48x80"},
+        seeds=2,
+        pretrain=150,
+        finetune={100: 120},
+        curve=2,
+        arms=tuple(arm for arm in ARMS if arm.name in (NONE, OCCFEAT, OCCFEAT_RANDOM)),
+    ),
+    "tiny": replace(  # for tests: every step, no result
+        CPU, city=City(train=2, tune=1, test=1, keyframes=1, image_size=(90, 160), cached=(80, 140), feature_size=(28, 56), grid=(2, 16, 16)),
+        seeds=2, pretrain=2, finetune={100: 2}, curve=2, batch=2, jobs=1,
+        network={"network.image_size": "32x48", "network.channels": "8", "network.recompute": "false"},
+    ),
+}  # fmt: skip
