@@ -87,7 +87,7 @@ def test_overrides_apply_in_order():
         ("network.image_size=224", r"network.image_size=224: a value of type tuple\[int, int\] expected"),
         ("network.image_size=1x2x3", r"network.image_size=\[1, 2, 3\]: a value of type tuple"),
         ('augment.resize=[1, "a"]', "augment.resize='a': a value of type float expected"),
-        ("task=train", "task='train': one of occfeat, vehicles, map expected"),
+        ("task=train", "task='train': one of occfeat, img-also, vehicles, map expected"),
         ("precision=[1]", r"precision=\[1\]: one of auto, float32, bfloat16 expected"),
         ("network.backbone=vit", "backbone='vit': one of efficientnet-b0, resnet-50, resnet-101 expected"),
         ("network.lifting=gkt", "lifting='gkt': one of simplebev, bevformer, lss, cvt expected"),
