@@ -53,6 +53,7 @@ def build_cache(
     label_kinds: Sequence[str] | None = None,
     dividers: str = "road",
     compat: str | None = None,
+    instances: bool = False,
     points: bool = False,
     rays: bool = False,
     workers: int | None = None,
@@ -134,8 +135,8 @@ def build_cache(
         scenes=None if scenes is None else tuple(scenes), grid=grid, frames=frames, num_sweeps=sweeps,
         dynamic=dynamic, image_size=image_size, teacher=None if teacher == "none" else teacher, teacher_layer=teacher_layer,
         teacher_dtype=teacher_dtype, feature_size=feature_size, feature_dtype=feature_dtype,
-        labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat, points=points,
-        rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,
+        labels=None if label_kinds is None else tuple(label_kinds), dividers=dividers, compat=compat,
+        instances=instances, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped, device=device,
         keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)

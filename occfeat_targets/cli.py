@@ -104,7 +104,7 @@ def build(
     source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
     grid_range: tuple[float, ...], frames: str, sweeps: int, dynamic: str | None, image_size: tuple[int, int], teacher: str,
     teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
-    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, points: bool, rays: bool, workers: int | None,
+    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, instances: bool, points: bool, rays: bool, workers: int | None,
     scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
     overwrite: bool, retry_skipped: bool, device: str,
 ) -> None:  # fmt: skip
@@ -138,7 +138,7 @@ def build(
         frames=frames, num_sweeps=sweeps, dynamic=dynamic, image_size=image_size, teacher=None if teacher == "none" else teacher,
         teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
         feature_dtype=feature_dtype, labels=() if no_labels else parse_label_kinds(label_kinds), dividers=dividers,
-        compat=compat, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
+        compat=compat, instances=instances, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
         device=device, keyframes_per_batch=teacher_batch,
     )  # fmt: skip
     devices = find_build_devices(options, scheduler)

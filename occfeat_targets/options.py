@@ -159,6 +159,11 @@ build_options = options(
         type=click.Choice(["simple-bev"]),
         help="Draw vehicle labels as Simple-BEV does.  [default: at their true size]",
     ),
+    click.option(
+        "--instances",
+        is_flag=True,
+        help="Also store centres and offsets of single vehicles, for Simple-BEV's other heads; with --compat simple-bev.",
+    ),
     click.option("--points", is_flag=True, help="Also store the LiDAR returns of each keyframe."),
     click.option("--rays", is_flag=True, help="Also store which voxels the LiDAR's rays have passed: free or unknown."),
     click.option(

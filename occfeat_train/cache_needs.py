@@ -1,26 +1,17 @@
-"""The cache that a run needs: options of its build, its size, and its teacher."""
+"""The cache that a run needs: its size, and its teacher."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from occfeat_targets.cache.spec import STUDENT_SIZE, TargetSpec, TeacherSpec
-from occfeat_train.config import READS_POINTS, Config
+from occfeat_targets.cache.spec import CAMERAS, EGO_FRAME, STUDENT_SIZE, TargetSpec, TeacherSpec
+from occfeat_train.config import DEFAULT_TEACHER, READS_POINTS, Config
 
 # Teachers that presets ask for, and their channels N_y.
 CHANNELS = {
     "facebook/dinov2-small": 384, "facebook/dinov2-base": 768, "facebook/dinov2-large": 1024, "facebook/dinov2-giant": 1536
 }  # fmt: skip
-DEFAULT_TEACHER = "facebook/dinov2-small"
 _POINTS = 40_000  # LiDAR returns stored of a sweep of nuScenes at most
-
-
-def build_options(config: Config) -> list[str]:
-    """Options that a build of a cache for this run needs and that are not the default."""
-    height, width = config.smallest_cache()
-    options = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
-    options += [f"--teacher {config.teacher}"] if config.teacher not in ("any", DEFAULT_TEACHER) else []
-    return options + ["--points"] * (config.task in READS_POINTS)
 
 
 def bytes_per_keyframe(config: Config) -> int | None:
@@ -29,9 +20,13 @@ def bytes_per_keyframe(config: Config) -> int | None:
     if name not in CHANNELS:
         return None
     height, width = config.smallest_cache()
+    instances = "--instances" in config.build_options
     spec = TargetSpec(
         image_size=(height, width) if height > STUDENT_SIZE[0] else STUDENT_SIZE,
         teacher=TeacherSpec(name, "", (224, 392), 14, CHANNELS[name]),
+        frames=CAMERAS if "--frames cameras" in config.build_options else (EGO_FRAME,),
+        compat="simple-bev" if instances else None,
+        instances=instances,
         max_points=_POINTS if config.task in READS_POINTS else 0,
     )
     return spec.bytes_per_keyframe

@@ -22,7 +22,7 @@ from occfeat_targets.common.command_line import (
     names_of,
 )
 from occfeat_targets.common.terminal import echo
-from occfeat_train.cache_needs import build_options, bytes_per_keyframe
+from occfeat_train.cache_needs import bytes_per_keyframe
 from occfeat_train.config import REFERENCE_LIFTINGS, Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
@@ -80,7 +80,7 @@ def list_presets() -> None:
     """List the presets, named after the rows of the paper's tables, and the cache each needs if not the default one."""
     width = max(map(len, PRESETS))
     for name, chosen in PRESETS.items():
-        needs = " ".join(build_options(chosen))
+        needs = " ".join(chosen.build_options)
         echo(f"{name:{width}}  a cache built with {needs}" if needs else name)
 
 
@@ -102,8 +102,9 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     for key, value in chosen.flat().items():
         echo(f"{key}={json.dumps(value)}")
     height, width = chosen.smallest_cache()
-    further = "".join(f", and {option}" for option in build_options(chosen) if "--image-size" not in option)
-    echo(f"# needs a cache built with --image-size {height}x{width} or more{further}")
+    others = [option for option in chosen.build_options if not option.startswith("--image-size")]
+    more = f", and {' '.join(others)}" if others else ""
+    echo(f"# needs a cache built with --image-size {height}x{width} or more{more}")
     if (size := bytes_per_keyframe(chosen)) is not None:
         echo(f"# about {size / 1e6:.1f} MB per keyframe of nuScenes, {size * 28_130 / 1e9:.0f} GB for its train split")
 

@@ -14,17 +14,23 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.spec import LARGEST_RESIZE, STUDENT_SIZE
+from occfeat_targets.cache.spec import EGO_FRAME, LARGEST_RESIZE, STUDENT_SIZE
 from occfeat_targets.common.suggest import did_you_mean
 from occfeat_train.conversion import build, parse_value, require_one_of
+from occfeat_train.optim_config import OptimConfig as OptimConfig
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
 PRETEXTS = {
     "occfeat": "occfeat_train.tasks.pretraining:Pretraining",
     "img-also": "occfeat_train.tasks.img_also:ImgALSO",
 }
+DEFAULT_TEACHER = "facebook/dinov2-small"  # the paper's, and the default of a build
 READS_POINTS = ("img-also",)  # tasks that need a cache built with --points
-SEGMENTATION = "occfeat_train.tasks.segmentation:Segmentation"
+# The segmentation of a kind of labels, by loss.heads.
+SEGMENTATIONS = {
+    "segmentation": "occfeat_train.tasks.segmentation:Segmentation",
+    "simple-bev": "occfeat_train.tasks.instances:InstanceSegmentation",
+}
 # Liftings, and their variants with the defects of the reference repository (network.compat=simple-bev).
 LIFTINGS = {
     "simplebev": "occfeat_train.networks.simplebev:SimpleBEV",
@@ -135,50 +141,9 @@ class AugmentConfig:
         return height, width
 
 
-_LARGEST = 1_000_000_000  # of a number in OptimConfig, far above sensible ones, so that products of them are finite
-_LARGEST_STEP = 1_000_000  # samples
 NO_AUGMENTATION = AugmentConfig(
     resize=(1.0, 1.0), crop=0, flip_images=False, flip_bev=False, shuffle_cameras=False, random_frame=False
 )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimiser and schedule (paper 4.1). batch: samples per forward pass, over all ranks.
-
-    accumulation: forward passes per optimiser step; their losses are averaged. clip: L2 norm of the gradient (Simple-BEV).
-    """
-
-    optimizer: Literal["adam", "adamw"] = "adam"
-    schedule: Literal["constant", "onecycle"] = "constant"
-    lr: float = 1e-3
-    weight_decay: float = 1e-7
-    epochs: float = 50
-    batch: int = 16
-    accumulation: int = 1
-    clip: float = 5.0
-
-    def __post_init__(self) -> None:
-        require_one_of(self, "optimizer", "schedule")
-        for name in ("lr", "epochs", "batch", "accumulation", "clip"):
-            if not 0 < getattr(self, name) <= _LARGEST:
-                raise ValueError(
-                    f"optim.{name}={getattr(self, name)}: a number above 0 and at most {_LARGEST:,} expected"
-                )
-        if self.samples_per_step > _LARGEST_STEP:
-            raise ValueError(
-                f"optim.batch={self.batch} and optim.accumulation={self.accumulation}: at most {_LARGEST_STEP:,} samples per step expected"
-            )
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"optim.weight_decay={self.weight_decay}: at least 0 expected")
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.batch * self.accumulation
-
-    def num_steps(self, num_samples: int) -> int:
-        """Optimiser steps of the whole run. The epochs are one stream of samples; only an incomplete last batch is left out."""
-        return max(int(self.epochs * num_samples) // self.samples_per_step, 1)
 
 
 @dataclass(frozen=True)
@@ -187,15 +152,18 @@ class LossConfig:
 
     occ_on: voxels of eq. 2: ``all``, or those that the LiDAR's rays have ``observed``.
     pos_weight: weight of positive cells in the segmentation's cross-entropy (Simple-BEV).
+    heads: what a segmentation predicts: the ``segmentation`` alone, or with ``simple-bev`` centres and offsets too, with that
+    repository's losses.
     """
 
     occ: float = 1.0
     feat: float = 0.01
     occ_on: Literal["all", "observed"] = "all"
     pos_weight: float = 2.13
+    heads: Literal["segmentation", "simple-bev"] = "segmentation"
 
     def __post_init__(self) -> None:
-        require_one_of(self, "occ_on")
+        require_one_of(self, "occ_on", "heads")
         weights = (self.occ, self.feat)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
@@ -235,6 +203,9 @@ class Config:
             raise ValueError(f"task={self.task!r}: one of {', '.join((*PRETEXTS, *LABEL_KINDS))} expected")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: a whole number of 64 bits expected")
+        if self.loss.heads != "segmentation" and (self.is_pretext or not LABEL_KINDS[self.task].instances):
+            with_instances = ", ".join(kind.name for kind in LABEL_KINDS.values() if kind.instances)
+            raise ValueError(f"loss.heads={self.loss.heads} with task={self.task}: it is for {with_instances}")
         if not 0 < self.labels <= 100:
             raise ValueError(f"labels={self.labels}: percent of the training scenes, above 0 and at most 100, expected")
 
@@ -246,7 +217,7 @@ class Config:
     @property
     def task_class(self) -> Any:
         """The class of the task, a subclass of tasks.base.Task. Imports torch."""
-        return pkgutil.resolve_name(PRETEXTS.get(self.task, SEGMENTATION))
+        return pkgutil.resolve_name(PRETEXTS.get(self.task) or SEGMENTATIONS[self.loss.heads])
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -287,6 +258,16 @@ class Config:
         """(height, width) [px] of the smallest cached images with the aspect ratio of `like` that are never enlarged."""
         scale = max(n / given for n, given in zip(self.augment.largest(self.network.image_size), like, strict=True))
         return math.ceil(like[0] * scale), math.ceil(like[1] * scale)
+
+    @property
+    def build_options(self) -> list[str]:
+        """Options that a build of a cache for this run needs and that are not the default."""
+        height, width = self.smallest_cache()
+        large = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
+        teacher = [f"--teacher {self.teacher}"] if self.teacher not in ("any", DEFAULT_TEACHER) else []
+        frames = ["--frames cameras"] * (self.frame not in ("auto", EGO_FRAME))
+        instances = ["--compat simple-bev", "--instances"] * (self.loss.heads == "simple-bev")
+        return [*large, *teacher, *frames, *instances, *["--points"] * (self.task in READS_POINTS)]
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

@@ -1,5 +1,7 @@
 """Presets: one for every row of the paper's tables that this release can train, larger ones, and scaled-down ones.
 
+``simple-bev/...`` is the protocol of aharley/simple_bev, for comparisons with its published numbers.
+
 Pretraining presets are named after the row (``table1/simplebev-enb0/occfeat``), finetuning presets after the row's
 network and the column (``table1/simplebev-enb0/vehicles-1``). The finetuning recipe is the same with and without
 pretraining (``--from``; paper 4.1).
@@ -32,6 +34,18 @@ _NETWORKS = {
     "simplebev-enb0-448x800": NetworkConfig(image_size=(448, 800)),
 }
 _SMALL = NetworkConfig(weights="none", channels=32, image_size=(64, 112))
+
+# train_nuscenes.py: 25,000 steps of 5 x 8 samples are 35.55 epochs of 28,130 keyframes.
+_SIMPLE_BEV_OPTIM = OptimConfig(
+    "adamw", "onecycle", lr=3e-4, epochs=35.55, batch=8, accumulation=5, accumulate="sum", schedule_tail=100
+)
+
+
+def simple_bev(network: NetworkConfig) -> Config:
+    """Simple-BEV's protocol: grids in camera frames, three heads with its losses, its recipe, and its liftings' defects."""
+    network = replace(network, compat="simple-bev")
+    loss = LossConfig(heads="simple-bev")
+    return Config("vehicles", network, optim=_SIMPLE_BEV_OPTIM, loss=loss, frame="cameras", precision="float32")
 
 
 def finetuning(task: str, labels: float, network: NetworkConfig) -> Config:
@@ -68,6 +82,11 @@ def _presets() -> dict[str, Config]:
         presets[f"scale/teacher-vit{size}"] = Config(teacher=f"facebook/dinov2-{teacher}")
     presets["scale/student-rn101"] = Config(network=NetworkConfig(backbone="resnet-101"))
     presets["scale/wide-decoder"] = Config(network=NetworkConfig(channels=256))
+    for lifting in ("simplebev", "bevformer"):
+        for encoder, backbone in (("rn101", "resnet-101"), ("enb0", "efficientnet-b0")):
+            for suffix, size in (("", (224, 400)), ("-448x800", (448, 800))):
+                network = NetworkConfig(lifting, backbone, image_size=size)  # type: ignore[arg-type]
+                presets[f"simple-bev/{lifting}-{encoder}{suffix}"] = simple_bev(network)
     # Smaller images, fewer channels, fewer epochs, no pretrained backbone: for two cores and the synthetic city.
     for task in PRETEXTS:
         presets[f"small/{task}"] = Config(task, _SMALL, optim=OptimConfig(batch=8, epochs=4))
@@ -75,6 +94,10 @@ def _presets() -> dict[str, Config]:
         for labels, epochs in ((1, 24), (10, 8), (100, 1.5)):
             short = OptimConfig("adamw", "onecycle", lr=1e-3, epochs=epochs, batch=4)
             presets[f"small/{task}-{labels}"] = replace(finetuning(task, labels, _SMALL), optim=short)
+    short = OptimConfig(
+        "adamw", "onecycle", lr=1e-3, epochs=1.5, batch=4, accumulation=2, accumulate="sum", schedule_tail=4
+    )
+    presets["small/simple-bev"] = replace(simple_bev(_SMALL), optim=short)
     return presets
 
 

@@ -31,7 +31,17 @@ SHAPED = [
     *(f"occfeat_train.data.{name}" for name in ("augment", "batch", "queries")),
     *(
         f"occfeat_train.tasks.{name}"
-        for name in ("base", "heads", "img_also", "losses", "metrics", "pretraining", "segmentation")
+        for name in (
+            "base",
+            "heads",
+            "img_also",
+            "instance_losses",
+            "instances",
+            "losses",
+            "metrics",
+            "pretraining",
+            "segmentation",
+        )
     ),
     "occfeat_train.simple_bev.quirks",
 ]

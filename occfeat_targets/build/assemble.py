@@ -31,6 +31,7 @@ from occfeat_targets.sources.keyframe import CameraView, Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.source import open_source
 from occfeat_targets.targets.images import letterbox, load_image
+from occfeat_targets.targets.instances import DrawInstances
 from occfeat_targets.targets.labels import Draw
 from occfeat_targets.targets.lidar import lidar_arrays
 from occfeat_targets.targets.points import points_of
@@ -197,8 +198,8 @@ def _in_all_frames(values: NDArray[Any], has_grid: NDArray[np.bool_]) -> NDArray
 
 def _labels(
     keyframe: Keyframe, spec: TargetSpec, frames: Matrix, maps: Mapping[str, MapGeometry]
-) -> dict[str, NDArray[np.uint8]]:
-    arrays: dict[str, NDArray[np.uint8]] = {}
+) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
     for kind in (LABEL_KINDS[name] for name in spec.labels):
         draw: Draw = resolve_name(kind.draw)
         drawn = [draw(keyframe, spec, frame, maps.get(keyframe.location)) for frame in frames]
@@ -207,4 +208,9 @@ def _labels(
         if kind.valid_array is not None:
             is_valid = np.stack([valid for _, valid in drawn if valid is not None])
             arrays[kind.valid_array] = spec.grid.pack_map(is_valid)
+        if spec.instances and kind.instances is not None:
+            draw_instances: DrawInstances = resolve_name(kind.instances)
+            instances = [draw_instances(keyframe, spec, frame) for frame in frames]
+            arrays[kind.center_array] = np.stack([each.squared_distance for each in instances])
+            arrays[kind.offset_array] = np.stack([each.offset for each in instances])
     return arrays

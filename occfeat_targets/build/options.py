@@ -47,6 +47,7 @@ class BuildOptions:
     plan_only: bool = False
     points: bool = False
     rays: bool = False
+    instances: bool = False
     retry_skipped: bool = False
     device: str = "auto"
     keyframes_per_batch: int | None = None
@@ -87,6 +88,7 @@ def make_spec(options: BuildOptions, source: Source, teacher: TeacherSpec | None
         ego_box=source.ego_box,
         max_points=source.max_returns * options.num_sweeps if options.points else 0,
         rays=options.rays,
+        instances=options.instances,
         labels=tuple(name for name in LABEL_KINDS if name in labels),
         dividers=options.dividers,
         compat=options.compat,

@@ -38,6 +38,39 @@ class ArraySpec:
         return self.nbytes // self.ratio if self.compress else self.nbytes
 
 
+def camera_arrays(cams: int, frames: int, image_size: tuple[int, int]) -> list[ArraySpec]:
+    """Validity, calibration and student images of a keyframe."""
+    height, width = image_size
+    small = {"per_keyframe": False}
+    return [
+        ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
+        ArraySpec(
+            "camera_valid", (cams,), ("camera",), "bool",
+            "false: the camera was masked, its image is black, its features and calibration are zero", **small,
+        ),
+        ArraySpec(
+            "image_area", (cams, 4), ("camera", "side"), "int32",
+            "(top, left, bottom, right) of the part of the cached image that the camera fills [px]; the rest is black", **small,
+        ),
+        ArraySpec(
+            "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
+            "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
+        ),
+        ArraySpec(
+            "cam_from_ego", (cams, 4, 4), ("camera", "row", "col"), "float32",
+            "camera axes at its own timestamp from the ego frame at LiDAR time [m]", **small,
+        ),
+        ArraySpec(
+            "grid_from_ego", (frames, 4, 4), ("frame", "row", "col"), "float32",
+            "(right, forward, up) of each reference frame's grid from the ego frame at LiDAR time [m]", **small,
+        ),
+        ArraySpec(
+            "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8",
+            "student images, RGB",
+        ),
+    ]  # fmt: skip
+
+
 def label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[ArraySpec]:
     dims, shape = ("grid_forward", "packed_right"), (grid.map_shape[0], grid.map_row_bytes)
     class_dims = (f"{kind.name}_class",) if kind.class_shape else ()
@@ -48,6 +81,21 @@ def label_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> list[Arra
         ArraySpec(name, (num_frames, *classes, *shape), ("frame", *named, *dims), "uint8", text, compress=True)
         for name, classes, named, text in arrays
     ]
+
+
+def instance_arrays(kind: LabelKind, num_frames: int, grid: VoxelGrid) -> tuple[ArraySpec, ...]:
+    """The arrays of `targets.instances.Instances`. Most cells hold 255 and 0."""
+    dims = ("grid_forward", "grid_right")
+    return (
+        ArraySpec(
+            kind.center_array, (num_frames, *grid.map_shape), ("frame", *dims), "uint8",
+            "squared distance to the nearest rounded centre of an object [cells^2]; 255: that or more", compress=True, ratio=10,
+        ),
+        ArraySpec(
+            kind.offset_array, (num_frames, 2, *grid.map_shape), ("frame", "right_forward", *dims), "int16",
+            "from the rounded centre of a cell's own object to the cell [cells]; 0 in cells without one", compress=True, ratio=70,
+        ),
+    )  # fmt: skip
 
 
 def point_arrays(max_points: int, num_sweeps: int) -> tuple[ArraySpec, ...]:

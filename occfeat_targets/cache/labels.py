@@ -25,6 +25,8 @@ class LabelKind:
     invalid: which cells are not valid, if the kind has a validity mask, the array ``labels/<name>_valid``. Cells that are
     not valid count neither in the loss nor in the IoU.
     is_solid: the classes are objects that LiDAR hits, so their cells must coincide with occupied voxels.
+    instances, instances_reference: functions that draw the kind's single objects, a `DrawInstances` of `targets/instances.py`,
+    and their slow reference, if the kind has any.
     expected: a class that surrounds the ego vehicle in every scene, if there is one. A build warns of scenes without it.
     description: of the array ``labels/<name>``.
     """
@@ -39,6 +41,8 @@ class LabelKind:
     invalid: str | None = None
     is_solid: bool = False
     expected: str | None = None
+    instances: str | None = None
+    instances_reference: str | None = None
 
     def __post_init__(self) -> None:
         if set(self.colors) != set(self.classes):
@@ -67,6 +71,16 @@ class LabelKind:
         """Names of all arrays of this kind."""
         return (self.array,) if self.valid_array is None else (self.array, self.valid_array)
 
+    @property
+    def center_array(self) -> str:
+        """Name of the array of squared distances to the nearest centre of an object, [N, F, H, W], in caches with instances."""
+        return f"labels/{self.name}_center"
+
+    @property
+    def offset_array(self) -> str:
+        """Name of the array of offsets from the centre of a cell's own object, [N, F, 2, H, W], in caches with instances."""
+        return f"labels/{self.name}_offset"
+
 
 # The paper names these five classes. They are BEVFusion's six without stop_line.
 MAP_CLASSES = ("road", "sidewalk", "crosswalk", "parking_area", "road_divider")
@@ -84,6 +98,8 @@ LABEL_KINDS: dict[str, LabelKind] = {
             needs=("annotations",),
             invalid="hardly visible vehicle",
             is_solid=True,
+            instances="occfeat_targets.targets.instances:vehicle_instances",
+            instances_reference="occfeat_targets.verify.slow_instances:vehicle_instances_reference",
         ),
         LabelKind(
             name="map",

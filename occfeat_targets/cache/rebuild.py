@@ -74,7 +74,8 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
             *(f"{side:g}" for pair in bounds for side in pair),
         ]
     words += (
-        ["--points"] * bool(spec.get("max_points"))
+        ["--instances"] * bool(spec.get("instances"))
+        + ["--points"] * bool(spec.get("max_points"))
         + ["--rays"] * bool(spec.get("rays"))
         + ["--no-labels"] * (not spec["labels"])
     )

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from occfeat_targets.cache.arrays import ArraySpec, label_arrays, point_arrays, volume_arrays
+from occfeat_targets.cache.arrays import (
+    ArraySpec,
+    camera_arrays,
+    instance_arrays,
+    label_arrays,
+    point_arrays,
+    volume_arrays,
+)
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.plural import count
@@ -33,7 +40,7 @@ LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multip
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
 # Fields that are younger than the format, and the value of a cache without them, whose fingerprint stays what it was.
-LATER = {"rays": False, "dynamic": "smear"}
+LATER = {"rays": False, "dynamic": "smear", "instances": False}
 # What is done about objects that move during the sweeps of a keyframe.
 DYNAMIC = ("carve", "boxes", "smear")
 BOXES_NOTE = "the occupancy uses annotated boxes (--dynamic boxes), so pretraining on it is not free of labels"
@@ -116,6 +123,7 @@ class TargetSpec:
     max_points: LiDAR returns stored of each keyframe at most, of all its sweeps; 0 for none.
     rays: whether the cache tells which voxels the LiDAR's rays have passed.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
+    instances: whether the cache also has centres and offsets of single vehicles, as Simple-BEV's heads predict them.
     """
 
     source: str = "nuscenes"
@@ -134,6 +142,7 @@ class TargetSpec:
     max_points: int = 0
     rays: bool = False
     dynamic: str = "smear"
+    instances: bool = False
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -160,6 +169,13 @@ class TargetSpec:
             raise ValueError(f"labels {self.labels}: some of {tuple(LABEL_KINDS)} expected")
         if self.dividers not in DIVIDERS:
             raise ValueError(f"dividers {self.dividers!r}: road or road+lane expected")
+        if self.instances and not (
+            self.compat == "simple-bev" and any(LABEL_KINDS[kind].instances for kind in self.labels)
+        ):
+            raise ValueError(
+                f"instances with labels {', '.join(self.labels) or 'none'} and compat {self.compat}: they are those of Simple-BEV's "
+                "vehicle labels: pass --compat simple-bev, and vehicles among --label-kinds"
+            )
         if self.compat not in (None, "simple-bev"):
             raise ValueError(f"compat {self.compat!r}: simple-bev or nothing expected")
 
@@ -230,6 +246,8 @@ class TargetSpec:
                 f"{self.teacher.dim}, {self.teacher.layer}, computed in {self.teacher.dtype}, stored as {self.feature_dtype}"
             )
         lines.append(f"labels: {', '.join(self.labels) or 'none'}" + (f" ({self.compat})" if self.compat else ""))
+        if self.instances:
+            lines.append("instances: squared distances to the centres of vehicles, and offsets from them")
         if self.max_points:
             lines.append(f"LiDAR points of each keyframe, at most {self.max_points}")
         if self.rays:
@@ -239,35 +257,7 @@ class TargetSpec:
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays of a cache, in the order in which a shard writes them."""
         cams, frames, grid = len(self.cameras), len(self.frames), self.grid
-        height, width = self.image_size
-        small = {"per_keyframe": False}
-        specs = [
-            ArraySpec("is_valid", (), (), "bool", "false: the keyframe was skipped and holds zeros", **small),
-            ArraySpec(
-                "camera_valid", (cams,), ("camera",), "bool",
-                "false: the camera was masked, its image is black, its features and calibration are zero", **small,
-            ),
-            ArraySpec(
-                "image_area", (cams, 4), ("camera", "side"), "int32",
-                "(top, left, bottom, right) of the part of the cached image that the camera fills [px]; the rest is black", **small,
-            ),
-            ArraySpec(
-                "intrinsics", (cams, 3, 3), ("camera", "k_row", "k_col"), "float32",
-                "pinhole intrinsics of the cached image [px]; pixel i covers [i, i+1)", **small,
-            ),
-            ArraySpec(
-                "cam_from_ego", (cams, 4, 4), ("camera", "row", "col"), "float32",
-                "camera axes at its own timestamp from the ego frame at LiDAR time [m]", **small,
-            ),
-            ArraySpec(
-                "grid_from_ego", (frames, 4, 4), ("frame", "row", "col"), "float32",
-                "(right, forward, up) of each reference frame's grid from the ego frame at LiDAR time [m]", **small,
-            ),
-            ArraySpec(
-                "images", (cams, height, width, 3), ("camera", "image_y", "image_x", "rgb"), "uint8",
-                "student images, RGB",
-            ),
-        ]  # fmt: skip
+        specs = camera_arrays(cams, frames, self.image_size)
         if self.teacher is not None:
             h, w = self.teacher.map_size
             dims = ("camera", "token_y", "token_x")
@@ -287,6 +277,7 @@ class TargetSpec:
         for name, kind in LABEL_KINDS.items():
             if name in self.labels:
                 specs += label_arrays(kind, frames, grid)
+                specs += instance_arrays(kind, frames, grid) if self.instances and kind.instances else ()
         if self.max_points:
             specs += point_arrays(self.max_points, self.num_sweeps)
         return tuple(specs)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ Mask = NDArray[np.bool_]
 EGO_OUTLINE = np.array([(-0.9, -0.87, 0), (2.6, -0.87, 0), (4.2, 0, 0), (2.6, 0.87, 0), (-0.9, 0.87, 0)])
 _RINGS = (1, 2, 5, 10, 25, 50, 100, 200)  # [m]
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
+CENTER_SIGMA = 3  # [cells] of Simple-BEV's Gaussian about the centre of a vehicle
 BODY_HEIGHT = (0.3, 2.0)  # [m] above the ground: heights where vehicles have LiDAR returns and the road has none
 
 
@@ -59,6 +61,16 @@ def label_colors(masks: Mapping[str, Mask], shape: tuple[int, int]) -> Colors:
         for name, color in kind.colors.items():
             colors[masks[kind.name][kind.classes.index(name)]] = color
     return colors
+
+
+def instance_colors(squared_distance: NDArray[np.uint8], offset: NDArray[np.int16]) -> Colors:
+    """(H, W), (2, H, W) -> (H, W, 3): the direction of the offset as a hue where there is one; elsewhere darker near a centre."""
+    grey = 1 - 0.6 * np.exp(-squared_distance.astype(np.float64) / (2 * CENTER_SIGMA**2))
+    right, forward = offset.astype(np.float64)
+    hue = np.arctan2(forward, right) / (2 * np.pi) % 1
+    hued = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.7), np.full_like(hue, 0.85)], axis=-1))
+    shaded = grey[..., None] * np.array(EMPTY) / 255
+    return (255 * np.where(offset.any(axis=0)[..., None], hued, shaded)).round().astype(np.uint8)
 
 
 def occupied_at_body_height(volume: Mask, grid: VoxelGrid, ego_from_grid: Matrix) -> Mask:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
-from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
 from occfeat_targets.cache.reader import CacheReader, frame_index
 from occfeat_targets.cache.store import Cache
 from occfeat_targets.pictures.bands import (
@@ -26,6 +26,7 @@ from occfeat_targets.pictures.bands import (
 from occfeat_targets.pictures.birdseye import (
     BODY_HEIGHT,
     coincidence_colors,
+    instance_colors,
     label_colors,
     observed_colors,
     occupancy_colors,
@@ -148,7 +149,7 @@ class Scene:
         return map_bands(self.panels(), self.grid, self.grid_from_ego, self.cameras)
 
     def panels(self) -> list[Panel]:
-        """Occupancy, labels, the coincidence of both, and what the rays observed, as far as the cache has them."""
+        """Occupancy, labels, the coincidence of both, instances, and what the rays observed, as far as the cache has them."""
         title = f"{int(self.volume.sum())} occupied voxels, the highest of each column"
         panels = [Panel(title, occupancy_colors(self.volume, self.height, self.grid), scale=self.height)]
         kinds = [LABEL_KINDS[name] for name in self.reader.cache.spec.labels]
@@ -177,9 +178,24 @@ class Scene:
                 swatch(OCCUPIED_ONLY, f"voxel alone ({shares[1]:.1f} % of the other cells)"),
             ]
             panels.append(Panel(title, coincidence_colors(cells, occupied), key))
+        panels += [self._instances(kind) for kind in kinds if kind.instances and self.reader.cache.spec.instances]
         if self.reader.cache.spec.rays:
             panels.append(self._observed())
         return panels
+
+    def _instances(self, kind: LabelKind) -> Panel:
+        squared, offset = (
+            self.reader.read(name, self.keyframe)[self.index] for name in (kind.center_array, kind.offset_array)
+        )
+        directions = {"right": (1, 0), "ahead": (0, 1), "left": (-1, 0), "behind": (0, -1)}
+        key = []
+        for name, (right, forward) in directions.items():
+            one = np.array([right, forward], np.int16).reshape(2, 1, 1)
+            key.append(
+                swatch(tuple(instance_colors(np.zeros((1, 1), np.uint8), one)[0, 0].tolist()), f"{name} of its centre")
+            )
+        title = f"{kind.name}: {int((squared == 0).sum())} centres (dark), offsets of cells from them"
+        return Panel(title, instance_colors(squared, offset), key)
 
     def _observed(self) -> Panel:
         observed, free = self.grid.unpack_volume(self.reader.read("rays", self.keyframe)[self.index])

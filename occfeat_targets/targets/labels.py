@@ -159,7 +159,14 @@ def _draw_footprint(mask: Mask, corners: Floats) -> None:
 
 
 def _draw_top_face(mask: Mask, corners: Floats) -> None:
-    """Draw the top face of a box of (8, 3) corners (w, h, z) [cells] as the reference does."""
+    fill_top_face(mask.view(np.uint8), corners, 1)
+
+
+def fill_top_face(image: NDArray[np.uint8] | NDArray[np.int32], corners: Floats, value: int) -> None:
+    """Set the cells of the top face of a box of (8, 3) corners (w, h, z) [cells], drawn as the reference does, to a value.
+
+    image: (H, W).
+    """
     import cv2  # only for compat; polygon fills, unlike lines, agree between OpenCV 4.11 and 5.0
 
     # Sorted by height, the first and last corners of a parallelogram are opposite; swapping the last two gives the order
@@ -167,8 +174,8 @@ def _draw_top_face(mask: Mask, corners: Floats) -> None:
     first, second, third, last = np.argsort(-corners[:, 2].round(6), kind="stable")[:4]
     top = corners[[first, second, last, third], :2] - 0.5
     pixels = np.clip(top, -(2.0**20), 2.0**20).astype(np.int32)
-    if (pixels.max(axis=0) >= 0).all() and (pixels.min(axis=0) < mask.shape[::-1]).all():
-        cv2.fillPoly(mask.view(np.uint8), [pixels], (1,))
+    if (pixels.max(axis=0) >= 0).all() and (pixels.min(axis=0) < image.shape[::-1]).all():
+        cv2.fillPoly(image, [pixels], (value,))
 
 
 def _cells_from_map(grid: VoxelGrid, grid_from_global: Matrix, ground_z: float) -> Floats:

@@ -16,6 +16,7 @@ from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
 from occfeat_targets.targets.images import load_image_reference
+from occfeat_targets.verify.slow_instances import InstanceReference
 from occfeat_targets.verify.slow_labels import Reference
 from occfeat_targets.verify.slow_lidar import wrong_free_voxels, wrong_occupied_voxels
 from occfeat_targets.verify.slow_targets import SlowSource, filled_part, grid_from_ego
@@ -176,6 +177,23 @@ def _labels(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
         yield wrong == 0, f"{count(wrong, 'label cell')} wrong"
 
 
+def _instances(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
+    spec = reader.cache.spec
+    wrong = 0
+    for kind in (LABEL_KINDS[name] for name in spec.labels):
+        if not spec.instances or kind.instances_reference is None:
+            continue
+        draw: InstanceReference = resolve_name(kind.instances_reference)
+        distances, offsets = (reader.read(name, keyframe) for name in (kind.center_array, kind.offset_array))
+        for i, frame in enumerate(_frames(spec, source)):
+            if frame.any():
+                expected = draw(source, spec, frame)
+                wrong += int(((distances[i] != expected.squared_distance) & expected.has_known_distance).sum())
+                wrong += int(((offsets[i] != expected.offset) & expected.has_known_offset).any(axis=0).sum())
+    if spec.instances:
+        yield wrong == 0, f"centres or offsets of instances wrong in {count(wrong, 'cell')}"
+
+
 def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if not spec.max_points:
@@ -197,4 +215,4 @@ def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
     yield worst <= MAX_CALIBRATION_ERROR, f"{count(len(found), 'LiDAR point')} within {worst:.1e}"
 
 
-CHECKS = (_masked, _calibration, _occupancy, _rays, _points, _images, _features, _labels)
+CHECKS = (_masked, _calibration, _occupancy, _rays, _points, _images, _features, _labels, _instances)

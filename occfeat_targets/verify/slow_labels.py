@@ -121,6 +121,27 @@ def reference_map(
     return masks, ~is_tie
 
 
+def top_face(box: NDArray[np.float64], grid: VoxelGrid) -> tuple[Mask, Mask]:
+    """Cells (H, W) in the truncated top face of a box, and those where OpenCV's treatment of borders decides: near it, and of a
+    face that leaves the grid also those along its edges, which OpenCV clips.
+
+    box: (8, 3) corners in the grid [m].
+    """
+    first_center, (_, size_h, size_w) = _cell_centers(grid)[0, 0], grid.cell_size
+    highest = sorted(box.tolist(), key=lambda corner: -corner[2])[:4]
+    w_h = [(np.array(corner[:2]) - first_center) / (size_w, size_h) for corner in highest]
+    top = shapely.MultiPoint([(math.trunc(w), math.trunc(h)) for w, h in w_h]).convex_hull
+    pixels = shapely.points(np.stack(np.meshgrid(*map(np.arange, grid.map_shape[::-1])), axis=-1))
+    inside = shapely.covers(top, pixels)
+    near = shapely.dwithin(top, pixels, 2.0) & ~inside
+    near[[0, -1]] |= ~inside[[0, -1]]
+    near[:, [0, -1]] |= ~inside[:, [0, -1]]
+    height, width = grid.map_shape
+    if not shapely.box(0, 0, width - 1, height - 1).covers(top):
+        near |= shapely.dwithin(top.exterior if top.geom_type == "Polygon" else top, pixels, 1.0)
+    return inside, near
+
+
 def reference_vehicles(
     corners: NDArray[np.floating[Any]],
     visibility: ArrayLike,
@@ -133,7 +154,7 @@ def reference_vehicles(
 
     With compat, only cells in the truncated top face (drawn) and cells further than 2 cells from it (not drawn) are
     decided, because the boundary cells depend on OpenCV. Along the map's border OpenCV clips a face's edges one by one
-    and may paint even further away.
+    and may paint even further away; of such a face, cells along its edges are not decided either.
     """
     centers = _cell_centers(grid)
     vehicles, is_hidden, is_tie = np.zeros((3, *grid.map_shape), np.bool_)
@@ -141,15 +162,7 @@ def reference_vehicles(
     boxes = transform(grid_from_boxes, np.asarray(corners, np.float64))
     for box, token in zip(boxes, np.ravel(visibility), strict=True):
         if compat:
-            highest = sorted(box.tolist(), key=lambda corner: -corner[2])[:4]
-            first_center = centers[0, 0]
-            w_h = [(np.array(corner[:2]) - first_center) / (size_w, size_h) for corner in highest]
-            top = shapely.MultiPoint([(math.trunc(w), math.trunc(h)) for w, h in w_h]).convex_hull
-            pixels = shapely.points(np.stack(np.meshgrid(*map(np.arange, grid.map_shape[::-1])), axis=-1))
-            inside = shapely.covers(top, pixels)
-            on_edge = shapely.dwithin(top, pixels, 2.0) & ~inside
-            on_edge[[0, -1]] |= ~inside[[0, -1]]
-            on_edge[:, [0, -1]] |= ~inside[:, [0, -1]]
+            inside, on_edge = top_face(box, grid)
         else:
             inside, on_edge = _inside(shapely.MultiPoint(box[:, :2]).convex_hull, centers)
             off_center = np.abs(centers - box[:, :2].mean(axis=0)) - np.array([size_w, size_h]) / 2

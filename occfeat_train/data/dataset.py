@@ -54,6 +54,7 @@ class KeyframeDataset:
         self.grid = spec.grid
         self._specs = {array.name: array for array in spec.arrays()}
         self._augment = config.augment if training else NO_AUGMENTATION
+        self.arrays = ("images", *self._task_arrays())
         try:
             self._frames = reference_frames(
                 spec.frames, config.frame, training=training and config.augment.random_frame
@@ -61,7 +62,6 @@ class KeyframeDataset:
         except ValueError as err:
             raise CacheError(f"{reader.cache.path}: {err}") from err
         self._require_large_images()
-        self.arrays = ("images", *self._task_arrays())
         # Before training, not hours into the first epoch.
         reader.cache.require_files([*self.arrays, *CALIBRATION])
         cameras = len(spec.cameras)

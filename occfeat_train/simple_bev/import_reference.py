@@ -30,7 +30,8 @@ _MARKS = {"bev_compressor.0.weight": "simplebev", "bev_queries": "bevformer"}
 def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> Path:
     """Convert a checkpoint, check that all its tensors fit `config`'s network, and write it as a run. Returns its path.
 
-    config: a vehicle segmentation, with compat="simple-bev" to compute the same function as the reference.
+    config: a vehicle segmentation, with compat="simple-bev" to compute the same function as the reference. With
+    loss.heads="simple-bev" the centre and offset heads and the learned weights of the losses are imported, too.
     Raises CheckpointError or ValueError on a file that is no checkpoint, is of another network, or does not fit the grid.
     """
     state = read_state_dict(file)
@@ -38,7 +39,7 @@ def import_reference(file: Path, config: Config, grid: VoxelGrid, out: Path) -> 
     if found != config.network.lifting:
         raise CheckpointError(f"{file} is of a {found}, not of a {config.network.lifting}: pass --network {found}")
     try:
-        weights = convert(state, grid)
+        weights = convert(state, grid, heads=config.loss.heads == "simple-bev")
     except ValueError as err:
         raise CheckpointError(f"{file} can't be imported: {err}") from err
     config = replace(config, frame="cameras")  # the only one in the reference

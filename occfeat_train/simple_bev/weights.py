@@ -28,6 +28,13 @@ _REST = {
     "decoder.up1_skip.upsample_layer.1.": "network.decoder.up1.conv.",
     "decoder.segmentation_head.": "head.",
 }
+# Heads and learned loss weights, for loss.heads=simple-bev.
+_HEADS = {
+    "decoder.segmentation_head.": "head.segmentation.",
+    "decoder.instance_center_head.": "head.center.",
+    "decoder.instance_offset_head.": "head.offset.",
+}
+_LOG_VARIANCES = ("ce_weight", "center_weight", "offset_weight")
 _ATTENTION = {
     "deformable_attention.sampling_offsets": "places.offsets",
     "deformable_attention.attention_weights": "places.weights",
@@ -35,29 +42,32 @@ _ATTENTION = {
     "deformable_attention.output_proj": "inner",
     "output_proj": "output",
 }
-# Heads of other tasks, a head that the reference does not train, and its learned loss weights.
-_LEFT_OUT = re.compile(r"(ce|center|offset)_weight|decoder\.(feat|instance_offset|instance_center)_head\..*")
+# A head that the reference does not train; and without `heads` the other heads and the learned loss weights.
+_UNTRAINED = re.compile(r"decoder\.feat_head\..*")
+_LEFT_OUT = re.compile(r"decoder\.(feat|instance_offset|instance_center)_head\..*")
 
 
-def convert(state_dict: Mapping[str, Any], grid: VoxelGrid) -> dict[str, torch.Tensor]:
+def convert(state_dict: Mapping[str, Any], grid: VoxelGrid, *, heads: bool = False) -> dict[str, torch.Tensor]:
     """The reference's tensors or arrays as tensors with our names.
 
-    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head; backbones are
-    EfficientNet-B0, ResNet-50 and -101. grid: grid of the network. The input channels of the compressor are reordered: the
+    Names are ``network.`` + those of `BEVNetwork` and ``head.`` + those of a segmentation head, or with `heads` those of
+    `InstanceHeads`; backbones are EfficientNet-B0, ResNet-50 and -101. grid: grid of the network. The input channels of the compressor are reordered: the
     reference counts levels from the highest down, innermost (c * Z + y); ours count from the lowest up, outermost
     (z * C + c). The sampling points of BEVFormer's cross-attention are reordered in the same way.
     Raises ValueError on a name that is not the reference's, or a tensor that does not fit the grid.
     """
     converted = {}
+    if heads and all(name in state_dict for name in _LOG_VARIANCES):
+        converted["head.log_variance"] = torch.stack([torch.as_tensor(state_dict[name]) for name in _LOG_VARIANCES])
     for name, array in state_dict.items():
-        if _LEFT_OUT.fullmatch(name):
+        if (_UNTRAINED if heads else _LEFT_OUT).fullmatch(name) or name in _LOG_VARIANCES:
             continue
         value = torch.as_tensor(array)
         if name == "bev_compressor.0.weight":
             value = _reorder_compressor(value, grid)
         elif re.fullmatch(r"cross_attn_layers\.\d+\.deformable_attention\.(sampling_off|attention_w).*", name):
             value = _reorder_places(name, value, grid)
-        converted[_our_name(name)] = value
+        converted[_our_name(name, _REST | _HEADS if heads else _REST)] = value
     return converted
 
 
@@ -84,7 +94,7 @@ def _reorder_places(name: str, value: torch.Tensor, grid: VoxelGrid) -> torch.Te
     return value.reshape(heads, -1, levels, last, *value.shape[1:]).flip(2).reshape(value.shape).contiguous()
 
 
-def _our_name(name: str) -> str:
+def _our_name(name: str, rest: Mapping[str, str]) -> str:
     if match := re.fullmatch(r"encoder\.backbone\.(_.+)", name):
         if (ours := efficientnet_pytorch_name(match[1])) is not None:
             return f"network.encoder.backbone.{ours}"
@@ -101,7 +111,7 @@ def _our_name(name: str) -> str:
         return f"network.lifting.layers.{match[2]}.{match[1].replace('ffn', 'feed_forward')}.{match[3]}"
     elif name in ("bev_queries", "bev_queries_pos"):
         return f"network.lifting.{'positions' if name.endswith('pos') else 'queries'}"
-    for theirs, ours in _REST.items():
+    for theirs, ours in rest.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     raise ValueError(f"{name} is no name of a Segnet, Bevformernet or Liftnet with EfficientNet-B0 or a ResNet")

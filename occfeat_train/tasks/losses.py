@@ -26,7 +26,7 @@ def occupancy_loss(
 
     A sample without observed voxels adds 0 and counts in the mean.
     """
-    logits = _exact(logits)
+    logits = exact(logits)
     if observed is None:
         return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
     loss = F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none")
@@ -81,19 +81,20 @@ def pair_loss(values: Float[Tensor, " p"], sample: Int64[Tensor, " p"], num_samp
     sample: index of each pair's sample; -1 for pairs that do not count. A sample without pairs adds 0 and counts in the mean.
     """
     count = (sample == torch.arange(num_samples, device=sample.device)[:, None]).sum(1).clamp(min=1)
-    return torch.where(sample >= 0, _exact(values) / (count[sample] * num_samples), 0).sum()
+    return torch.where(sample >= 0, exact(values) / (count[sample] * num_samples), 0).sum()
 
 
 def segmentation_loss(
     logits: Float[Tensor, "B K H W"], target: Bool[Tensor, "B K H W"], valid: Bool[Tensor, "B 1 H W"], pos_weight: float
 ) -> Float[Tensor, ""]:
     """Binary cross-entropy over valid cells."""
-    logits = _exact(logits)
+    logits = exact(logits)
     weight = logits.new_full((1,), pos_weight)
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits), pos_weight=weight, reduction="none")
     mask = valid.to(loss).expand_as(loss)
     return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
-def _exact(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
+    """Losses are computed in float32, also under autocast, or in float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -45,7 +45,8 @@ def load_initial(task: Task, config: Config, start: Checkpoint | None) -> str:
         raise CheckpointError(
             f"{start.path} was trained on the grid {start.info.grid}, this cache has {task.grid}: build a cache with that grid"
         )
-    same_head = start.info.config.task == config.task
+    there = start.info.config
+    same_head = (there.task, there.loss.heads) == (config.task, config.loss.heads)
     load_weights(task, start.weights(), start.path, only="" if same_head else "network.")
     return f"network{' and head' * same_head} from {start.path} ({start.info.config.task}, {start.describe_step()})"
 

@@ -23,11 +23,12 @@ def build_optimizer(
     if config.schedule == "constant":
         schedule = ConstantLR(optimizer, factor=1, total_iters=0)
     else:
+        total = num_steps + max(config.schedule_tail, 1)  # the schedule is stepped once more than it is used
         schedule = OneCycleLR(
             optimizer,
             max_lr=config.lr,
-            total_steps=num_steps + 1,  # the schedule is stepped once more than it is used
-            pct_start=max(WARM_UP, 2 / (num_steps + 1)),  # at least one step, because OneCycleLR divides by it
+            total_steps=total,
+            pct_start=max(WARM_UP, 2 / total),  # at least one step, because OneCycleLR divides by it
             anneal_strategy="linear",
             cycle_momentum=False,
         )

@@ -23,7 +23,17 @@ EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_01
 # the teacher is compared as the cache's.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher"}
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
-STORAGE = {"format_version", "labels", "frames", "image_size", "teacher.digest", "teacher.dtype", "max_points", "rays"}
+STORAGE = {
+    "format_version",
+    "labels",
+    "frames",
+    "image_size",
+    "teacher.digest",
+    "teacher.dtype",
+    "max_points",
+    "rays",
+    "instances",
+}
 TEACHERS = "teacher."  # prefix of fields that only pretraining uses
 
 

@@ -162,7 +162,7 @@ def is_compiled(config: Config, device: torch.device, num_steps: int) -> bool:
 def accumulate(
     run: Pass, batches: Iterator[Any], config: Config, process: Process, step: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The passes of one optimiser step; the gradient is that of the mean loss over all its samples of this rank.
+    """The passes of one optimiser step; the gradient is that of the mean or sum of their losses on this rank.
 
     Returns the averaged losses, divided by the number of ranks, and the tokens of this rank's samples.
     """
@@ -179,10 +179,13 @@ def accumulate(
 
 
 def forward_backward(task: Task, config: Config, device: torch.device, batch: Batch) -> dict[str, Tensor]:
-    """Adds the gradient of a batch's loss, divided by the number of accumulated batches. Returns its detached losses."""
+    """Adds the gradient of a batch's loss, divided by the number of accumulated batches unless these are summed. Returns its
+    detached losses.
+    """
     with autocast(device, config.precision):
         losses = task(batch)
-    (losses["loss"] / config.optim.accumulation).backward()
+    parts = config.optim.accumulation if config.optim.accumulate == "mean" else 1
+    (losses["loss"] / parts).backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 

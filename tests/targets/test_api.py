@@ -27,14 +27,14 @@ COMMAND_LINE = [
     *("--frames", "both"), *("--sweeps", "3"), *("--dynamic", "smear"), *("--image-size", "96x160"), *("--teacher", "none"),
     *("--teacher-layer", "pre-norm"), *("--teacher-dtype", "float32"), *("--teacher-batch", "2"),
     *("--feature-size", "56x98"), *("--feature-dtype", "int8"), *("--label-kinds", "map"), *("--dividers", "road+lane"),
-    *("--compat", "simple-bev"), "--points", "--rays", *("--shard", "1/3"), *("--shard-size", "2"), *("--on-error", "skip"),
+    *("--compat", "simple-bev"), "--instances", "--points", "--rays", *("--shard", "1/3"), *("--shard-size", "2"), *("--on-error", "skip"),
     "--retry-skipped", *("--device", "cpu"),
 ]  # fmt: skip
 KEYWORDS = {
     "source": "other", "version": "v1.0-mini", "scenes": ["a", "b"], "grid": VoxelGrid((4, 20, 12), (-2, -10, -6), (2, 10, 6)),
     "frames": "both", "sweeps": 3, "dynamic": "smear", "image_size": (96, 160), "teacher": None, "teacher_layer": "pre-norm",
     "teacher_dtype": "float32", "teacher_batch": 2, "feature_size": (56, 98), "feature_dtype": "int8", "label_kinds": ["map"],
-    "dividers": "road+lane", "compat": "simple-bev", "points": True, "rays": True, "shard": (1, 3), "shard_size": 2, "on_error": "skip",
+    "dividers": "road+lane", "compat": "simple-bev", "instances": True, "points": True, "rays": True, "shard": (1, 3), "shard_size": 2, "on_error": "skip",
     "retry_skipped": True, "device": "cpu",
 }  # fmt: skip
 

@@ -96,6 +96,7 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
         "labels": ["map", "vehicles"],
         "max_points": 1,
         "rays": True,
+        "instances": True,
         "source": "nuscenes",
         "grid": {**grid, "upper": [5, 40, 40]},
     }
@@ -110,6 +111,7 @@ def test_the_command_for_a_cache_of_the_first_format_names_all_its_options(tmp_p
         "label_kinds": "map,vehicles",
         "points": True,
         "rays": True,
+        "instances": True,
         "grid_range": (-5, 5, -50, 40, -50, 40),
     }
     assert {name: given[name] for name in asked} == asked

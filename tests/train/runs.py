@@ -57,7 +57,9 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
                 array[row] = rng.standard_normal(array.shape[1:])
             elif array.dtype == np.uint8 and name == "images":
                 array[row] = rng.integers(0, 256, array.shape[1:])
-            elif array.dtype == np.uint8:  # packed bits
+            elif array.dtype == np.int16:
+                array[row] = rng.integers(-9, 10, array.shape[1:])
+            elif array.dtype == np.uint8:  # packed bits, or distances
                 share = 0.9 if name == "labels/vehicles_valid" else 0.2
                 array[row] = np.packbits(rng.random((*array.shape[1:], 8)) < share, axis=-1)[..., 0]
         for camera in range(len(spec.cameras)):
@@ -81,7 +83,7 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, compat: str | None = None, instances: bool = False, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
@@ -90,7 +92,15 @@ def write_cache(
     """
     features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
     spec = TargetSpec(
-        grid=grid, frames=frames, image_size=image_size, teacher=features, labels=labels, rays=rays, max_points=points
+        grid=grid,
+        frames=frames,
+        image_size=image_size,
+        teacher=features,
+        labels=labels,
+        rays=rays,
+        max_points=points,
+        compat=compat,
+        instances=instances,
     )
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))

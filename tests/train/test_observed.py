@@ -154,7 +154,13 @@ def test_a_run_on_observed_voxels_is_trained_validated_and_evaluated(with_rays: 
     run = tmp_path / "run"
     output = succeed(*pretrain(with_rays, run, "--occ-on", "observed", "--validate", "val", *steps(2)))
     assert "RayIoU at 1, 2, 4 m [%]" in output
-    assert config_of(run)["loss"] == {"occ": 1.0, "feat": 0.01, "occ_on": "observed", "pos_weight": 2.13}
+    assert config_of(run)["loss"] == {
+        "occ": 1.0,
+        "feat": 0.01,
+        "occ_on": "observed",
+        "pos_weight": 2.13,
+        "heads": "segmentation",
+    }
     output = succeed(*evaluate(run, with_rays))
     assert "IoU over observed voxels [%]" in output and "RayIoU at 1, 2, 4 m [%]" in output
     results = json.loads((run / "evaluation" / "val.json").read_text())

@@ -26,7 +26,10 @@ def found_in(info: RunInfo) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_the_papers_presets_have_no_differences_from_the_paper(name):
-    has_other_network = name.startswith("small/") or name in ("scale/student-rn101", "scale/wide-decoder")
+    has_other_network = name.startswith(("small/", "simple-bev/")) or name in (
+        "scale/student-rn101",
+        "scale/wide-decoder",
+    )
     assert bool(differences(about_of(preset(name), preset=name))) == has_other_network
 
 
@@ -45,7 +48,7 @@ def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
 
 OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
-    "task": None, "loss.occ_on": "observed", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "task": None, "loss.occ_on": "observed", "loss.heads": "simple-bev", "optim.accumulate": "sum", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
     "network.efficientnet": "torch",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
@@ -57,7 +60,8 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     """Also in fields of later releases. Fields that only affect the computation are excluded."""
     value = Config().flat()[field]
     other = LITERAL.get(field, not value if isinstance(value, bool) else OTHER.get(type(value)))
-    config = Config().override([f"{field}={json.dumps(other)}"])
+    base = preset("table1/simplebev-enb0/vehicles-100") if field == "loss.heads" else Config()
+    config = base.override([f"{field}={json.dumps(other)}"])
     targets = {**TARGETS.to_dict(), "rays": True}  # which some fields need
     computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher")
     assert list(found_in(about_of(config, targets=targets))) == ([] if field in computing else [field])

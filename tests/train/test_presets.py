@@ -11,8 +11,8 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import STUDENT_SIZE, TeacherSpec
 from occfeat_targets.targets.teacher_dino import Dinov2
-from occfeat_train.cache_needs import CHANNELS, DEFAULT_TEACHER, build_options, bytes_per_keyframe, wrong_teacher
-from occfeat_train.config import AugmentConfig, Config, LossConfig, NetworkConfig
+from occfeat_train.cache_needs import CHANNELS, bytes_per_keyframe, wrong_teacher
+from occfeat_train.config import DEFAULT_TEACHER, AugmentConfig, Config, LossConfig, NetworkConfig
 from occfeat_train.presets import PRESETS, finetuning, preset
 from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.paper import TARGETS
@@ -116,10 +116,10 @@ def test_the_channels_of_teachers_are_those_of_their_architectures():
 
 
 def test_presets_name_the_options_of_the_cache_that_they_need():
-    assert build_options(preset("scale/teacher-vitg")) == ["--teacher facebook/dinov2-giant"]
-    assert build_options(preset("table1/simplebev-enb0/img-also")) == ["--points"]
-    assert build_options(preset("table2/simplebev-enb0-448x800/occfeat")) == ["--image-size 540x960"]
-    assert build_options(Config()) == build_options(Config(teacher="facebook/dinov2-small")) == []
+    assert preset("scale/teacher-vitg").build_options == ["--teacher facebook/dinov2-giant"]
+    assert preset("table1/simplebev-enb0/img-also").build_options == ["--points"]
+    assert preset("table2/simplebev-enb0-448x800/occfeat").build_options == ["--image-size 540x960"]
+    assert Config().build_options == Config(teacher="facebook/dinov2-small").build_options == []
 
 
 def test_config_show_prints_the_size_of_the_cache():
