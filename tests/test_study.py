@@ -17,7 +17,20 @@ from click.testing import CliRunner
 
 from occfeat_train.presets import preset
 from pipelines.study.__main__ import main
-from pipelines.study.design import ARMS, LONGER, NONE, OCCFEAT, OCCUPANCY, TASKS, Arm, Run, runs_of, slug, teachers_of
+from pipelines.study.design import (
+    ARMS,
+    IMG_ALSO,
+    LONGER,
+    NONE,
+    OCCFEAT,
+    OCCUPANCY,
+    TASKS,
+    Arm,
+    Run,
+    runs_of,
+    slug,
+    teachers_of,
+)
 from pipelines.study.processes import STOPPED, Job, run_jobs
 from pipelines.study.report import markdown
 from pipelines.study.results import CLAIMS, Difference, gain_shrinks, judge, mean_and_spread, paired, read_scores, table
@@ -42,7 +55,7 @@ def test_every_run_trains_the_declared_steps(size):
         assert config.optim.num_steps(samples) == run.steps
         assert config.seed == run.seed
         assert config.labels == run.labels
-        assert config.task == (run.task or "occfeat")
+        assert config.task == (run.task or "occfeat") or run.arm.name == IMG_ALSO
 
 
 def test_arms_of_a_seed_differ_only_in_their_start():
@@ -60,7 +73,7 @@ def test_the_control_is_finetuned_three_times_as_long():
 
 def test_arms_of_an_absent_teacher_are_left_out():
     names = {run.arm.name for run in runs_of(SIZES["cpu"], {"random"})}
-    assert names == {NONE, LONGER, OCCUPANCY} | {arm.name for arm in ARMS if arm.teacher == "random"}
+    assert names == {NONE, LONGER, OCCUPANCY, IMG_ALSO} | {arm.name for arm in ARMS if arm.teacher == "random"}
     assert teachers_of(replace(SIZES["cpu"], arms=(Arm(NONE, None), Arm(OCCUPANCY, ("--occ-only",))))) == set()
 
 
@@ -217,11 +230,11 @@ def test_a_tiny_study_runs_resumes_and_reports(tmp_path):
     assert "left out, because they need --teacher: features only, OccFeat," in printed
     assert "of 1 seed;" in printed
     finished = {file: file.stat().st_mtime_ns for file in out.rglob("held_out.json")}
-    assert len(finished) == 4 + 2 * 6
+    assert len(finished) == 5 + 2 * 7
 
     lost = out / "runs" / "none-0-map-100" / "evaluation" / "held_out.json"
     lost.unlink()
-    assert "11 finished" in study("--out", str(out), "--only-seed", "0")
+    assert "13 finished" in study("--out", str(out), "--only-seed", "0")
     again = {file: file.stat().st_mtime_ns for file in out.rglob("held_out.json")}
     assert {file for file in finished if again[file] != finished[file]} == {lost}
 

@@ -60,6 +60,7 @@ def build_options(root: Path, cache: Path, split: str, city: City, teacher: str,
         "build", "--dataroot", str(root), "--version", VERSION, "--cache", str(cache), "--split", split,
         "--teacher", teacher, "--teacher-dtype", "float32", "--device", device, "--image-size", times(city.cached),
         "--feature-size", times(city.feature_size), "--grid", times(city.grid), "--range", *map(str, city.bounds),
+        "--points",
     )  # fmt: skip
 
 

@@ -6,11 +6,12 @@ the same order, so their results are paired.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 TASKS = ("vehicles", "map")
 NONE, OCCUPANCY, FEATURES, OCCFEAT = "none", "occupancy only", "features only", "OccFeat"
 OCCFEAT_RANDOM = f"{OCCFEAT}, random teacher"
+IMG_ALSO = "Img-ALSO"
 LONGER = "none, 3 times the steps"
 
 
@@ -32,6 +33,7 @@ ARMS = (
     Arm(LONGER, None, longer=3),  # whether pretraining only saves steps
     Arm(FEATURES, ("--feat-only",)),
     Arm(OCCUPANCY, ("--occ-only",)),
+    Arm(IMG_ALSO, ("--method", "img-also")),
     Arm(OCCFEAT),  # the paper's lambda, 0.01
     Arm(f"{OCCFEAT}, lambda 0.1", ("--lambda", "0.1")),
     Arm(f"{OCCFEAT}, lambda 1", ("--lambda", "1")),
@@ -75,7 +77,8 @@ class City:
 class Size:
     """How much is trained. pretrain: steps. finetune: {labels [%]: steps}. curve: validations on tune during a finetuning.
 
-    network, recipe: fields of the config that differ from the presets small/*; `recipe` only in finetuning. rate: training samples per second of all jobs together,
+    network, recipe, of_task: fields of the config that differ from the presets small/*; `recipe` only in finetuning, of_task[task] only in
+    that of a task. rate: training samples per second of all jobs together,
     measured on `machine`, for the announced times. jobs: trainings at a time.
     """
 
@@ -88,6 +91,7 @@ class Size:
     rate: float
     machine: str
     arms: tuple[Arm, ...] = ARMS
+    of_task: dict[str, dict[str, str]] = field(default_factory=dict)
     batch: int = 8
     curve: int = 4
     jobs: int = 2
@@ -126,15 +130,9 @@ def runs_of(size: Size, teachers: set[str]) -> list[Run]:
         for arm in size.arms:
             if arm.teacher not in teachers and reads_features(arm):
                 continue
-            name = f"{slug(arm.name)}-{seed}"
             if arm.pretrain is not None:
-                options = ("--preset", "small/occfeat", *arm.pretrain)
-                runs.append(_run(size, name, arm, seed, size.pretrain, 100, options))
-            for labels, steps in size.finetune.items():
-                for task in TASKS:
-                    options = ("--preset", f"small/{task}-100", "--set", f"labels={labels:g}")
-                    run = _run(size, f"{name}-{task}-{labels:g}", arm, seed, steps * arm.longer, labels, options)
-                    runs.append(replace(run, task=task, labels=labels, after="" if arm.pretrain is None else name))
+                runs.append(_pretraining(size, arm, seed))
+            runs += [_finetuning(size, arm, seed, task, labels) for labels in size.finetune for task in TASKS]
     return runs
 
 
@@ -145,12 +143,29 @@ def teachers_of(size: Size) -> set[str]:
 
 def reads_features(arm: Arm) -> bool:
     """Whether the arm's pretraining needs the features of its teacher."""
-    return arm.pretrain is not None and "--occ-only" not in arm.pretrain
+    return arm.pretrain is not None and not {"--occ-only", "img-also"} & set(arm.pretrain)
 
 
-def _run(size: Size, name: str, arm: Arm, seed: int, steps: int, labels: float, options: tuple[str, ...]) -> Run:
+def _pretraining(size: Size, arm: Arm, seed: int) -> Run:
+    assert arm.pretrain is not None
+    settings = _settings(size, size.pretrain, 100, seed, size.network)
+    options = ("--preset", "small/occfeat", *arm.pretrain, *settings)
+    return Run(f"{slug(arm.name)}-{seed}", arm, seed, size.pretrain, size.batch, options)
+
+
+def _finetuning(size: Size, arm: Arm, seed: int, task: str, labels: float) -> Run:
+    start = f"{slug(arm.name)}-{seed}"
+    steps = size.finetune[labels] * arm.longer
+    fields = {**size.network, **size.recipe, **size.of_task.get(task, {}), "labels": f"{labels:g}"}
+    options = ("--preset", f"small/{task}-100", *_settings(size, steps, labels, seed, fields))
+    after = "" if arm.pretrain is None else start
+    return Run(
+        f"{start}-{task}-{labels:g}", arm, seed, steps, size.batch, options, task=task, labels=labels, after=after
+    )
+
+
+def _settings(size: Size, steps: int, labels: float, seed: int, fields: dict[str, str]) -> tuple[str, ...]:
+    """The options --set of a run of `steps` steps on a share of the keyframes [%]."""
     epochs = (steps + 0.5) * size.batch / size.city.samples(labels)  # half a step more, against rounding
-    recipe = {} if options[1] == "small/occfeat" else size.recipe
-    fields = {**size.network, **recipe, "optim.batch": str(size.batch), "optim.epochs": repr(epochs), "seed": str(seed)}
-    sets = [part for key, value in fields.items() for part in ("--set", f"{key}={value}")]
-    return Run(name, arm, seed, steps, size.batch, (*options, *sets))
+    fields = {**fields, "optim.batch": str(size.batch), "optim.epochs": repr(epochs), "seed": str(seed)}
+    return tuple(part for key, value in fields.items() for part in ("--set", f"{key}={value}"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.study.design import FEATURES, LONGER, NONE, OCCFEAT, OCCFEAT_RANDOM, OCCUPANCY, TASKS, Run
+from pipelines.study.design import FEATURES, IMG_ALSO, LONGER, NONE, OCCFEAT, OCCFEAT_RANDOM, OCCUPANCY, TASKS, Run
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1 on
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -52,6 +52,7 @@ CLAIMS = (
     Claim("Pretraining with OccFeat helps", OCCFEAT, NONE, "Table 1"),
     Claim("Pretraining with OccFeat helps, also with a random teacher", OCCFEAT_RANDOM, NONE, "not in the paper"),
     Claim("Pretraining with OccFeat helps more than 3 times the steps of finetuning", OCCFEAT, LONGER, "not in the paper"),
+    Claim("OccFeat is better than Img-ALSO", OCCFEAT, IMG_ALSO, "Table 1"),
     Claim("Occupancy alone helps", OCCUPANCY, NONE, "Table 3"),
     Claim("Features alone help", FEATURES, NONE, "Table 3"),
     Claim("Both losses are better than occupancy alone", OCCFEAT, OCCUPANCY, "Table 3"),
@@ -138,7 +139,7 @@ def pretraining_table(runs: Sequence[Run], out: Path, baselines: dict[str, float
         if not run.task and (results := read_results(run, out)) is not None:
             teachers[run.arm.name] = run.arm.teacher
             for key in ("occupancy_iou", "cosine"):
-                if results[key] is not None:
+                if results.get(key) is not None:
                     found.setdefault(run.arm.name, {}).setdefault(key, {})[run.seed] = results[key]
     rows = [["pretraining", "occupancy IoU [%]", "cosine to the teacher", "cosine of the mean feature"]]
     for arm, values in found.items():

@@ -22,16 +22,20 @@ CPU = Size(
 SIZES = {
     "cpu": CPU,
     "gpu": replace(
-        CPU, seeds=5, pretrain=2000, finetune={1: 300, 10: 600, 100: 1500}, network=NETWORK, rate=1000.0,
+        CPU, finetune={1: 150, 10: 300, 100: 600}, network=NETWORK, rate=500.0,
         machine="an H200", jobs=12, tasks=8,
     ),
     "demo": replace(
         CPU,
-        city=City(train=16, tune=1, test=5, image_size=(135, 240), cached=(80, 140), feature_size=(84, 154)),
+        city=City(
+            train=16, tune=1, test=5, image_size=(135, 240), cached=(80, 140), feature_size=(84, 154), grid=(4, 40, 40),
+            bounds=(-5, 5, -20, 20, -20, 20),
+        ),
         network=CPU.network | {"network.image_size": "48x80"},
         seeds=2,
         pretrain=150,
-        finetune={100: 120},
+        finetune={100: 140},
+        of_task={"vehicles": {"loss.pos_weight": "8"}},  # a fortieth of the cells; more steps would do without
         curve=2,
         arms=tuple(arm for arm in ARMS if arm.name in (NONE, OCCFEAT, OCCFEAT_RANDOM)),
     ),

@@ -41,8 +41,8 @@ def help_of(path: tuple[str, ...]) -> str:
 @pytest.mark.parametrize(
     ("tool", "order"),
     [
-        ("occfeat-targets", "synth build status info verify preview"),
-        ("occfeat-train", "check config pretrain finetune evaluate report import-reference"),
+        ("occfeat-targets", "synth build status info verify preview probe"),
+        ("occfeat-train", "check config pretrain finetune evaluate report figures import-reference"),
     ],
 )
 def test_commands_are_listed_in_the_order_of_work_with_whole_sentences_and_the_environment_variables(tool, order):
