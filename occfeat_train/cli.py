@@ -33,6 +33,7 @@ from occfeat_train.options import (
     PATH,
     POINT,
     PROGRESS_OPTION,
+    UPSAMPLING_OPTION,
     cache_option,
     machine_options,
     reports_errors,
@@ -137,10 +138,11 @@ main.add_command(finetune)
     type=DIRECTORY,
     help="Directory of the results, written to SPLIT.json.  [default: RUN/evaluation; of a checkpoint RUN/evaluation/NAME]",
 )
+@UPSAMPLING_OPTION
 @machine_options
 @reports_errors
 def evaluate(
-    run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, device: str, workers: int, progress: bool
+    run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, allow_upsampling: bool, device: str, workers: int, progress: bool
 ) -> None:  # fmt: skip
     """Evaluate the newest checkpoint of RUN, or a checkpoint such as RUN/checkpoints/best: IoU over all usable keyframes of the split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
@@ -152,7 +154,7 @@ def evaluate(
     default = run.parent.parent / "evaluation" / run.name if is_checkpoint else run / "evaluation"
     options = RunOptions(cache, split, out or default, loop=loop)
     with processes(device) as process:
-        run_evaluation(run, options, process, batch=batch, frame=frame)
+        run_evaluation(run, options, process, batch=batch, frame=frame, allow_upsampling=allow_upsampling)
 
 
 @main.command(

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import EGO_FRAME, LARGEST_RESIZE, STUDENT_SIZE
-from occfeat_targets.common.suggest import did_you_mean
-from occfeat_train.conversion import build, parse_value, require_one_of
+from occfeat_train.conversion import assign, build, require_one_of
+from occfeat_train.label_rule import LabelScenesConfig
 from occfeat_train.optim_config import OptimConfig as OptimConfig
 
 # Pretext tasks: classes of tasks/ that read no labels. Every kind of label is a task, too: its segmentation.
@@ -177,7 +177,7 @@ class LossConfig:
 class Config:
     """One run.
 
-    task: a pretext task (PRETEXTS), or the kind of labels that are segmented. labels: percentage of the training scenes whose labels finetuning uses. frame: reference frame of the grid: ``cameras``
+    task: a pretext task (PRETEXTS), or the kind of labels that are segmented. labels: percentage of the training scenes whose labels finetuning uses. label_scenes: which scenes these are. frame: reference frame of the grid: ``cameras``
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
@@ -190,6 +190,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     labels: float = 100
+    label_scenes: LabelScenesConfig = field(default_factory=LabelScenesConfig)
     frame: str = "auto"
     allow_upsampling: bool = False
     teacher: str = "any"
@@ -215,6 +216,11 @@ class Config:
         return self.task in PRETEXTS
 
     @property
+    def uses_label_share(self) -> bool:
+        """Whether the task reads the labels of a part of the scenes only."""
+        return not self.is_pretext and self.labels < 100
+
+    @property
     def task_class(self) -> Any:
         """The class of the task, a subclass of tasks.base.Task. Imports torch."""
         return pkgutil.resolve_name(PRETEXTS.get(self.task) or SEGMENTATIONS[self.loss.heads])
@@ -224,27 +230,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Config:
-        """Raises ValueError on an unknown field."""
-        return build(cls, data, "")
+        """Raises ValueError on an unknown field. A config of an earlier release, without label_scenes, has the rule of that time."""
+        return build(cls, {"label_scenes": {"rule": "first-of-block", "order": "split"}, **data}, "")
 
     def override(self, assignments: Iterable[str]) -> Config:
         """Change fields with ``key=value`` strings, such as ``optim.lr=1e-4``. Raises ValueError that names the invalid one."""
         data = self.to_dict()
         for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals:
-                raise ValueError(f"--set {assignment}: key=value expected, such as --set optim.lr=1e-4")
-            *groups, name = key.strip().split(".")
-            target: Any = data
-            for group in groups:
-                target = target.get(group) if isinstance(target, dict) else None
-            if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
-                names = list(self.flat())
-                near = [other for other in names if other.split(".")[:-1] == groups] if groups else names
-                close = did_you_mean(name, near, key=lambda other: other.rpartition(".")[2])
-                remedy = close or f"; there are {', '.join(names)}"
-                raise ValueError(f"--set {assignment}: no such field{remedy}")
-            target[name] = parse_value(text.strip())
+            assign(data, assignment, list(self.flat()))
         return Config.from_dict(data)
 
     def flat(self) -> dict[str, Any]:

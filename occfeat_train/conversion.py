@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from occfeat_targets.common.suggest import did_you_mean
 
 
 def build(cls: Any, data: Any, where: str) -> Any:
@@ -51,6 +54,23 @@ def require_one_of(value: Any, *names: str) -> None:
         given = getattr(value, name)
         if not any(type(given) is type(each) and given == each for each in allowed):  # 1 is not True
             raise ValueError(f"{name}={given!r}: one of {', '.join(map(str, allowed))} expected")
+
+
+def assign(data: dict[str, Any], assignment: str, names: Sequence[str]) -> None:
+    """Change nested dictionaries by ``key=value`` with a dotted key. names: of all fields. Raises ValueError if it is none of them."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set {assignment}: key=value expected, such as --set optim.lr=1e-4")
+    *groups, name = key.strip().split(".")
+    target: Any = data
+    for group in groups:
+        target = target.get(group) if isinstance(target, dict) else None
+    if not isinstance(target, dict) or name not in target or isinstance(target[name], dict):
+        near = [other for other in names if other.split(".")[:-1] == groups] if groups else names
+        close = did_you_mean(name, near, key=lambda other: other.rpartition(".")[2])
+        remedy = close or f"; there are {', '.join(names)}"
+        raise ValueError(f"--set {assignment}: no such field{remedy}")
+    target[name] = parse_value(text.strip())
 
 
 def parse_value(text: str) -> Any:

@@ -72,6 +72,9 @@ def initial_option(help: str) -> Callable[..., Any]:
 
 set_option = functools.partial(click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE")
 DEVICE_OPTION = click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
+UPSAMPLING_OPTION = click.option(
+    "--allow-upsampling", is_flag=True, help="Let a cache's images be enlarged if they are smaller than the network's. Otherwise that is an error."
+)  # fmt: skip
 PROGRESS_OPTION = click.option(
     "--progress/--no-progress", default=True, help="Progress bars; a line a minute if stderr is no terminal."
 )
@@ -98,6 +101,7 @@ training_options = options(
     click.option("--epochs", type=float, metavar="N", help="Number of epochs.  [default: the preset's]"),
     click.option("--batch", type=COUNT, metavar="N", help="Samples per forward pass, over all ranks.  [default: the preset's]"),
     click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed of the initial weights, the sample order and the augmentation.  [default: the preset's, 0]"),
+    UPSAMPLING_OPTION,
     click.option("--compile/--no-compile", default=None, help="Compile image encoder and decoder with torch.compile.  [default: in runs of at least 20,000 steps on a GPU]"),
     click.option("--validate", metavar="SPLIT", help="Evaluate this split at every checkpoint, and keep the best.  [default: none]"),
     click.option("--save-every", type=click.IntRange(0), metavar="N", default=0, show_default=False, help="Steps between checkpoints.  [default: an epoch]"),

@@ -66,10 +66,15 @@ def _presets() -> dict[str, Config]:
         for task in FINETUNED:
             for labels in LABELS:
                 presets[f"table1/{name}/{task}-{labels:g}"] = finetuning(task, labels, _NETWORKS[name])
-    large = _NETWORKS["simplebev-enb0-448x800"]
-    presets["table2/simplebev-enb0-448x800/occfeat"] = Config(network=large)
-    for labels in LABELS:
-        presets[f"table2/simplebev-enb0-448x800/vehicles-{labels:g}"] = finetuning("vehicles", labels, large)
+    for pixels in ("224x400", "448x800"):
+        network = _NETWORKS["simplebev-enb0" if pixels == "224x400" else "simplebev-enb0-448x800"]
+        presets[f"table2/simplebev-enb0-{pixels}/occfeat"] = row = Config(network=network)
+        if pixels == "224x400":  # finetuned with both sizes
+            presets[f"table2/simplebev-enb0-{pixels}/occfeat-100ep"] = replace(
+                row, optim=replace(row.optim, epochs=100.0)
+            )
+        for labels in LABELS:
+            presets[f"table2/simplebev-enb0-{pixels}/vehicles-{labels:g}"] = finetuning("vehicles", labels, network)
     presets["table3/simplebev/occ-only"] = Config(loss=OCC_ONLY)
     presets["table3/simplebev/feat-only"] = Config(loss=FEAT_ONLY)
     presets["table3/simplebev/occfeat"] = Config()

@@ -35,6 +35,9 @@ FIELDS = {
     "batch": "optim.batch",
     "seed": "seed",
     "compile": "compile",
+    "label_rule": "label_scenes.rule",
+    "scene_order": "label_scenes.order",
+    "label_seed": "label_scenes.seed",
 }
 
 
@@ -70,7 +73,8 @@ def train(config: Config, name: str, given: dict[str, Any], *, preset: str, arms
 
     Exits with STOPPED or INTERRUPTED if the training has not finished.
     """
-    changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given[option] is not None]
+    changed = [f"{FIELDS[option]}={json.dumps(given[option])}" for option in FIELDS if given.get(option) is not None]
+    changed += ["allow_upsampling=true"] * given["allow_upsampling"]
     config = config.override([*changed, *given["overrides"]])
     out = given["out"] or local_path("runs") / run_name(name, given, arms=arms)
     again = f"run the same command again{' without --overwrite' * given['overwrite']} to continue {out}"
@@ -196,6 +200,21 @@ def pretrain(
     train(chosen, name, given, preset=row)
 
 
+def choice_of_scenes(config: Config, given: dict[str, Any]) -> str:
+    """The part of a finetuning's default name that says which scenes it uses. Raises UsageError on options that exclude each other."""
+    chosen = {name: given[name] for name in ("label_rule", "scene_order", "label_seed") if given[name] is not None}
+    if given["scenes"] is not None:
+        if chosen:
+            raise click.UsageError(
+                f"--scenes is the list of scenes: leave --{next(iter(chosen)).replace('_', '-')} out"
+            )
+        return f"-{given['scenes'].stem}"
+    if "label_seed" in chosen and chosen.get("label_rule", config.label_scenes.rule) != "random":
+        raise click.UsageError("--label-seed is for --label-rule random: add that option, or leave --label-seed out")
+    words = {"label_rule": "", "scene_order": "order-", "label_seed": "scenes-"}
+    return "".join(f"-{words[name]}{value}" for name, value in chosen.items())
+
+
 @click.command(
     short_help="Finetune for segmentation with a fraction of the labels.",
     epilog=examples(
@@ -221,6 +240,22 @@ def pretrain(
     help="File with the names of the scenes whose labels are used, one per line; replaces --labels.  [default: none]",
 )
 @click.option(
+    "--label-rule",
+    type=click.Choice(["last-of-block", "first-of-block", "random"]),
+    help="Scenes that --labels keeps: at 1 % the last of every 100, as in SLidR and ALSO, or the first; or random ones.  [default: the preset's, last-of-block]",
+)
+@click.option(
+    "--scene-order",
+    type=click.Choice(["table", "split"]),
+    help="Order in which scenes are counted: that of the data set's own table, as in SLidR and ALSO, or of the list of the split.  [default: the preset's, table]",
+)
+@click.option(
+    "--label-seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Seed of --label-rule random; --seed does not change the scenes.  [default: the preset's, 0]",
+)
+@click.option(
     "--preset",
     "asked",
     metavar="NAME",
@@ -243,6 +278,5 @@ def finetune(task: str | None, labels: float | None, asked: str | None, **given:
         name, chosen = asked, preset(asked)
     if chosen.is_pretext:
         raise click.UsageError(f"--preset {name} is a pretraining preset: use occfeat-train pretrain --preset {name}")
-    if given["scenes"] is not None:
-        name += f"-{given['scenes'].stem}"
+    name += choice_of_scenes(chosen, given)
     train(inherit(chosen, given["initial"], network=asked is None), name, given, preset=asked or "", arms=True)

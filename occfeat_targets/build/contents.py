@@ -50,6 +50,7 @@ class Contents:
         simulated = [SYNTHETIC_DATA] if self.split.is_synthetic else []
         if teacher is not None and teacher.is_random:
             simulated.append(RANDOM_TEACHER)
+        there = {keyframe.scene for keyframe in self.split.keyframes}
         names = ("numpy", "zarr", "simplejpeg", "torch", "transformers")
         return {
             "simulated": simulated,
@@ -58,6 +59,7 @@ class Contents:
             "dataroot": str(options.dataroot.absolute()),
             "missing_scenes": list(self.split.missing_scenes),
             "left_out_scenes": list(self.split.left_out_scenes),
+            "table_order": [name for name in self.split.table_order if name in there],
             "missing_labels": self.missing_labels,
             "maps_sha256": {location: digest(file) for location, file in self.map_files.items()},
             **describe_origin(names, _gpus(teacher)),

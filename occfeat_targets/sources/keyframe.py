@@ -91,7 +91,7 @@ class Split:
 
     left_out_scenes: scenes in this data set that were not chosen. locations: map names. has_annotations: false for the
     test set. is_synthetic: made by 'occfeat-targets synth'. tables: files, besides maps, that all this was read from. If one changes,
-    a build reads them again.
+    a build reads them again. table_order: the split's scenes in the order of the data set's own table; empty if it has none.
     """
 
     name: str
@@ -104,3 +104,4 @@ class Split:
     is_synthetic: bool
     left_out_scenes: tuple[str, ...] = ()
     tables: tuple[Path, ...] = ()
+    table_order: tuple[str, ...] = ()

@@ -155,6 +155,7 @@ def read_split(
         has_annotations=has_annotations,
         is_synthetic=any(log.get("vehicle") == SYNTHETIC_VEHICLE for log in logs.values()),
         tables=tables.files if split in official else (*tables.files, file),
+        table_order=tuple(name for name in scenes if name in logs),
     )
 
 

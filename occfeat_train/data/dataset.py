@@ -116,22 +116,26 @@ class KeyframeDataset:
         return tuple(self.reader.cache.spec.frames[index] for index in self._frames)
 
     @property
+    def largest_images(self) -> tuple[int, int]:
+        """Largest (height, width) [px] to which images are resized."""
+        return self._augment.largest(self.config.network.image_size)
+
+    @property
     def enlarges(self) -> bool:
         """Whether images are resized to more pixels than the cached images have, on either axis."""
-        largest = self._augment.largest(self.config.network.image_size)
-        return any(n > given for n, given in zip(largest, self.reader.cache.spec.image_size, strict=True))
+        return any(n > given for n, given in zip(self.largest_images, self.reader.cache.spec.image_size, strict=True))
 
     def _require_large_images(self) -> None:
         if self.config.allow_upsampling or not self.enlarges:
             return
         network, cached = self.config.network.image_size, self.reader.cache.spec.image_size
-        largest = self._augment.largest(network)
+        largest = self.largest_images
         needed = replace(self.config, augment=self._augment).smallest_cache(like=cached)
-        allowed = ", or allow it with --set allow_upsampling=true" if self.training else ""
+        allowed = "allow it with" if self.training else "evaluate with"
         raise CacheError(
             f"{self.reader.cache.path} has images of {cached[0]}x{cached[1]}, network.image_size={network[0]}x{network[1]} "
             f"needs up to {largest[0]}x{largest[1]}, and enlarged images are not as sharp as real ones: build it "
-            f"with --image-size {needed[0]}x{needed[1]}{allowed}"
+            f"with --image-size {needed[0]}x{needed[1]}, or {allowed} --allow-upsampling"
         )
 
     def _task_arrays(self) -> list[str]:

@@ -1,21 +1,44 @@
-"""The scenes whose labels finetuning uses: a share of the split, or a list."""
+"""The scenes whose labels finetuning uses: a share of the split by the config's rule, or a list."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.common.plural import count
+from occfeat_train.config import Config
 
 
-def label_scenes(scenes: Sequence[str], percent: float) -> list[str]:
-    """Every (100 / percent)-th scene of the split, in its order, at least one (paper 4.1 leaves the choice open).
+def table_order(cache: Cache) -> list[str]:
+    """Scenes of the cache in the order of the data set's own table; empty if the cache does not say it."""
+    return list(cache.provenance.get("table_order", []))
 
-    scenes: scene name of each valid keyframe, in the split's order, so that every chosen scene has valid keyframes.
+
+def resolve_order(cache: Cache, config: Config) -> tuple[Config, list[str]]:
+    """The config with the order in which the scenes of this cache can be counted, and a note if it is not the one asked for."""
+    chosen = config.label_scenes
+    if not (config.uses_label_share and chosen.needs_order and chosen.order == "table") or table_order(cache):
+        return config, []
+    note = (
+        f"{cache.path} does not say in which order the data set's own table has its scenes (an earlier release built it, or the data "
+        "set has no such table): they are counted in the split's order, as with --scene-order split"
+    )
+    return replace(config, label_scenes=replace(chosen, order="split")), [note]
+
+
+def label_scenes(cache: Cache, usable: Collection[str], config: Config) -> list[str]:
+    """The scenes of the cache that are a share of config.labels percent, in the split's order, at least one.
+
+    usable: those with valid keyframes. The config's order of scenes is resolved. Raises ValueError without usable scenes.
     """
-    names = list(dict.fromkeys(scenes))
-    count = max(round(len(names) * percent / 100), 1)
-    return [names[i * len(names) // count] for i in range(count)]
+    if not usable:
+        raise ValueError(f"{cache.path}: no valid keyframe among the {len(cache)}: build it again with --retry-skipped")
+    split = list(dict.fromkeys(cache.identity.scenes))
+    ordered = table_order(cache) if config.label_scenes.order == "table" else []
+    chosen = set(config.label_scenes.choose(ordered or split, usable, config.labels))
+    return [name for name in split if name in chosen]
 
 
 def read_scenes(file: Path, available: Sequence[str]) -> list[str]:

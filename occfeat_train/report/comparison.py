@@ -15,6 +15,7 @@ from typing import Any
 
 from occfeat_targets.common.plural import count
 from occfeat_train.config import PRETEXTS
+from occfeat_train.label_rule import LABEL_CHOICE
 from occfeat_train.report.runs import Run
 from occfeat_train.tasks.metrics import as_text
 from occfeat_train.training.checkpoint import RunInfo
@@ -123,7 +124,7 @@ def _key(info: RunInfo, **changes: Any) -> str:
 
 
 def _identity(info: RunInfo) -> dict[str, Any]:
-    config = {name: value for name, value in info.config.flat().items() if name not in COMPUTING}
+    config = {name: value for name, value in info.config.flat().items() if name not in {*COMPUTING, *LABEL_CHOICE}}
     return {
         "config": config,
         "cache": info.cache,

@@ -14,6 +14,9 @@ from occfeat_train.data.frames import why_left_out
 from occfeat_train.training.checkpoint import Checkpoint
 from occfeat_train.training.saving import CheckpointError
 
+# Fields of a cache that say which arrays it has, not what the others hold.
+CONTENTS = {"format_version", "labels", "teacher", "max_points", "rays"}
+
 
 def require_fit(dataset: KeyframeDataset, grid: VoxelGrid, feature_dim: int, of: str) -> None:
     """Raises CheckpointError unless the data set has the grid and, if it reads features, the number of channels of `of`."""
@@ -64,7 +67,27 @@ def changes_of_meaning(dataset: KeyframeDataset, start: Checkpoint) -> list[str]
     same = all(ours.get(name) == value for name, value in theirs.items() if name not in ("name", "dtype"))
     if "features" in dataset.arrays and not same:
         lines.append(f"another teacher: the cache's features are {ours}, the head of {start.path} predicts {theirs}")
-    return lines
+    return lines + other_cache(dataset, start)
+
+
+def other_cache(dataset: KeyframeDataset, start: Checkpoint) -> list[str]:
+    """A line that says in what the cache differs from that of the checkpoint's training, if it is another one.
+
+    A network may be pretrained on one cache and finetuned on another, for example with larger images. Which labels, returns and
+    features there are is left out: `changes_of_meaning` compares the teachers where features are read.
+    """
+    cache, there = dataset.reader.cache, start.info.targets
+    here = {"grid": cache.spec.grid.to_dict(), **cache.spec.to_dict()}
+    changed = [
+        f"{name}={here[name]} here, {there[name]} there"
+        for name in here
+        if name in there and name not in CONTENTS and here[name] != there[name]
+    ]
+    return (
+        [f"{cache.path} differs from the cache that {start.path} was trained on: {'; '.join(changed)}"]
+        if changed
+        else []
+    )
 
 
 def left_out(dataset: KeyframeDataset) -> list[str]:
@@ -91,7 +114,8 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
         lines.append(f"{reader.cache.path.name}: {BOXES_NOTE}")
     if dataset.enlarges:
         size = "x".join(map(str, reader.cache.spec.image_size))
-        lines.append(f"the cache's images of {size} are enlarged (allow_upsampling)")
+        largest = "x".join(map(str, dataset.largest_images))
+        lines.append(f"the cache's images of {size} are enlarged to up to {largest} (--allow-upsampling)")
     return lines
 
 

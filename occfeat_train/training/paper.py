@@ -12,16 +12,21 @@ from typing import Any
 
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_train.config import Config
+from occfeat_train.label_rule import LABEL_CHOICE, LabelScenesConfig
 from occfeat_train.networks.encoder_weights import DEFAULT_WEIGHTS
 from occfeat_train.presets import PRESETS
 from occfeat_train.training.checkpoint import RunInfo
 
 TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
-DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": "evenly spread", "simulated": "nothing", "caches": 1}  # fmt: skip
+DATA = {
+    "version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": LabelScenesConfig().describe(),
+    "simulated": "nothing", "caches": 1,
+}  # fmt: skip
 EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_019}
 # Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache, and
 # the teacher is compared as the cache's.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher"}
+LISTED = "from a list"  # label scenes of --scenes
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
 STORAGE = {
     "format_version",
@@ -72,7 +77,8 @@ def differences(info: RunInfo) -> list[Difference]:
     found = _config_differences(config, PRESETS[nearest_row(info)])
     for targets in (info.targets, *info.more_targets):
         found += [each for each in _of_targets(info, targets) if each not in found]
-    found += _compare({f"data.{name}": value for name, value in info.data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
+    data = {**info.data, "label scenes": _label_scenes(info)}
+    found += _compare({f"data.{name}": value for name, value in data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
     for targets in (info.targets, *info.more_targets):
         found += [each for each in _upsampling(config, targets) if each not in found]
     if info.parent is not None:
@@ -126,10 +132,18 @@ def describe_mixture(data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**there, "keyframes": sum(d["keyframes"] for d in data), "caches": len(data)}
 
 
+def _label_scenes(info: RunInfo) -> str:
+    """How the label scenes were chosen; as in the paper's group if all scenes are used, or no labels."""
+    if info.data.get("label scenes") == LISTED:
+        return LISTED
+    return info.config.label_scenes.describe() if info.config.uses_label_share else str(DATA["label scenes"])
+
+
 def _config_differences(config: Config, row: Config) -> list[Difference]:
     row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper uses Simple-BEV's frames
     here, paper = (
-        {name: value for name, value in each.flat().items() if name not in COMPUTING} for each in (config, row)
+        {name: value for name, value in each.flat().items() if name not in {*COMPUTING, *LABEL_CHOICE}}
+        for each in (config, row)
     )
     for each in (here, paper):
         if each["network.weights"] == DEFAULT_WEIGHTS[each["network.backbone"]]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from occfeat_targets.cache.records import delete_folder, is_partial, write_file
 from occfeat_targets.common.plural import count
 from occfeat_train.distributed import Process, prepare_together
+from occfeat_train.label_rule import LABEL_CHOICE
 from occfeat_train.training.checkpoint import INFO, Checkpoint, RunInfo, checkpoint_folders, find_checkpoint
 from occfeat_train.training.run_lock import LOCK
 from occfeat_train.training.saving import CheckpointError, first_line, saving
@@ -52,7 +53,7 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
 
 def _differences(found: RunInfo, info: RunInfo) -> list[str]:
     """One line for each thing in which the run that was found differs from this one."""
-    differences = found.config.differences(info.config)
+    differences = [d for d in found.config.differences(info.config) if d.partition(":")[0] not in LABEL_CHOICE]
     if found.cache != info.cache:
         differences.append(f"cache fingerprint: {found.cache} != {info.cache}")
     if found.grid != info.grid:
@@ -62,7 +63,8 @@ def _differences(found: RunInfo, info: RunInfo) -> list[str]:
     elif found.keyframes != info.keyframes:
         differences.append("keyframes: the cache holds others, or has skipped others")
     if found.scenes != info.scenes:
-        differences.append(f"list of label scenes: {found.scenes} != {info.scenes}")
+        rules = (f"{i.scenes} ({i.config.label_scenes.describe()})" for i in (found, info))
+        differences.append(f"list of label scenes: {' != '.join(rules)}")
     is_known = bool(found.initial_digest and info.initial_digest)  # the run with these weights may have been moved
     if found.initial_digest != info.initial_digest if is_known else found.initial != info.initial:
         there, here = (f"{i.initial} {i.initial_digest[:12]}".rstrip() for i in (found, info))

@@ -18,7 +18,7 @@ from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
-from occfeat_train.data.label_scenes import label_scenes, read_scenes
+from occfeat_train.data.label_scenes import label_scenes, read_scenes, resolve_order
 from occfeat_train.data.mixture import MixedDataset, Samples, parts_of, resolve_common_frame
 from occfeat_train.distributed import Process, gpu_names, prepare_together
 from occfeat_train.tasks.base import Task
@@ -35,7 +35,7 @@ from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, find_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.memory import explains_memory, training_remedy
-from occfeat_train.training.paper import DATA, describe_data, describe_mixture
+from occfeat_train.training.paper import DATA, LISTED, describe_data, describe_mixture
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
@@ -126,10 +126,13 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
     config = resolve_common_frame(readers, config)
     usable = [scene for scene, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid]
     usable = list(dict.fromkeys(usable))
-    scenes = None
-    if not config.is_pretext:
-        given = options.scenes_file
-        scenes = read_scenes(given, usable) if given else label_scenes(usable, config.labels)
+    scenes, listed = None, options.scenes_file
+    if not config.is_pretext and listed is not None:
+        scenes = read_scenes(listed, usable)
+    elif not config.is_pretext:
+        config, notes = resolve_order(cache, config)
+        process.print(*notes)
+        scenes = label_scenes(cache, usable, config)
     dataset: Samples = (
         MixedDataset(readers, config) if others else KeyframeDataset(reader, config, training=True, scenes=scenes)
     )
@@ -164,7 +167,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         targets=spec.to_dict(),
         data={
             **describe_mixture([describe_data(r.cache.provenance, int(r.is_valid.sum())) for r in readers]),
-            "label scenes": "from a list" if options.scenes_file else DATA["label scenes"],
+            "label scenes": LISTED if listed else config.label_scenes.describe(),
             "simulated": " and ".join(simulated) or DATA["simulated"],
         },
         more_targets=tuple(each.cache.spec.to_dict() for each in others),
@@ -179,7 +182,8 @@ def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: P
     everything = dict.fromkeys(parts_of(ready.dataset)[0].reader.cache.identity.scenes)
     without = [scene for scene in everything if scene not in ready.usable]
     note = f"; {count(len(without), 'more scene')} without a valid keyframe: {', '.join(without)}" if without else ""
-    process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes, listed in {out / 'scenes.txt'}{note}")
+    how = "" if len(scenes) == len(ready.usable) else f" ({ready.info.data['label scenes']})"
+    process.print(f"labels: {len(scenes)} of {len(ready.usable)} scenes{how}, listed in {out / 'scenes.txt'}{note}")
     if process.is_main:
         lines = [*scenes, *(f"# no valid keyframe: {name}" for name in without)]
         with saving(out / "scenes.txt"):
@@ -217,10 +221,18 @@ def summary(
 
 
 def run_evaluation(
-    path: Path, options: RunOptions, process: Process, *, batch: int, frame: str | None = None
+    path: Path,
+    options: RunOptions,
+    process: Process,
+    *,
+    batch: int,
+    frame: str | None = None,
+    allow_upsampling: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint on a whole split. Writes the results to options.out/SPLIT.json and returns them."""
-    checkpoint, dataset, task = prepare_together(lambda: prepare_evaluation(path, options, frame))
+    checkpoint, dataset, task = prepare_together(
+        lambda: prepare_evaluation(path, options, frame, allow_upsampling=allow_upsampling)
+    )
     info, reader, loop = checkpoint.info, dataset.reader, options.loop
     warnings = list(dict.fromkeys([*reader.cache.warnings, *info.warnings()]))
     process.print(*changes_of_meaning(dataset, checkpoint), *warnings, *notes_on_data(dataset))
@@ -250,11 +262,17 @@ def run_evaluation(
     return results
 
 
-def prepare_evaluation(path: Path, options: RunOptions, frame: str | None) -> tuple[Checkpoint, KeyframeDataset, Task]:
-    """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError."""
+def prepare_evaluation(
+    path: Path, options: RunOptions, frame: str | None, *, allow_upsampling: bool = False
+) -> tuple[Checkpoint, KeyframeDataset, Task]:
+    """A run's newest checkpoint, the split in the run's frame or in `frame`, and the task. Raises ValueError.
+
+    allow_upsampling: also if the run itself did not allow it.
+    """
     checkpoint = find_checkpoint(path)
     info = checkpoint.info
-    config = info.config if frame is None else replace(info.config, frame=frame)
+    allowed = info.config.allow_upsampling or allow_upsampling
+    config = replace(info.config, frame=frame or info.config.frame, allow_upsampling=allowed)
     dataset = KeyframeDataset(open_reader(options.cache, options.split), config, training=False)
     require_fit(dataset, info.grid, info.feature_dim, str(checkpoint.path))
     return checkpoint, dataset, restore(checkpoint, config)

@@ -69,8 +69,8 @@ class City:
         return {"train": self.train, "tune": self.tune, "held_out": self.test}
 
     def samples(self, labels: float = 100) -> int:
-        """Training keyframes with a share of the labels [%]."""
-        return max(round(self.train * labels / 100), 1) * self.keyframes
+        """Training keyframes with a share of the labels [%]: the last scene of each complete block, at least one."""
+        return max(int(self.train * labels / 100), 1) * self.keyframes
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,16 @@ def test_keyframes_are_sorted_by_the_splits_scenes_and_then_by_time(city):
     assert split.is_synthetic
 
 
+def test_the_order_of_the_scenes_table_is_kept_beside_the_splits(changed, city):
+    root = changed("scene", lambda records: records.reverse())
+    table = [record["name"] for record in json.loads((root / "v1.0-mini" / "scene.json").read_text())]
+    split, usual = split_of(root), split_of(city)
+    assert [k.token for k in split.keyframes] == [k.token for k in usual.keyframes]
+    there = {keyframe.scene for keyframe in split.keyframes}
+    assert list(split.table_order) == [name for name in table if name in there] == list(usual.table_order)[::-1]
+    assert len(there) == 2
+
+
 def test_a_scenes_first_keyframe_has_only_its_own_sweep(city):
     counts = [len(k.sweeps) for k in split_of(city, num_sweeps=4).keyframes]
     assert counts[0] == 1

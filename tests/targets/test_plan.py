@@ -55,6 +55,21 @@ def forbid_tables(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nuscenes, "read_map", refuse)
 
 
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_cache_keeps_the_order_of_its_scenes_in_the_data_sets_table(broken_city, tmp_path, left_out):
+    """The keyframes are in the split's order. The finetuning's rules count scenes in the table's."""
+    scenes = table(broken_city, "scene")
+    write_table(broken_city, "scene", scenes[::-1])
+    train = ["scene-0061", "scene-0553"]
+    more = ["--scenes", train[0]] if left_out else []
+    run(*build_arguments(broken_city, tmp_path / "cache", "none", "--plan-only", *more))
+    cache = open_cache(tmp_path / "cache" / "mini_train.zarr")
+    there = set(cache.identity.scenes)
+    expected = [record["name"] for record in scenes[::-1] if record["name"] in there]
+    assert cache.provenance["table_order"] == expected and len(expected) == 2 - left_out
+    assert list(dict.fromkeys(cache.identity.scenes)) == sorted(expected)
+
+
 def plan_file(cache: Path, name: str = "plan.json") -> Path:
     return cache / "mini_train.zarr" / "progress" / name
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,12 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, compat: str | None = None, instances: bool = False, shards: int | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, compat: str | None = None, instances: bool = False, shards: int | None = None, provenance: Mapping[str, Any] | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
     points: LiDAR returns of each keyframe. dim: N_y; 0: no features. image_size: 32x48 resized by up to 1.2 fits. shards: number of shards to write (None: all).
+    provenance: what the cache says of its origin, besides that it is made up.
     change: modifies the arrays {name: (N, ...)} of all keyframes before they are written.
     """
     features = TeacherSpec(teacher, f"digest of {Path(teacher).name}", (28, 42), 14, dim) if dim else None
@@ -105,7 +106,11 @@ def write_cache(
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))
     cache = create_cache(
-        folder / f"{split}.zarr", spec, identity, keyframes_per_shard=2, provenance={"simulated": ["all of it"]}
+        folder / f"{split}.zarr",
+        spec,
+        identity,
+        keyframes_per_shard=2,
+        provenance={"simulated": ["all of it"], **(provenance or {})},
     )
     arrays = random_keyframes(spec, range(n), seed)
     if change is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.config import NO_AUGMENTATION, Config
+from occfeat_train.label_rule import LABEL_CHOICE
 from occfeat_train.presets import PRESETS, preset
 from occfeat_train.training.checkpoint import RunInfo
 from occfeat_train.training.paper import DATA, TARGETS, differences, evaluation_differences, nearest_row
@@ -50,7 +51,7 @@ OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
     "task": None, "loss.occ_on": "observed", "loss.heads": "simple-bev", "optim.accumulate": "sum", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
     "network.efficientnet": "torch",
-    "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "precision": "float32",
+    "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "label_scenes.rule": "random", "label_scenes.order": "split", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],
 }  # fmt: skip
 
@@ -64,7 +65,30 @@ def test_a_difference_in_any_field_of_the_config_is_reported(field):
     config = base.override([f"{field}={json.dumps(other)}"])
     targets = {**TARGETS.to_dict(), "rays": True}  # which some fields need
     computing = ("network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher")
-    assert list(found_in(about_of(config, targets=targets))) == ([] if field in computing else [field])
+    is_left_out = field in computing or field in LABEL_CHOICE  # compared as one value, see below
+    assert list(found_in(about_of(config, targets=targets))) == ([] if is_left_out else [field])
+
+
+def test_another_choice_of_label_scenes_is_a_difference_where_a_share_is_used():
+    one = preset("table1/simplebev-enb0/vehicles-1")
+    usual = "last of each block, table order"
+    for change, here in (
+        ("rule=first-of-block", "first of each block, table order"),
+        ("order=split", "last of each block, split order"),
+        ("rule=random", "random, seed 0"),
+    ):
+        assert found_in(about_of(one.override([f"label_scenes.{change}"]))) == {"data.label scenes": (here, usual)}
+        for other in ("table1/simplebev-enb0/vehicles-100", "table1/simplebev-enb0/occfeat"):
+            assert found_in(about_of(preset(other).override([f"label_scenes.{change}"]))) == {}
+    listed = {**DATA, "label scenes": "from a list"}
+    assert found_in(about_of(one, data=listed)) == {"data.label scenes": ("from a list", usual)}
+
+
+def test_a_run_of_an_earlier_release_used_the_first_of_each_block():
+    saved = about_of(preset("table1/simplebev-enb0/map-10"), data={**DATA, "label scenes": "evenly spread"}).to_dict()
+    del saved["config"]["label_scenes"]
+    found = found_in(RunInfo.from_dict(saved))
+    assert found == {"data.label scenes": ("first of each block, split order", "last of each block, table order")}
 
 
 def test_differences_are_reported_with_both_values():

@@ -33,8 +33,8 @@ def test_pretraining_has_the_values_of_section_4_1(name):
 
 
 def test_the_dagger_changes_only_the_epochs_to_100():
-    for network in ("simplebev-enb0", "simplebev-rn50"):
-        dagger, plain = (preset(f"table1/{network}/{name}") for name in ("occfeat-100ep", "occfeat"))
+    for row in ("table1/simplebev-enb0", "table1/simplebev-rn50", "table2/simplebev-enb0-224x400"):
+        dagger, plain = (preset(f"{row}/{name}") for name in ("occfeat-100ep", "occfeat"))
         assert dagger.differences(plain) == ["optim.epochs: 100.0 != 50"]
 
 
@@ -44,7 +44,13 @@ def test_the_dagger_changes_only_the_epochs_to_100():
 )
 @pytest.mark.parametrize(
     "row",
-    ["table1/simplebev-enb0", "table1/simplebev-rn50", "table1/bevformer-enb0", "table2/simplebev-enb0-448x800"],
+    [
+        "table1/simplebev-enb0",
+        "table1/simplebev-rn50",
+        "table1/bevformer-enb0",
+        "table2/simplebev-enb0-224x400",
+        "table2/simplebev-enb0-448x800",
+    ],
 )
 def test_finetuning_has_the_values_of_section_4_1(row, labels, epochs, lr, batch, accumulation):
     for task in ("vehicles", "map") if row.startswith("table1") else ("vehicles",):

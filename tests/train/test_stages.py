@@ -64,11 +64,12 @@ def test_a_finetuning_starts_from_the_given_weights_and_is_evaluated(cache, pret
     assert results["samples"] == 5
 
 
-@pytest.mark.parametrize(("labels", "scenes"), [("1", "a"), ("10", "a"), ("60", "ab"), ("100", "abc")])
+@pytest.mark.parametrize(("labels", "scenes"), [("1", "c"), ("10", "c"), ("67", "bc"), ("100", "abc")])
 def test_labels_choose_scenes_and_the_run_lists_them(cache, tmp_path, labels, scenes):
     output = succeed(*finetune(cache, tmp_path / "run", "--labels", labels, "--epochs", "0.1"))
     assert (tmp_path / "run" / "scenes.txt").read_text() == "".join(f"{name}\n" for name in scenes)
-    assert f"labels: {len(scenes)} of 3 scenes" in output
+    how = "" if labels == "100" else " (last of each block, split order)"
+    assert f"labels: {len(scenes)} of 3 scenes{how}, listed" in output
     config = config_of(tmp_path / "run")
     assert config["labels"] == float(labels)
     assert (config["optim"]["optimizer"], config["optim"]["schedule"]) == ("adamw", "onecycle")
@@ -83,18 +84,19 @@ def test_scenes_can_be_read_from_a_file(cache, tmp_path):
 
 def test_label_scenes_are_chosen_from_scenes_with_valid_keyframes(tmp_path):
     def skip(arrays):
-        arrays["is_valid"][:3] = False  # all of scene a
+        arrays["is_valid"][5:] = False  # all of scene c
 
     write_cache(tmp_path, "train", change=skip)
     output = succeed(*finetune(tmp_path, tmp_path / "run", "--labels", "1", "--epochs", "0.5"))
     listed = tmp_path / "run" / "scenes.txt"
-    assert listed.read_text() == "b\n# no valid keyframe: a\n"
-    assert f"labels: 1 of 2 scenes, listed in {listed}; 1 more scene without a valid keyframe: a" in output
+    assert listed.read_text() == "b\n# no valid keyframe: c\n"
+    assert f"labels: 1 of 2 scenes (last of each block, split order), listed in {listed}; 1 more scene" in output
+    assert "1 more scene without a valid keyframe: c" in output
     again = succeed(*finetune(tmp_path, tmp_path / "again", "--scenes", listed, "--epochs", "0.5"))
-    assert "labels: 1 of 2 scenes" in again
-    (tmp_path / "mine").write_text("a\nb\n")
+    assert "labels: 1 of 2 scenes (from a list)" in again
+    (tmp_path / "mine").write_text("c\nb\n")
     message = refuse(*finetune(tmp_path, tmp_path / "no", "--scenes", tmp_path / "mine"))
-    assert "1 of them not among the 2 of this split that have valid keyframes (a)" in message
+    assert "1 of them not among the 2 of this split that have valid keyframes (c)" in message
 
 
 def test_the_default_splits_are_train_for_training_and_val_for_evaluation(cache, pretrained, tmp_path):
@@ -199,14 +201,14 @@ def test_images_are_enlarged_only_if_allowed_and_this_is_reported(cache, tmp_pat
     large = ["--set", "network.image_size=48x64"]
     message = refuse(*pretrain(cache, out, *large, *steps(1)), out=out)
     assert "has images of 40x60, network.image_size=48x64 needs up to 57x76, and enlarged" in message
-    assert "build it with --image-size 57x86, or allow it with --set allow_upsampling=true" in message
+    assert "build it with --image-size 57x86, or allow it with --allow-upsampling" in message
     resized = ["--set", "augment.resize=[1, 1.5]"]  # for 32x48
     assert "--image-size 48x72" in refuse(*pretrain(cache, out, *resized, *steps(1)), out=out)
-    output = succeed(*pretrain(cache, out, *resized, *steps(1), "--set", "allow_upsampling=true"))
-    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
-    succeed(*pretrain(cache, tmp_path / "large", *large, *steps(1), "--set", "allow_upsampling=true"))
+    output = succeed(*pretrain(cache, out, *resized, *steps(1), "--allow-upsampling"))
+    assert "the cache's images of 40x60 are enlarged to up to 48x72 (--allow-upsampling)" in output
+    succeed(*pretrain(cache, tmp_path / "large", *large, *steps(1), "--set", "allow_upsampling=true"))  # the same
     output = succeed(*evaluate(tmp_path / "large", cache, "--out", tmp_path / "results"))
-    assert "the cache's images of 40x60 are enlarged (allow_upsampling)" in output
+    assert "the cache's images of 40x60 are enlarged to up to 48x64 (--allow-upsampling)" in output
     assert json.loads((tmp_path / "results" / "val.json").read_text())["enlarged"]
 
 
