@@ -83,8 +83,8 @@ def _presets() -> dict[str, Config]:
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
     # The paper's perspectives (5): a larger teacher, image encoder and BEV decoder. It gives no sizes: these are ours.
-    for size, teacher in (("b", "base"), ("l", "large"), ("g", "giant")):
-        presets[f"scale/teacher-vit{size}"] = Config(teacher=f"facebook/dinov2-{teacher}")
+    for letter, teacher in (("b", "base"), ("l", "large"), ("g", "giant")):
+        presets[f"scale/teacher-vit{letter}"] = Config(teacher=f"facebook/dinov2-{teacher}")
     presets["scale/student-rn101"] = Config(network=NetworkConfig(backbone="resnet-101"))
     presets["scale/wide-decoder"] = Config(network=NetworkConfig(channels=256))
     for lifting in ("simplebev", "bevformer"):
