@@ -22,6 +22,7 @@ from occfeat_targets.common.command_line import (
     names_of,
 )
 from occfeat_targets.common.terminal import echo
+from occfeat_train.cache_needs import bytes_per_keyframe
 from occfeat_train.config import REFERENCE_LIFTINGS, Config, NetworkConfig
 from occfeat_train.options import (
     BACKBONE,
@@ -105,6 +106,8 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     others = [option for option in chosen.build_options if not option.startswith("--image-size")]
     more = f", and {' '.join(others)}" if others else ""
     echo(f"# needs a cache built with --image-size {height}x{width} or more{more}")
+    if (size := bytes_per_keyframe(chosen)) is not None:
+        echo(f"# about {size / 1e6:.1f} MB per keyframe of nuScenes, {size * 28_130 / 1e9:.0f} GB for its train split")
 
 
 main.add_command(pretrain)

@@ -24,6 +24,7 @@ PRETEXTS = {
     "occfeat": "occfeat_train.tasks.pretraining:Pretraining",
     "img-also": "occfeat_train.tasks.img_also:ImgALSO",
 }
+DEFAULT_TEACHER = "facebook/dinov2-small"  # the paper's, and the default of a build
 READS_POINTS = ("img-also",)  # tasks that need a cache built with --points
 # The segmentation of a kind of labels, by loss.heads.
 SEGMENTATIONS = {
@@ -180,7 +181,7 @@ class Config:
     (a random camera in training, CAM_FRONT in evaluation), ``ego``, or the name of a camera. ``auto`` is resolved before a
     run starts: to ``cameras`` if the cache has camera frames, otherwise to ``ego``. allow_upsampling: whether the cached
     images may be enlarged. precision: of autocast; ``auto`` is bfloat16 on a GPU that computes it (sm_80 or newer), otherwise
-    float32. float32 excludes TF32. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
+    float32. float32 excludes TF32. teacher: hub id of the teacher that the cache must have features of, or ``any``. compile: torch.compile for image encoder and decoder; ``auto`` for long runs on a GPU.
     """
 
     task: str = "occfeat"
@@ -192,6 +193,7 @@ class Config:
     label_scenes: LabelScenesConfig = field(default_factory=LabelScenesConfig)
     frame: str = "auto"
     allow_upsampling: bool = False
+    teacher: str = "any"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal[True, False, "auto"] = "auto"
     seed: int = 0
@@ -255,9 +257,10 @@ class Config:
         """Options that a build of a cache for this run needs and that are not the default."""
         height, width = self.smallest_cache()
         large = [f"--image-size {height}x{width}"] if height > STUDENT_SIZE[0] else []
+        teacher = [f"--teacher {self.teacher}"] if self.teacher not in ("any", DEFAULT_TEACHER) else []
         frames = ["--frames cameras"] * (self.frame not in ("auto", EGO_FRAME))
         instances = ["--compat simple-bev", "--instances"] * (self.loss.heads == "simple-bev")
-        return [*large, *frames, *instances, *["--points"] * (self.task in READS_POINTS)]
+        return [*large, *teacher, *frames, *instances, *["--points"] * (self.task in READS_POINTS)]
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

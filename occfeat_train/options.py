@@ -48,6 +48,21 @@ cache_option = click.option(
 )  # fmt: skip
 
 
+class WholePath(LocalPath):
+    """A path of an option that may be repeated: its environment variable holds one, which may contain a colon."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return [rv]
+
+
+caches_option = click.option(
+    "--cache", "caches", type=WholePath(path_type=Path, file_okay=False), default=(Path("cache"),), envvar="OCCFEAT_CACHE",
+    multiple=True, show_envvar=True,
+    help="Directory of the caches; a split is in CACHE/SPLIT.zarr. A pretraining takes several: --cache A --cache B mixes "
+    "their keyframes, and --validate is a split of the first.",
+)  # fmt: skip
+
+
 def initial_option(help: str) -> Callable[..., Any]:
     return options(
         click.option("--from", "initial", type=PATH, metavar="RUN", help=f"{help}  [default: none]"),

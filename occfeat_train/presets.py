@@ -1,4 +1,4 @@
-"""Presets: one for every row of the paper's tables that this release can train, and scaled-down ones.
+"""Presets: one for every row of the paper's tables that this release can train, larger ones, and scaled-down ones.
 
 ``simple-bev/...`` is the protocol of aharley/simple_bev, for comparisons with its published numbers.
 
@@ -82,6 +82,11 @@ def _presets() -> dict[str, Config]:
     presets["table3/bevformer/occfeat"] = Config(network=_NETWORKS["bevformer-enb0"])
     for value in LAMBDAS:
         presets[f"table4/lambda-{value:g}"] = Config(loss=LossConfig(feat=float(value)))
+    # The paper's perspectives (5): a larger teacher, image encoder and BEV decoder. It gives no sizes: these are ours.
+    for letter, teacher in (("b", "base"), ("l", "large"), ("g", "giant")):
+        presets[f"scale/teacher-vit{letter}"] = Config(teacher=f"facebook/dinov2-{teacher}")
+    presets["scale/student-rn101"] = Config(network=NetworkConfig(backbone="resnet-101"))
+    presets["scale/wide-decoder"] = Config(network=NetworkConfig(channels=256))
     for lifting in ("simplebev", "bevformer"):
         for encoder, backbone in (("rn101", "resnet-101"), ("enb0", "efficientnet-b0")):
             for suffix, size in (("", (224, 400)), ("-448x800", (448, 800))):

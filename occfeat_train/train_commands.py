@@ -16,9 +16,10 @@ import click
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.command_line import LocalPath, examples, names_of
 from occfeat_targets.common.paths import local_path
+from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
 from occfeat_train.config import PRETEXTS, Config, NetworkConfig
-from occfeat_train.options import cache_option, initial_option, machine_options, reports_errors, training_options
+from occfeat_train.options import caches_option, initial_option, machine_options, reports_errors, training_options
 from occfeat_train.presets import FEAT_ONLY, LABELS, OCC_ONLY, PRESETS, finetuning, preset
 
 PRETRAINING = "table1/simplebev-enb0/occfeat"
@@ -56,6 +57,8 @@ def run_name(name: str, given: dict[str, Any], *, arms: bool) -> str:
     arms: also mark runs that start from no other run, because such runs are compared.
     """
     parts = [name, *(given[option] for option in ("network", "backbone") if given[option])]
+    if len(given["caches"]) > 1:
+        parts.append(count(len(given["caches"]), "cache").replace(" ", "-"))
     if given["initial"] is not None:
         path = given["initial"].resolve()
         is_checkpoint = path.parent.name == "checkpoints"
@@ -105,8 +108,8 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
 
     loop = LoopOptions(*(given[option] for option in ("save_every", "workers", "tensorboard", "progress")))
     options = RunOptions(
-        given["cache"], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
-        given["allow_unfinished"], given["overwrite"],
+        given["caches"][0], given["split"], out, given["validate"], loop, given["initial"], given.get("scenes"), preset,
+        given["allow_unfinished"], given["overwrite"], given["caches"][1:],
     )  # fmt: skip
     try:
         with processes(given["device"]) as process:
@@ -126,9 +129,10 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
         "occfeat-train pretrain --preset table1/simplebev-rn50/occfeat-100ep --out runs/rn50",
         "occfeat-train pretrain --occ-only --epochs 5 --set optim.lr=5e-4",
         "occfeat-train pretrain --method img-also  # on a cache built with --points",
+        "occfeat-train pretrain --cache nuscenes --cache other  # on the keyframes of both",
     ),
 )
-@cache_option
+@caches_option
 @click.option(
     "--preset",
     "asked",
@@ -219,7 +223,7 @@ def choice_of_scenes(config: Config, given: dict[str, Any]) -> str:
         "occfeat-train finetune --task map --labels 10 --validate val",
     ),
 )
-@cache_option
+@caches_option
 @initial_option(
     help="Pretrained run or checkpoint to start from; without it, only the backbone is initialised from trained weights."
 )

@@ -66,26 +66,27 @@ def draw(
 
 def transform_intrinsics(
     intrinsics: Float[Tensor, "*n 3 3"],
-    source_size: tuple[int, int],
+    source_size: tuple[int, int] | Int64[Tensor, "*n 2"],
     resized: Int64[Tensor, "*n 2"],
     crop: Int64[Tensor, "*n 2"],
     mirror: Bool[Tensor, "*n"],
     size: tuple[int, int],
 ) -> Float[Tensor, "*n 3 3"]:
-    """Intrinsics after resizing to `resized`, cropping at `crop` and mirroring."""
+    """Intrinsics after resizing from `source_size` to `resized`, cropping at `crop` and mirroring."""
+    source_height, source_width = _sides(source_size)
     matrix = torch.zeros_like(intrinsics)
     matrix[..., 2, 2] = 1
     sign, resized, crop = 1 - 2 * mirror.to(matrix), resized.to(matrix), crop.to(matrix)
-    matrix[..., 0, 0] = sign * resized[..., 1] / source_size[1]
+    matrix[..., 0, 0] = sign * resized[..., 1] / source_width
     matrix[..., 0, 2] = torch.where(mirror, size[1] + crop[..., 1], -crop[..., 1])
-    matrix[..., 1, 1] = resized[..., 0] / source_size[0]
+    matrix[..., 1, 1] = resized[..., 0] / source_height
     matrix[..., 1, 2] = -crop[..., 0]
     return matrix @ intrinsics
 
 
 def transform_area(
     area: Float[Tensor, "*n 4"],
-    source_size: tuple[int, int],
+    source_size: tuple[int, int] | Int64[Tensor, "*n 2"],
     resized: Int64[Tensor, "*n 2"],
     crop: Int64[Tensor, "*n 2"],
     mirror: Bool[Tensor, "*n"],
@@ -97,15 +98,21 @@ def transform_area(
     count as image, as in Simple-BEV.
     """
     sides = []
-    for axis in (0, 1):
-        scale = resized[..., axis].double() / source_size[axis]
+    for axis, source in enumerate(_sides(source_size)):
+        scale = resized[..., axis].double() / source
         low, high = (area[..., i].double() for i in (axis, axis + 2))
         first = torch.where(low <= 0, 0, low * scale - crop[..., axis]).clamp(0, size[axis])
-        last = torch.where(high >= source_size[axis], size[axis], high * scale - crop[..., axis]).clamp(0, size[axis])
+        last = torch.where(high >= source, size[axis], high * scale - crop[..., axis]).clamp(0, size[axis])
         sides.append((first, last))
     (top, bottom), (left, right) = sides
     left, right = torch.where(mirror, size[1] - right, left), torch.where(mirror, size[1] - left, right)
     return torch.stack([top, left, bottom, right], -1)
+
+
+def _sides(size: tuple[int, int] | Int64[Tensor, "*n 2"]) -> tuple[int | Tensor, int | Tensor]:
+    """Height and width, of all images or of each."""
+    height, width = size if isinstance(size, tuple) else size.unbind(-1)
+    return height, width
 
 
 def resample(
@@ -114,10 +121,12 @@ def resample(
     crop: Int64[Tensor, "B V 2"],
     mirror: Bool[Tensor, "B V"],
     size: tuple[int, int],
+    source_size: Int64[Tensor, "B V 2"] | None = None,
 ) -> Float[Tensor, "B V 3 H W"]:
     """Resize, crop and mirror images, then normalise them with ImageNet's statistics.
 
-    size: final (height, width). Returns images that are channels-last, float32, or of autocast's dtype, to which the first
+    size: final (height, width). source_size: (height, width) of each image, in the top left of `images`; None if all fill
+    it. Returns images that are channels-last, float32, or of autocast's dtype, to which the first
     convolution would convert them. Pixels outside the resized image are black.
     """
     batch, views, height, width, _ = images.shape
@@ -125,8 +134,9 @@ def resample(
     if torch.is_autocast_enabled(device.type):
         # float16 holds the pixels exactly, and more bits of the weights than the result in autocast's dtype
         dtype, exact = torch.get_autocast_dtype(device.type), torch.float16
-    rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0]).to(exact)
-    columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1], mirror).to(exact)
+    heights, widths = (None, None) if source_size is None else source_size.unbind(-1)
+    rows = filter_matrix(height, resized[..., 0], crop[..., 0], size[0], filled=heights).to(exact)
+    columns = filter_matrix(width, resized[..., 1], crop[..., 1], size[1], mirror, filled=widths).to(exact)
     factor, shift = normalisation(device)
     with torch.autocast(device.type, enabled=False):
         pixels = rows @ images.flatten(-2).to(exact)  # one product for all colours, in the order of the memory
@@ -148,20 +158,23 @@ def filter_matrix(
     crop: Int64[Tensor, "*n"],
     size: int,
     mirror: Bool[Tensor, "*n"] | None = None,
+    filled: Int64[Tensor, "*n"] | None = None,
 ) -> Float[Tensor, "*n {size} {source}"]:
     """(..., size, source) filter weights of one axis: antialiased bilinear, as in Pillow and torch's `antialias=True`.
 
     Row j belongs to output pixel j, or to pixel size - 1 - j if mirrored. It is a triangle around the pixel's centre in the
     source, as wide as the larger of a resized pixel and a source pixel. It sums to 1, or to 0 if the pixel is outside the
-    resized image.
+    resized image. filled: how many of the source pixels are the image, None for all; the others have weight 0.
     """
     position = torch.arange(size, device=resized.device) + 0.5 + crop[..., None]  # in the resized image
     if mirror is not None:
         position = torch.where(mirror[..., None], position.flip(-1), position)
-    scale = (resized / source)[..., None].float()
+    scale = (resized / (source if filled is None else filled))[..., None].float()
     distance = torch.arange(source, device=resized.device) + 0.5 - (position / scale)[..., None]
     # in place, because these are the largest arrays of the augmentation
     weight = distance.abs_().mul_(-scale.clamp(max=1)[..., None]).add_(1).clamp_(min=0)
+    if filled is not None:
+        weight.mul_(torch.arange(source, device=resized.device) < filled[..., None, None])
     total = weight.sum(-1).clamp(min=1e-8)
     is_inside = (position > 0) & (position < resized[..., None])
     return weight.div_(torch.where(is_inside, total, torch.inf)[..., None])

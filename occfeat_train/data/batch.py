@@ -8,6 +8,7 @@ of images and 0.04 MB of occupancy are copied per sample, and 768 bytes per voxe
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_train.data.augment import resample, transform_area, transform_intrinsics
+from occfeat_train.data.augment import Draw, resample, transform_area, transform_intrinsics
 from occfeat_train.ops.views import Views
 
 
@@ -47,8 +48,36 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A sample, its augmentation, and its targets; token: for error messages."""
+
+    token: str
+    sample: Sample
+    drawn: Draw
+    targets: Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all batches of a run have in common.
+
+    num_cameras, image_size: V and (h, w) [px] of a batch; samples may have fewer cameras and smaller images. num_used: cameras
+    of a sample that the network gets. has_area, has_source_size: whether batches have these fields.
+    """
+
+    num_cameras: int
+    num_used: int
+    image_size: tuple[int, int]
+    has_area: bool
+    has_source_size: bool = False
+
+    def empty_images(self, number: int, *, pinned: bool) -> UInt8[Tensor, "B V h w 3"]:
+        return torch.empty((number, self.num_cameras, *self.image_size, 3), dtype=torch.uint8, pin_memory=pinned)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """B samples with V cameras, in the cache's camera order.
+    """B samples with V cameras, in the cache's camera order; of a mixture of caches, masked cameras may follow.
 
     tokens: sample tokens, for error messages. grid: the grid of the packed arrays.
     intrinsics: of these images [px].
@@ -56,6 +85,7 @@ class Batch:
     area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
     resized, crop, mirror, cameras, bev_flip: see augment.Draw.
     arrays: the task's targets (`Task.targets`), with a leading batch axis, or concatenated if they are `Task.ragged`.
+    source_size: (height, width) [px] of each image, in the top left of `images`; None if all fill it.
     """
 
     tokens: tuple[str, ...]
@@ -70,6 +100,7 @@ class Batch:
     bev_flip: Bool[Tensor, "B 2"]
     arrays: Mapping[str, Tensor]
     area: Float64[Tensor, "B V 4"] | None = None
+    source_size: Int64[Tensor, "B V 2"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,17 +136,19 @@ class Batch:
         """The augmented input of the network. size: (height, width) of its images [px]."""
         first = torch.arange(len(self), device=self.images.device)[:, None] * self.images.shape[1]
         chosen = (first + self.cameras).flatten()
-        images, intrinsics, cam_from_grid, resized, crop, mirror, *areas = (
-            t.flatten(0, 1).index_select(0, chosen).unflatten(0, self.cameras.shape)
-            for t in (self.images, self.intrinsics, self.cam_from_grid, self.resized, self.crop, self.mirror, self.area)
-            if t is not None
-        )
-        source_size = (self.images.shape[2], self.images.shape[3])
+        names = ("images", "intrinsics", "cam_from_grid", "resized", "crop", "mirror", "area", "source_size")
+        of = {
+            name: t.flatten(0, 1).index_select(0, chosen).unflatten(0, self.cameras.shape)
+            for name in names
+            if (t := getattr(self, name)) is not None
+        }
+        draws = of["resized"], of["crop"], of["mirror"], size
+        source_size = of.get("source_size", (self.images.shape[2], self.images.shape[3]))
         return Views(
-            images=resample(images, resized, crop, mirror, size),
-            intrinsics=transform_intrinsics(intrinsics, source_size, resized, crop, mirror, size),
-            cam_from_grid=cam_from_grid,
-            area=transform_area(areas[0], source_size, resized, crop, mirror, size) if areas else None,
+            images=resample(of["images"], *draws, of.get("source_size")),
+            intrinsics=transform_intrinsics(of["intrinsics"], source_size, *draws),
+            cam_from_grid=of["cam_from_grid"],
+            area=transform_area(of["area"], source_size, *draws) if "area" in of else None,
         )
 
     def volume(self, name: str) -> Bool[Tensor, "B Z H W"]:
@@ -125,6 +158,54 @@ class Batch:
     def maps(self, name: str) -> Bool[Tensor, "B K H W"]:
         """Packed maps of `arrays`, unpacked."""
         return unpack_bits(self.arrays[name])[..., : self.grid.shape[2]]
+
+
+def assemble(
+    loaded: Sequence[Loaded],
+    images: UInt8[Tensor, "B V h w 3"],
+    layout: Layout,
+    ragged: Collection[str],
+    *,
+    pinned: bool = False,
+) -> Batch:
+    """Samples -> batch. images: of all samples, already filled. ragged, pinned: see `collate`.
+
+    A sample with fewer cameras than the layout gets masked ones, which no loss depends on. They repeat the sample's cameras,
+    so that BatchNorm sees only real images.
+    """
+    columns: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for each in loaded:
+        sample, drawn = each.sample, each.drawn
+        number = len(sample.intrinsics)
+        repeated = np.arange(layout.num_cameras) % number
+        of_cameras = {name: getattr(drawn, name) for name in ("resized", "crop", "mirror")}
+        of_cameras["intrinsics"] = sample.intrinsics
+        if layout.has_area:
+            whole = np.tile(np.array([0.0, 0.0, *sample.image_size]), (number, 1))
+            of_cameras["area"] = whole if sample.area is None else sample.area
+        if layout.has_source_size:
+            of_cameras["source_size"] = np.tile(np.array(sample.image_size, np.int64), (number, 1))
+        for name, values in of_cameras.items():
+            columns[name].append(values[repeated])
+        columns["cam_from_grid"].append(np.zeros((layout.num_cameras, 4, 4)))
+        columns["cam_from_grid"][-1][:number] = sample.cam_from_grid
+        masked = np.arange(number, layout.num_cameras)
+        columns["cameras"].append(np.concatenate([drawn.cameras, masked])[: layout.num_used])
+        columns["bev_flip"].append(drawn.bev_flip)
+    return Batch(
+        tokens=tuple(each.token for each in loaded),
+        grid=loaded[0].sample.grid,
+        images=images,
+        arrays=collate([each.targets for each in loaded], ragged, pinned=pinned),
+        **{name: torch.from_numpy(np.stack(values)) for name, values in columns.items()},
+    )
+
+
+def place_images(images: UInt8[NDArray[Any], "v h w 3"], out: UInt8[NDArray[Any], "V H W 3"]) -> None:
+    """Copy a sample's images to the top left of those of a batch; cameras beyond v repeat them."""
+    height, width = images.shape[1:3]
+    out[...] = 0
+    out[:, :height, :width] = images[np.arange(len(out)) % len(images)]
 
 
 def collate(

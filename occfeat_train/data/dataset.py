@@ -8,14 +8,12 @@ batch.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from occfeat_targets.cache.geometry import inverse_rigid
@@ -23,7 +21,7 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError
 from occfeat_train.config import NO_AUGMENTATION, Config
 from occfeat_train.data.augment import draw
-from occfeat_train.data.batch import Batch, Sample, collate
+from occfeat_train.data.batch import Batch, Layout, Loaded, Sample, assemble, place_images
 from occfeat_train.data.frames import has_grid, none_left, reference_frames
 
 # Arrays of a cache that say where its cameras and grids are, and which parts of the images show the scene.
@@ -39,24 +37,43 @@ class KeyframeDataset:
     """
 
     def __init__(
-        self, reader: CacheReader, config: Config, *, training: bool, scenes: Iterable[str] | None = None
+        self,
+        reader: CacheReader,
+        config: Config,
+        *,
+        training: bool,
+        scenes: Iterable[str] | None = None,
+        first: int = 0,
     ) -> None:
-        """scenes: use only their keyframes. Raises CacheError or ValueError if the cache does not fit the task or the frame."""
-        self.reader, self.config, self.training = reader, config, training
+        """scenes: use only their keyframes. first: keyframes of the caches before this one in a mixture (mixture.py).
+
+        Raises CacheError or ValueError if the cache does not fit the task or the frame.
+        """
+        self.reader, self.config, self.training, self.first = reader, config, training, first
         spec = reader.cache.spec
         self.grid = spec.grid
         self._specs = {array.name: array for array in spec.arrays()}
         self._augment = config.augment if training else NO_AUGMENTATION
         self.arrays = ("images", *self._task_arrays())
-        self._frames = reference_frames(spec.frames, config.frame, training=training and config.augment.random_frame)
+        try:
+            self._frames = reference_frames(
+                spec.frames, config.frame, training=training and config.augment.random_frame
+            )
+        except ValueError as err:
+            raise CacheError(f"{reader.cache.path}: {err}") from err
         self._require_large_images()
         # Before training, not hours into the first epoch.
         reader.cache.require_files([*self.arrays, *CALIBRATION])
         cameras = len(spec.cameras)
         if training and config.augment.num_cameras > cameras:
-            raise ValueError(f"augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}")
+            raise ValueError(
+                f"{reader.cache.path}: augment.num_cameras={config.augment.num_cameras}: the cache has {cameras}"
+            )
         self._has_grid = has_grid(reader)[:, self._frames]
-        self._is_letterboxed = reader.is_letterboxed  # otherwise no area is copied to a GPU and augmented there
+        # Without letterboxes, no area is copied to a GPU and augmented there.
+        self.layout = Layout(
+            cameras, self._augment.num_cameras or cameras, spec.image_size, has_area=reader.is_letterboxed
+        )
         chosen = np.ones(len(reader), np.bool_)
         if scenes is not None:
             wanted = set(scenes)
@@ -87,6 +104,11 @@ class KeyframeDataset:
         """Hash of the keyframes in use: caches of one spec may hold others, or have skipped others."""
         tokens = self.reader.cache.identity.tokens
         return hashlib.sha256("\n".join(tokens[k] for k in self.keyframes).encode()).hexdigest()[:16]
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Bytes read of a keyframe, uncompressed, besides its calibration."""
+        return sum(self._specs[name].nbytes for name in self.arrays)
 
     @property
     def frames(self) -> tuple[str, ...]:
@@ -134,34 +156,32 @@ class KeyframeDataset:
     def stream(self, position: int) -> tuple[int, int]:
         """Position in the run's stream of samples -> (epoch, keyframe)."""
         epoch, offset = divmod(position, len(self))
-        return epoch, int(self.keyframes[_permutation(self.config.seed, epoch, len(self))[offset]])
+        return epoch, int(self.keyframes[permutation(self.config.seed, epoch, len(self))[offset]])
 
     def batch(self, samples: Sequence[tuple[int, int]], *, pinned: bool = False) -> Batch:
         """Read (epoch, keyframe) pairs and compute the task's targets. Raises CacheError naming the sample if a chunk is damaged.
 
         pinned: images and targets in page-locked memory, from which a GPU copies without the host.
         """
-        task = self.config.task_class
-        images = torch.empty((len(samples), *self._specs["images"].shape), dtype=torch.uint8, pin_memory=pinned)
-        columns: dict[str, list[Any]] = defaultdict(list)
-        targets = []
-        for index, (epoch, keyframe) in enumerate(samples):
-            rng = np.random.default_rng((self.config.seed if self.training else 0, epoch, keyframe))
-            frames = [frame for frame, there in zip(self._frames, self._has_grid[keyframe], strict=True) if there]
-            drawn = draw(rng, self._augment, self.config.network.image_size, images.shape[1], frames)
-            sample = self._read(index, keyframe, drawn.frame, images[index].numpy(), rng)
-            for name in ("resized", "crop", "mirror", "cameras", "bev_flip"):
-                columns[name].append(getattr(drawn, name))
-            for name in ("intrinsics", "cam_from_grid", *(["area"] if self._is_letterboxed else [])):
-                columns[name].append(getattr(sample, name))
-            targets.append(task.targets(sample, self.config))
-        return Batch(
-            tokens=tuple(self.reader.cache.identity.tokens[keyframe] for _, keyframe in samples),
-            grid=self.grid,
-            images=images,
-            arrays=collate(targets, task.ragged, pinned=pinned),
-            **{name: torch.from_numpy(np.stack(values)) for name, values in columns.items()},
-        )
+        images = self.layout.empty_images(len(samples), pinned=pinned)
+        loaded = [self.load(i, *sample, images[i].numpy()) for i, sample in enumerate(samples)]
+        return assemble(loaded, images, self.layout, self.config.task_class.ragged, pinned=pinned)
+
+    def load(self, index: int, epoch: int, keyframe: int, images: NDArray[np.uint8]) -> Loaded:
+        """Read a keyframe and compute the task's targets. index: its position in the batch.
+
+        images: where the batch has its images, (V, h, w, 3); of a mixture they may be larger than the cache's.
+        """
+        rng = np.random.default_rng((self.config.seed if self.training else 0, epoch, self.first + keyframe))
+        frames = [frame for frame, there in zip(self._frames, self._has_grid[keyframe], strict=True) if there]
+        shape = self._specs["images"].shape
+        drawn = draw(rng, self._augment, self.config.network.image_size, shape[0], frames)
+        own = images if images.shape == shape else np.empty(shape, np.uint8)
+        sample = self._read(index, keyframe, drawn.frame, own, rng)
+        if own is not images:
+            place_images(own, images)
+        targets = self.config.task_class.targets(sample, self.config)
+        return Loaded(self.reader.cache.identity.tokens[keyframe], sample, drawn, targets)
 
     def _read(
         self, index: int, keyframe: int, frame: int, images: NDArray[np.uint8], rng: np.random.Generator
@@ -184,10 +204,10 @@ class KeyframeDataset:
             cam_from_grid=cam_from_grid,
             arrays={name: read(name) for name in self.arrays if name != "images"},
             rng=rng,
-            area=read("image_area").astype(np.float64) if self._is_letterboxed else None,
+            area=read("image_area").astype(np.float64) if self.layout.has_area else None,
         )
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+def permutation(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(length)

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from occfeat_train.data.batch import Batch
-from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.mixture import Samples
 
 
 class Prefetcher:
@@ -21,7 +21,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        dataset: KeyframeDataset,
+        dataset: Samples,
         batches: Iterable[Sequence[tuple[int, int]]],
         device: torch.device,
         *,

@@ -53,7 +53,8 @@ class RunInfo:
     training set, which determines the order of samples. keyframes: hash of their tokens. initial: source of the initial weights,
     a sentence. initial_digest: SHA-256 of their file, if they are those of another run. scenes: hash of the label scenes. simulated: the parts of the data that are not real, from the cache. preset: name of the config's preset,
     before options changed it. targets: the cache's spec. data: source of the cache (paper.py). origin: of the process that wrote
-    this (common/provenance.py). parent: the run whose weights it started from.
+    this (common/provenance.py). parent: the run whose weights it started from. more_targets: the specs of the further caches of a
+    pretraining on several, whose fingerprints are joined by "+" in `cache`.
     """
 
     config: Config
@@ -71,6 +72,7 @@ class RunInfo:
     data: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     parent: RunInfo | None = None
+    more_targets: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         parent = None if self.parent is None else self.parent.to_dict()
@@ -82,7 +84,8 @@ class RunInfo:
         values = dict(data)
         values["config"] = Config.from_dict(values["config"])
         values["grid"] = VoxelGrid.from_dict(values["grid"])
-        values["simulated"] = tuple(values["simulated"])
+        for name in ("simulated", "more_targets"):
+            values[name] = tuple(values.get(name, ()))
         if values.get("parent") is not None:
             values["parent"] = cls.from_dict(values["parent"])
         return cls(**values)

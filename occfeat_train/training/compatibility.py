@@ -7,7 +7,8 @@ from typing import Any
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import BOXES_NOTE
 from occfeat_targets.common.plural import count
-from occfeat_train.config import FIXED, MEANING
+from occfeat_train.cache_needs import wrong_teacher
+from occfeat_train.config import FIXED, MEANING, Config
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.data.frames import why_left_out
 from occfeat_train.training.checkpoint import Checkpoint
@@ -29,6 +30,18 @@ def require_fit(dataset: KeyframeDataset, grid: VoxelGrid, feature_dim: int, of:
         raise CheckpointError(
             f"{cache.path} has features of {teacher.dim} channels ({teacher.name}), {of} has {feature_dim}: build a "
             "cache with the same teacher, or use another run"
+        )
+
+
+def require_teacher(config: Config, dataset: KeyframeDataset) -> None:
+    """Raises CheckpointError if features are read that are not those of the teacher that the config names."""
+    cache = dataset.reader.cache
+    teacher = cache.spec.teacher
+    if "features" not in dataset.arrays or teacher is None:
+        return
+    if (reason := wrong_teacher(config.teacher, teacher)) is not None:
+        raise CheckpointError(
+            f"{cache.path}: {reason}: build a cache with --teacher {config.teacher}, or train on this one with --set teacher=any"
         )
 
 

@@ -157,7 +157,7 @@ class GraphedPass:
         shapes = tuple(
             (name, padded_length(len(array)) if name in self._ragged else None) for name, array in batch.arrays.items()
         )
-        key = (*shapes, batch.images.shape, batch.cameras.shape, batch.area is None)
+        key = (*shapes, batch.images.shape, batch.cameras.shape, batch.area is None, batch.source_size is None)
         if key not in self._recordings:
             self._recordings[key] = _Recording(padded(batch, self._ragged))
         return self._recordings[key]

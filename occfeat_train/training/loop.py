@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from occfeat_train.config import Config
-from occfeat_train.data.dataset import KeyframeDataset
+from occfeat_train.data.mixture import Samples
 from occfeat_train.data.prefetch import Prefetcher
 from occfeat_train.distributed import Process, sum_over_processes
 from occfeat_train.tasks.base import Task
@@ -47,7 +47,7 @@ class LoopOptions:
 def train(
     task: Task,
     info: RunInfo,
-    dataset: KeyframeDataset,
+    dataset: Samples,
     run: Path,
     process: Process,
     resume: Checkpoint | None,
@@ -141,7 +141,7 @@ class TakenSteps:
 
 
 def stream_of_batches(
-    dataset: KeyframeDataset, config: Config, process: Process, start: int, num_steps: int
+    dataset: Samples, config: Config, process: Process, start: int, num_steps: int
 ) -> Iterator[list[tuple[int, int]]]:
     """(epoch, keyframe) of this rank's samples from step `start` on, one list per forward pass."""
     batch, local = config.optim.batch, config.optim.batch // process.world

@@ -5,7 +5,7 @@ All fields are compared except those listed here with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from occfeat_train.presets import PRESETS
 from occfeat_train.training.checkpoint import RunInfo
 
 TARGETS = TargetSpec(teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
-DATA = {"version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": LabelScenesConfig().describe(), "simulated": "nothing"}  # fmt: skip
+DATA = {
+    "version": "v1.0-trainval", "split": "train", "keyframes": 28_130, "label scenes": LabelScenesConfig().describe(),
+    "simulated": "nothing", "caches": 1,
+}  # fmt: skip
 EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_019}
-# Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache.
-COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling"}
+# Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache, and
+# the teacher is compared as the cache's.
+COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher"}
 LISTED = "from a list"  # label scenes of --scenes
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
 STORAGE = {
@@ -69,29 +73,41 @@ def nearest_row(info: RunInfo) -> str:
 
 def differences(info: RunInfo) -> list[Difference]:
     """Differences of a run from `nearest_row`, and of the runs whose weights it started from."""
-    found = _config_differences(info.config, PRESETS[nearest_row(info)])
-    targets, paper = _flat({"grid": info.grid.to_dict(), **info.targets}), _flat(TARGETS.to_dict())
     config = info.config
-    reads_teacher = config.is_pretext and "features" in config.task_class.arrays(
-        config, TargetSpec.from_dict(info.targets)
-    )
-    left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
-    found += _compare(
-        {f"targets.{name}": value for name, value in targets.items() if name not in left_out},
-        {f"targets.{name}": value for name, value in paper.items()},
-    )
+    found = _config_differences(config, PRESETS[nearest_row(info)])
+    for targets in (info.targets, *info.more_targets):
+        found += [each for each in _of_targets(info, targets) if each not in found]
     data = {**info.data, "label scenes": _label_scenes(info)}
     found += _compare({f"data.{name}": value for name, value in data.items()}, {f"data.{name}": value for name, value in DATA.items()})  # fmt: skip
-    if "image_size" in info.targets:
-        cached, largest = info.targets["image_size"], info.config.augment.largest(info.config.network.image_size)
-        if any(n > given for n, given in zip(largest, cached, strict=True)):
-            found.append(Difference("upsampling", f"from {_text(cached)} to up to {_text(largest)} pixels", "none"))
+    for targets in (info.targets, *info.more_targets):
+        found += [each for each in _upsampling(config, targets) if each not in found]
     if info.parent is not None:
         kind = info.parent.config.task
         if config.is_pretext or not info.parent.config.is_pretext:
             found.append(Difference("initial weights", f"a run of {kind}", "a pretraining, or the backbone's"))
         found += [replace(other, field=f"{kind}: {other.field}") for other in differences(info.parent)]
     return found
+
+
+def _of_targets(info: RunInfo, targets: Mapping[str, Any]) -> list[Difference]:
+    """Of a cache's spec."""
+    config, paper = info.config, _flat(TARGETS.to_dict())
+    reads_teacher = config.is_pretext and "features" in config.task_class.arrays(config, TargetSpec.from_dict(targets))
+    left_out = STORAGE | {name for name in paper if name.startswith(TEACHERS) and not reads_teacher}
+    here = _flat({"grid": info.grid.to_dict(), **targets})
+    return _compare(
+        {f"targets.{name}": value for name, value in here.items() if name not in left_out},
+        {f"targets.{name}": value for name, value in paper.items()},
+    )
+
+
+def _upsampling(config: Config, targets: Mapping[str, Any]) -> list[Difference]:
+    if "image_size" not in targets:
+        return []
+    cached, largest = targets["image_size"], config.augment.largest(config.network.image_size)
+    if all(n <= given for n, given in zip(largest, cached, strict=True)):
+        return []
+    return [Difference("upsampling", f"from {_text(cached)} to up to {_text(largest)} pixels", "none")]
 
 
 def evaluation_differences(data: Mapping[str, Any]) -> list[Difference]:
@@ -103,6 +119,17 @@ def describe_data(provenance: Mapping[str, Any], keyframes: int) -> dict[str, An
     """The data that a cache was built from, as far as it is recorded."""
     named = {name: provenance[name] for name in ("version", "split") if name in provenance}
     return {**named, "keyframes": keyframes}
+
+
+def describe_mixture(data: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The data of all caches that a run is trained on, each from `describe_data`."""
+    if len(data) == 1:
+        return dict(data[0])
+    named = {
+        name: " and ".join(dict.fromkeys(str(d[name]) for d in data if name in d)) for name in ("version", "split")
+    }
+    there = {name: text for name, text in named.items() if text}
+    return {**there, "keyframes": sum(d["keyframes"] for d in data), "caches": len(data)}
 
 
 def _label_scenes(info: RunInfo) -> str:

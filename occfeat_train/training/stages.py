@@ -18,18 +18,24 @@ from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_origin
 from occfeat_train.config import Config
 from occfeat_train.data.dataset import KeyframeDataset
-from occfeat_train.data.frames import resolve_frame
 from occfeat_train.data.label_scenes import label_scenes, read_scenes, resolve_order
+from occfeat_train.data.mixture import MixedDataset, Samples, parts_of, resolve_common_frame
 from occfeat_train.distributed import Process, gpu_names, prepare_together
 from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.build import build_task, count_parameters
 from occfeat_train.training.checkpoint import Checkpoint, RunInfo, find_checkpoint
-from occfeat_train.training.compatibility import changes_of_meaning, measured, notes_on_data, require_fit
+from occfeat_train.training.compatibility import (
+    changes_of_meaning,
+    measured,
+    notes_on_data,
+    require_fit,
+    require_teacher,
+)
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.initial import describe_initial, find_initial, load_initial, restore
 from occfeat_train.training.loop import LoopOptions, train
 from occfeat_train.training.memory import explains_memory, training_remedy
-from occfeat_train.training.paper import DATA, LISTED, describe_data
+from occfeat_train.training.paper import DATA, LISTED, describe_data, describe_mixture
 from occfeat_train.training.precision import forbid_tf32, note_on_precision, require_precision
 from occfeat_train.training.run_directory import begin_or_resume
 from occfeat_train.training.run_lock import locked_run
@@ -45,7 +51,8 @@ class RunOptions:
     cache: directory of caches. validate: split to evaluate at every checkpoint, or None. initial: a run or checkpoint with the
     initial weights of the network, and of the head if its task is the same. scenes_file: names of the label scenes, one per
     line, instead of config.labels. preset: name of the config's preset, for the report. allow_unfinished: whether `initial` may
-    be a run that has not finished. overwrite: delete the run in `out`, instead of continuing it.
+    be a run that has not finished. overwrite: delete the run in `out`, instead of continuing it. more_caches: further
+    directories whose split a pretraining mixes in; `validate` is a split of `cache`.
     """
 
     cache: Path
@@ -58,6 +65,7 @@ class RunOptions:
     preset: str = ""
     allow_unfinished: bool = False
     overwrite: bool = False
+    more_caches: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class TrainingSetup:
     """
 
     info: RunInfo
-    dataset: KeyframeDataset
+    dataset: Samples
     held_out: KeyframeDataset | None
     scenes: list[str] | None
     usable: list[str]
@@ -112,10 +120,10 @@ def train_run(ready: TrainingSetup, options: RunOptions, process: Process) -> bo
 def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSetup:
     """Open caches and initial checkpoint, and check that they match each other, the config and the device. Raises ValueError."""
     require_precision(config.precision, process.device)
-    reader = open_reader(options.cache, options.split)
+    reader, *others = readers = open_readers(config, options)
     cache, spec = reader.cache, reader.cache.spec
-    process.print(*cache.warnings)
-    config = replace(config, frame=resolve_frame(spec.frames, config.frame))
+    process.print(*dict.fromkeys(line for each in readers for line in each.cache.warnings))
+    config = resolve_common_frame(readers, config)
     usable = [scene for scene, is_valid in zip(cache.identity.scenes, reader.is_valid, strict=True) if is_valid]
     usable = list(dict.fromkeys(usable))
     scenes, listed = None, options.scenes_file
@@ -125,7 +133,11 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
         config, notes = resolve_order(cache, config)
         process.print(*notes)
         scenes = label_scenes(cache, usable, config)
-    dataset = KeyframeDataset(reader, config, training=True, scenes=scenes)
+    dataset: Samples = (
+        MixedDataset(readers, config) if others else KeyframeDataset(reader, config, training=True, scenes=scenes)
+    )
+    for part in parts_of(dataset):
+        require_teacher(config, part)
     feature_dim = spec.teacher.dim if spec.teacher is not None else 0
     held_out = None
     if options.validate is not None:
@@ -136,26 +148,29 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
     if start is not None and options.overwrite and start.path.resolve().is_relative_to(options.out.resolve()):
         raise ValueError(f"--overwrite would delete {options.out}, which --from starts from: choose another --out")
     if start is not None:
-        process.print(*changes_of_meaning(dataset, start))
-    process.print(*notes_on_data(dataset))
+        process.print(*dict.fromkeys(line for part in parts_of(dataset) for line in changes_of_meaning(part, start)))
+    for part in parts_of(dataset):
+        process.print(*notes_on_data(part))
+    simulated = tuple(dict.fromkeys(what for each in readers for what in each.cache.simulated))
     info = RunInfo(
         config=config,
         grid=spec.grid,
         feature_dim=feature_dim,
-        cache=spec.fingerprint,
+        cache="+".join(each.cache.spec.fingerprint for each in readers),
         num_samples=len(dataset),
         keyframes=dataset.digest,
         initial=describe_initial(config, start),
         initial_digest="" if start is None else start.weights_digest,
         scenes=hashlib.sha256("\n".join(scenes or []).encode()).hexdigest()[:16],
-        simulated=tuple(cache.simulated),
+        simulated=simulated,
         preset=options.preset,
         targets=spec.to_dict(),
         data={
-            **describe_data(cache.provenance, int(reader.is_valid.sum())),
+            **describe_mixture([describe_data(r.cache.provenance, int(r.is_valid.sum())) for r in readers]),
             "label scenes": LISTED if listed else config.label_scenes.describe(),
-            "simulated": " and ".join(cache.simulated) or DATA["simulated"],
+            "simulated": " and ".join(simulated) or DATA["simulated"],
         },
+        more_targets=tuple(each.cache.spec.to_dict() for each in others),
         origin=describe_origin(PACKAGES, gpu_names(process)),
         parent=None if start is None else start.info,
     )
@@ -164,7 +179,7 @@ def prepare(config: Config, options: RunOptions, process: Process) -> TrainingSe
 
 def record_scenes(scenes: list[str], ready: TrainingSetup, out: Path, process: Process) -> None:
     """Print the number of label scenes, and write their names to out/scenes.txt."""
-    everything = dict.fromkeys(ready.dataset.reader.cache.identity.scenes)
+    everything = dict.fromkeys(parts_of(ready.dataset)[0].reader.cache.identity.scenes)
     without = [scene for scene in everything if scene not in ready.usable]
     note = f"; {count(len(without), 'more scene')} without a valid keyframe: {', '.join(without)}" if without else ""
     how = "" if len(scenes) == len(ready.usable) else f" ({ready.info.data['label scenes']})"
@@ -180,7 +195,8 @@ def summary(
 ) -> list[str]:
     """What is trained, on what, and where it is saved."""
     dataset, config, optim = ready.dataset, ready.info.config, ready.info.config.optim
-    read = sum(a.nbytes for a in dataset.reader.cache.spec.arrays() if a.name in dataset.arrays)
+    parts = parts_of(dataset)
+    read = sum(len(part) * part.bytes_per_sample for part in parts) / len(dataset)
     steps, parameters = optim.num_steps(len(dataset)), count_parameters(task)
     batch = f"{optim.batch}" + (f" x {optim.accumulation} accumulated" if optim.accumulation > 1 else "")
     size = "x".join(map(str, config.network.image_size))
@@ -192,6 +208,10 @@ def summary(
         f"checkpoints of {parameters * 12 / 1e6:.0f} MB in {options.out / 'checkpoints'}, the newest two are kept"
         + (f", and the best on {options.validate}" if ready.held_out is not None else ""),
     ]
+    if len(parts) > 1:
+        lines[1:1] = [
+            f"mixed from {', '.join(f'{len(part)} of {part.reader.cache.path}' for part in parts)}, each once per epoch"
+        ]
     if resume is not None:
         is_finished = resume.step >= steps
         lines.append(
@@ -256,6 +276,16 @@ def prepare_evaluation(
     dataset = KeyframeDataset(open_reader(options.cache, options.split), config, training=False)
     require_fit(dataset, info.grid, info.feature_dim, str(checkpoint.path))
     return checkpoint, dataset, restore(checkpoint, config)
+
+
+def open_readers(config: Config, options: RunOptions) -> list[CacheReader]:
+    """Of the caches that are trained on. Raises CacheError as `open_reader`, and ValueError if they cannot be mixed."""
+    caches = [options.cache, *options.more_caches]
+    if len(caches) > 1 and not config.is_pretext:
+        raise ValueError(f"--cache is given {len(caches)} times: only a pretraining mixes caches, pass one to finetune")
+    if len({cache.resolve() for cache in caches}) < len(caches):
+        raise ValueError(f"--cache: {', '.join(map(str, caches))}: pass each cache once")
+    return [open_reader(cache, options.split) for cache in caches]
 
 
 def open_reader(cache: Path, split: str) -> CacheReader:

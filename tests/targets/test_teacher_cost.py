@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from occfeat_targets.cache.spec import TeacherSpec
 from occfeat_targets.targets import teacher as teacher_module
-from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, gpu_bytes, teacher_spec
+from occfeat_targets.targets.teacher import LoadedTeacher, TeacherError, gpu_bytes, open_teacher, teacher_spec
 from occfeat_targets.targets.teacher_dino import Dinov2
 
 
@@ -55,6 +56,18 @@ def test_the_estimated_memory_bounds_that_of_a_forward_pass(monkeypatch, size, d
 def test_the_estimated_memory_of_the_weights_is_a_little_too_high(name, millions):
     weights = gpu_bytes(teacher_spec(f"random:facebook/dinov2-{name}"), 0) - teacher_module._CONTEXT_BYTES
     assert 1 <= weights / (4e6 * millions) < 1.2
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large", "giant"])
+def test_the_operations_of_a_teacher_are_those_that_torch_counts(monkeypatch, size):
+    """Of two layers of each width; the giant's MLP is a SwiGLU. Norms and activations do not count."""
+    architecture = {**Dinov2.architectures[f"facebook/dinov2-{size}"], "num_hidden_layers": 2}
+    monkeypatch.setitem(Dinov2.architectures, f"two-layers-{size}", architecture)
+    teacher = open_teacher(f"random:two-layers-{size}")
+    teacher.model.set_attn_implementation("eager")  # whose products torch counts on a CPU
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        teacher.dense_tokens(torch.zeros(1, 3, 56, 84))
+    assert teacher.flops((4, 6)) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def tiny(tiny_teacher: str) -> tuple[TeacherSpec, np.ndarray]:

@@ -9,9 +9,15 @@ import pytest
 
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
-from occfeat_targets.cache.spec import STUDENT_SIZE
-from occfeat_train.config import AugmentConfig, Config, LossConfig, NetworkConfig
+from occfeat_targets.cache.spec import STUDENT_SIZE, TeacherSpec
+from occfeat_targets.targets.teacher_dino import Dinov2
+from occfeat_train.cache_needs import CHANNELS, bytes_per_keyframe, wrong_teacher
+from occfeat_train.config import DEFAULT_TEACHER, AugmentConfig, Config, LossConfig, NetworkConfig
 from occfeat_train.presets import PRESETS, finetuning, preset
+from occfeat_train.tasks.build import build_task, count_parameters
+from occfeat_train.training.paper import TARGETS
+from tests.conftest import REPOSITORY
+from tests.train.runs import pretrain, refuse, steps, succeed
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.split("/")[-1] == "occfeat" and "small" not in name])
@@ -88,6 +94,79 @@ def test_bevformers_channels_are_a_multiple_of_its_heads():
     with pytest.raises(ValueError, match="network.channels=6: a multiple of BEVFormer's 4 heads expected"):
         NetworkConfig(lifting="bevformer", channels=6)
     assert NetworkConfig(channels=6).channels == 6
+
+
+SCALED = {
+    "teacher-vitb": "teacher: facebook/dinov2-base != any",
+    "teacher-vitl": "teacher: facebook/dinov2-large != any",
+    "teacher-vitg": "teacher: facebook/dinov2-giant != any",
+    "student-rn101": "network.backbone: resnet-101 != efficientnet-b0",
+    "wide-decoder": "network.channels: 256 != 128",
+}
+
+
+@pytest.mark.parametrize(("name", "difference"), SCALED.items())
+def test_a_scaled_preset_changes_one_field_and_the_readme_has_its_sizes(name, difference):
+    config = preset(f"scale/{name}")
+    assert config.differences(Config()) == [difference]
+    dim = CHANNELS[DEFAULT_TEACHER if config.teacher == "any" else config.teacher]
+    task, size = build_task(config, VoxelGrid(), dim), bytes_per_keyframe(config)
+    readme = (REPOSITORY / "README.md").read_text()
+    cells = f"{dim:,} | {size / 1e6:.1f} MB, {size * 28_130 / 1e9:.0f} GB | {count_parameters(task) / 1e6:.1f} M"
+    assert f"| `scale/{name}` | {cells} |" in readme
+
+
+def test_the_channels_of_teachers_are_those_of_their_architectures():
+    for name, channels in CHANNELS.items():
+        assert Dinov2.architectures[name]["hidden_size"] == channels
+
+
+def test_presets_name_the_options_of_the_cache_that_they_need():
+    assert preset("scale/teacher-vitg").build_options == ["--teacher facebook/dinov2-giant"]
+    assert preset("table1/simplebev-enb0/img-also").build_options == ["--points"]
+    assert preset("table2/simplebev-enb0-448x800/occfeat").build_options == ["--image-size 540x960"]
+    assert Config().build_options == Config(teacher="facebook/dinov2-small").build_options == []
+
+
+def test_config_show_prints_the_size_of_the_cache():
+    assert bytes_per_keyframe(Config()) == TARGETS.bytes_per_keyframe
+    assert bytes_per_keyframe(preset("scale/teacher-vitb")) == TARGETS.bytes_per_keyframe + 6 * 16 * 28 * 384 * 2
+    shown = succeed("config", "show", "scale/teacher-vitg")
+    assert "# needs a cache built with --image-size 270x480 or more, and --teacher facebook/dinov2-giant" in shown
+    assert "# about 10.6 MB per keyframe of nuScenes, 298 GB for its train split" in shown
+    assert "a cache built with --teacher facebook/dinov2-giant" in succeed("config", "list")
+    assert "per keyframe" not in succeed("config", "show", "scale/teacher-vitg", "--set", "teacher=my/own")
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "fits"),
+    [
+        ("facebook/dinov2-base", 768, True),
+        ("random:facebook/dinov2-base", 768, True),
+        ("/models/my-dinov2-base", 768, True),
+        ("facebook/dinov2-small", 384, False),
+        ("/models/dinov2-small", 384, False),
+        ("facebook/dinov3-vitb16-pretrain-lvd1689m", 768, False),
+    ],
+)
+def test_a_cache_of_another_teacher_than_the_config_names_is_recognised(name, dim, fits):
+    teacher = TeacherSpec(name, "", (224, 392), 14, dim)
+    reason = wrong_teacher("facebook/dinov2-base", teacher)
+    assert (reason is None) == fits
+    assert fits or f"those of {name} with {dim} channels, the run wants teacher=facebook/dinov2-base with 768" in str(
+        reason
+    )
+    assert wrong_teacher("any", teacher) is None
+    assert (wrong_teacher("my/own", teacher) is None) == name.startswith("/")
+
+
+def test_a_preset_of_a_larger_teacher_refuses_a_cache_of_another(cache, tmp_path):
+    wanted = ["--preset", "scale/teacher-vitb"]
+    message = refuse(*pretrain(cache, tmp_path / "run", *wanted), out=tmp_path / "run")
+    assert "train.zarr: its features are those of made up with 6 channels" in message
+    assert "build a cache with --teacher facebook/dinov2-base" in message and "--set teacher=any" in message
+    assert "finished" in succeed(*pretrain(cache, tmp_path / "run", *wanted, "--set", "teacher=any", *steps(1)))
+    assert "finished" in succeed(*pretrain(cache, tmp_path / "occ", *wanted, "--set", "loss.feat=0", *steps(1)))
 
 
 @pytest.mark.parametrize("value", [0, 0.0001, 0.001, 0.01, 0.1, 1.0])
