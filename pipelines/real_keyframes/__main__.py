@@ -44,7 +44,7 @@ from pipelines.real_keyframes.transforms import (
     shift,
 )
 
-SECONDS_PER_STEP = 1.4  # of the default network on one idle core
+SECONDS_PER_STEP = 1.5  # of the default network on one idle core
 FITS = {"iou": 80.0, "cosine": 0.95}  # on the training keyframe
 CPU = Process(0, 1, torch.device("cpu"))
 
