@@ -59,7 +59,7 @@ def test_every_run_trains_the_declared_steps(size):
 
 
 def test_arms_of_a_seed_differ_only_in_their_start():
-    size = SIZES["cpu"]
+    size = SIZES["gpu"]
     of_cell = [r for r in runs_of(size, BOTH) if (r.seed, r.task, r.labels) == (1, "map", 10) and r.arm.name != LONGER]
     assert len(of_cell) == len(ARMS) - 1
     assert len({run.options for run in of_cell}) == 1
@@ -67,14 +67,14 @@ def test_arms_of_a_seed_differ_only_in_their_start():
 
 
 def test_the_control_is_finetuned_three_times_as_long():
-    steps = {r.arm.name: r.steps for r in runs_of(SIZES["cpu"], BOTH) if (r.seed, r.task, r.labels) == (0, "map", 10)}
+    steps = {r.arm.name: r.steps for r in runs_of(SIZES["gpu"], BOTH) if (r.seed, r.task, r.labels) == (0, "map", 10)}
     assert steps[LONGER] == 3 * steps[NONE] == 3 * steps[OCCFEAT]
 
 
 def test_arms_of_an_absent_teacher_are_left_out():
-    names = {run.arm.name for run in runs_of(SIZES["cpu"], {"random"})}
+    names = {run.arm.name for run in runs_of(SIZES["gpu"], {"random"})}
     assert names == {NONE, LONGER, OCCUPANCY, IMG_ALSO} | {arm.name for arm in ARMS if arm.teacher == "random"}
-    assert teachers_of(replace(SIZES["cpu"], arms=(Arm(NONE, None), Arm(OCCUPANCY, ("--occ-only",))))) == set()
+    assert teachers_of(replace(SIZES["gpu"], arms=(Arm(NONE, None), Arm(OCCUPANCY, ("--occ-only",))))) == set()
 
 
 def test_runs_are_distinct_and_seeds_come_one_after_the_other():

@@ -95,7 +95,7 @@ def describe(size: Size, runs: Sequence[Run], out: Path, teachers: dict[str, str
         samples = sum(run.samples for run in left)
         lines.append(
             f"{stage}: {count(len(of_stage), 'run')}, {len(of_stage) - len(left)} finished; {samples:,} samples to train, "
-            f"{describe_minutes(samples / size.rate)} at {size.rate:g} samples/s, measured on {size.machine} with {count(size.jobs, 'job')}"
+            f"{describe_minutes(samples / size.rate)} at {size.rate:g} samples/s, as on {size.machine}, with {count(size.jobs, 'job')}"
         )
     return lines
 

@@ -79,7 +79,7 @@ class Size:
 
     network, recipe, of_task: fields of the config that differ from the presets small/*; `recipe` only in finetuning, of_task[task] only in
     that of a task. rate: training samples per second of all jobs together,
-    measured on `machine`, for the announced times. jobs: trainings at a time.
+    on `machine`, for the announced times. jobs: trainings at a time.
     """
 
     city: City
