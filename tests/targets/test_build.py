@@ -197,7 +197,11 @@ def test_the_lss_directory_layout_gives_the_same_cache(city, tiny_teacher, tmp_p
 
 
 def test_sweeps_add_voxels_and_lose_none(city, tmp_path, expected):
-    run(*build_arguments(city, tmp_path, "none", "--workers", "0", "--frames", "both", "--sweeps", "3"))
+    run(
+        *build_arguments(
+            city, tmp_path, "none", "--workers", "0", "--frames", "both", "--sweeps", "3", "--dynamic", "smear"
+        )
+    )
     more = contents(tmp_path)["occupancy"]
     assert not (expected["occupancy"] & ~more).any()
     assert np.unpackbits(more).sum() > 1.2 * np.unpackbits(expected["occupancy"]).sum()
