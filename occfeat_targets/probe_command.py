@@ -13,7 +13,7 @@ from occfeat_targets.options import cache_options, reports_errors
 
 
 @click.command(
-    short_help="Test how well the features of a cache separate the classes of its labels.",
+    short_help="Test how well features separate the classes of labels.",
     epilog=examples(
         "occfeat-targets probe --split train",
         "occfeat-targets probe --split train --test-split val --samples 300 --json probe.json",

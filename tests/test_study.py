@@ -238,7 +238,9 @@ def test_a_tiny_study_runs_resumes_and_reports(tmp_path):
     again = {file: file.stat().st_mtime_ns for file in out.rglob("held_out.json")}
     assert {file for file in finished if again[file] != finished[file]} == {lost}
 
-    assert "0 s in total" in study("--out", str(out), "--seeds", "1", "--report-only")
+    logs = {file: file.stat().st_size for file in (out / "logs").iterdir()}
+    assert "19 finished runs of 1 seed" in study("--out", str(out), "--report-only")
+    assert logs == {file: file.stat().st_size for file in (out / "logs").iterdir()}  # nothing is run
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "| none |" in text
     assert "cosine of the mean feature" in text
