@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from occfeat_targets.cache.records import write_file
 from occfeat_targets.sources.splits import split_scenes
 from pipelines.study.design import City
 from pipelines.study.processes import Job, run_jobs
@@ -24,9 +25,11 @@ def make_data(out: Path, city: City, teachers: dict[str, str], *, device: str, t
     logs.mkdir(parents=True, exist_ok=True)
     if not root.exists():
         run_jobs([Job("city", ("occfeat_targets", *synth_options(root, city)), logs / "city.log")], 1)
-        scenes = split_scenes()
-        names = {"tune": scenes["val"][: city.tune], "held_out": scenes["val"][city.tune : city.tune + city.test]}
-        (root / VERSION / "splits.json").write_text(json.dumps(names))
+    splits = root / VERSION / "splits.json"
+    if not splits.exists():  # a study may be killed between the two
+        scenes = split_scenes()["val"]
+        names = {"tune": scenes[: city.tune], "held_out": scenes[city.tune : city.tune + city.test]}
+        write_file(splits, json.dumps(names).encode())
     plans, shards = [], []
     for name, teacher in teachers.items():
         for split in city.scenes:

@@ -37,8 +37,8 @@ SIZES = {
         ),
         network=CPU.network | {"network.image_size": "48x80"},
         seeds=2,
-        pretrain=150,
-        finetune={100: 140},
+        pretrain=120,
+        finetune={100: 105},
         of_task={"vehicles": {"loss.pos_weight": "8"}},  # a fortieth of the cells; more steps would do without
         curve=2,
         arms=tuple(arm for arm in ARMS if arm.name in (NONE, OCCFEAT, OCCFEAT_RANDOM)),
