@@ -239,7 +239,11 @@ def test_a_tiny_study_runs_resumes_and_reports(tmp_path):
     assert {file for file in finished if again[file] != finished[file]} == {lost}
 
     logs = {file: file.stat().st_size for file in (out / "logs").iterdir()}
-    assert "19 finished runs of 1 seed" in study("--out", str(out), "--report-only")
+    reported = study(
+        "--out", str(out), "--report-only", "--seeds", "1", "--teacher", "unused", "--teacher-name", "a teacher"
+    )
+    assert "SIMULATED: a synthetic city; teacher: a teacher" in reported
+    assert "19 finished runs of 1 seed" in reported
     assert logs == {file: file.stat().st_size for file in (out / "logs").iterdir()}  # nothing is run
     text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     assert "| none |" in text

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from occfeat_targets.build.estimate import format_seconds
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
 from pipelines.study.data import RANDOM, make_data
@@ -58,23 +59,19 @@ def main(
     out = out.resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    if not report_only:
-        for line in describe(chosen, mine, out, teachers):
-            echo(line)
-        make_data(out, chosen.city, teachers, device=device, tasks=chosen.tasks)
-        echo(f"data: {describe_minutes(time.monotonic() - started)}")
-        try:
+    try:
+        if not report_only:
+            for line in describe(chosen, mine, out, teachers):
+                echo(line)
+            make_data(out, chosen.city, teachers, device=device, tasks=chosen.tasks)
+            echo(f"data: {format_seconds(time.monotonic() - started)}")
             train(mine, out, chosen, list(teachers), device, None if stop_after is None else started + 60 * stop_after)
-        finally:
-            if search:
-                echo(markdown(search_table(runs, out)))
-            else:
-                write_report(out, chosen, teachers, teacher_name or teacher or "")
-    elif search:
-        echo(markdown(search_table(runs, out)))
-    else:
-        write_report(out, chosen, teachers, teacher_name or teacher or "")
-    echo(f"{describe_minutes(time.monotonic() - started)} in total")
+    finally:  # also after failed runs
+        if search:
+            echo(markdown(search_table(runs, out)))
+        else:
+            write_report(out, chosen, teachers, teacher_name or teacher or "")
+    echo(f"{format_seconds(time.monotonic() - started)} in total")
 
 
 def describe(size: Size, runs: Sequence[Run], out: Path, teachers: dict[str, str]) -> list[str]:
@@ -84,7 +81,7 @@ def describe(size: Size, runs: Sequence[Run], out: Path, teachers: dict[str, str
     lines = [
         "SIMULATED: the data set is a synthetic city"
         + (", and the teacher has random weights" if "trained" not in teachers else ""),
-        f"data: {keyframes} keyframes, {describe_minutes(keyframes * (city.seconds + len(teachers) * city.teacher_seconds))} on two cores",
+        f"data: {keyframes} keyframes, {format_seconds(keyframes * (city.seconds + len(teachers) * city.teacher_seconds))} on two cores",
     ]
     missing = [arm.name for arm in size.arms if arm.teacher not in teachers and reads_features(arm)]
     if missing:
@@ -95,7 +92,7 @@ def describe(size: Size, runs: Sequence[Run], out: Path, teachers: dict[str, str
         samples = sum(run.samples for run in left)
         lines.append(
             f"{stage}: {count(len(of_stage), 'run')}, {len(of_stage) - len(left)} finished; {samples:,} samples to train, "
-            f"{describe_minutes(samples / size.rate)} at {size.rate:g} samples/s, as on {size.machine}, with {count(size.jobs, 'job')}"
+            f"{format_seconds(samples / size.rate)} at {size.rate:g} samples/s, as on {size.machine}, with {count(size.jobs, 'job')}"
         )
     return lines
 
@@ -126,10 +123,6 @@ def train(
         jobs.append(Job(run.name, arguments, out / "logs" / f"{run.name}.log", run.after))
     samples = {run.name: run.samples for run in runs}
     run_jobs(jobs, size.jobs, title="study", unit="sample", weight=lambda job: samples[job.name], deadline=deadline)
-
-
-def describe_minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 if __name__ == "__main__":

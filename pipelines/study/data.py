@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from occfeat_targets.cache.records import write_file
+from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.splits import split_scenes
 from pipelines.study.design import City
 from pipelines.study.processes import Job, run_jobs
@@ -34,7 +35,7 @@ def make_data(out: Path, city: City, teachers: dict[str, str], *, device: str, t
     for name, teacher in teachers.items():
         for split in city.scenes:
             cache = out / "cache" / name
-            if (cache / f"{split}.done").exists():
+            if is_built(cache / f"{split}.zarr"):
                 continue
             options = ("occfeat_targets", *build_options(root, cache, split, city, teacher, device))
             plans.append(Job(f"plan {name} {split}", (*options, "--plan-only"), logs / f"{name}-{split}.log"))
@@ -45,9 +46,11 @@ def make_data(out: Path, city: City, teachers: dict[str, str], *, device: str, t
     jobs = min(os.cpu_count() or 1, 16)
     run_jobs(plans, jobs)
     run_jobs(shards, jobs)
-    for name in teachers:
-        for split in city.scenes:
-            (out / "cache" / name / f"{split}.done").touch()
+
+
+def is_built(cache: Path) -> bool:
+    """Whether all shards of a cache are finished."""
+    return cache.exists() and not open_cache(cache).pending_shards()
 
 
 def synth_options(root: Path, city: City) -> tuple[str, ...]:

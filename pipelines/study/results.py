@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from occfeat_train.training.log import read_log
 from pipelines.study.design import FEATURES, IMG_ALSO, LONGER, NONE, OCCFEAT, OCCFEAT_RANDOM, OCCUPANCY, TASKS, Run
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1 on
@@ -72,7 +73,7 @@ def paired(better: dict[int, float], worse: dict[int, float]) -> Difference | No
         return None
     if len(found) == 1:
         return Difference(found[0], 1, None)
-    quantile = _T[len(found) - 2] if len(found) - 2 < len(_T) else 1.96 + 2.5 / (len(found) - 1)
+    quantile = _T[min(len(found) - 2, len(_T) - 1)]  # of more than ten pairs, that of ten: a little too wide
     return Difference(statistics.fmean(found), len(found), quantile * statistics.stdev(found) / math.sqrt(len(found)))
 
 
@@ -101,8 +102,8 @@ def read_results(run: Run, out: Path) -> dict[str, Any] | None:
 
 def read_curve(run: Run, out: Path) -> list[tuple[int, float]]:
     """(step, IoU at 0.5 [%] on the tune split) of a finetuning's validations."""
-    lines = map(json.loads, (out / "runs" / run.name / "log.jsonl").read_text().splitlines())
-    return [(line["step"] + 1, line["validation"]["iou"] or 0.0) for line in lines if "validation" in line]
+    records = read_log(out / "runs" / run.name)
+    return [(record["step"] + 1, record["validation"]["iou"] or 0.0) for record in records if "validation" in record]
 
 
 def table(scores: Scores, arms: Sequence[str], labels: Sequence[float], against: str = "") -> list[list[str]]:

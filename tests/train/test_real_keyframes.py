@@ -13,9 +13,11 @@ import pytest
 from occfeat_targets.cache.geometry import inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.sources.splits import split_scenes
-from pipelines.real_keyframes.__main__ import Settings, report, study
+from pipelines.real_keyframes.__main__ import study
 from pipelines.real_keyframes.edges import REACH, borders, edge_alignment, edge_ranks
+from pipelines.real_keyframes.fitting import Settings
 from pipelines.real_keyframes.priors import features_by_place, iou, mean_cosine, occupancy_by_place, places
+from pipelines.real_keyframes.tables import report
 from pipelines.real_keyframes.transforms import CHANGES, Rig
 from tests.conftest import REPOSITORY
 
