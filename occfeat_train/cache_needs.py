@@ -20,13 +20,14 @@ def bytes_per_keyframe(config: Config) -> int | None:
     if name not in CHANNELS:
         return None
     height, width = config.smallest_cache()
-    instances = "--instances" in config.build_options
+    options = config.build_options
     spec = TargetSpec(
         image_size=(height, width) if height > STUDENT_SIZE[0] else STUDENT_SIZE,
         teacher=TeacherSpec(name, "", (224, 392), 14, CHANNELS[name]),
-        frames=CAMERAS if "--frames cameras" in config.build_options else (EGO_FRAME,),
-        compat="simple-bev" if instances else None,
-        instances=instances,
+        frames=CAMERAS if "--frames cameras" in options else (EGO_FRAME,),
+        compat="simple-bev" if "--compat simple-bev" in options else None,
+        instances="--compat simple-bev" in options,
+        rays="--rays" in options,
         max_points=_POINTS if config.task in READS_POINTS else 0,
     )
     return spec.bytes_per_keyframe

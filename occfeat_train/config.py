@@ -260,7 +260,8 @@ class Config:
         teacher = [f"--teacher {self.teacher}"] if self.teacher not in ("any", DEFAULT_TEACHER) else []
         frames = ["--frames cameras"] * (self.frame not in ("auto", EGO_FRAME))
         instances = ["--compat simple-bev", "--instances"] * (self.loss.heads == "simple-bev")
-        return [*large, *teacher, *frames, *instances, *["--points"] * (self.task in READS_POINTS)]
+        rays = ["--rays"] * (self.task == "occfeat" and self.loss.occ_on == "observed")
+        return [*large, *teacher, *frames, *instances, *rays, *["--points"] * (self.task in READS_POINTS)]
 
     def differences(self, other: Config) -> list[str]:
         """One line for each field in which two configs differ."""

@@ -78,9 +78,9 @@ class FeatureColors:
     @classmethod
     def fit(cls, features: NDArray[Any]) -> FeatureColors:
         """Fit to (n, C) features. The sign of an axis makes its largest loading positive, so the colours are reproducible."""
-        directions = _directions(features)
-        mean = directions.mean(axis=0)
-        centered = directions - mean
+        unit = directions(features)
+        mean = unit.mean(axis=0)
+        centered = unit - mean
         _, vectors = np.linalg.eigh(centered.T @ centered)
         axes = np.zeros((len(mean), 3))
         axes[:, : len(mean)] = vectors[:, ::-1][:, :3]
@@ -90,13 +90,14 @@ class FeatureColors:
 
     def __call__(self, features: NDArray[Any]) -> Colors:
         """(..., C) features -> (..., 3) RGB. A component that does not vary is mid-grey."""
-        components = (_directions(features) - self.mean) @ self.axes
+        components = (directions(features) - self.mean) @ self.axes
         span = self.high - self.low
         varies = span > 1e-9
         scaled = np.where(varies, (components - self.low) / np.where(varies, span, 1), 0.5)
         return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
-def _directions(features: NDArray[Any]) -> NDArray[np.float64]:
+def directions(features: NDArray[Any]) -> NDArray[np.float64]:
+    """(..., C) features divided by their lengths; zeros stay zeros."""
     features = np.asarray(features, np.float64)
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)

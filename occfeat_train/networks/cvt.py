@@ -86,12 +86,9 @@ class Rays:
 def find_rays(views: Views, feature_size: tuple[int, int], dtype: torch.dtype) -> Rays:
     """The rays of the tokens' centres, row by row, computed in float64."""
     (height, width), (h, w) = views.image_size, feature_size
-    pixels_from_grid = views.cam_from_grid.detach().double().clone()
-    pixels_from_grid[..., :3, :] = views.intrinsics.detach().double() @ pixels_from_grid[..., :3, :]
-    grid_from_pixels, failed = torch.linalg.inv_ex(pixels_from_grid)  # failed for a masked camera
-    is_used = failed == 0
+    grid_from_pixels, is_used = views.cameras.grid_from_pixels
     grid_from_pixels = torch.where(is_used[..., None, None], grid_from_pixels, 0.0)
-    columns, rows = (torch.arange(n, device=failed.device, dtype=torch.float64) + 0.5 for n in (w, h))
+    columns, rows = (torch.arange(n, device=is_used.device, dtype=torch.float64) + 0.5 for n in (w, h))
     u, v = (columns * (width / w)).repeat(h), (rows * (height / h)).repeat_interleave(w)
     pixels = torch.stack([u, v, torch.ones_like(u), torch.ones_like(u)], -1) @ grid_from_pixels.mT
     is_shown = views.cameras.is_inside(u[:, None, None], v[:, None, None]).permute(1, 2, 0)

@@ -105,10 +105,8 @@ class LSS(nn.Module):
         """The points of a sample's tokens, as far as a token's centre is in the area of its image that shows the scene."""
         (height, width), (h, w) = views.image_size, feature_size
         device = views.intrinsics.device
-        intrinsics, cam_from_grid = views.intrinsics[sample].double(), views.cam_from_grid[sample].double()
-        pixels_from_grid = cam_from_grid.detach().clone()
-        pixels_from_grid[:, :3] = intrinsics.detach() @ cam_from_grid[:, :3].detach()
-        grid_from_pixels, failed = torch.linalg.inv_ex(pixels_from_grid)  # failed for a masked camera, for example
+        cameras = views.cameras[sample]
+        grid_from_pixels, is_camera = cameras.grid_from_pixels
         columns, rows = (torch.arange(n, device=device, dtype=torch.float64) for n in (w, h))
         u, v = (columns + self.token_center) * (width / w), (rows + self.token_center) * (height / h)
         pixels = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones_like(u).expand(h, w)], -1).view(-1, 3)
@@ -117,8 +115,8 @@ class LSS(nn.Module):
         points = rays[:, :, None] * depths[:, None] + grid_from_pixels[:, None, None, :3, 3]
         voxel, is_inside = self.voxels(points.view(-1, 3))
         center_u, center_v = (columns + 0.5) * (width / w), (rows[:, None] + 0.5) * (height / h)
-        is_shown = views.cameras[sample].is_inside(center_u[:, None], center_v[..., None])  # (h, w, V)
-        is_used = is_shown.permute(2, 0, 1) & (failed == 0)[:, None, None]
+        is_shown = cameras.is_inside(center_u[:, None], center_v[..., None])  # (h, w, V)
+        is_used = is_shown.permute(2, 0, 1) & is_camera[:, None, None]
         is_point = (is_inside.view(-1, len(depths)) & is_used.reshape(-1, 1)).flatten()
         places = torch.arange(len(is_point), device=device) if host_waits(device) else is_point.nonzero().flatten()
         is_point, voxel, cells = is_point[places], voxel[places], math.prod(self.grid.map_shape)

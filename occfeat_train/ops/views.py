@@ -82,6 +82,15 @@ class Cameras:
         """area: None for whole images."""
         return cls.from_matrices(intrinsics.double() @ cam_from_grid[..., :3, :].double(), image_size, area)
 
+    @property
+    def grid_from_pixels(self) -> tuple[Float[Tensor, "*B V 4 4"], Bool[Tensor, "*B V"]]:
+        """Inverses of the projections with a last row (0, 0, 0, 1), and which exist. A masked camera has none."""
+        matrix = self.pixels_from_grid.detach()
+        last_row = matrix.new_zeros((*matrix.shape[:-2], 1, 4))
+        last_row[..., 3] = 1  # a tensor of numbers would be copied to a GPU, which waits
+        inverse, failed = torch.linalg.inv_ex(torch.cat([matrix, last_row], -2))
+        return inverse, failed == 0
+
     @classmethod
     def from_matrices(
         cls,

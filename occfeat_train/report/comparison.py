@@ -15,11 +15,10 @@ from typing import Any
 
 from occfeat_targets.common.plural import count
 from occfeat_train.config import PRETEXTS
-from occfeat_train.label_rule import LABEL_CHOICE
 from occfeat_train.report.runs import Run
 from occfeat_train.tasks.metrics import as_text
 from occfeat_train.training.checkpoint import RunInfo
-from occfeat_train.training.paper import COMPUTING
+from occfeat_train.training.paper import NOT_COMPARED
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _key(info: RunInfo, **changes: Any) -> str:
 
 
 def _identity(info: RunInfo) -> dict[str, Any]:
-    config = {name: value for name, value in info.config.flat().items() if name not in {*COMPUTING, *LABEL_CHOICE}}
+    config = {name: value for name, value in info.config.flat().items() if name not in NOT_COMPARED}
     return {
         "config": config,
         "cache": info.cache,

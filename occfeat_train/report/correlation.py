@@ -13,6 +13,7 @@ from occfeat_targets.cache.labels import LABEL_KINDS, LabelKind
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.pictures.birdseye import Mask
+from occfeat_targets.pictures.colors import directions
 from occfeat_train.report.voxel_predictions import VoxelPredictions
 
 MAX_DISTANCE = 2.0  # [m] from a picked point to the nearest voxel with a feature
@@ -72,12 +73,6 @@ def pick_class(label: str, found: Sequence[VoxelPredictions]) -> Query:
 def _query(name: str, label: str, found: VoxelPredictions, chosen: NDArray[np.intp], what: str) -> Query:
     means = [directions(seen.features[chosen]).mean(axis=0) for seen in (found.predicted, found.target)]
     return Query(name, f"{what} in {found.scene} ({found.split})", label, *means)
-
-
-def directions(features: NDArray[Any]) -> NDArray[np.float64]:
-    """(..., C) features divided by their lengths; zeros stay zeros."""
-    features = np.asarray(features, np.float64)
-    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 def cosines(features: NDArray[Any], query: NDArray[np.float64]) -> NDArray[np.float64]:

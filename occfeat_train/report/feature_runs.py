@@ -81,8 +81,9 @@ def open_run(path: Path, reader: CacheReader, fit_reader: CacheReader) -> Featur
         raise CheckpointError(
             f"it predicts no features ({what}): a run of 'occfeat-train pretrain' with the feature loss is expected"
         )
-    dataset, fit_dataset = (KeyframeDataset(each, config, training=False) for each in (reader, fit_reader))
-    for each in (dataset, fit_dataset):
+    dataset = KeyframeDataset(reader, config, training=False)
+    fit_dataset = dataset if fit_reader is reader else KeyframeDataset(fit_reader, config, training=False)
+    for each in dict.fromkeys((dataset, fit_dataset)):
         require_fit(each, checkpoint.info.grid, checkpoint.info.feature_dim, str(checkpoint.path))
     is_checkpoint = path.parent.name == "checkpoints"
     name = f"{path.parent.parent.name}-{path.name}" if is_checkpoint else path.name

@@ -15,7 +15,7 @@ from occfeat_train.training.checkpoint import Checkpoint
 from occfeat_train.training.saving import CheckpointError
 
 # Fields of a cache that say which arrays it has, not what the others hold.
-CONTENTS = {"format_version", "labels", "teacher", "max_points", "rays"}
+CONTENTS = {"format_version", "labels", "teacher", "max_points", "rays", "instances"}
 
 
 def require_fit(dataset: KeyframeDataset, grid: VoxelGrid, feature_dim: int, of: str) -> None:

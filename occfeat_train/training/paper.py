@@ -26,6 +26,8 @@ EVALUATION_DATA = {"version": "v1.0-trainval", "split": "val", "keyframes": 6_01
 # Details of the computation that the paper does not specify. Whether images were enlarged is computed from the cache, and
 # the teacher is compared as the cache's.
 COMPUTING = {"network.recompute", "precision", "compile", "seed", "allow_upsampling", "teacher"}
+# The label scenes are compared as a list.
+NOT_COMPARED = {*COMPUTING, *LABEL_CHOICE}
 LISTED = "from a list"  # label scenes of --scenes
 # Fields of a cache that do not change the method: which arrays exist, how they were computed, and the size of its images.
 STORAGE = {
@@ -142,8 +144,7 @@ def _label_scenes(info: RunInfo) -> str:
 def _config_differences(config: Config, row: Config) -> list[Difference]:
     row = replace(row, frame="auto" if config.frame == "auto" else "cameras")  # the paper uses Simple-BEV's frames
     here, paper = (
-        {name: value for name, value in each.flat().items() if name not in {*COMPUTING, *LABEL_CHOICE}}
-        for each in (config, row)
+        {name: value for name, value in each.flat().items() if name not in NOT_COMPARED} for each in (config, row)
     )
     for each in (here, paper):
         if each["network.weights"] == DEFAULT_WEIGHTS[each["network.backbone"]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from occfeat_targets.cache.records import delete_folder, is_partial, write_file
 from occfeat_targets.common.plural import count
 from occfeat_train.distributed import Process, prepare_together
-from occfeat_train.label_rule import LABEL_CHOICE
 from occfeat_train.training.checkpoint import INFO, Checkpoint, RunInfo, checkpoint_folders, find_checkpoint
 from occfeat_train.training.run_lock import LOCK
 from occfeat_train.training.saving import CheckpointError, first_line, saving
@@ -53,7 +53,7 @@ def begin_run(run: Path, info: RunInfo, *, overwrite: bool = False) -> Checkpoin
 
 def _differences(found: RunInfo, info: RunInfo) -> list[str]:
     """One line for each thing in which the run that was found differs from this one."""
-    differences = [d for d in found.config.differences(info.config) if d.partition(":")[0] not in LABEL_CHOICE]
+    differences = found.config.differences(replace(info.config, label_scenes=found.config.label_scenes))
     if found.cache != info.cache:
         differences.append(f"cache fingerprint: {found.cache} != {info.cache}")
     if found.grid != info.grid:

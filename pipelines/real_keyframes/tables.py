@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from occfeat_targets.pictures.colors import directions
 from occfeat_targets.pictures.page import read_returns
-from occfeat_train.report.correlation import directions
 from pipelines.real_keyframes.fitting import Pair, Settings
 from pipelines.real_keyframes.priors import features_by_place, iou, mean_cosine, occupancy_by_place
 from pipelines.real_keyframes.transforms import CHANGES, agreement, measure_edges, measure_network, read_rig, shift

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from occfeat_targets.build.planned import open_plan
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, project, rotation_matrix, transform
+from occfeat_targets.pictures.colors import directions
 from occfeat_train.data.dataset import KeyframeDataset
 from occfeat_train.ops.mean_over_views import sample_voxel_features_numpy
-from occfeat_train.report.correlation import directions
 from occfeat_train.report.voxel_predictions import VoxelPredictions
 from occfeat_train.tasks.pretraining import Pretraining
 from pipelines.real_keyframes.edges import edge_alignment

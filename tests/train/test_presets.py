@@ -206,3 +206,9 @@ def test_every_preset_resolves_and_survives_json(name):
 def test_an_unknown_preset_is_refused_with_the_list_of_presets():
     with pytest.raises(ValueError, match="no preset 'table9'; there are: table1/simplebev-enb0/occfeat"):
         preset("table9")
+
+
+def test_a_loss_over_observed_voxels_needs_rays():
+    config = preset("small/occfeat").override(["loss.occ_on=observed"])
+    assert config.build_options == ["--rays"]
+    assert bytes_per_keyframe(config) > bytes_per_keyframe(preset("small/occfeat"))
