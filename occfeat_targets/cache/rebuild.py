@@ -49,7 +49,7 @@ def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
         "scenes": _scenes(path) if origin.get("left_out_scenes") else None,
         "frames": frames,
         "sweeps": spec["num_sweeps"],
-        "dynamic": spec.get("dynamic", "smear") if spec["num_sweeps"] > 1 else None,
+        "dynamic": spec.get("dynamic", LATER["dynamic"]) if spec["num_sweeps"] > 1 else None,
         "image-size": "x".join(map(str, spec["image_size"])),
         "feature-dtype": spec["feature_dtype"],
         "dividers": spec["dividers"],

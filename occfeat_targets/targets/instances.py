@@ -1,7 +1,7 @@
 """Single vehicles on one grid, as Simple-BEV's centre and offset heads predict them (get_center_and_offset_bev).
 
 Everything is a whole number of cells, so a cache holds it exactly: the reference's Gaussian follows from the squared distance
-(`occfeat_train.tasks.losses`). The centre of a box is rounded to the centre of a cell, halves to the even one.
+(`occfeat_train.tasks.instance_losses`). The centre of a box is rounded to the centre of a cell, halves to the even one.
 """
 
 from __future__ import annotations

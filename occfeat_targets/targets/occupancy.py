@@ -74,6 +74,27 @@ def _constants(grid: VoxelGrid) -> tuple[int, tuple[Any, ...]]:
     return grid.packed_bytes, (tuple(np.array(grid.shape, np.int32)), *axes)
 
 
+def check_arguments(
+    points: NDArray[np.float32], grid_from_sensor: NDArray[np.float64], grid: VoxelGrid, out: NDArray[np.uint8] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.uint8]]:
+    """Arguments of `voxelize` and `rays.walk_rays`: float32 points, float64 transforms, and `out`, zeros by default.
+
+    Raises ValueError on another shape, and on a grid of too many voxels.
+    """
+    transforms = np.asarray(grid_from_sensor, np.float64)
+    if transforms.shape[-2:] != (4, 4) or transforms.ndim > 3:
+        raise ValueError(f"grid_from_sensor of shape {transforms.shape}: expected (4, 4) or (frames, 4, 4)")
+    points = np.ascontiguousarray(points, np.float32)
+    if points.ndim != 2 or points.shape[1] < 3:
+        raise ValueError(f"points of shape {points.shape}: expected (n, 3 or more) with x, y, z first")
+    shape = (*transforms.shape[:-2], _constants(grid)[0])
+    if out is None:
+        out = np.zeros(shape, np.uint8)
+    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype}{out.shape}: expected contiguous uint8{shape} for grid {grid}")
+    return points, transforms, out
+
+
 def voxelize(
     points: NDArray[np.float32],
     grid_from_sensor: NDArray[np.float64],
@@ -94,18 +115,8 @@ def voxelize(
     Cells are half-open. Arithmetic is float32 in a fixed order: a return within 0.1 mm of a cell's border may be on either
     side of it, but equally on every machine. Raises ValueError on arguments of another shape.
     """
-    transforms = np.asarray(grid_from_sensor, np.float64)
-    if transforms.shape[-2:] != (4, 4) or transforms.ndim > 3:
-        raise ValueError(f"grid_from_sensor of shape {transforms.shape}: expected (4, 4) or (frames, 4, 4)")
-    points = np.ascontiguousarray(points, np.float32)
-    if points.ndim != 2 or points.shape[1] < 3:
-        raise ValueError(f"points of shape {points.shape}: expected (n, 3 or more) with x, y, z first")
+    points, transforms, out = check_arguments(points, grid_from_sensor, grid, out)
     packed_bytes, (cells, lower, upper, per_metre) = _constants(grid)
-    shape = (*transforms.shape[:-2], packed_bytes)
-    if out is None:
-        out = np.zeros(shape, np.uint8)
-    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype}{out.shape}: expected contiguous uint8{shape} for grid {grid}")
     frames = transforms.astype(np.float32, order="C").reshape(-1, 4, 4)
     _voxelize(points, frames, cells, lower, upper, per_metre, np.float32(ego_box), out.reshape(-1, packed_bytes))
     return out

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import EGO_BOX
 from occfeat_targets.common.compiled import compiled
-from occfeat_targets.targets.occupancy import MAX_VOXELS
+from occfeat_targets.targets.occupancy import check_arguments
 
 Rays = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 _BLOCK = 8192  # rays per block: their slopes stay in the processor's cache
@@ -194,19 +194,7 @@ def walk_rays(
     Arithmetic is float32: a ray within 0.1 mm of a voxel's border may or may not pass it. Raises ValueError on arguments of
     another shape.
     """
-    transforms = np.asarray(grid_from_sensor, np.float64)
-    if transforms.shape[-2:] != (4, 4) or transforms.ndim > 3:
-        raise ValueError(f"grid_from_sensor of shape {transforms.shape}: expected (4, 4) or (frames, 4, 4)")
-    points = np.ascontiguousarray(points, np.float32)
-    if points.ndim != 2 or points.shape[1] < 3:
-        raise ValueError(f"points of shape {points.shape}: expected (n, 3 or more) with x, y, z first")
-    if grid.num_voxels > MAX_VOXELS:
-        raise ValueError(f"grid {grid} has {grid.num_voxels} voxels, more than {MAX_VOXELS}: use larger cells")
-    shape = (*transforms.shape[:-2], grid.packed_bytes)
-    if out is None:
-        out = np.zeros(shape, np.uint8)
-    elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype}{out.shape}: expected contiguous uint8{shape} for grid {grid}")
+    points, transforms, out = check_arguments(points, grid_from_sensor, grid, out)
     cells_from_sensor = (grid.cells_from_grid @ transforms).astype(np.float32).reshape(-1, 4, 4)
     cells: Any = np.array(grid.shape[::-1], np.float32)
     for matrix, packed in zip(cells_from_sensor, out.reshape(-1, grid.packed_bytes), strict=True):

@@ -147,12 +147,10 @@ def _features(reader: CacheReader, keyframe: int, reference: SlowSource, source:
     images = [_fitted(view, spec.teacher.input_size, spec.image_size) for _, view in _views(source)]
     expected = np.concatenate([teacher(image[None]) for image in images])
     is_seen = reader.read("camera_valid", keyframe)
-    cached = reader.read("features", keyframe)[is_seen].astype(np.float32)
+    cached = reader.read_features(keyframe)[is_seen].astype(np.float32)
     cosine = (expected * cached).sum(-1) / (np.linalg.norm(expected, axis=-1) * np.linalg.norm(cached, axis=-1) + 1e-12)
     mean = float(cosine.mean())
     yield mean >= MIN_COSINE, f"features at cosine {mean:.5f} of float32 (worst token {float(cosine.min()):.5f})"
-    if spec.feature_dtype == "int8":
-        cached *= reader.read("feature_scale", keyframe)[is_seen][..., None].astype(np.float32)
     ratio = float(np.linalg.norm(cached) / np.linalg.norm(expected))
     yield abs(ratio - 1) < 0.01, f"norm ratio {ratio:.4f}"
 

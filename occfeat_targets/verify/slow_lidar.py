@@ -15,7 +15,9 @@ from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.sources.keyframe import Keyframe, Track
 from occfeat_targets.verify.slow_rays import is_passed, passed_voxels
-from occfeat_targets.verify.slow_targets import BORDER, SlowSource
+from occfeat_targets.verify.slow_targets import SlowSource
+
+BORDER = 1e-4  # [m]; a return this close to a cell's border may be on either side
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

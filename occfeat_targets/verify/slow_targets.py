@@ -22,8 +22,6 @@ from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.source import Source
 
-BORDER = 1e-4  # [m]; a return this close to a cell's border may be on either side
-
 
 @dataclass(frozen=True)
 class SlowSource:

@@ -1,7 +1,7 @@
 """Verification of a cache: checksums of all files, and random keyframes against their data set.
 
 Checksums find changes after writing (a flipped bit, a lost file). Recomputing keyframes with the slow code of
-`slow_targets` and `slow_labels` finds errors made before writing (a wrong transform, a wrong resize).
+the modules `slow_*` finds errors made before writing (a wrong transform, a wrong resize).
 """
 
 from __future__ import annotations
