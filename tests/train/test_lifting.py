@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -110,14 +110,6 @@ def assert_equal_to_twin(function: Lift, features: Tensor, views: Views, grid: V
     for a, b in zip(value_and_gradient(function, features, views, grid), exact, strict=True):
         scale = max(1.0, b.abs().max().item())
         torch.testing.assert_close(a.double(), b, atol=1e-5 * scale, rtol=0)
-
-
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- closed forms -----------------------------------------------------------------------------------------------------
