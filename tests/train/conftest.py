@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.runs import pretrain, steps, succeed, write_caches
 
@@ -25,3 +27,11 @@ def pretrained(cache, tmp_path_factory) -> Path:
     assert "7 samples" in output and "2 steps of 2; adam constant lr 0.0001, on 1 x cpu" in output
     assert f"finished: {out}" in output
     return out
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)

@@ -16,11 +16,7 @@ from occfeat_train.networks.bevformer import (
 )
 from occfeat_train.ops.deformable import Reads, deformable, deformable_torch
 from tests.train import deformable_twin
-from tests.train.test_lifting import (
-    three_threads,
-)
 
-__all__ = ["three_threads"]  # a fixture
 BACKENDS = [pytest.param(deformable, id="numba"), pytest.param(deformable_torch, id="torch")]
 Deformable = Callable[[Tensor, Tensor, Reads], Tensor]
 
