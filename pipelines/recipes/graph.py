@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from occfeat_train.presets import preset
+from pipelines.recipes import robustness
 from pipelines.recipes.data import Settings, build_name, cache_folder, data_steps, sizes
 from pipelines.recipes.tables import Recipe
 from pipelines.recipes.trainings import Training, run_directory
@@ -23,6 +24,13 @@ def steps_of(recipes: Sequence[Recipe], settings: Settings) -> list[Step]:
             if each.start or not preset(each.preset).is_pretext:
                 found.append(evaluation_step(each, seed, settings))
             steps |= {step.name: step for step in found}
+    if corrupted := list(
+        dict.fromkeys(cell.training for recipe in recipes if recipe.corrupted for cell in recipe.cells)
+    ):
+        found = robustness.builds(settings)
+        for seed in range(settings.seeds):
+            found += robustness.evaluation_steps(corrupted, seed, settings)
+        steps |= {step.name: step for step in found}
     for drawn in dict.fromkeys(each for recipe in recipes for each in recipe.drawn):
         step = pictures_step(drawn, settings)
         steps[step.name] = step
