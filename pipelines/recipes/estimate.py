@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from occfeat_targets.build.estimate import format_bytes, format_seconds
 from occfeat_train.presets import preset
 from pipelines.recipes.data import Settings, build_bytes
-from pipelines.recipes.graph import training_steps, trainings_of
+from pipelines.recipes.graph import num_steps, trainings_of
 from pipelines.recipes.robustness import SUFFIX
 from pipelines.recipes.tables import Recipe
 from pipelines.recipes.trainings import Training
@@ -76,7 +76,13 @@ def _estimate(step: Step, runs: dict[str, tuple[Training, int]], settings: Setti
     hours = step.samples / rate / 3600
     if step.kind == "evaluate":
         return Estimate(step, None, hours, True, 0)
-    return Estimate(step, training_steps(each, seed, settings), hours, is_guess, 2 * megabytes * 10**6)
+    return Estimate(
+        step,
+        num_steps(each.config(seed, miniature=settings.miniature), settings),
+        hours,
+        is_guess,
+        2 * megabytes * 10**6,
+    )
 
 
 def describe(found: Sequence[Estimate], *, miniature: bool) -> list[str]:

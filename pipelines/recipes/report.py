@@ -129,7 +129,11 @@ def bars_by_corruption(found: Sequence[Result]) -> dict[str, bytes]:
         our_bars(row, color, [cells[row, group] for group in groups])
         for row, color in zip(rows, LINE_COLORS, strict=False)
     ]
-    return {"mean of three severities": draw_bars("mean of three severities", groups, bars)}
+    return {
+        "mean of three severities": draw_bars(
+            "mean of three severities", [group.replace("-", "\n") for group in groups], bars
+        )
+    }
 
 
 def our_bars(name: str, color: str, results: Sequence[Result]) -> Bars:
