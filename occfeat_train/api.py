@@ -256,6 +256,7 @@ def voxel_features(
     grid_from_ego: Tensor,
     image_size: tuple[int, int],
     image_area: Tensor | None = None,
+    cell_size: tuple[float, float, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y_v of paper 3.3: the mean, over the views that see a voxel's centre, of bilinearly sampled feature maps.
 
@@ -265,13 +266,17 @@ def voxel_features(
     intrinsics: (V, 3, 3) of an image of image_size, (H, W) [px]; cam_from_ego: (V, 4, 4); grid_from_ego: (4, 4),
         all as in a sample of `open_cache`. Zeros in cam_from_ego mask a camera.
     image_area: (V, 4) (top, left, bottom, right) [px] of the part of each image that shows the scene; the whole images by default.
+    cell_size: of the grid, (up, forward, right) [m], such as `dataset.grid.cell_size`. If given, centers are those of voxels that
+        hide each other, as in `pretrain --occlusion zbuffer`.
 
-    Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image's area, whatever may
-    hide the point. A point that no view sees has zeros. Gradients reach the features, if they require any.
+    Returns (n, C) float32 and num_views (n,) uint8. A view sees a point in front of it and inside its image's area; without
+    cell_size, whatever may hide the point. A point that no view sees has zeros. Gradients reach the features, if they require any.
     Raises ValueError on types and shapes that don't fit, and on a grid_from_ego of zeros: the frame of a masked camera has no grid.
     """
-    check_voxels(features, centers, intrinsics, cam_from_ego, grid_from_ego, image_size, image_area)
+    check_voxels(features, centers, intrinsics, cam_from_ego, grid_from_ego, image_size, image_area, cell_size)
     grid = inverse_rigid(grid_from_ego.detach().cpu().double().numpy())
     cam_from_grid = cam_from_ego.detach().to(torch.float64) @ torch.from_numpy(grid).to(cam_from_ego.device)
-    sampled, num_views = sample_voxel_features(features, cam_from_grid, intrinsics, image_size, centers, image_area)
+    sampled, num_views = sample_voxel_features(
+        features, cam_from_grid, intrinsics, image_size, centers, image_area, cell_size
+    )
     return sampled.float(), num_views

@@ -91,7 +91,7 @@ def checked_area(area: Tensor, cam_from_ego: Tensor) -> Tensor:
 
 def check_voxels(
     features: Tensor, centers: Tensor, intrinsics: Tensor, cam_from_ego: Tensor, grid_from_ego: Tensor,
-    image_size: tuple[int, int], image_area: Tensor | None,
+    image_size: tuple[int, int], image_area: Tensor | None, cell_size: tuple[float, float, float] | None,
 ) -> None:  # fmt: skip
     """Raises ValueError unless these are arguments of `voxel_features`; the sampling itself checks the other shapes."""
     _require_tensors(
@@ -120,6 +120,8 @@ def check_voxels(
         )
     if np.shape(image_size) != (2,):
         raise ValueError(f"image_size={image_size!r}: expected (height, width) [px] of the images of the intrinsics")
+    if cell_size is not None and not (np.shape(cell_size) == (3,) and all(0 < n < np.inf for n in cell_size)):
+        raise ValueError(f"cell_size={cell_size!r}: expected the grid's (up, forward, right) [m], above 0")
 
 
 def _require_tensors(**arguments: Any) -> None:

@@ -151,6 +151,8 @@ class LossConfig:
     """occ: weight of eq. 2, 1 or 0 (``--feat-only``). feat: lambda of eq. 1; 0 leaves the features out (``--occ-only``).
 
     occ_on: voxels of eq. 2: ``all``, or those that the LiDAR's rays have ``observed``.
+    occlusion: which views of a voxel the target features of eq. 3 are the mean of: ``none``, all that its centre projects into,
+    or ``zbuffer``, without those in which other occupied voxels hide it.
     pos_weight: weight of positive cells in the segmentation's cross-entropy (Simple-BEV).
     heads: what a segmentation predicts: the ``segmentation`` alone, or with ``simple-bev`` centres and offsets too, with that
     repository's losses.
@@ -159,11 +161,12 @@ class LossConfig:
     occ: float = 1.0
     feat: float = 0.01
     occ_on: Literal["all", "observed"] = "all"
+    occlusion: Literal["none", "zbuffer"] = "none"
     pos_weight: float = 2.13
     heads: Literal["segmentation", "simple-bev"] = "segmentation"
 
     def __post_init__(self) -> None:
-        require_one_of(self, "occ_on", "heads")
+        require_one_of(self, "occ_on", "occlusion", "heads")
         weights = (self.occ, self.feat)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(

@@ -159,6 +159,12 @@ def _train(config: Config, out: Path, given: dict[str, Any], preset: str, again:
     help="Voxels of the occupancy loss: all, or only those that LiDAR rays have passed or ended in, of a cache built with --rays.  "
     "[default: the preset's, all]",
 )
+@click.option(
+    "--occlusion",
+    type=click.Choice(["none", "zbuffer"]),
+    help="Depth test for the target features: none, or a depth buffer that leaves out views in which other occupied voxels hide a voxel.  "
+    "[default: the preset's, none]",
+)
 @initial_option(help="Run or checkpoint with the initial weights of network and head.")
 @training_options
 @machine_options
@@ -170,6 +176,7 @@ def pretrain(
     feat_only: bool,
     lambda_: float | None,
     occ_on: Literal["all", "observed"] | None,
+    occlusion: Literal["none", "zbuffer"] | None,
     **given: Any,
 ) -> None:
     """Pretrain a network on occupancy and features (paper, section 3), or with another pretext task. The defaults are the paper's values."""
@@ -182,9 +189,9 @@ def pretrain(
         chosen, name = replace(chosen, task=method), f"{name}-{method}"
     if occ_only + feat_only + (lambda_ is not None) > 1:
         raise click.UsageError("--occ-only, --feat-only and --lambda exclude each other: pass one of them")
-    if chosen.task != "occfeat" and (occ_only or feat_only or lambda_ is not None or occ_on is not None):
+    if chosen.task != "occfeat" and (occ_only or feat_only or {lambda_, occ_on, occlusion} != {None}):
         raise click.UsageError(
-            f"--occ-only, --feat-only, --lambda and --occ-on are about occfeat's losses, not {chosen.task}'s"
+            f"--occ-only, --feat-only, --lambda, --occ-on and --occlusion are about occfeat's losses, not {chosen.task}'s"
         )
     if feat_only and occ_on is not None:
         raise click.UsageError("--feat-only has no occupancy loss: leave --occ-on out")
@@ -197,6 +204,11 @@ def pretrain(
     if occ_on is not None and occ_on != chosen.loss.occ_on:
         chosen = replace(chosen, loss=replace(chosen.loss, occ_on=occ_on))
         name += f"-occ-on-{occ_on}"
+    if occlusion is not None and not chosen.loss.feat:
+        raise click.UsageError("--occlusion is about the feature loss, which this run does not have: leave it out")
+    if occlusion is not None and occlusion != chosen.loss.occlusion:
+        chosen = replace(chosen, loss=replace(chosen.loss, occlusion=occlusion))
+        name += f"-occlusion-{occlusion}"
     train(chosen, name, given, preset=row)
 
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from occfeat_train.presets import preset
+from pipelines.processes import STOPPED, Job, run_jobs
 from pipelines.study.__main__ import main
 from pipelines.study.design import (
     ARMS,
@@ -31,7 +32,6 @@ from pipelines.study.design import (
     slug,
     teachers_of,
 )
-from pipelines.study.processes import STOPPED, Job, run_jobs
 from pipelines.study.report import markdown
 from pipelines.study.results import CLAIMS, Difference, gain_shrinks, judge, mean_and_spread, paired, read_scores, table
 from pipelines.study.search import CANDIDATES, search_runs
@@ -159,14 +159,14 @@ def test_unfinished_runs_are_left_out_and_a_lost_iou_counts_as_zero(tmp_path):
 
 
 def job(name: str, tmp_path: Path, *arguments: str, after: str = "") -> Job:
-    return Job(name, arguments, tmp_path / f"{name}.log", after)
+    return Job(name, (arguments,), tmp_path / f"{name}.log", (after,) if after else ())
 
 
 def test_a_failed_job_does_not_stop_those_that_do_not_need_it(tmp_path):
     jobs = [
         job("bad", tmp_path, "occfeat_train", "config", "show", "no-such-preset"),
         job("needs bad", tmp_path, "occfeat_train", "config", "list", after="bad"),
-        job("good", tmp_path, "occfeat_train", "config", "list", "then", "occfeat_train", "config", "show", "small/occfeat"),
+        Job("good", (("occfeat_train", "config", "list"), ("occfeat_train", "config", "show", "small/occfeat")), tmp_path / "good.log"),
     ]  # fmt: skip
     with pytest.raises(click.ClickException, match=r"2 of 3 jobs failed") as error:
         run_jobs(jobs, 1)
@@ -201,10 +201,10 @@ def test_a_study_that_is_stopped_ends_its_workers(tmp_path):
     out = tmp_path / "study"
     study("--out", str(out), "--only-seed", "0", "--stop-after", "0")
     code = (
-        f"from pathlib import Path; from pipelines.study.processes import *; out = Path({str(out)!r}); run_jobs([Job('long', ("
+        f"from pathlib import Path; from pipelines.processes import *; out = Path({str(out)!r}); run_jobs([Job('long', (("
         "'occfeat_train', 'pretrain', '--preset', 'small/occfeat', '--occ-only', '--cache', str(out / 'cache' / 'random'), "
         "'--set', 'network.image_size=32x48', '--set', 'network.channels=8', '--batch', '2', '--epochs', '1000000', '--out', "
-        "str(out / 'runs' / 'long'), '--no-tensorboard', '--save-every', '1000000'), out / 'long.log')], 1)"
+        "str(out / 'runs' / 'long'), '--no-tensorboard', '--save-every', '1000000'),), out / 'long.log')], 1)"
     )
     process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], cwd=REPOSITORY)
     log = out / "runs" / "long" / "log.jsonl"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,7 +29,11 @@ _MOST_BYTES = 1 << 28  # of a JPEG; nuScenes' have 200,000
 
 
 def load_image(
-    path: str | os.PathLike[str], sizes: Sequence[tuple[int, int]], *, expected_size: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    expected_size: tuple[int, int] | None = None,
+    corrupt: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> tuple[NDArray[np.uint8], ...]:
     """Decode a JPEG once and resize it to each of `sizes`.
 
@@ -37,6 +41,7 @@ def load_image(
         last bits of an image depend on the other sizes. Axes are scaled independently: scale intrinsics by
         width / source width and height / source height.
     expected_size: (height, width) of the file in the data set's tables; another size is an error.
+    corrupt: a change of the full image, which is then written and read as a JPEG of quality 95, as the images of nuScenes-C.
     Returns one (height, width, 3) uint8 RGB array per size; the same bytes on every machine with the same libjpeg.
     Raises ValueError that names the file and the remedy if the file is missing, no JPEG, truncated, of another size, or
         damaged in a way that libjpeg detects: always an area of zeros, seldom a single bit. Other damage shows only in a checksum.
@@ -46,6 +51,8 @@ def load_image(
     scale = _decoding_scale(source, sizes)
     height, width = (-(-n // scale) for n in source)  # libjpeg rounds up
     try:
+        if corrupt is not None:
+            content = _as_jpeg(corrupt(simplejpeg.decode_jpeg(content, "RGB", fastdct=False, strict=True)))
         pixels = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width, strict=True)
     except ValueError as err:
         raise _damaged(path, len(content), source, err) from err
@@ -69,6 +76,13 @@ def load_image_reference(
     except (OSError, SyntaxError) as err:
         raise _damaged(path, len(content), source, err) from err
     return tuple(np.asarray(full.resize((width, height), Image.Resampling.BILINEAR)) for height, width in sizes)
+
+
+def _as_jpeg(image: NDArray[np.uint8]) -> bytes:
+    """The pixels that OpenCV writes by default. simplejpeg has only the fast DCT at this quality, which gives others."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
+    return buffer.getvalue()
 
 
 def letterbox(image: NDArray[np.uint8], area: Area, size: tuple[int, int]) -> NDArray[np.uint8]:

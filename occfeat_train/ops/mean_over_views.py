@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_train.ops.devices import runs_triton
 from occfeat_train.ops.mean_over_views_numba import mean_over_views
+from occfeat_train.ops.occlusion import hidden_voxels
 from occfeat_train.ops.views import Cameras, Views, check_arguments, check_shapes
 
 
@@ -160,10 +161,19 @@ def bilinear_taps(
 
 
 def find_taps(
-    cameras: Cameras, points: tuple[Tensor, Tensor, Tensor], feature_size: tuple[int, int], dtype: torch.dtype
+    cameras: Cameras,
+    points: tuple[Tensor, Tensor, Tensor],
+    feature_size: tuple[int, int],
+    dtype: torch.dtype,
+    hidden: Bool[Tensor, "*points V"] | None = None,
 ) -> Taps:
-    """Taps whose sum is the mean over the views. points: as `Cameras.project` takes them. dtype: of the weights."""
+    """Taps whose sum is the mean over the views. points: as `Cameras.project` takes them. dtype: of the weights.
+
+    hidden: points that a camera does not see although they are inside its image.
+    """
     u, v, _, is_seen = cameras.project(*points)
+    if hidden is not None:
+        is_seen = is_seen & ~hidden
     column, row = cameras.to_tokens_in_view(u, v, feature_size)
     return taps_of(column, row, is_seen, 1 / is_seen.sum(-1).flatten().double(), feature_size, dtype)
 
@@ -207,6 +217,7 @@ def sample_voxel_features(
     image_size: tuple[int, int],
     centers: Float[Tensor, "n 3"],
     area: Shaped[Tensor, "V 4"] | None = None,
+    cell_size: tuple[float, float, float] | None = None,
 ) -> tuple[Float[Tensor, "n C"], UInt8[Tensor, " n"]]:
     """Mean over the views of one sample's features at given points, on any device; zeros without a view.
 
@@ -214,6 +225,8 @@ def sample_voxel_features(
     intrinsics: of an image of image_size, (height, width) [px].
     centers: points (right, forward, up) in the grid [m].
     area: (top, left, bottom, right) [px] of the part of each image that shows the scene; None for whole images.
+    cell_size: (up, forward, right) [m]. If given, the points are the centres of such voxels, and a view does not see those that
+    others of them hide (`ops.occlusion`). None: no depth test, as in the paper.
 
     Returns float32, or float64 for float64 features, and the number of views. Gradients reach the features.
     Raises ValueError on shapes that don't fit.
@@ -221,8 +234,11 @@ def sample_voxel_features(
     check_arguments(features, None, cam_from_grid, intrinsics, centers, area)
     x, y, z = centers.to(features.device, torch.float64)[..., None].unbind(1)
     cameras = Cameras.of(intrinsics.detach(), cam_from_grid.detach(), image_size, area).to(features.device)
-    exact = _exact(features.dtype)
-    taps = find_taps(cameras, (x, y, z), (features.shape[1], features.shape[2]), exact)
+    exact, hidden = _exact(features.dtype), None
+    if cell_size is not None:
+        found = hidden_voxels(centers.detach().cpu().numpy(), cell_size, cameras.to(torch.device("cpu")))
+        hidden = torch.from_numpy(found.T).to(features.device)
+    taps = find_taps(cameras, (x, y, z), (features.shape[1], features.shape[2]), exact, hidden)
     return sum_taps(features.to(exact).flatten(0, 2), taps), taps.starts.diff().to(torch.uint8)
 
 
@@ -235,12 +251,14 @@ def sample_voxel_features_numpy(
     centers: Float[NDArray[Any], "n 3"],
     *,
     area: Shaped[NDArray[Any], "V 4"] | None = None,
+    cell_size: tuple[float, float, float] | None = None,
     dtype: Literal["float16", "float32"] = "float16",
 ) -> tuple[Float[NDArray[Any], "n C"], UInt8[NDArray[Any], " n"]]:
     """`sample_voxel_features` on NumPy arrays with a numba kernel, for the teacher's features (paper 3.3).
 
     features: float16 or float32; or int8, with
     feature_scale: float16, the factor of each token's int8 values; None otherwise.
+    cell_size: see `sample_voxel_features`.
     dtype: of the result. Arithmetic is float32, the projection float64.
 
     A NaN or infinity in one of the four tokens around a projection propagates to the channel.
@@ -257,7 +275,8 @@ def sample_voxel_features_numpy(
         scale = np.ascontiguousarray(feature_scale, np.float32).reshape(views, h * w)
     matrices = torch.from_numpy(intrinsics.astype(np.float64) @ cam_from_grid[..., :3, :].astype(np.float64))
     cameras = Cameras.from_matrices(matrices, image_size, None if area is None else torch.from_numpy(area))
+    hidden = None if cell_size is None else hidden_voxels(centers, cell_size, cameras)
     out, num_views = np.empty((len(centers), channels), np.float32), np.empty(len(centers), np.uint8)
     mean_over_views(maps, scale, (h, w), cameras.packed((h, w)).numpy(), (float(image_size[0]), float(image_size[1])),
-            np.ascontiguousarray(centers, np.float32), out, num_views)  # fmt: skip
+            np.ascontiguousarray(centers, np.float32), hidden, out, num_views)  # fmt: skip
     return out if dtype == "float32" else torch.from_numpy(out).half().numpy(), num_views

@@ -73,6 +73,7 @@ def mean_over_views(
     cameras: NDArray[np.float64],  # (V, 20), see `views.Cameras.packed`
     image_size: tuple[float, float],  # height, width [px]
     centers: NDArray[np.float32],  # (n, 3)
+    hidden: NDArray[np.bool_] | None,  # (V, n) points that a camera does not see although they are inside its image
     out: NDArray[np.float32],  # (n, C) out
     num_views: NDArray[np.uint8],  # (n,) out
 ) -> None:
@@ -88,6 +89,10 @@ def mean_over_views(
         for i in range(count):
             points[0, i], points[1, i], points[2, i] = centers[start + i]
         _project(cameras, size, image_size, points, count, column, row, is_seen)
+        if hidden is not None:
+            for view in range(views):
+                for i in range(count):
+                    is_seen[view, i] &= not hidden[view, start + i]
         for i in range(count):
             num_seen = 0
             for view in range(views):

@@ -71,7 +71,7 @@ class Pretraining(Task):
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
         """Packed occupancy and, if they were read, packed observed voxels and the rays' origin.
 
-        Also, of the n occupied voxels that at least one camera sees, with a feature loss:
+        Also, of the n occupied voxels that at least one camera sees (`loss.occlusion`), with a feature loss:
 
         voxels: (n,) int64 flat indices into the batch's (B, Z, H, W). features: (n, N_y) float16, Y_v of paper 3.3. They are
         sampled from features of the cached images, because only the student's images are augmented.
@@ -92,6 +92,7 @@ class Pretraining(Task):
             sample.image_size,
             sample.grid.centers_of(voxels),
             area=sample.area,
+            cell_size=sample.grid.cell_size if config.loss.occlusion == "zbuffer" else None,
         )
         seen = num_views > 0
         voxels = voxels[seen] + sample.index * sample.grid.num_voxels

@@ -175,6 +175,10 @@ def main() -> None:
     for name in peers:
         error = np.abs(np.asarray(contenders[name]()).astype(np.float32) - result).max()
         print(f"largest difference from ours: {error:.1e} ({name})")
+    cell_size = VoxelGrid().cell_size
+    contenders["ours: fused numba, float16, with the depth test (--occlusion zbuffer)"] = lambda: (
+        sample_voxel_features_numpy(features, None, *scene[:2], SIZE, scene[2], cell_size=cell_size)[0]
+    )
     print("\n" + table(compare(contenders, ours=ours, limit=limit, seconds=options.seconds)))
 
 

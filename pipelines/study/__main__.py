@@ -19,9 +19,9 @@ import click
 from occfeat_targets.build.estimate import format_seconds
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
+from pipelines.processes import Job, run_jobs
 from pipelines.study.data import RANDOM, make_data
 from pipelines.study.design import Run, Size, reads_features, runs_of, teachers_of
-from pipelines.study.processes import Job, run_jobs
 from pipelines.study.report import markdown, write_report
 from pipelines.study.results import read_results
 from pipelines.study.search import search_runs, search_table
@@ -116,11 +116,12 @@ def train(
             else ("--save-every", str(run.steps))
         )
         command = "finetune" if run.task else "pretrain"
-        arguments = (
-            "occfeat_train", command, *run.options, *start, *curve, *shared, "--no-tensorboard", "--out", str(directory),
-            "then", "occfeat_train", "evaluate", str(directory), *shared, "--split", run.split,
+        commands = (
+            ("occfeat_train", command, *run.options, *start, *curve, *shared, "--no-tensorboard", "--out", str(directory)),
+            ("occfeat_train", "evaluate", str(directory), *shared, "--split", run.split),
         )  # fmt: skip
-        jobs.append(Job(run.name, arguments, out / "logs" / f"{run.name}.log", run.after))
+        after = (run.after,) if run.after else ()
+        jobs.append(Job(run.name, commands, out / "logs" / f"{run.name}.log", after))
     samples = {run.name: run.samples for run in runs}
     run_jobs(jobs, size.jobs, title="study", unit="sample", weight=lambda job: samples[job.name], deadline=deadline)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.splits import split_scenes
+from pipelines.processes import Job, run_jobs
 from pipelines.study.design import City
-from pipelines.study.processes import Job, run_jobs
 
 VERSION = "v1.0-trainval"
 RANDOM = "random:facebook/dinov2-small"
@@ -25,7 +25,7 @@ def make_data(out: Path, city: City, teachers: dict[str, str], *, device: str, t
     root, logs = out / "city", out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     if not root.exists():
-        run_jobs([Job("city", ("occfeat_targets", *synth_options(root, city)), logs / "city.log")], 1)
+        run_jobs([Job("city", (("occfeat_targets", *synth_options(root, city)),), logs / "city.log")], 1)
     splits = root / VERSION / "splits.json"
     if not splits.exists():  # a study may be killed between the two
         scenes = split_scenes()["val"]
@@ -38,9 +38,9 @@ def make_data(out: Path, city: City, teachers: dict[str, str], *, device: str, t
             if is_built(cache / f"{split}.zarr"):
                 continue
             options = ("occfeat_targets", *build_options(root, cache, split, city, teacher, device))
-            plans.append(Job(f"plan {name} {split}", (*options, "--plan-only"), logs / f"{name}-{split}.log"))
+            plans.append(Job(f"plan {name} {split}", ((*options, "--plan-only"),), logs / f"{name}-{split}.log"))
             shards += [
-                Job(f"build {name} {split} {k}/{tasks}", (*options, "--shard", f"{k}/{tasks}"), logs / f"{name}-{split}-{k}.log")
+                Job(f"build {name} {split} {k}/{tasks}", ((*options, "--shard", f"{k}/{tasks}"),), logs / f"{name}-{split}-{k}.log")
                 for k in range(tasks)
             ]  # fmt: skip
     jobs = min(os.cpu_count() or 1, 16)

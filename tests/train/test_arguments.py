@@ -19,11 +19,11 @@ def voxel_arguments() -> dict[str, Any]:
     return {
         "features": torch.rand(2, 4, 5, 6), "centers": torch.rand(7, 3), "intrinsics": transforms[:, :3, :3],
         "cam_from_ego": transforms, "grid_from_ego": torch.eye(4), "image_size": (32, 48),
-        "image_area": torch.tensor([[0, 0, 32, 48]] * 2),
+        "image_area": torch.tensor([[0, 0, 32, 48]] * 2), "cell_size": (1.25, 0.5, 0.5),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in voxel_arguments() if name != "image_size"])
+@pytest.mark.parametrize("name", [name for name in voxel_arguments() if name not in ("image_size", "cell_size")])
 def test_voxel_features_ask_for_tensors_instead_of_arrays(name):
     arguments = voxel_arguments()
     occfeat_train.voxel_features(**arguments)
@@ -49,6 +49,8 @@ def test_voxel_features_ask_for_tensors_instead_of_arrays(name):
         ("grid_from_ego", lambda x: x / 0, "grid_from_ego is not finite"),
         ("image_size", lambda x: (3, *x), r"image_size=\(3, 32, 48\): expected \(height, width\)"),
         ("image_size", lambda x: x[0], r"image_size=32: expected \(height, width\)"),
+        ("cell_size", lambda x: x[0], r"cell_size=1.25: expected the grid's \(up, forward, right\)"),
+        ("cell_size", lambda x: (0.0, *x[1:]), r"cell_size=\(0.0, 0.5, 0.5\): expected the grid's"),
     ],
 )
 def test_voxel_features_refuse_other_shapes_and_values(unchecked, name, change: Callable[[Any], Any], message):

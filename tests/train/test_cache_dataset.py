@@ -68,8 +68,10 @@ def test_a_data_set_omits_skipped_keyframes_and_keys_that_were_not_requested(tmp
         occfeat_train.open_cache(tmp_path / "train.zarr", keys="images")
 
 
-def test_voxel_features_equal_the_targets_of_pretraining(cache, pretrained, tmp_path):
+@pytest.mark.parametrize("occlusion", ["none", "zbuffer"])
+def test_voxel_features_equal_the_targets_of_pretraining(cache, pretrained, tmp_path, occlusion):
     _, keyframes, _ = prepare_evaluation(pretrained, RunOptions(cache, "val", tmp_path), None)
+    keyframes.config = keyframes.config.override([f"loss.occlusion={occlusion}"])
     batch = keyframes.batch([(0, 3)])
     voxels, expected = batch.arrays["voxels"], batch.arrays["features"]
 
@@ -78,6 +80,7 @@ def test_voxel_features_equal_the_targets_of_pretraining(cache, pretrained, tmp_
     centers = torch.from_numpy(dataset.grid.voxel_centers())[sample["occupancy"][frame]]
     given = {"intrinsics": sample["intrinsics"], "cam_from_ego": sample["cam_from_ego"], "image_size": (40, 60)}
     given["grid_from_ego"] = sample["grid_from_ego"][frame]
+    given["cell_size"] = dataset.grid.cell_size if occlusion == "zbuffer" else None
     found, num_views = occfeat_train.voxel_features(sample["features"], centers, **given)
     assert found.dtype == torch.float32 and len(found) == int(sample["occupancy"][frame].sum())
     assert (found[num_views == 0] == 0).all()

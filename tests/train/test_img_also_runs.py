@@ -123,7 +123,9 @@ def test_a_cache_without_returns_is_refused(tmp_path):
     said = refuse(*pretrain(cache, out, *METHOD), out=out)
     assert "train.zarr has no LiDAR returns, which img-also draws its queries from: build it with --points" in said
     said = refuse(*pretrain(cache, out, *METHOD, "--occ-only"), out=out)
-    assert "--occ-only, --feat-only, --lambda and --occ-on are about occfeat's losses, not img-also's" in said
+    assert (
+        "--occ-only, --feat-only, --lambda, --occ-on and --occlusion are about occfeat's losses, not img-also's" in said
+    )
 
 
 def test_keyframes_without_a_return_of_their_own_sweep_are_left_out_and_counted(tmp_path):

@@ -111,7 +111,9 @@ def test_a_pretext_task_names_the_array_that_the_cache_lacks(tmp_path, monkeypat
         *pretrain(cache, run, "--method", "vehicles"), out=run
     )
     said = refuse(*pretrain(cache, run, "--method", "sounds", "--lambda", "1"), out=run)
-    assert "--occ-only, --feat-only, --lambda and --occ-on are about occfeat's losses, not sounds's" in said
+    assert (
+        "--occ-only, --feat-only, --lambda, --occ-on and --occlusion are about occfeat's losses, not sounds's" in said
+    )
 
 
 def test_a_segmentation_task_is_one_row(tmp_path, monkeypatch):

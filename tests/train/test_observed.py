@@ -158,6 +158,7 @@ def test_a_run_on_observed_voxels_is_trained_validated_and_evaluated(with_rays: 
         "occ": 1.0,
         "feat": 0.01,
         "occ_on": "observed",
+        "occlusion": "none",
         "pos_weight": 2.13,
         "heads": "segmentation",
     }

@@ -49,7 +49,7 @@ def test_options_that_lead_to_a_row_of_the_paper_are_compared_with_it():
 
 OTHER = {str: "other", bool: None, int: 7, float: 0.5}
 LITERAL = {
-    "task": None, "loss.occ_on": "observed", "loss.heads": "simple-bev", "optim.accumulate": "sum", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
+    "task": None, "loss.occ_on": "observed", "loss.occlusion": "zbuffer", "loss.heads": "simple-bev", "optim.accumulate": "sum", "network.lifting": "lss", "network.backbone": "resnet-101", "network.compat": "simple-bev",
     "network.efficientnet": "torch",
     "optim.optimizer": "adamw", "optim.schedule": "onecycle", "frame": "ego", "label_scenes.rule": "random", "label_scenes.order": "split", "precision": "float32",
     "network.recompute": True, "compile": True, "network.channels": 64, "network.image_size": [64, 112], "augment.resize": [1, 1],

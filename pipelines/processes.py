@@ -31,37 +31,29 @@ STOPPED = 3  # exit code, as of a training that the same command continues
 
 @dataclass(frozen=True)
 class Job:
-    """arguments: package and its arguments, as after `python -m`; several command lines are separated by "then". after: name of the job that must be finished before."""
+    """commands: command lines, each a package and its arguments as after `python -m`, run one after the other. after: names of the jobs that
+    must be finished before. done: a file that is created when the job has succeeded, or None."""
 
     name: str
-    arguments: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     log: Path
-    after: str = ""
-
-    @property
-    def commands(self) -> list[list[str]]:
-        found: list[list[str]] = [[]]
-        for argument in self.arguments:
-            if argument == "then":
-                found.append([])
-            else:
-                found[-1].append(argument)
-        return found
+    after: tuple[str, ...] = ()
+    done: Path | None = None
 
 
 def run_jobs(
     jobs: Sequence[Job], workers: int, *, title: str = "", unit: str = "job", weight: Callable[[Job], int] = lambda _: 1,
-    deadline: float | None = None,
+    deadline: float | None = None, threads: int = 1,
 ) -> None:  # fmt: skip
-    """Run jobs in their order, at most `workers` at a time, each after the one that it needs.
+    """Run jobs in their order, at most `workers` at a time, each after those that it needs.
 
-    weight: units of a job on the progress bar. deadline: value of time.monotonic() after which no job begins.
+    weight: units of a job on the progress bar. deadline: value of time.monotonic() after which no job begins. threads: of each worker.
     A failed job does not stop the others, except those that need it. Raises click.ClickException that names the failed jobs, or
     if a worker was killed. On Ctrl-C and SIGTERM, workers save their trainings and end.
     """
     if not jobs:
         return
-    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # of the workers; jobs run side by side
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}  # of the workers
     known = {job.name for job in jobs}
     waiting, finished, failed = list(jobs), set[str](), dict[str, str]()
     running: dict[Future[None], Job] = {}
@@ -73,10 +65,10 @@ def run_jobs(
                 echo(f"{count(len(waiting), 'job')} not begun, because the time is over; the same command continues")
                 waiting = []
             for job in list(waiting):
-                if job.after in failed:
+                if lost := [name for name in job.after if name in failed]:
                     waiting.remove(job)
-                    failed[job.name] = f"needs {job.after}"
-            ready = [j for j in waiting if j.after in finished or j.after not in known]
+                    failed[job.name] = f"needs {lost[0]}"
+            ready = [j for j in waiting if all(name in finished or name not in known for name in j.after)]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
                 running[pool.submit(run_job, job)] = job
@@ -127,6 +119,9 @@ def run_job(job: Job) -> None:
                 code = call(package, arguments)
         if code:
             raise RuntimeError(f"{package} {arguments[0]} exited with {code}")
+    if job.done is not None:
+        job.done.parent.mkdir(parents=True, exist_ok=True)
+        job.done.touch()
 
 
 def call(package: str, arguments: list[str]) -> int:
