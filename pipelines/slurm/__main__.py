@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from occfeat_targets.common.command_line import SETTINGS, LocalPath, examples
-from occfeat_targets.options import DIRECTORY, reports_errors
-from pipelines.slurm.site import read_site
-from pipelines.slurm.submit import run_on_slurm
+from occfeat_targets.common.command_line import SETTINGS, examples
+from occfeat_targets.options import DIRECTORY
+from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Kind, Step
 
 KINDS: dict[str, Kind] = {
@@ -34,13 +33,8 @@ KINDS: dict[str, Kind] = {
     show_default=False,
     help="Scripts and logs are in OUT/slurm.  [default: this directory]",
 )
-@click.option(
-    "--site",
-    type=LocalPath(path_type=Path, exists=True, dir_okay=False),
-    help="What jobs ask of the cluster, a TOML file like pipelines/slurm/site.toml.  [default: the values there, without partition and account]",
-)
-@click.option("--print", "print_only", is_flag=True, help="Write and print the scripts, and submit nothing.")
-@reports_errors
+@site_option
+@print_option
 def main(name: str, command: tuple[str, ...], out: Path, site: Path | None, print_only: bool) -> None:
     """Submit one command as the job NAME: a build as an array of shards, a training that is requeued at its time limit."""
     if not re.fullmatch(r"[\w.-]+", name):
@@ -48,7 +42,7 @@ def main(name: str, command: tuple[str, ...], out: Path, site: Path | None, prin
     if len(command) < 2 or command[0] not in ("occfeat_targets", "occfeat_train"):
         raise click.UsageError(f"{' '.join(command)!r}: occfeat_targets or occfeat_train and its command are expected")
     step = Step(name, (command,), out / "slurm" / f"{name}.done", KINDS.get(command[1], "cpu"))
-    run_on_slurm([step], read_site(site), out, print_only=print_only)
+    submit_steps([step], out, site, print_only=print_only)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@
 # ends, and its finished shards are kept. The requeued job has the same id and continues. After scancel, which sends SIGTERM to all
 # processes of the job, this script only waits until the training has saved.
 stopped=
-trap 'stopped=1; kill -USR1 $pid' USR1
+trap 'stopped=1; kill -USR1 $!' USR1
 trap : TERM
 run() {
-    "$@" & pid=$!  # bash runs a trap only after its foreground command
-    wait $pid; code=$?
-    while kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done  # a signal ends a wait early
+    "$@" &  # bash runs a trap only after its foreground command
+    wait $!; code=$?
+    while kill -0 $! 2>/dev/null; do wait $!; code=$?; done  # a signal ends a wait early
     if [ $code -eq 0 ]; then return; fi
     if [ -n "$stopped" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
     exit $code
@@ -37,5 +37,6 @@ set -e
 {% endfor %}
 {% endif %}
 {% if done %}
+mkdir -p {{ done_folder }}
 touch {{ done }}
 {% endif %}

@@ -41,15 +41,15 @@ def jobs_of(step: Step, resources: Resources, folder: Path) -> list[Job]:
     plan, shards = f"{step.name}-plan", f"{step.name}-shards"
     line = f"{build} --shard $SLURM_ARRAY_TASK_ID/{tasks}"
     return [
-        Job(plan, _script(plan, f"{plan}-%j", [f"{build} --plan-only"], step, resources, folder), step.after),
-        Job(shards, _script(shards, f"{shards}-%A_%a", [line], step, resources, folder, array=f"0-{tasks - 1}"), (plan,)),
+        Job(plan, _script(plan, f"{plan}.%j", [f"{build} --plan-only"], step, resources, folder), step.after),
+        Job(shards, _script(shards, f"{shards}.%A_%a", [line], step, resources, folder, array=f"0-{tasks - 1}"), (plan,)),
         _step_job(step, resources, folder, (shards,)),
     ]  # fmt: skip
 
 
 def _step_job(step: Step, resources: Resources, folder: Path, after: tuple[str, ...]) -> Job:
     lines = [_training(command, resources) if _is_training(command) else _python(command) for command in step.commands]
-    return Job(step.name, _script(step.name, f"{step.name}-%j", lines, step, resources, folder, done=step.done), after)
+    return Job(step.name, _script(step.name, f"{step.name}.%j", lines, step, resources, folder, done=step.done), after)
 
 
 def _script(
@@ -71,6 +71,7 @@ def _script(
         stops=stops,
         commands=commands,
         done="" if done is None else shlex.quote(str(done.absolute())),
+        done_folder="" if done is None else shlex.quote(str(done.absolute().parent)),
     )
 
 

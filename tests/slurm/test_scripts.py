@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from pipelines.__main__ import main as recipes
 from pipelines.slurm.__main__ import main
 from pipelines.slurm.jobs import jobs_of
 from pipelines.slurm.site import DEFAULTS, Resources, read_site
@@ -120,7 +123,8 @@ def test_lines_of_setup_run_before_the_commands_in_the_folder_of_the_submission(
     assert f"#SBATCH --chdir={Path.cwd()}\n" in job.script
 
 
-def start_job(folder: Path, train: str, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+@contextmanager
+def started_job(folder: Path, train: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """Start the script of a training, with stand-ins for Python and scontrol, when the former has started."""
     monkeypatch.setattr("sys.executable", "python")
     program(folder, "python", train)
@@ -128,18 +132,24 @@ def start_job(folder: Path, train: str, monkeypatch: pytest.MonkeyPatch) -> subp
     (job,) = jobs_of(step("p", TRAIN, folder, "train"), DEFAULTS["train"], folder)
     (folder / "p.sh").write_text(job.script)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    process = subprocess.Popen(["bash", folder / "p.sh"], cwd=folder, env=environment)
-    while not (folder / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    return process
+    (folder / "started").unlink(missing_ok=True)
+    process = subprocess.Popen(["bash", folder / "p.sh"], cwd=folder, env=environment, start_new_session=True)
+    try:
+        while not (folder / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 LOOP = "touch started\nwhile true; do sleep 0.05; done"
 
 
 def test_the_signal_before_the_time_limit_is_passed_on_and_the_job_is_requeued(tmp_path, monkeypatch):
-    with start_job(tmp_path, f"trap 'sleep 0.2; touch saved; exit 3' USR1\n{LOOP}", monkeypatch) as job:
+    with started_job(tmp_path, f"trap 'sleep 0.2; touch saved; exit 3' USR1\n{LOOP}", monkeypatch) as job:
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == 3
     assert (tmp_path / "saved").exists()
@@ -149,14 +159,14 @@ def test_the_signal_before_the_time_limit_is_passed_on_and_the_job_is_requeued(t
 
 def test_a_job_that_fails_or_finishes_is_not_requeued(tmp_path, monkeypatch):
     for code in (1, 0):
-        with start_job(tmp_path, f"touch started\nsleep 0.1\nexit {code}", monkeypatch) as job:
+        with started_job(tmp_path, f"touch started\nsleep 0.1\nexit {code}", monkeypatch) as job:
             assert job.wait(timeout=60) == code
         assert not (tmp_path / "requeued").exists()
         assert (tmp_path / "p.done").exists() == (code == 0)
 
 
 def test_a_training_that_finishes_in_spite_of_the_signal_is_finished(tmp_path, monkeypatch):
-    with start_job(tmp_path, f"trap 'exit 0' USR1\n{LOOP}", monkeypatch) as job:
+    with started_job(tmp_path, f"trap 'exit 0' USR1\n{LOOP}", monkeypatch) as job:
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=60) == 0
     assert (tmp_path / "p.done").exists() and not (tmp_path / "requeued").exists()
@@ -164,7 +174,9 @@ def test_a_training_that_finishes_in_spite_of_the_signal_is_finished(tmp_path, m
 
 def test_a_cancelled_job_waits_until_its_training_has_saved_and_is_not_requeued(tmp_path, monkeypatch):
     """scancel sends SIGTERM to all processes of a job."""
-    with start_job(tmp_path, f"trap 'sleep 0.2; touch saved; exit 3' TERM\necho $$ > pid\n{LOOP}", monkeypatch) as job:
+    with started_job(
+        tmp_path, f"trap 'sleep 0.2; touch saved; exit 3' TERM\necho $$ > pid\n{LOOP}", monkeypatch
+    ) as job:
         job.send_signal(signal.SIGTERM)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
         assert job.wait(timeout=60) == 3
@@ -267,3 +279,20 @@ def test_printed_scripts_are_written_but_not_submitted_and_need_no_slurm(tmp_pat
 def test_a_wrong_command_line_says_what_is_expected(arguments, error):
     result = command_line(*arguments)
     assert result.exit_code == 2 and error in result.output.replace("\n", " ")
+
+
+def test_a_recipe_is_submitted_as_jobs_and_its_status_names_their_logs(tmp_path, stand_ins):
+    out = tmp_path / "out"
+    arguments = ["run", "demo", "--miniature", "--out", str(out)]
+    refused = CliRunner().invoke(recipes, [*arguments, "--print"])
+    assert refused.exit_code == 2 and "--site and --print are about batch jobs: add --slurm" in refused.output
+    printed = CliRunner().invoke(recipes, [*arguments, "--slurm", "--print"])
+    assert printed.exit_code == 0 and "#SBATCH --array=0-19" in printed.output
+    assert not (stand_ins / "calls").exists()
+    assert CliRunner().invoke(recipes, [*arguments, "--slurm"]).exit_code == 0
+    calls = (stand_ins / "calls").read_text().splitlines()
+    scripts = {*(out / "slurm").glob("*.sh")} - {out / "slurm" / "submit.sh"}
+    assert len(calls) == len(scripts) > 3 and all(f"#SBATCH --job-name={s.stem}\n" in s.read_text() for s in scripts)
+    log = out / "slurm" / "city.101.log"
+    log.touch()
+    assert f"begun, see {log}" in CliRunner().invoke(recipes, ["status", "demo", "--out", str(out)]).output
