@@ -126,6 +126,15 @@ def status(names: tuple[str, ...], out: Path) -> None:
     echo(f"{sum(step.is_finished for step in steps)} of {count(len(steps), 'step')} finished")
 
 
+@main.command()
+@out_option
+def report(out: Path) -> None:
+    """Write the paper's Tables 1-4 and Figures 1 and 4 from the finished runs in OUT, beside the paper's numbers."""
+    from pipelines.recipes.report import write_report
+
+    write_report(read_settings(out), echo)
+
+
 def log_file(out: Path, step: Step) -> Path:
     return out / "logs" / f"{step.name}.log"
 
