@@ -129,7 +129,7 @@ def test_a_small_recipe_runs_from_an_empty_directory_and_resumes(tmp_path, monke
         assert "- missing: seed 0, not begun: all 6 cells" in each  # of Table 4
         assert "| network.channels: 8 (paper: 128) | 2 of 2 runs |" in each
     assert '<p class="simulated">SIMULATED: the data set is a synthetic city' in page
-    assert page.count("data:image/png;base64,") == 2  # Figure 1
+    assert page.count("data:image/png;base64,") == 3  # Figures 1 and 4
     assert len((out / "report" / "demo.csv").read_text().splitlines()) == 3
 
     logs = {file: file.stat().st_size for file in (out / "logs").iterdir()}
