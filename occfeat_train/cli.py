@@ -220,6 +220,12 @@ def report(runs: tuple[Path, ...], cache: Path, split: str, out: Path, samples: 
     metavar="CLASS",
     help="Correlation map of the mean of a class, such as vehicles or road, in the first keyframe drawn that has it. Repeatable.  [default: road and vehicles, without --voxel and where the cache has them]",
 )
+@click.option(
+    "--rerun",
+    type=PATH,
+    metavar="FILE",
+    help="Also record images, voxels and their colours for the viewer rerun, such as figures.rrd; needs the extra 'rerun'.  [default: none]",
+)
 @DEVICE_OPTION
 @PROGRESS_OPTION
 @reports_errors
