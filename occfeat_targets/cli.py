@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.build_command import build
 from occfeat_targets.common.command_line import (
     SETTINGS,
     VARIABLES,
@@ -26,15 +25,13 @@ from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
 from occfeat_targets.options import (
     DIRECTORY,
+    EXIT_INCOMPLETE,
     Size,
-    build_options,
     cache_options,
-    parse_label_kinds,
     reports_errors,
 )
 from occfeat_targets.probe_command import probe
 
-EXIT_INCOMPLETE, EXIT_INTERRUPTED = 3, 130
 SOURCE_OPTION = click.option(
     "--dataroot",
     type=DIRECTORY,
@@ -88,80 +85,7 @@ def synth(out: Path, scenes: int, val_scenes: int, keyframes: int, image_size: t
     )  # fmt: skip
 
 
-@main.command(
-    short_help="Build the cache of a split, or continue to build it.",
-    epilog=examples(
-        "occfeat-targets build --dataroot data/nuscenes --cache cache --split train",
-        "occfeat-targets build --split mini_train --teacher dinov2-small  # a local folder, without internet",
-        "occfeat-targets build --split val --teacher none --frames cameras",
-        "occfeat-targets build --split train --plan-only  # then, as an array job:",
-        "occfeat-targets build --split train --shard $SLURM_ARRAY_TASK_ID/20",
-    ),
-)
-@build_options
-@reports_errors
-def build(
-    source: str, dataroot: Path, cache: Path, split: str, version: str | None, scenes: str | None, grid_shape: tuple[int, int, int],
-    grid_range: tuple[float, ...], frames: str, sweeps: int, dynamic: str | None, image_size: tuple[int, int], teacher: str,
-    teacher_layer: str, teacher_dtype: str, teacher_batch: int | None, feature_size: tuple[int, int] | None,
-    feature_dtype: str, label_kinds: str | None, no_labels: bool, dividers: str, compat: str | None, instances: bool, points: bool, rays: bool, workers: int | None,
-    scheduler: str | None, scheduler_file: Path | None, shard: tuple[int, int] | None, plan_only: bool, shard_size: int, on_error: str,
-    overwrite: bool, retry_skipped: bool, device: str,
-) -> None:  # fmt: skip
-    """Build the cache of a split. If the build is killed, the same command resumes it."""
-    from occfeat_targets.build.cluster import read_scheduler_file
-    from occfeat_targets.build.options import BuildOptions
-    from occfeat_targets.build.plan import make_plan
-    from occfeat_targets.build.run import run
-    from occfeat_targets.build.workers import choose_workers, find_build_devices
-    from occfeat_targets.cache.overwrite import replaced
-    from occfeat_targets.messages import describe_outcome, describe_plan, describe_tasks
-    from occfeat_targets.sources.scenes import parse_scenes
-
-    if plan_only + sum(x is not None for x in (workers, scheduler, scheduler_file, shard)) > 1:
-        raise click.UsageError(
-            "--workers, --scheduler, --scheduler-file, --shard and --plan-only are ways to run a build: choose one of them"
-        )
-    if overwrite and shard is not None:
-        raise click.UsageError(
-            "--overwrite and --shard: each task would delete what the others have built; delete the cache first"
-        )
-    if scheduler_file is not None:
-        scheduler = read_scheduler_file(scheduler_file)
-    if no_labels and label_kinds is not None:
-        raise click.UsageError("--label-kinds and --no-labels contradict each other: pass one of them")
-    started = time.monotonic()
-    options = BuildOptions(
-        dataroot=dataroot, cache=cache, split=split, source=source, version=version,
-        scenes=None if scenes is None else parse_scenes(scenes),
-        grid=VoxelGrid(grid_shape, grid_range[0::2], grid_range[1::2]),  # type: ignore[arg-type]
-        frames=frames, num_sweeps=sweeps, dynamic=dynamic, image_size=image_size, teacher=None if teacher == "none" else teacher,
-        teacher_layer=teacher_layer, teacher_dtype=teacher_dtype, feature_size=feature_size,
-        feature_dtype=feature_dtype, labels=() if no_labels else parse_label_kinds(label_kinds), dividers=dividers,
-        compat=compat, instances=instances, points=points, rays=rays, keyframes_per_shard=shard_size, on_error=on_error, shard=shard, plan_only=plan_only, retry_skipped=retry_skipped,
-        device=device, keyframes_per_batch=teacher_batch,
-    )  # fmt: skip
-    devices = find_build_devices(options, scheduler)
-    try:
-        with replaced(options.path, overwrite):
-            plan = make_plan(options, scheduler=scheduler, print_line=echo)
-        chosen = choose_workers(plan, devices, workers=workers, scheduler=scheduler)
-        echo("\n".join(describe_plan(plan, chosen)))
-        if plan_only:
-            echo(describe_tasks(plan))
-            return
-        outcome = run(plan, chosen, print_line=echo)
-    except KeyboardInterrupt:
-        echo(
-            f"interrupted: finished shards are kept; run the same command again{' without --overwrite' * overwrite} to continue",
-            err=True,
-        )
-        sys.exit(EXIT_INTERRUPTED)
-    echo("\n".join(describe_outcome(plan, outcome, time.monotonic() - started)))
-    if outcome.failed:
-        sys.exit(1)
-    if not plan.is_whole:
-        sys.exit(EXIT_INCOMPLETE)
+main.add_command(build)
 
 
 def _open(cache: Path, split: str) -> Any:

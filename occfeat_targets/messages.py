@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from occfeat_targets.build.estimate import estimate_seconds, format_bytes, format_seconds, free_bytes
+from occfeat_targets.build.corrupted_plan import corrupted_spec
+from occfeat_targets.build.estimate import check_disk, estimate_seconds, format_bytes, format_seconds, free_bytes
 from occfeat_targets.build.plan import Plan
 from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import KEYFRAMES_PER_GPU_BATCH
 from occfeat_targets.build.workers import Workers, count_cores
+from occfeat_targets.cache.corruption import CorruptionSpec
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import sizes_of_files
 from occfeat_targets.cache.store import Cache, is_whole
@@ -49,6 +53,34 @@ def describe_plan(plan: Plan, workers: Workers) -> list[str]:
             f"({format_bytes(free_bytes(cache.path))} free); time: {_time(plan, workers)}"
         )
     return lines
+
+
+def describe_corrupted(
+    clean: Cache, directory: Path, corruptions: Sequence[CorruptionSpec], workers: int | None
+) -> list[str]:
+    """Number, size and time of the corrupted caches that are asked for and not begun, if they are several.
+
+    directory: of the clean cache. workers: as --workers. Raises DatasetError if the disk has too little free space for all.
+    """
+    new = [c for c in corruptions if not (directory / c.folder / clean.path.name).exists()]
+    if len(corruptions) == 1:
+        return []
+    specs = [corrupted_spec(clean.spec, corruption) for corruption in new]
+    size = sum(spec.bytes_per_keyframe for spec in specs) * len(clean)
+    if new:
+        check_disk(directory, specs[0], len(new) * len(clean))
+    cores = count_cores()
+    seconds = sum(
+        estimate_seconds(
+            spec, len(clean), devices=("cpu",), processes=max(cores if workers is None else workers, 1), cores=cores,
+            keyframes_per_batch=1,
+        )
+        for spec in specs
+    )  # fmt: skip
+    return [
+        f"{count(len(corruptions), 'corrupted cache')} of {clean.path}, {len(new)} of them not yet begun: {format_bytes(size)} "
+        f"({format_bytes(free_bytes(directory))} free), about {format_seconds(seconds)} on this machine"
+    ]
 
 
 def _time(plan: Plan, workers: Workers) -> str:
@@ -195,6 +227,9 @@ def describe_info(cache: Cache) -> list[str]:
         lines.append(
             f"begun {origin['date']} on {origin['host']}{gpus}, by {describe_code(origin)}: {origin['command']}"
         )
+    if (made_of := origin.get("clean")) is not None:
+        downloaded = f"; images of {origin['nuscenes_c']}" if origin["nuscenes_c"] else ""
+        lines.append(f"everything but the images is that of {made_of['path']}{downloaded}")
     lines.append("built with " + ", ".join(f"{name} {version}" for name, version in origin["packages"].items()))
     return lines
 

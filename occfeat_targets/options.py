@@ -15,6 +15,7 @@ from occfeat_targets.common.command_line import LocalPath, names_of, options
 from occfeat_targets.sources.source import SOURCES
 
 reports_errors = command_line.reports_errors("targets")
+EXIT_INCOMPLETE = 3  # keyframes were skipped or cameras masked, or shards are missing
 DIRECTORY = LocalPath(path_type=Path, file_okay=False)
 
 

@@ -119,6 +119,7 @@ main.add_command(finetune)
     epilog=examples(
         "occfeat-train evaluate runs/vehicles-1-scratch",
         "occfeat-train evaluate runs/vehicles-1-scratch/checkpoints/best --split val",
+        "occfeat-train evaluate runs/occfeat --corruptions cache/corruptions --baseline runs/scratch  # Figure 4",
     ),
 )
 @click.argument("run", type=PATH)
@@ -138,11 +139,24 @@ main.add_command(finetune)
     type=DIRECTORY,
     help="Directory of the results, written to SPLIT.json.  [default: RUN/evaluation; of a checkpoint RUN/evaluation/NAME]",
 )
+@click.option(
+    "--corruptions",
+    type=DIRECTORY,
+    metavar="DIR",
+    help="Evaluate on all corrupted caches of the split in DIR, and on the clean one in --cache; written to RUN/corruptions.json. The same command continues.  [default: none]",
+)
+@click.option(
+    "--baseline",
+    type=PATH,
+    metavar="RUN",
+    help="Run that the mean corruption error (mCE) of --corruptions compares with; it is evaluated, too.  [default: none]",
+)
 @UPSAMPLING_OPTION
 @machine_options
 @reports_errors
 def evaluate(
-    run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, allow_upsampling: bool, device: str, workers: int, progress: bool
+    run: Path, cache: Path, split: str, batch: int, frame: str | None, out: Path | None, corruptions: Path | None, baseline: Path | None,
+    allow_upsampling: bool, device: str, workers: int, progress: bool,
 ) -> None:  # fmt: skip
     """Evaluate the newest checkpoint of RUN, or a checkpoint such as RUN/checkpoints/best: IoU over all usable keyframes of the split at 0.5 and at the best threshold, per class and distance."""
     from occfeat_train.distributed import processes
@@ -150,6 +164,19 @@ def evaluate(
     from occfeat_train.training.stages import RunOptions, run_evaluation
 
     loop = LoopOptions(workers=workers, progress=progress)
+    if corruptions is None and baseline is not None:
+        raise click.UsageError("--baseline is for --corruptions: pass both, or leave it out")
+    if corruptions is not None:
+        from occfeat_train.training.robustness import CorruptionOptions, run_corruptions
+
+        if out is not None:
+            raise click.UsageError(
+                "--out: the results of --corruptions are written to RUN/corruptions.json: leave it out"
+            )
+        given = CorruptionOptions(corruptions, baseline, batch, frame, allow_upsampling)
+        with processes(device) as process:
+            run_corruptions(run, RunOptions(cache, split, run, loop=loop), given, process)
+        return
     is_checkpoint = run.parent.name == "checkpoints"
     default = run.parent.parent / "evaluation" / run.name if is_checkpoint else run / "evaluation"
     options = RunOptions(cache, split, out or default, loop=loop)

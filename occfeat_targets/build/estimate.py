@@ -9,6 +9,9 @@ from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.sources.keyframe import DatasetError
 
 _READ_SECONDS = 0.06  # one core, one keyframe: six JPEGs at 1600x900, a sweep and the labels (BENCHMARKS.md)
+# One core, one view: decode, corrupt at 1600x900, JPEG, resize (BENCHMARKS.md). Other protocols read an image and little more.
+_CORRUPT_SECONDS = {"brightness": 0.05, "low-light": 0.05, "fog": 0.08, "snow": 0.08, "motion-blur": 0.06}
+_REWRITE_SECONDS, _LOAD_SECONDS = 0.02, 0.005
 _START_SECONDS = 8.0  # loading a process's libraries, weights and compiled kernels
 _TEACHER_EFFICIENCY = 0.55  # of the teacher on a CPU, as a fraction of the measured matmul rate (BENCHMARKS.md)
 
@@ -58,7 +61,7 @@ def estimate_seconds(
     processes: those that read keyframes, at least 1. cores: of this machine; on a CPU, each process gets an equal whole number.
     Raises TeacherError if the teacher does not run on the GPU.
     """
-    read = _READ_SECONDS / min(processes, cores)
+    read = _seconds_to_read(spec) / min(processes, cores)
     if spec.teacher is None:
         return _START_SECONDS + num_keyframes * read
     from occfeat_targets.targets.teacher import flops_per_image, seconds_per_image
@@ -71,3 +74,12 @@ def estimate_seconds(
         return _START_SECONDS + num_keyframes * (cameras * flops_per_image(spec.teacher) / flops + read)
     teacher = cameras * seconds_per_image(spec.teacher, devices[0], keyframes_per_batch * cameras) / len(devices)
     return _START_SECONDS + num_keyframes * max(teacher, read)
+
+
+def _seconds_to_read(spec: TargetSpec) -> float:
+    """One core, one keyframe, without the teacher."""
+    if spec.corruption is None:
+        return _READ_SECONDS
+    is_native = spec.corruption.protocol == "native"
+    view = _CORRUPT_SECONDS.get(spec.corruption.name, _REWRITE_SECONDS) if is_native else _LOAD_SECONDS
+    return len(spec.cameras) * view

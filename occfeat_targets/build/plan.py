@@ -15,6 +15,7 @@ import numpy as np
 from occfeat_targets.build.assemble import fitted_sizes, grids_from_ego, image_sizes
 from occfeat_targets.build.cluster import ask_worker
 from occfeat_targets.build.contents import Contents, read_contents
+from occfeat_targets.build.corrupted import CorruptionInput
 from occfeat_targets.build.estimate import check_disk
 from occfeat_targets.build.options import BuildOptions, make_spec
 from occfeat_targets.build.planned import StoredPlan, open_plan, write_plan
@@ -42,7 +43,7 @@ class Plan:
 
     stored: keyframes and maps, in the cache; None if nothing is left to build. problems: of the keyframes left to build.
     missing_labels: {kind of labels: why the data set has none}, of those that were not asked for by name.
-    rows: {shard: its keyframes that this process or cluster still has to build}.
+    rows: {shard: its keyframes that this process or cluster still has to build}. corruption: what a corrupted cache is made from.
     """
 
     options: BuildOptions
@@ -52,6 +53,7 @@ class Plan:
     rows: dict[int, tuple[int, ...]]
     problems: Problems = field(default_factory=Problems)
     missing_labels: dict[str, str] = field(default_factory=dict)
+    corruption: CorruptionInput | None = None
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -75,19 +77,20 @@ class Plan:
         assert self.stored is not None
         files, mask_cameras = Files(list_folders=False), self.options.on_error == "mask-camera"
         keyframes = list(self.stored.keyframes(self.cache, shard))
-        for row in self.rows[shard]:
+        for row in self.rows[shard] if self.corruption is None else ():
             keyframes[row] = note_problem(keyframes[row], files, mask_cameras=mask_cameras)
         return ShardTask(
             cache=self.cache.path.absolute(),
             shard=shard,
             keyframes=tuple(keyframes),
             rows=self.rows[shard],
-            maps=self._maps_near(self.stored, keyframes),
+            maps=self._maps_near(self.stored, keyframes) if self.corruption is None else {},
             teacher=self.teacher,
             on_error=self.options.on_error,
             device=device,
             keyframes_per_batch=keyframes_per_batch,
             num_threads=num_threads,
+            corruption=self.corruption,
         )
 
     def _maps_near(self, stored: StoredPlan, keyframes: Sequence[Keyframe]) -> dict[str, MapGeometry]:
@@ -127,7 +130,7 @@ def make_plan(
     require_options(cache, make_spec(options, source, teacher, labels), options.keyframes_per_shard)
     _require_scenes(cache, options.scenes)
     cache.require_files(among=options.shards_of(cache))
-    rows = _rows_to_build(cache, options)
+    rows = rows_to_build(cache, options)
     if not rows:
         return Plan(options, cache, teacher, None, rows)
     stored = open_plan(cache, options.dataroot)
@@ -158,7 +161,7 @@ def _begin(
     )
     stored = open_plan(cache, options.dataroot)
     assert stored is not None
-    return Plan(options, cache, teacher, stored, _rows_to_build(cache, options), problems, contents.missing_labels)
+    return Plan(options, cache, teacher, stored, rows_to_build(cache, options), problems, contents.missing_labels)
 
 
 def _plan_again(
@@ -266,7 +269,7 @@ def _teacher(
     return spec
 
 
-def _rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
+def rows_to_build(cache: Cache, options: BuildOptions) -> dict[int, tuple[int, ...]]:
     """{shard: its keyframes left to build}.
 
     All, or with --retry-skipped those keyframes of a finished shard that were skipped or have masked cameras.

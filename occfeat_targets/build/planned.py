@@ -90,6 +90,14 @@ class StoredPlan:
         there = {name: _stamp(self.data / name) for name in self.tables}
         return version in self.versions and there == self.tables
 
+    def copy_to(self, path: Path) -> None:
+        """Write the same plan into the folder of a new cache of the same keyframes. Raises CacheError if a file is lost or was changed."""
+        folder, record = path / PROGRESS / PLAN, read_record(self.folder.with_name(f"{PLAN}.json"))
+        folder.mkdir(parents=True)
+        for name in self.files:
+            write_file(folder / name, self._read(name))
+        write_record(_record_file(path), {**record, "metadata": digest(path / PROGRESS / f"{CREATED}.json")})
+
     def _read(self, name: str) -> bytes:
         try:
             content = (self.folder / name).read_bytes()

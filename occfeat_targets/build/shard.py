@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
+from occfeat_targets.build.corrupted import CorruptionInput, corrupted_shard
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, open_cache
@@ -41,6 +42,7 @@ class ShardTask:
     num_threads: torch threads, None to keep their number.
     on_error: if a keyframe cannot be built, ``fail`` the shard, or ``skip`` the keyframe (recorded, masked in `is_valid`, zeros).
     ``mask-camera``: mask only its cameras that cannot be used (recorded, masked in `camera_valid`, zeros); skip it without any.
+    corruption: what a corrupted cache is made from; then `rows` are all keyframes, and maps and teacher are not needed.
     """
 
     cache: Path
@@ -53,6 +55,7 @@ class ShardTask:
     device: str = "auto"
     keyframes_per_batch: int | None = None
     num_threads: int | None = None
+    corruption: CorruptionInput | None = None
 
 
 @dataclass
@@ -84,8 +87,13 @@ def build_shard(task: ShardTask) -> ShardReport:
     try:
         with timed(report.seconds, "total"):
             cache = open_cache(task.cache)
-            arrays = _shard_arrays(task, cache.spec, report)
-            report.has_expected = _has_expected(task, cache.spec, arrays)
+            if task.corruption is not None:
+                with timed(report.seconds, "images"):
+                    corrupted = corrupted_shard(cache, task.corruption, task.shard, task.keyframes)
+                arrays, report.skipped, report.masked = corrupted.arrays, corrupted.skipped, corrupted.masked
+            else:
+                arrays = _shard_arrays(task, cache.spec, report)
+                report.has_expected = _has_expected(task, cache.spec, arrays)
             with timed(report.seconds, "write"):
                 cosine = _cosine_of_all(task, cache, report)
                 notes = {"skipped": report.skipped, "masked": report.masked, "cosine": cosine}

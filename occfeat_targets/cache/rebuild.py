@@ -37,6 +37,8 @@ def require_format(path: Path) -> None:
 def rebuild_command(path: Path, attributes: Mapping[str, Any]) -> str:
     """The command that builds a cache with the options stored in its attributes, of this or an earlier format."""
     spec, origin = attributes["spec"], attributes.get("provenance", {})
+    if spec.get("corruption") is not None:
+        return _corruption_command(path, spec["corruption"], origin)
     cameras = [name for name in spec["frames"] if name != EGO_FRAME]
     frames = "ego" if not cameras else "both" if EGO_FRAME in spec["frames"] else "cameras"
     grid, teacher, default = spec["grid"], spec.get("teacher"), TargetSpec().to_dict()
@@ -95,6 +97,17 @@ def _on_error(path: Path) -> str | None:
         except (OSError, ValueError, AttributeError):
             continue
     return found
+
+
+def _corruption_command(path: Path, corruption: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Of a corrupted cache; the clean one is three folders up."""
+    words = ["occfeat-targets", "build", "--cache", str(path.parents[2]), "--split", origin.get("split", path.stem)]
+    words += ["--corruption", corruption["name"], "--severity", str(corruption["severity"])]
+    if corruption["protocol"] == "downloaded":
+        words += ["--nuscenes-c", origin["nuscenes_c"]]
+    else:
+        words += ["--corruption-seed", str(corruption["seed"]), "--corrupt-at", corruption["protocol"]]
+    return shlex.join(words + ["--mask-lost"] * corruption["masks_lost"])
 
 
 def _scenes(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from occfeat_targets.cache.arrays import (
     point_arrays,
     volume_arrays,
 )
+from occfeat_targets.cache.corruption import CorruptionSpec
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.common.plural import count
@@ -40,7 +41,7 @@ LARGEST_RESIZE = 1.2  # largest factor by which Simple-BEV's augmentation multip
 EGO_BOX = 2.2  # [m]; returns with |x| and |y| below it in the sensor's frame are from the ego vehicle (Simple-BEV)
 
 # Fields that are younger than the format, and the value of a cache without them, whose fingerprint stays what it was.
-LATER = {"rays": False, "dynamic": "smear", "instances": False}
+LATER = {"rays": False, "dynamic": "smear", "instances": False, "corruption": None}
 # What is done about objects that move during the sweeps of a keyframe.
 DYNAMIC = ("carve", "boxes", "smear")
 BOXES_NOTE = "the occupancy uses annotated boxes (--dynamic boxes), so pretraining on it is not free of labels"
@@ -124,6 +125,7 @@ class TargetSpec:
     rays: whether the cache tells which voxels the LiDAR's rays have passed.
     labels: kinds of labels in the cache. dividers: map layers of the divider class. compat: None or ``simple-bev``.
     instances: whether the cache also has centres and offsets of single vehicles, as Simple-BEV's heads predict them.
+    corruption: how the student images are corrupted, in the copy of a cache for evaluations.
     """
 
     source: str = "nuscenes"
@@ -143,6 +145,7 @@ class TargetSpec:
     rays: bool = False
     dynamic: str = "smear"
     instances: bool = False
+    corruption: CorruptionSpec | None = None
     resize: str = "dct-scaled, antialiased bilinear"
     format_version: int = FORMAT_VERSION
 
@@ -194,6 +197,8 @@ class TargetSpec:
         values["grid"] = VoxelGrid.from_dict(values["grid"])
         if values["teacher"] is not None:
             values["teacher"] = TeacherSpec(**values["teacher"])
+        if values.get("corruption") is not None:
+            values["corruption"] = CorruptionSpec(**values["corruption"])
         return cls(**values)
 
     @property
@@ -201,7 +206,7 @@ class TargetSpec:
         """Sixteen hex digits over all fields except the teacher's name, and except those of LATER with their default."""
         identity = self.to_dict()
         for name, value in LATER.items():
-            if identity.get(name) == value:
+            if identity.get(name, ...) == value:
                 del identity[name]
         if self.teacher is not None:
             del identity["teacher"]["name"]
@@ -235,6 +240,8 @@ class TargetSpec:
             f"images {height}x{width} of {count(len(self.cameras), 'camera')}: without upsampling, networks can train at up to {trained} "
             f"(resized by up to {LARGEST_RESIZE:g}) and be evaluated at up to {plain}"
         )
+        if self.corruption is not None:
+            lines.append(self.corruption.describe())
         if self.uses_boxes:
             lines.append(f"note: {BOXES_NOTE}")
         if self.teacher is None:

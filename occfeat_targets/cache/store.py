@@ -212,19 +212,18 @@ class Cache:
             draft.move(self._record_path(shard))
         draft.remove()
 
-    def read_shard(self, shard: int) -> dict[str, NDArray[Any]]:
-        """{name: (keyframes of the shard, ...)} of a finished shard. Raises CacheError if it is not finished or was changed."""
-        keyframes = self.shard_range(shard)
-        for name, sha256 in self.shard_record(shard)["files"].items():
-            if not (self.path / name).is_file() or digest(self.path / name) != sha256:
+    def read_shard(self, shard: int, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+        """{name: (keyframes of the shard, ...)} of some or all arrays. Raises CacheError if the shard is not finished or was changed."""
+        keyframes, files = self.shard_range(shard), self.shard_record(shard)["files"]
+        arrays = [array for array in self.spec.arrays() if names is None or array.name in names]
+        for name in (shard_name(array, shard) for array in arrays):
+            if not (self.path / name).is_file() or digest(self.path / name) != files[name]:
                 raise CacheError(
                     f"{self.path / name} is missing or was changed after it was written: delete "
                     f"{self._record_path(shard)} and run the build again: it rebuilds that shard"
                 )
-        return {
-            array.name: np.asarray(zarr.open_array(self.path / array.name, mode="r")[keyframes.start : keyframes.stop])
-            for array in self.spec.arrays()
-        }
+        opened = {array.name: zarr.open_array(self.path / array.name, mode="r") for array in arrays}
+        return {name: np.asarray(array[keyframes.start : keyframes.stop]) for name, array in opened.items()}
 
     def _draft(self, shard: int) -> Draft:
         return Draft(self._progress / f"{shard:05d}.draft", self.path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -13,9 +14,13 @@ from numpy.typing import NDArray
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import CameraView, Keyframe, broken_view
+from occfeat_targets.targets.corrupted_views import downloaded_folder
+from occfeat_targets.targets.corruptions import lost_cameras
 from occfeat_targets.targets.images import load_image_reference
+from occfeat_targets.verify.slow_corruptions import load_corrupted_reference
 from occfeat_targets.verify.slow_instances import InstanceReference
 from occfeat_targets.verify.slow_labels import Reference
 from occfeat_targets.verify.slow_lidar import wrong_free_voxels, wrong_occupied_voxels
@@ -25,6 +30,7 @@ MIN_PSNR = 40.0  # [dB], of a cached image to a full decode and resize; scaled d
 MIN_COSINE = 0.99  # mean over tokens; bfloat16 and the scaled decode together give 0.999
 MAX_CALIBRATION_ERROR = 1e-3  # [m, px]; float32 storage gives 1e-4
 
+ReadView = Callable[[CameraView, tuple[int, int]], NDArray[np.uint8]]
 Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
 
 
@@ -113,10 +119,12 @@ def _rays(reader: CacheReader, keyframe: int, reference: SlowSource, source: Key
 
 def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     cached, size = reader.read("images", keyframe), reader.cache.spec.image_size
-    worst = np.inf
+    read, worst = _read_student(reader.cache, source), np.inf
     for i, view in _views(source):
         area = filled_part(view.source_size, size, size)
-        full, image = (_part(values, area) for values in (_fitted(view, size, size), cached[i].astype(np.float64)))
+        full, image = (
+            _part(values, area) for values in (_fitted(view, size, size, read), cached[i].astype(np.float64))
+        )
         error = float(np.mean((image - full) ** 2))
         worst = min(worst, 10 * np.log10(255**2 / error) if error else np.inf)
         if cached[i].sum(dtype=np.int64) != image.sum():
@@ -124,11 +132,36 @@ def _images(reader: CacheReader, keyframe: int, reference: SlowSource, source: K
     yield worst >= MIN_PSNR, f"images at {worst:.1f} dB of full decoding"
 
 
-def _fitted(view: CameraView, size: tuple[int, int], student_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(size, 3) fully decoded image of a view with black borders."""
+def _read_clean(view: CameraView, size: tuple[int, int]) -> NDArray[np.uint8]:
+    return load_image_reference(view.path, [size])[0]
+
+
+def _read_student(cache: Cache, source: Keyframe) -> ReadView:
+    """How the student images of a keyframe are recomputed: corrupted, if the cache's are."""
+    corruption = cache.spec.corruption
+    if corruption is None:
+        return _read_clean
+    root = cache.provenance["nuscenes_c"]
+    folder = None if root is None else downloaded_folder(Path(root), corruption)
+    lost = lost_cameras(corruption, [view.path for view in source.cameras])
+    lost_files = [view.path for view, is_lost in zip(source.cameras, lost, strict=True) if is_lost and folder is None]
+
+    def read(view: CameraView, size: tuple[int, int]) -> NDArray[np.uint8]:
+        if view.path in lost_files:
+            return np.zeros((*size, 3), np.uint8)
+        path = view.path if folder is None else folder / view.path.parent.name / view.path.name
+        return load_corrupted_reference(path, size, corruption)
+
+    return read
+
+
+def _fitted(
+    view: CameraView, size: tuple[int, int], student_size: tuple[int, int], read: ReadView = _read_clean
+) -> NDArray[np.uint8]:
+    """(size, 3) image of a view, fully decoded, with black borders."""
     top, left, bottom, right = area = filled_part(view.source_size, size, student_size)
     out = np.zeros((*size, 3), np.uint8)
-    _part(out, area)[:] = load_image_reference(view.path, [(bottom - top, right - left)])[0]
+    _part(out, area)[:] = read(view, (bottom - top, right - left))
     return out
 
 

@@ -110,6 +110,8 @@ def notes_on_data(dataset: KeyframeDataset) -> list[str]:
     masked = int((~reader.camera_valid[dataset.keyframes]).sum())
     if masked:
         lines.append(f"{count(masked, 'masked camera')} in the keyframes used: no feature is read from masked cameras")
+    if (corruption := reader.cache.spec.corruption) is not None:
+        lines.append(f"{reader.cache.path}: {corruption.describe()}")
     if reader.cache.spec.uses_boxes and "occupancy" in dataset.arrays:
         lines.append(f"{reader.cache.path.name}: {BOXES_NOTE}")
     if dataset.enlarges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ def evaluate(
     batch: int = 8,
     workers: int = 4,
     progress: bool = True,
+    advance: Callable[[int], Any] | None = None,
 ) -> Any:
     """The task's metric over the data set, summed over all ranks.
 
     Keyframes are assigned to ranks in turn, so their numbers differ by at most one, and no sample is padded or repeated.
-    batch: samples per forward pass and rank. The task stays in evaluation mode.
+    batch: samples per forward pass and rank. advance: is told how many samples of this rank were measured. The task stays in evaluation mode.
     Raises MemoryShortage, a ValueError, if the GPU has too little memory.
     """
     forbid_tf32(task.config.precision, process.device)
@@ -46,6 +48,8 @@ def evaluate(
             with autocast(process.device, task.config.precision):
                 task.measure(loaded, metric)
             bar.update(len(loaded))
+            if advance is not None:
+                advance(len(loaded))
     metric.reduce()
     if metric.num_samples != len(dataset):
         raise RuntimeError(f"{metric.num_samples} samples were counted, the data set has {len(dataset)}")

@@ -248,6 +248,7 @@ def run_evaluation(
         **measured(checkpoint, dataset), "skipped": len(reader) - int(reader.is_valid.sum()),
         "without_frame": dataset.num_without_frame, "without_targets": dataset.num_without_targets,
         "with_masked_cameras": int((~reader.camera_valid[dataset.keyframes]).any(axis=1).sum()), "simulated": warnings,
+        "corruption": reader.cache.spec.to_dict()["corruption"],
         "origin": describe_origin(PACKAGES, gpu_names(process)), **metric.results(),
     }  # fmt: skip
     rate = len(dataset) / (time.perf_counter() - began)

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from occfeat_targets.cache.corruption import CorruptionSpec
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.labels import MAP_CLASSES
 from occfeat_targets.cache.spec import CAMERAS, LARGEST_RESIZE, TargetSpec, TeacherSpec, largest_network
@@ -35,6 +36,7 @@ def test_a_spec_survives_json_with_its_fingerprint():
         {"rays": True},
         {"dynamic": "carve"},
         {"dynamic": "boxes"},
+        {"corruption": CorruptionSpec("fog", 2)},
     ],
 )
 def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
@@ -47,7 +49,7 @@ def test_every_option_that_decides_bytes_changes_the_fingerprint(change):
 
 def test_caches_of_earlier_releases_keep_their_fingerprint():
     data = TargetSpec(teacher=TEACHER).to_dict()
-    del data["rays"], data["dynamic"], data["instances"]
+    del data["rays"], data["dynamic"], data["instances"], data["corruption"]
     assert TargetSpec.from_dict(data) == TargetSpec(teacher=TEACHER)
     assert TargetSpec(teacher=TEACHER).fingerprint == "aa387214fe3b65e4"
     assert TargetSpec(teacher=TEACHER, num_sweeps=10).fingerprint == "8d2e40f12289df1d"

@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from occfeat_targets.cache.corruption import CorruptionSpec
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.geometry import GRID_FROM_CAMERA_AXES, inverse_rigid, rigid
 from occfeat_targets.cache.grid import VoxelGrid
@@ -83,7 +84,7 @@ def random_keyframes(spec: TargetSpec, keyframes: Iterable[int], seed: int) -> d
 
 def write_cache(
     folder: Path, split: str = "train", *, scenes: tuple[str, ...] = TRAIN_SCENES, grid: VoxelGrid = GRID, dim: int = 6,
-    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, compat: str | None = None, instances: bool = False, shards: int | None = None, provenance: Mapping[str, Any] | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
+    labels: tuple[str, ...] = tuple(LABEL_KINDS), frames: tuple[str, ...] = FRAMES, image_size: tuple[int, int] = (40, 60), teacher: str = "made up", seed: int = 0, first: int = 0, rays: bool = False, points: int = 0, compat: str | None = None, instances: bool = False, corruption: CorruptionSpec | None = None, shards: int | None = None, provenance: Mapping[str, Any] | None = None, change: Callable[[dict[str, np.ndarray]], None] | None = None,
 ) -> Cache:  # fmt: skip
     """A cache of a few keyframes in shards of 2; the first token is token`first`.
 
@@ -102,6 +103,7 @@ def write_cache(
         max_points=points,
         compat=compat,
         instances=instances,
+        corruption=corruption,
     )
     n = len(scenes)
     identity = Identity(tuple(f"{split}-token{first + i}" for i in range(n)), scenes, tuple(range(n)))
