@@ -23,6 +23,7 @@ from pipelines.recipes.data import RANDOM_TEACHER, Settings, check_caches
 from pipelines.recipes.estimate import describe, estimates
 from pipelines.recipes.graph import steps_of, trainings_of
 from pipelines.recipes.tables import RECIPES
+from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Step
 
 SETTINGS_FILE = "settings.json"
@@ -63,9 +64,16 @@ def main() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only print the steps with their sizes, times and disk.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Steps at a time on this machine.")
+@click.option(
+    "--slurm", is_flag=True, help="Submit the steps as batch jobs of Slurm; scripts and logs are in OUT/slurm."
+)
+@site_option
+@print_option
 def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | None, teacher: str, seeds: int, miniature: bool,
-        dry_run: bool, jobs: int) -> None:  # fmt: skip
+        dry_run: bool, jobs: int, slurm: bool, site: Path | None, print_only: bool) -> None:  # fmt: skip
     """Run what is missing of RECIPEs. Finished steps are not repeated, and a failed step stops only those that need it."""
+    if not slurm and (site is not None or print_only):
+        raise click.UsageError("--site and --print are about batch jobs: add --slurm")
     recipes = [RECIPES[name] for name in names]
     settings = make_settings(out, cache, dataroot, teacher, seeds, miniature=miniature)
     require_same_settings(settings)
@@ -83,6 +91,9 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
         except ValueError as err:
             raise click.ClickException(str(err)) from err
     save_settings(settings)
+    if slurm:
+        submit_steps(steps, settings.out, site, print_only=print_only)
+        return
     run_steps(steps, settings.out, jobs, " ".join(names))
     echo(
         f"finished: {count(len(steps), 'step')} of {', '.join(names)}; 'python -m pipelines report --out {out}' writes the tables"
@@ -108,8 +119,9 @@ def status(names: tuple[str, ...], out: Path) -> None:
     settings = read_settings(out)
     steps = steps_of([RECIPES[name] for name in names], settings)
     for step in steps:
-        log = log_file(settings.out, step)
-        state = "finished" if step.is_finished else f"begun, see {log}" if log.exists() else "not begun"
+        logs = [log_file(settings.out, step), *sorted((settings.out / "slurm").glob(f"{step.name}.*.log"))]
+        begun = [log for log in logs if log.exists()]
+        state = "finished" if step.is_finished else f"begun, see {begun[-1]}" if begun else "not begun"
         echo(f"{step.name:100} {state}")
     echo(f"{sum(step.is_finished for step in steps)} of {count(len(steps), 'step')} finished")
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import pytest
 from occfeat_train.training import stages
 from occfeat_train.training.checkpoint import find_checkpoint
 from occfeat_train.training.log import RunLog
-from tests.conftest import REPOSITORY
 from tests.train.runs import (
     evaluate,
     finetune,
@@ -104,22 +100,3 @@ def test_a_second_ctrl_c_stops_at_once_and_says_how_to_continue(cache, tmp_path,
     assert signal.getsignal(signal.SIGINT) == before
     assert find_checkpoint(out).step == 2
     assert "continuing at step 2 of 10" in succeed(*command)
-
-
-def test_the_slurm_script_in_the_readme_passes_the_signal_on_and_requeues_the_job(tmp_path):
-    """With stand-ins for occfeat-train, which stops early, and scontrol."""
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    (script,) = (block for block in blocks if "--signal=B:USR1@90" in block)
-    train = "trap 'exit 3' USR1\nsleep 0.3\ntouch started\nwhile true; do sleep 0.05; done\n"
-    for name, text in (("occfeat-train", train), ("scontrol", "echo $* > requeued\n")):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "job").write_text(script)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    with subprocess.Popen(["bash", "job"], cwd=tmp_path, env=environment) as job:
-        while not (tmp_path / "started").exists():
-            assert job.poll() is None
-            time.sleep(0.01)
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 3
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
