@@ -1,7 +1,12 @@
 """Queries of Img-ALSO (paper 4.2): positions on the rays of a keyframe's LiDAR returns, and the BEV cells that explain them.
 
 The space just behind a return is occupied, and the space between sensor and return is free. The numbers are ALSO's
-(github.com/valeoai/ALSO). This is NumPy on the host: the loader's threads draw queries while the device trains.
+(github.com/valeoai/ALSO).
+
+This is NumPy on the host: the loader's threads draw queries while the device trains, from the generator of the sample, so that
+queries do not depend on the device, on the batch or on other samples. It takes 6 ms of a thread per sample. On a device that
+never waits for the host, the number of pairs would have to be fixed: 25 cells per query, of which half are farther than RADIUS,
+and the head's work doubles (pipelines/benchmarks/methods.py).
 """
 
 from __future__ import annotations

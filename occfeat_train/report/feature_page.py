@@ -29,6 +29,7 @@ from occfeat_train.report.correlation import (
     pick_class,
     pick_voxel,
 )
+from occfeat_train.report.feature_recording import Recorder, recording
 from occfeat_train.report.feature_runs import FeatureRun, FigureOptions, choose_keyframes, fit_keyframes, open_runs
 from occfeat_train.report.feature_sheets import FeatureSheets
 from occfeat_train.report.voxel_predictions import VoxelPredictions, predict_voxels
@@ -74,10 +75,11 @@ def write_figures(
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
     sections, warnings = [], dict.fromkeys([*reader.cache.warnings, *fit_reader.cache.warnings])
-    for run in runs:
-        print_line(f"{run.name}: {run.checkpoint.describe_step()}")
-        warnings |= dict.fromkeys(run.checkpoint.info.warnings())
-        sections.append((run, list(draw_run(run, out, options, process, print_line))))
+    with recording(options.rerun) as recorder:
+        for run in runs:
+            print_line(f"{run.name}: {run.checkpoint.describe_step()}")
+            warnings |= dict.fromkeys(run.checkpoint.info.warnings())
+            sections.append((run, list(draw_run(run, out, options, process, print_line, recorder))))
     page = render(
         Path(__file__).with_name("features.html"),
         title=f"Predicted features of {count(len(runs), 'run')} on {options.split}",
@@ -88,13 +90,20 @@ def write_figures(
     with saving(out / "index.html"):
         (out / "index.html").write_text(page, encoding="utf-8")
     print_line(f"written to {out / 'index.html'}")
+    if options.rerun is not None:
+        print_line(f"recording written to {options.rerun}: rerun {options.rerun}")
     return out / "index.html"
 
 
 def draw_run(
-    run: FeatureRun, out: Path, options: FigureOptions, process: Process, print_line: Callable[[str], None]
+    run: FeatureRun,
+    out: Path,
+    options: FigureOptions,
+    process: Process,
+    print_line: Callable[[str], None],
+    recorder: Recorder | None,
 ) -> Iterator[Picture]:
-    """Draw and write all sheets of a run."""
+    """Draw and write all sheets of a run, and record what they show."""
     dataset, fit_dataset = run.dataset, run.fit_dataset
     precision = note_on_precision(run.checkpoint.info.config.precision, process.device)
     for line in dict.fromkeys([*changes_of_meaning(dataset, run.checkpoint), *notes_on_data(dataset), *precision]):
@@ -113,8 +122,12 @@ def draw_run(
     number = len(found) * (1 + len(queries))
     print_line(f"{count(number, 'sheet')} of {count(len(found), 'keyframe')}, about {number * SECONDS_PER_SHEET} s")
     warnings = list(dict.fromkeys([*dataset.reader.cache.warnings, *run.checkpoint.info.warnings()]))
+    if recorder is not None:
+        recorder.write_notes(run.name, [*warnings, f"colours fitted to {fitted_to}"])
     with progress_bar(number, desc="figures", unit="sheet", disable=not options.progress) as bar:
         for each in found:
+            if recorder is not None:
+                recorder.write_keyframe(run.name, each, colors, queries)
             sheets = FeatureSheets(run.name, each, warnings)
             for kind, text, sheet in draw_keyframe(sheets, colors, fitted_to, queries):
                 file = f"{run.name}-{each.split}-{each.keyframe:06d}-{kind}.png"

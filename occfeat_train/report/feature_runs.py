@@ -28,6 +28,7 @@ class FigureOptions:
     fit_split, fit_on: split and scene to which the colours are fitted; by default `split`, and the scene of the first keyframe, or the first
     scene of another split.
     voxels, classes: points and classes for correlation maps; without any, the DEFAULT_CLASSES that the cache has.
+    rerun: file of a recording for the viewer rerun; None for none.
     """
 
     split: str
@@ -37,6 +38,7 @@ class FigureOptions:
     fit_on: str | None = None
     voxels: Sequence[Point] = ()
     classes: Sequence[str] = ()
+    rerun: Path | None = None
     progress: bool = True
 
 

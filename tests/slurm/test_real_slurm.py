@@ -84,6 +84,8 @@ def test_an_array_build_of_which_a_task_was_killed_and_requeued_has_the_bytes_of
     assert slurm.wait_for(ids["targets"]) == "COMPLETED", log_of(tmp_path, "targets")
     assert slurm.field(task, "Restarts") == "1"
     assert step.is_finished
+    assert "reading the tables" in log_of(tmp_path, "targets-plan")
+    assert "reading the tables" not in log_of(tmp_path, "targets-shards")
     assert_same_bytes(tmp_path / "cache", undisturbed_cache)
 
 
