@@ -157,7 +157,8 @@ def _build_corrupted(
     ]
     if mask_lost and not any(spec.masks_lost for spec in specs):
         raise click.UsageError(f"--mask-lost is for {' and '.join(LOST_VIEWS)}: leave it out")
-    echo("\n".join(describe_corrupted(clean, options.cache, specs, workers)))
+    if len(specs) > 1:
+        echo(describe_corrupted(clean, options.cache, specs, workers))
     code = 0
     for number, spec in enumerate(specs, 1):
         echo(f"[{number}/{len(specs)}] {spec.describe()}")

@@ -57,18 +57,16 @@ def describe_plan(plan: Plan, workers: Workers) -> list[str]:
 
 def describe_corrupted(
     clean: Cache, directory: Path, corruptions: Sequence[CorruptionSpec], workers: int | None
-) -> list[str]:
-    """Number, size and time of the corrupted caches that are asked for and not begun, if they are several.
+) -> str:
+    """Number, size and time of several corrupted caches, of those that are not begun.
 
     directory: of the clean cache. workers: as --workers. Raises DatasetError if the disk has too little free space for all.
     """
     new = [c for c in corruptions if not (directory / c.folder / clean.path.name).exists()]
-    if len(corruptions) == 1:
-        return []
     specs = [corrupted_spec(clean.spec, corruption) for corruption in new]
+    if specs:
+        check_disk(directory, specs[0], len(specs) * len(clean))
     size = sum(spec.bytes_per_keyframe for spec in specs) * len(clean)
-    if new:
-        check_disk(directory, specs[0], len(new) * len(clean))
     cores = count_cores()
     seconds = sum(
         estimate_seconds(
@@ -77,10 +75,10 @@ def describe_corrupted(
         )
         for spec in specs
     )  # fmt: skip
-    return [
+    return (
         f"{count(len(corruptions), 'corrupted cache')} of {clean.path}, {len(new)} of them not yet begun: {format_bytes(size)} "
         f"({format_bytes(free_bytes(directory))} free), about {format_seconds(seconds)} on this machine"
-    ]
+    )
 
 
 def _time(plan: Plan, workers: Workers) -> str:

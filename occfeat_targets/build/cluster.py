@@ -71,6 +71,7 @@ def run_on_dask(
     Raises ValueError if local workers do not start, or if the scheduler is not reached or lost.
     """
     import dask
+    import distributed  # noqa: F401, its own settings: imported below `set`, they would be gone when that ends
 
     with dask.config.set(_SETTINGS):
         if scheduler is None:

@@ -49,6 +49,19 @@ def fail_first(shard: int) -> ShardReport:
     return ShardReport(shard, 1, error="broken" if shard == 0 else None)
 
 
+def test_a_process_builds_with_local_workers_more_than_once(tmp_path):
+    """As for several corrupted caches. In a process of its own, because the tests have imported distributed."""
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "from occfeat_targets.build.cluster import run_on_dask\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in range(2):\n"
+        "        assert list(run_on_dask((), print, lambda: True, workers=1)) == []\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_local_cluster_refuses_clients_without_its_own_credentials():
     """A client may run any code on the workers."""
     with module._local_client(1) as client:
