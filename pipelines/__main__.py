@@ -22,6 +22,7 @@ from pipelines.processes import Job, run_jobs
 from pipelines.recipes.data import RANDOM_TEACHER, Settings, check_caches
 from pipelines.recipes.estimate import describe, estimates
 from pipelines.recipes.graph import steps_of, trainings_of
+from pipelines.recipes.robustness import check_corrupted_caches
 from pipelines.recipes.tables import RECIPES
 from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Step
@@ -88,6 +89,8 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
     if not miniature and settings.dataroot is None:
         try:
             check_caches(settings, trainings_of(recipes))
+            if any(recipe.corrupted for recipe in recipes):
+                check_corrupted_caches(settings)
         except ValueError as err:
             raise click.ClickException(str(err)) from err
     save_settings(settings)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +9,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from occfeat_targets.cache.corruption import CORRUPTIONS
 from occfeat_train.presets import preset
-from pipelines.__main__ import main, read_settings, run_steps
-from pipelines.recipes.data import RANDOM_TEACHER, Settings, build_options, sizes
-from pipelines.recipes.graph import evaluation_file, steps_of, training_steps
-from pipelines.recipes.report import difference_rows, missing_notes
-from pipelines.recipes.results import Measured, Result, read_cell, read_run, seeds_of
+from pipelines.__main__ import main, run_steps
+from pipelines.recipes.data import Settings, build_options
+from pipelines.recipes.graph import evaluation_file, num_steps, steps_of
+from pipelines.recipes.robustness import check_corrupted_caches
 from pipelines.recipes.tables import LONGER, RECIPES
 from pipelines.recipes.trainings import Training, run_directory, training
 from pipelines.steps import Step
@@ -107,9 +104,38 @@ def test_the_caches_have_what_every_training_needs(recipe, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_miniature_takes_a_few_steps_and_keeps_the_differences_of_its_trainings(recipe, tmp_path):
     settings = full(tmp_path, miniature=True)
-    assert max(training_steps(each, 0, settings) for each in recipe.trainings) <= 8
     configs = {each: each.config(0, miniature=True) for each in recipe.trainings}
+    assert max(num_steps(config, settings) for config in configs.values()) <= 8
     assert len({(config, each.start) for each, config in configs.items()}) == len(configs)  # also 50 and 100 epochs
+
+
+def test_runs_are_evaluated_on_corruptions_after_all_24_are_built_and_after_their_baseline(tmp_path):
+    steps = {step.name: step for step in steps_of([RECIPES["fig4"]], full(tmp_path, seeds=2))}
+    base, *others = (cell.training for cell in RECIPES["fig4"].cells)
+    builds = [name for name, step in steps.items() if "--corruption" in step.commands[0]]
+    assert len(builds) == 24
+    assert steps["build-fog-2"].commands[0][-4:] == ("--corruption", "fog", "--severity", "2")
+    assert steps["build-fog-2"].after == ("build-val",)
+    first = steps[f"{base.run_name(1)}-corruptions"]
+    assert {*builds, base.run_name(1)} <= set(first.after)
+    assert "--baseline" not in first.commands[0]
+    assert len(others) == 1
+    for each in others:
+        step = steps[f"{each.run_name(1)}-corruptions"]
+        assert {*builds, each.run_name(1), first.name} <= set(step.after)
+        assert step.commands[0][-2:] == ("--baseline", str(run_directory(tmp_path / "out", base, 1)))
+
+
+def test_corrupted_caches_that_are_expected_are_listed_if_they_are_not_there(tmp_path):
+    settings = full(tmp_path, dataroot=None)
+    assert not [step for step in steps_of([RECIPES["fig4"]], settings) if step.kind == "build"]
+    for name in CORRUPTIONS:
+        for severity in (1, 2, 3):
+            (settings.cache / "corruptions" / f"{name}-{severity}" / "val.zarr").mkdir(parents=True)
+    check_corrupted_caches(settings)
+    (settings.cache / "corruptions" / "snow-3" / "val.zarr").rmdir()
+    with pytest.raises(ValueError, match=r"1 corrupted cache not there \(.*snow-3\): .*(?s:.)*--corruption all"):
+        check_corrupted_caches(settings)
 
 
 def test_the_recipe_of_table_2_is_the_papers():
@@ -165,91 +191,3 @@ def test_a_failed_step_stops_only_those_that_need_it_and_the_next_run_continues(
     run_steps([step("a", "list"), *steps[1:]], tmp_path, 1, "recipe")
     assert all(each.is_finished for each in steps)
     assert (tmp_path / "logs" / "b.log").read_text() == before
-
-
-def measured(iou: float, *simulated: str) -> Measured:
-    return Measured(iou, simulated, ("seed: 1 (paper: 0)",))
-
-
-def test_a_cell_shows_mean_and_spread_over_seeds_beside_the_papers_number():
-    cell = RECIPES["table4"].cells[0]
-    assert Result(cell, {0: measured(20.0), 2: measured(24.0)}).text == "22.0 ± 2.8 (22.8)"
-    assert (
-        Result(cell, {0: measured(20.0), 1: measured(22.0, "SIMULATED: x")}, {2: "not begun"}).text
-        == "21.0 ± 1.4* (22.8)"
-    )
-    assert Result(cell, {1: measured(0.04)}).text == "0.0 (22.8)"
-    assert Result(replace(cell, paper=None), {}, {0: "not begun"}).text == "missing (-)"
-
-
-def test_missing_cells_are_named_with_their_reason():
-    first, second, *_ = RECIPES["table4"].cells
-    found = [
-        Result(first, {0: measured(1)}, {1: "step 3 of 60, unfinished"}),
-        Result(second, {}, {0: "not begun", 1: "not begun"}),
-    ]
-    assert missing_notes(found) == [
-        "missing: seed 1, step 3 of 60, unfinished: vehicles 1 % / lambda 0",
-        "missing: seed 0, not begun: vehicles 1 % / lambda 0.0001",
-        "missing: seed 1, not begun: vehicles 1 % / lambda 0.0001",
-    ]
-    assert difference_rows(found) == [["difference", "runs"], ["seed: 1 (paper: 0)", "1 of 1 run"]]
-
-
-def test_runs_of_other_seeds_are_found(tmp_path):
-    each = training("table1/simplebev-enb0/vehicles-1", "table1/simplebev-enb0/occfeat")
-    for name in (each.run_name(7), f"{each.name}-100ep-seed-3", f"x-{each.run_name(4)}"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert seeds_of(each, tmp_path) == [7]
-    cell = next(cell for cell in RECIPES["table1"].cells if cell.training == each)
-    assert set(read_cell(cell, tmp_path, 1).missing) == {0, 7}
-    assert "no checkpoint in" in read_cell(cell, tmp_path, 1).missing[7]
-
-
-@pytest.mark.slow
-def test_every_recipe_runs_in_miniature(tmp_path):
-    """All tables and figures from an empty directory. Their 3.6 GB are removed."""
-    out = tmp_path / "out"
-    called("run", *RECIPES, "--miniature", "--out", out, "--jobs", 2)
-    text = called("report", "--out", out)
-    shutil.rmtree(out)
-    assert "missing" not in text
-    assert text.count("* (") == sum(len(recipe.cells) for recipe in TABLES)
-
-
-def test_a_small_recipe_runs_from_an_empty_directory_and_resumes(tmp_path, monkeypatch):
-    demo = RECIPES["demo"]
-    monkeypatch.setitem(RECIPES, "demo", replace(demo, cells=demo.cells[::3], drawn=()))
-    out = tmp_path / "out"
-    text = called("run", "demo", "--miniature", "--out", out)
-    assert "SIMULATED: a synthetic city, a teacher of random weights" in text
-    settings = read_settings(out)
-    assert settings == Settings(out, out / "cache", None, RANDOM_TEACHER, 1, True)
-    for cell in demo.cells[::3]:
-        assert evaluation_file(run_directory(out, cell.training, 0)).is_file()
-    assert len(list((out / "runs").iterdir())) == 3
-
-    text = called("report", "--out", out)
-    page = (out / "report.html").read_text()
-    for each in (text, (out / "report.md").read_text()):
-        assert "**SIMULATED: the data set is a synthetic city and the teacher's weights are random**" in each
-        assert re.search(r"\n\| none \| \d+\.\d\* \(-\) \|  \|\n\| OccFeat \|  \| \d+\.\d\* \(-\) \|\n", each)
-        assert "| SimpleBEV EN-B0, none | missing (13.7) | missing (20.1) |" in each
-        assert "- missing: seed 0, not begun: all 6 cells" in each  # of Table 4
-        assert "| network.channels: 8 (paper: 128) | 2 of 2 runs |" in each
-    assert '<p class="simulated">SIMULATED: the data set is a synthetic city' in page
-    assert page.count("data:image/png;base64,") == 2  # Figure 1
-    assert len((out / "report" / "demo.csv").read_text().splitlines()) == 3
-
-    logs = {file: file.stat().st_size for file in (out / "logs").iterdir()}
-    assert "8 of 8 steps finished" in called("run", "demo", "--miniature", "--out", out)
-    assert "8 of 8 steps finished" in called("status", "demo", "--out", out)
-    assert logs == {file: file.stat().st_size for file in (out / "logs").iterdir()}
-    assert "miniature: True there, False here" in called("run", "demo", "--dataroot", tmp_path, "--out", out, code=1)
-    assert sizes(settings).samples(1) == 1
-
-    file = evaluation_file(run_directory(out, demo.cells[0].training, 0))
-    file.write_text(json.dumps({**json.loads(file.read_text()), "weights": "of an earlier training"}))
-    assert "is of other weights" in str(read_run(file.parent.parent))
-    file.unlink()
-    assert read_run(file.parent.parent) == "not evaluated"

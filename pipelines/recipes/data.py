@@ -50,9 +50,10 @@ class Settings:
     seeds: int = 1
     miniature: bool = False
 
-    @property
-    def city(self) -> Path:
-        return self.out / "city"
+
+def dataroot(settings: Settings) -> Path | None:
+    """The data set from which caches are built; None if they are expected."""
+    return settings.out / "city" if settings.miniature else settings.dataroot
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def build_options(settings: Settings, split: str, *, large: bool) -> tuple[str, 
 
 def data_steps(settings: Settings, *, large: Iterable[bool]) -> list[Step]:
     """The city of a miniature, and the builds of the caches with and without large images; nothing if the caches are expected."""
-    root = settings.city if settings.miniature else settings.dataroot
+    root = dataroot(settings)
     if root is None:
         return []
     steps = []

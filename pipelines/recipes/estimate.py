@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from occfeat_targets.build.estimate import format_bytes, format_seconds
 from occfeat_train.presets import preset
 from pipelines.recipes.data import Settings, build_bytes
-from pipelines.recipes.graph import training_steps, trainings_of
+from pipelines.recipes.graph import num_steps, trainings_of
+from pipelines.recipes.robustness import SUFFIX
 from pipelines.recipes.tables import Recipe
 from pipelines.recipes.trainings import Training
 from pipelines.steps import Step
@@ -25,6 +26,9 @@ _MEASURED = {
     ("bevformer", "efficientnet-b0", 224): (64.5, 207),
 }
 _BUILD_RATE = 1.57  # keyframes/s of a build on two CPU cores without a GPU (README, "Costs")
+# Of a corrupted cache, README, "Corrupted images": 11 core hours, estimated, and 338 GB for 24 of 6,019 keyframes
+_CORRUPT_RATE = 2 * 24 * 6_019 / (11 * 3600)  # on two CPU cores
+_CORRUPTED_BYTES = 338 * 10**9 // (24 * 6_019)
 SOURCE = "one H200, by samples/s of pretraining steps in BENCHMARKS.md, 'On a GPU', commit 7c4d901; ~: a guess, the rate of the same network's pretraining"
 
 
@@ -53,12 +57,14 @@ def estimates(steps: Sequence[Step], recipes: Sequence[Recipe], settings: Settin
 
 
 def _estimate(step: Step, runs: dict[str, tuple[Training, int]], settings: Settings) -> Estimate:
+    if "--corruption" in step.commands[0]:
+        return Estimate(step, None, step.samples / _CORRUPT_RATE / 3600, True, step.samples * _CORRUPTED_BYTES)
     if step.kind == "build":
         large, split = "-large-" in step.name, step.name.rpartition("-")[2]
         return Estimate(
             step, None, step.samples / _BUILD_RATE / 3600, False, step.samples * build_bytes(split, large=large)
         )
-    run = runs.get(step.name.removesuffix("-evaluation"))
+    run = runs.get(step.name.removesuffix("-evaluation").removesuffix(SUFFIX))
     if run is None:
         return Estimate(step, None, None, False, 0)
     each, seed = run
@@ -70,7 +76,13 @@ def _estimate(step: Step, runs: dict[str, tuple[Training, int]], settings: Setti
     hours = step.samples / rate / 3600
     if step.kind == "evaluate":
         return Estimate(step, None, hours, True, 0)
-    return Estimate(step, training_steps(each, seed, settings), hours, is_guess, 2 * megabytes * 10**6)
+    return Estimate(
+        step,
+        num_steps(each.config(seed, miniature=settings.miniature), settings),
+        hours,
+        is_guess,
+        2 * megabytes * 10**6,
+    )
 
 
 def describe(found: Sequence[Estimate], *, miniature: bool) -> list[str]:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from occfeat_train.config import Config
 from occfeat_train.presets import preset
+from pipelines.recipes import robustness
 from pipelines.recipes.data import Settings, build_name, cache_folder, data_steps, sizes
 from pipelines.recipes.tables import Recipe
 from pipelines.recipes.trainings import Training, run_directory
@@ -20,9 +22,16 @@ def steps_of(recipes: Sequence[Recipe], settings: Settings) -> list[Step]:
     for seed in range(settings.seeds):
         for each in trainings:
             found = [training_step(each, seed, settings)]
-            if each.start or not preset(each.preset).is_pretext:
+            if not preset(each.preset).is_pretext:
                 found.append(evaluation_step(each, seed, settings))
             steps |= {step.name: step for step in found}
+    if corrupted := list(
+        dict.fromkeys(cell.training for recipe in recipes if recipe.corrupted for cell in recipe.cells)
+    ):
+        found = robustness.builds(settings)
+        for seed in range(settings.seeds):
+            found += robustness.evaluation_steps(corrupted, seed, settings)
+        steps |= {step.name: step for step in found}
     for drawn in dict.fromkeys(each for recipe in recipes for each in recipe.drawn):
         step = pictures_step(drawn, settings)
         steps[step.name] = step
@@ -45,19 +54,12 @@ def training_step(each: Training, seed: int, settings: Settings) -> Step:
         *(("--save-every", "1000000") if settings.miniature else ()),  # only at the end
     )  # fmt: skip
     after = (build_name("train", large=each.large), *((start.run_name(seed),) if start else ()))
-    return Step(
-        each.run_name(seed), (command,), out / "finished", "train", after, trained_samples(each, seed, settings)
-    )
+    samples = num_steps(config, settings) * config.optim.samples_per_step
+    return Step(each.run_name(seed), (command,), out / "finished", "train", after, samples)
 
 
-def trained_samples(each: Training, seed: int, settings: Settings) -> int:
-    config = each.config(seed, miniature=settings.miniature)
-    return training_steps(each, seed, settings) * config.optim.samples_per_step
-
-
-def training_steps(each: Training, seed: int, settings: Settings) -> int:
+def num_steps(config: Config, settings: Settings) -> int:
     """Optimiser steps of a training."""
-    config = each.config(seed, miniature=settings.miniature)
     return config.optim.num_steps(sizes(settings).samples(config.labels))
 
 

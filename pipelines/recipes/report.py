@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from occfeat_targets.cache.corruption import CORRUPTIONS
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.pictures.html import render
@@ -16,7 +17,7 @@ from occfeat_train.report.figures import LINE_COLORS
 from pipelines.recipes.bars import Bars, draw_bars
 from pipelines.recipes.data import Settings
 from pipelines.recipes.graph import pictures_step
-from pipelines.recipes.results import Result, read_cell
+from pipelines.recipes.results import Result, read_cell, read_corruptions
 from pipelines.recipes.tables import NONE, OCCFEAT, RECIPES, Recipe
 from pipelines.study.report import markdown
 
@@ -67,11 +68,12 @@ def write_report(settings: Settings, print_line: Callable[[str], None]) -> None:
 
 
 def read_recipe(recipe: Recipe, settings: Settings) -> list[Result]:
-    return [read_cell(cell, settings.out, settings.seeds) for cell in recipe.cells]
+    found = [read_cell(cell, settings) for cell in recipe.cells]
+    return found + read_corruptions(recipe.cells, settings) if recipe.corrupted else found
 
 
 def section(recipe: Recipe, found: Sequence[Result], settings: Settings) -> Section:
-    charts = charts_of(recipe, found) if recipe.name == "fig1" else {}
+    charts = {"fig1": bars_by_network, "fig4": bars_by_corruption}.get(recipe.name, lambda _: {})(found)
     links, notes = {}, missing_notes(found)
     for each in recipe.drawn:
         step = pictures_step(each, settings)
@@ -79,16 +81,17 @@ def section(recipe: Recipe, found: Sequence[Result], settings: Settings) -> Sect
             links[f"pictures of {each.name}"] = str(step.done.relative_to(settings.out))
         else:
             notes.append(f"missing: pictures of {each.name}, 'python -m pipelines run {recipe.name}' draws them")
-    return Section(recipe.title, table_rows(recipe, found), charts, links, notes)
+    return Section(recipe.title, table_rows(found), charts, links, notes)
 
 
-def table_rows(recipe: Recipe, found: Sequence[Result]) -> Rows:
+def table_rows(found: Sequence[Result]) -> Rows:
     """Header and rows of texts; nothing without cells."""
     if not found:
         return []
     texts = {(result.cell.row, result.cell.column): result.text for result in found}
-    rows = [[row, *(texts.get((row, column), "") for column in recipe.columns)] for row in recipe.rows]
-    return [["", *recipe.columns], *rows]
+    columns = list(dict.fromkeys(result.cell.column for result in found))
+    rows = dict.fromkeys(result.cell.row for result in found)
+    return [["", *columns], *([row, *(texts.get((row, column), "") for column in columns)] for row in rows)]
 
 
 def missing_notes(found: Sequence[Result]) -> list[str]:
@@ -103,22 +106,43 @@ def missing_notes(found: Sequence[Result]) -> list[str]:
     ]
 
 
-def charts_of(recipe: Recipe, found: Sequence[Result]) -> dict[str, bytes]:
-    """A bar chart for each column: networks without and with OccFeat, ours beside the paper's."""
+def bars_by_network(found: Sequence[Result]) -> dict[str, bytes]:
+    """Figure 1, {column: PNG}: networks without and with OccFeat, ours beside the paper's."""
     charts = {}
-    for column in recipe.columns:
+    for column in dict.fromkeys(result.cell.column for result in found):
         cells = {result.cell.row: result for result in found if result.cell.column == column}
         groups = list(dict.fromkeys(row.rpartition(", ")[0] for row in cells))
         bars = []
-        for how, color in ((NONE, LINE_COLORS[0]), (OCCFEAT, LINE_COLORS[1])):
+        for how, color in zip((NONE, OCCFEAT), LINE_COLORS, strict=False):
             of_how = [cells[f"{group}, {how}"] for group in groups]
-            mark = "*" * any(result.simulated for result in of_how)
-            bars += [
-                Bars(f"{how}, ours{mark}", color, [r.mean for r in of_how], [r.spread for r in of_how]),
-                Bars(f"{how}, paper", color, [r.cell.paper for r in of_how], [None] * len(of_how), hatched=True),
-            ]
+            bars += [our_bars(f"{how}, ours", color, of_how), paper_bars(f"{how}, paper", color, of_how)]
         charts[column] = draw_bars(column, groups, bars)
     return charts
+
+
+def bars_by_corruption(found: Sequence[Result]) -> dict[str, bytes]:
+    """Figure 4, {caption: PNG}: each corruption without and with OccFeat. The paper's text has no numbers of its bars."""
+    groups = ["clean", *CORRUPTIONS]
+    cells = {(result.cell.row, result.cell.column): result for result in found}
+    rows = dict.fromkeys(result.cell.row for result in found)
+    bars = [
+        our_bars(row, color, [cells[row, group] for group in groups])
+        for row, color in zip(rows, LINE_COLORS, strict=False)
+    ]
+    return {
+        "mean of three severities": draw_bars(
+            "mean of three severities", [group.replace("-", "\n") for group in groups], bars
+        )
+    }
+
+
+def our_bars(name: str, color: str, results: Sequence[Result]) -> Bars:
+    mark = "*" * any(result.simulated for result in results)
+    return Bars(f"{name}{mark}", color, [r.mean for r in results], [r.spread for r in results])
+
+
+def paper_bars(name: str, color: str, results: Sequence[Result]) -> Bars:
+    return Bars(name, color, [r.cell.paper for r in results], [None] * len(results), hatched=True)
 
 
 def difference_rows(found: Sequence[Result]) -> Rows:

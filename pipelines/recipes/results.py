@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from occfeat_train.training.checkpoint import find_checkpoint
+from occfeat_targets.cache.corruption import CORRUPTIONS
+from occfeat_train.training.checkpoint import Checkpoint, find_checkpoint
 from occfeat_train.training.paper import differences
+from pipelines.recipes.data import Settings
 from pipelines.recipes.graph import evaluation_file
 from pipelines.recipes.tables import Cell
 from pipelines.recipes.trainings import Training, run_directory
+
+RESILIENCE, ERROR = "mRR", "mCE"
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,10 @@ class Result:
         return f"{self.mean:.1f}{spread}{'*' * bool(self.simulated)} ({paper})"
 
 
-def read_cell(cell: Cell, out: Path, seeds: int) -> Result:
-    """Of these seeds, and of others that were run in `out`."""
+def read_cell(cell: Cell, settings: Settings) -> Result:
     result = Result(cell)
-    for seed in sorted({*range(seeds), *seeds_of(cell.training, out)}):
-        measured = read_run(run_directory(out, cell.training, seed))
+    for seed in evaluated_seeds(cell.training, settings):
+        measured = read_run(run_directory(settings.out, cell.training, seed))
         if isinstance(measured, Measured):
             result.found[seed] = measured
         else:
@@ -67,31 +71,83 @@ def read_cell(cell: Cell, out: Path, seeds: int) -> Result:
     return result
 
 
-def seeds_of(each: Training, out: Path) -> list[int]:
-    """Seeds of the directories of a training's runs."""
+def evaluated_seeds(each: Training, settings: Settings) -> list[int]:
+    """The seeds that were asked for, and others whose runs are in OUT."""
     name = re.compile(re.escape(each.name) + r"-seed-(\d+)")
-    there = (out / "runs").iterdir() if (out / "runs").is_dir() else ()
-    return [int(match[1]) for path in there if (match := name.fullmatch(path.name))]
+    runs = settings.out / "runs"
+    there = [
+        int(match[1]) for path in (runs.iterdir() if runs.is_dir() else ()) if (match := name.fullmatch(path.name))
+    ]
+    return sorted({*range(settings.seeds), *there})
 
 
-def read_run(run: Path) -> Measured | str:
-    """A finished and evaluated run, or why there is none."""
+def finished_checkpoint(run: Path) -> Checkpoint | str:
+    """The last checkpoint of a finished training, or why there is none."""
     if not run.exists():
         return "not begun"
     try:
         checkpoint = find_checkpoint(run)
-        if not checkpoint.is_finished:
-            return checkpoint.describe_step()
-        if not evaluation_file(run).is_file():
-            return "not evaluated"
-        values = json.loads(evaluation_file(run).read_text())
+        return checkpoint if checkpoint.is_finished else checkpoint.describe_step()
+    except ValueError as err:
+        return f"cannot be read: {err}"
+
+
+def read_run(run: Path) -> Measured | str:
+    """A finished and evaluated run, or why there is none."""
+    checkpoint, file = finished_checkpoint(run), evaluation_file(run)
+    if isinstance(checkpoint, str):
+        return checkpoint
+    if not file.is_file():
+        return "not evaluated"
+    try:
+        values = json.loads(file.read_text())
         if values["weights"] != checkpoint.weights_digest:
-            return f"{evaluation_file(run)} is of other weights: delete it and its run's evaluation is repeated"
+            return f"{file} is of other weights: delete it and run the recipe again"
         if values["iou"] is None:
             return "its IoU is undefined: no cell is predicted or true"
+        simulated = tuple(dict.fromkeys([*checkpoint.info.warnings(), *values["simulated"]]))
+        iou = float(values["iou"])
     except (ValueError, KeyError, TypeError) as err:
-        return f"cannot be read: {err}"
-    info = checkpoint.info
-    simulated = tuple(dict.fromkeys([*info.warnings(), *values["simulated"]]))
-    changed = tuple(f"{d.field}: {d.here} (paper: {d.paper})" for d in differences(info))
-    return Measured(float(values["iou"]), simulated, changed)
+        return f"{file} cannot be read: {err}"
+    changed = tuple(f"{d.field}: {d.here} (paper: {d.paper})" for d in differences(checkpoint.info))
+    return Measured(iou, simulated, changed)
+
+
+def read_corruptions(cells: Sequence[Cell], settings: Settings) -> list[Result]:
+    """For each cell, its IoU under each corruption (mean of the three severities), its mRR and, but for the first, its mCE [%]."""
+    results = []
+    for cell in cells:
+        columns = [*CORRUPTIONS, RESILIENCE, *([ERROR] if cell is not cells[0] else [])]
+        of_cell = {column: Result(replace(cell, column=column, paper=None)) for column in columns}
+        for seed in evaluated_seeds(cell.training, settings):
+            values = read_values(run_directory(settings.out, cell.training, seed))
+            for column, result in of_cell.items():
+                if isinstance(values, str):
+                    result.missing[seed] = values
+                elif column not in values:
+                    result.missing[seed] = "not evaluated on all corrupted caches"
+                else:
+                    result.found[seed] = values[column]
+        results += of_cell.values()
+    return results
+
+
+def read_values(run: Path) -> dict[str, Measured] | str:
+    """{corruption, mRR, mCE: value [%]} of a run, or why there is none."""
+    base, checkpoint = read_run(run), finished_checkpoint(run)
+    if isinstance(base, str):
+        return base
+    if isinstance(checkpoint, str):
+        return checkpoint
+    file = run / "corruptions.json"
+    if not file.is_file():
+        return "not evaluated on corrupted caches"
+    try:
+        summary = json.loads(file.read_text())
+        if summary["evaluations"]["clean"]["weights"] != checkpoint.weights_digest:
+            return f"{file} is of other weights: delete corruptions.finished beside it and run the recipe again"
+        values = {**summary["mean"], RESILIENCE: summary["mRR"], ERROR: summary.get("mCE")}
+        simulated = tuple(dict.fromkeys([*base.simulated, *summary["simulated"]]))
+    except (ValueError, KeyError, TypeError) as err:
+        return f"{file} cannot be read: {err}"
+    return {name: replace(base, iou=value, simulated=simulated) for name, value in values.items() if value is not None}
