@@ -34,6 +34,21 @@ ReadView = Callable[[CameraView, tuple[int, int]], NDArray[np.uint8]]
 Checked = Iterator[tuple[bool, str]]  # (is it correct, measurement)
 
 
+Check = Callable[[CacheReader, int, SlowSource, Keyframe], Checked]
+
+
+def _reads_sweeps(check: Check) -> Check:
+    """A check that lists a damaged sweep and ends, instead of stopping the verification."""
+
+    def listing(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
+        try:
+            yield from check(reader, keyframe, reference, source)
+        except ValueError as err:
+            yield False, str(err)
+
+    return listing
+
+
 def without_masked(source: Keyframe, is_seen: NDArray[np.bool_]) -> Keyframe:
     """The keyframe with a problem in each view that the cache masks."""
     views = zip(source.cameras, is_seen, strict=True)
@@ -84,21 +99,18 @@ def _calibration(reader: CacheReader, keyframe: int, reference: SlowSource, sour
     yield worst <= MAX_CALIBRATION_ERROR, f"calibration within {worst:.1e}"
 
 
+@_reads_sweeps
 def _occupancy(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     volumes = spec.grid.unpack_volume(reader.read("occupancy", keyframe))
     wrong = 0
     for volume, frame in zip(volumes, _frames(spec, source), strict=True):
-        if not frame.any():
-            continue
-        try:
+        if frame.any():
             wrong += wrong_occupied_voxels(reference, source, frame, spec, volume)
-        except ValueError as err:
-            yield False, str(err)
-            return
     yield wrong == 0, f"{int(volumes.sum())} occupied voxels, {count(wrong, 'voxel')} wrong"
 
 
+@_reads_sweeps
 def _rays(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if not spec.rays:
@@ -225,6 +237,7 @@ def _instances(reader: CacheReader, keyframe: int, reference: SlowSource, source
         yield wrong == 0, f"centres or offsets of instances wrong in {count(wrong, 'cell')}"
 
 
+@_reads_sweeps
 def _points(reader: CacheReader, keyframe: int, reference: SlowSource, source: Keyframe) -> Checked:
     spec = reader.cache.spec
     if not spec.max_points:

@@ -156,7 +156,10 @@ def verify_source(
     reference = _read_slow_source(cache, dataroot, chosen, progress, tables=tables)
     for keyframe, token in zip(chosen, tokens, strict=True):
         source = without_masked(reference.keyframes[token], reader.read("camera_valid", keyframe))
-        found = [finding for check in CHECKS for finding in check(reader, keyframe, reference, source)]
+        # checks that read the same damaged sweep have the same finding
+        found = list(
+            dict.fromkeys(finding for check in CHECKS for finding in check(reader, keyframe, reference, source))
+        )
         findings.problems += [f"sample {token}: {text}" for is_good, text in found if not is_good]
         line = f"sample {token}: " + "; ".join(text for _, text in found)
         findings.notes.append(line)

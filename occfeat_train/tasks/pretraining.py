@@ -21,7 +21,7 @@ from occfeat_train.tasks.base import Task
 from occfeat_train.tasks.heads import OccFeatHead
 from occfeat_train.tasks.losses import feature_loss, occupancy_loss
 from occfeat_train.tasks.metrics import PretrainingMetric, as_text
-from occfeat_train.tasks.ray_iou import DEPTH_ERRORS, ray_counts
+from occfeat_train.tasks.ray_iou import DEPTH_ERRORS, first_depths, query_directions, ray_counts
 
 
 class Pretraining(Task):
@@ -69,7 +69,8 @@ class Pretraining(Task):
 
     @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
-        """Packed occupancy and, if they were read, packed observed voxels and the rays' origin.
+        """Packed occupancy and, if they were read, packed observed voxels, the rays' origin, and the true depths of RayIoU's
+        query rays, (n,) float64.
 
         Also, of the n occupied voxels that at least one camera sees (`loss.occlusion`), with a feature loss:
 
@@ -80,7 +81,9 @@ class Pretraining(Task):
         if "rays" in sample.arrays:
             targets["observed"] = sample.arrays["rays"][0]
         if "ray_origin" in sample.arrays:
-            targets["ray_origin"] = sample.arrays["ray_origin"]
+            origin = targets["ray_origin"] = sample.arrays["ray_origin"]
+            occupied = sample.grid.unpack_volume(targets["occupancy"])
+            targets["ray_depths"] = first_depths(occupied, origin, query_directions(), sample.grid)
         if not config.loss.feat:
             return targets
         voxels = np.flatnonzero(sample.grid.unpack_volume(targets["occupancy"]))
@@ -128,7 +131,8 @@ class Pretraining(Task):
         occupied, observed, rays = batch.volume("occupancy"), None, None
         if logits is not None and "ray_origin" in batch.arrays:
             observed = batch.volume("observed")
-            rays = ray_counts(logits > 0, occupied, batch.arrays["ray_origin"], self.grid)
+            depths, origins = batch.arrays["ray_depths"], batch.arrays["ray_origin"]
+            rays = ray_counts(logits > 0, depths, origins, self.grid)
         metric.update(logits, occupied, cosine, observed, rays)
 
     @staticmethod

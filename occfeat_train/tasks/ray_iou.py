@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -104,15 +104,17 @@ def count_rays(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> NDA
 
 def ray_counts(
     predicted: Bool[Tensor, "B Z H W"],
-    occupied: Bool[Tensor, "B Z H W"],
+    true_depths: Float64[Tensor, "B n"],
     origins: Float[Tensor, "B 3"],
     grid: VoxelGrid,
-) -> Int64[Tensor, " n"]:
-    """`count_rays` of the query rays from `origins` [m] in the grid, summed over samples. On the host."""
+) -> Int64[Tensor, " counts"]:
+    """`count_rays` of the query rays from `origins` [m] in the grid, summed over samples. On the host.
+
+    true_depths: `first_depths` of these rays in the true occupancy [m].
+    """
     total = np.zeros(NUM_COUNTS, np.int64)
-    for ours, true, origin in zip(*(t.cpu().numpy() for t in (predicted, occupied, origins)), strict=True):
-        depths = [first_depths(volume, origin, query_directions(), grid) for volume in (true, ours)]
-        total += count_rays(*depths)
+    for volume, depths, origin in zip(*(t.cpu().numpy() for t in (predicted, true_depths, origins)), strict=True):
+        total += count_rays(depths, first_depths(volume, origin, query_directions(), grid))
     return torch.from_numpy(total)
 
 

@@ -110,9 +110,11 @@ def test_a_sweep_of_another_layout_that_the_build_accepted_is_found(broken_city,
     monkeypatch.setattr(
         "occfeat_targets.sources.nuscenes.read_sweep", lambda path: np.fromfile(path, np.float32).reshape(-1, 5)
     )
-    run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0"))
-    result = verify(tmp_path / "cache", samples=1)
+    run(*build_arguments(broken_city, tmp_path / "cache", "none", "--workers", "0", "--rays", "--points"))
+    result = verify(tmp_path / "cache", samples=2)
     assert result.returncode == 1
+    # Each keyframe's sweep is listed once, although three checks read it, and the other checks go on.
+    assert "2 problems found" in result.stderr and result.stdout.count("label cells wrong") == 2
     assert "is no nuScenes sweep" in result.stdout
     assert "sound" not in result.stdout
 

@@ -35,8 +35,11 @@ def with_rays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch_with_rays(samples: int = 3, seed: int = 0) -> Batch:
     batch, rng = make_batch(samples, seed=seed), np.random.default_rng(seed)
     observed = torch.from_numpy(GRID.pack_volume(rng.random((samples, *GRID.shape)) < 0.5))
-    origins = torch.from_numpy(rng.standard_normal((samples, 3)).astype(np.float32))
-    return dataclasses.replace(batch, arrays={**batch.arrays, "observed": observed, "ray_origin": origins})
+    origins = rng.standard_normal((samples, 3)).astype(np.float32)
+    occupied = zip(batch.volume("occupancy").numpy(), origins, strict=True)
+    depths = np.stack([first_depths(volume, origin, query_directions(), GRID) for volume, origin in occupied])
+    rays = {"ray_origin": torch.from_numpy(origins), "ray_depths": torch.from_numpy(depths)}
+    return dataclasses.replace(batch, arrays={**batch.arrays, "observed": observed, **rays})
 
 
 # -- eq. 2 ------------------------------------------------------------------------------------------------------------
@@ -111,6 +114,10 @@ def test_rays_are_read_where_they_are_used(with_rays: Path) -> None:
         if expected:
             packed = reader(with_rays, "val").read("rays", 2)[2, 0]  # the frame of CAM_BACK; observed
             np.testing.assert_array_equal(batch.arrays["observed"][0].numpy(), packed)
+        if not training and expected:
+            occupied, origin = batch.volume("occupancy")[0].numpy(), batch.arrays["ray_origin"][0].numpy()
+            depths = first_depths(occupied, origin, query_directions(), dataset.grid)
+            np.testing.assert_array_equal(batch.arrays["ray_depths"][0].numpy(), depths)
 
 
 def test_a_cache_without_rays_is_refused_if_they_are_trained_on(cache: Path, tmp_path: Path) -> None:

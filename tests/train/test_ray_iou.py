@@ -49,8 +49,9 @@ def slow_depths(volume: np.ndarray, origin: np.ndarray, directions: np.ndarray, 
 
 def ious(predicted: np.ndarray, true: np.ndarray, origin: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> list[float]:
     """RayIoU at 1, 2 and 4 m."""
-    volumes = (torch.from_numpy(volume)[None] for volume in (predicted, true))
-    found = ray_ious(ray_counts(*volumes, torch.tensor([origin]), GRID))
+    depths = first_depths(true, np.array(origin), query_directions(), GRID)
+    counts = ray_counts(torch.from_numpy(predicted)[None], torch.from_numpy(depths)[None], torch.tensor([origin]), GRID)
+    found = ray_ious(counts)
     assert found.pop("ray_iou") == pytest.approx(np.mean(list(found.values())))
     return list(found.values())
 
@@ -162,10 +163,12 @@ def test_missed_rays_lower_the_iou_by_their_share() -> None:
 def test_samples_are_summed_before_the_division() -> None:
     origins = torch.tensor([[0.0, 0.0, 0.0], [0.5, -3.0, 1.0]])
     volumes = torch.from_numpy(np.random.default_rng(1).random((2, 2, *GRID.shape)) < 0.02)
-    total = ray_counts(volumes[0], volumes[1], origins, GRID)
-    each = [ray_counts(volumes[0, i : i + 1], volumes[1, i : i + 1], origins[i : i + 1], GRID) for i in range(2)]
+    true = [first_depths(volumes[1, i].numpy(), origins[i].numpy(), query_directions(), GRID) for i in range(2)]
+    depths = torch.from_numpy(np.stack(true))
+    total = ray_counts(volumes[0], depths, origins, GRID)
+    each = [ray_counts(volumes[0, i : i + 1], depths[i : i + 1], origins[i : i + 1], GRID) for i in range(2)]
     assert total.tolist() == (each[0] + each[1]).tolist()
-    true, found, *hits = total.tolist()
-    assert true >= found >= max(hits) > 0
-    assert math.isclose(ray_ious(total)["ray_iou_2m"] or 0, 100 * hits[1] / (true + found - hits[1]))
+    with_depth, found, *hits = total.tolist()
+    assert with_depth >= found >= max(hits) > 0
+    assert math.isclose(ray_ious(total)["ray_iou_2m"] or 0, 100 * hits[1] / (with_depth + found - hits[1]))
     assert list(DEPTH_ERRORS) == [1, 2, 4]
