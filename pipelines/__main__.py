@@ -97,20 +97,20 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
     if slurm:
         submit_steps(steps, settings.out, site, print_only=print_only)
         return
-    run_steps(steps, settings.out, jobs, " ".join(names))
+    threads = 1 if miniature else max((os.cpu_count() or 1) // jobs, 1)  # tiny networks gain nothing from more
+    run_steps(steps, settings.out, jobs, threads, " ".join(names))
     echo(
         f"finished: {count(len(steps), 'step')} of {', '.join(names)}; 'python -m pipelines report --out {out}' writes the tables"
     )
 
 
-def run_steps(steps: Sequence[Step], out: Path, jobs: int, title: str) -> None:
-    """Run the steps that are not finished. Raises click.ClickException that names those that failed."""
+def run_steps(steps: Sequence[Step], out: Path, jobs: int, threads: int, title: str) -> None:
+    """Run the steps that are not finished, `jobs` at a time. Raises click.ClickException that names those that failed."""
     left = [step for step in steps if not step.is_finished]
     echo(f"{len(steps) - len(left)} of {count(len(steps), 'step')} finished; logs in {out / 'logs'}")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     samples = {step.name: max(step.samples, 1) for step in left}
     found = [Job(step.name, step.commands, log_file(out, step), step.after, step.done) for step in left]
-    threads = max((os.cpu_count() or 1) // jobs, 1)
     run_jobs(found, jobs, title=title, unit="keyframe", weight=lambda job: samples[job.name], threads=threads)
 
 

@@ -101,7 +101,7 @@ def test_results_under_corruptions_are_read_with_their_rates(tmp_path, monkeypat
 def test_every_recipe_runs_in_miniature(tmp_path):
     """All tables and figures from an empty directory. Their 3.6 GB are removed."""
     out = tmp_path / "out"
-    called("run", *RECIPES, "--miniature", "--out", out)
+    called("run", *RECIPES, "--miniature", "--out", out, "--jobs", 2)
     text = called("report", "--out", out)
     shutil.rmtree(out)
     assert "missing" not in text

@@ -209,9 +209,9 @@ def test_a_failed_step_stops_only_those_that_need_it_and_the_next_run_continues(
         step("d", "list", after=("b",)),
     ]  # fmt: skip
     with pytest.raises(click.ClickException, match=r"2 of 4 jobs failed(?s:.)*c: needs a"):
-        run_steps(steps, tmp_path, 1, "recipe")
+        run_steps(steps, tmp_path, 1, 1, "recipe")
     assert [each.name for each in steps if each.is_finished] == ["b", "d"]
     before = (tmp_path / "logs" / "b.log").read_text()
-    run_steps([step("a", "list"), *steps[1:]], tmp_path, 1, "recipe")
+    run_steps([step("a", "list"), *steps[1:]], tmp_path, 1, 1, "recipe")
     assert all(each.is_finished for each in steps)
     assert (tmp_path / "logs" / "b.log").read_text() == before

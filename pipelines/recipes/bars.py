@@ -57,7 +57,7 @@ def draw_bars(title: str, groups: Sequence[str], bars: Sequence[Bars]) -> bytes:
     axes.margins(y=0.12)
     axes.set_ylabel("IoU at 0.5 [%]", size=9)
     axes.set_title(title, size=10, parse_math=False)
-    axes.legend(fontsize=8, ncols=len(bars), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    figure.legend(fontsize=8, ncols=len(bars), loc="outside lower center", frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return png(figure)
