@@ -88,7 +88,7 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
         return
     if not miniature and settings.dataroot is None:
         try:
-            check_caches(settings, trainings_of(recipes))
+            check_caches(settings, trainings_of(recipes), [each for recipe in recipes for each in recipe.drawn])
             if any(recipe.corrupted for recipe in recipes):
                 check_corrupted_caches(settings)
         except ValueError as err:

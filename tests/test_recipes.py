@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from occfeat_targets.cache.corruption import CORRUPTIONS
+from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.spec import CAMERAS, TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Identity
 from occfeat_train.presets import preset
 from pipelines.__main__ import main, run_steps
-from pipelines.recipes.data import Settings, build_options
-from pipelines.recipes.graph import evaluation_file, num_steps, steps_of
+from pipelines.recipes.data import Settings, build_options, check_caches
+from pipelines.recipes.graph import evaluation_file, num_steps, steps_of, trainings_of
 from pipelines.recipes.robustness import check_corrupted_caches
 from pipelines.recipes.tables import LONGER, RECIPES
 from pipelines.recipes.trainings import Training, run_directory, training
@@ -166,6 +170,26 @@ def test_expected_caches_are_checked_before_the_first_step(tmp_path):
     )
     assert "--image-size 540x960" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_that_have_all_that_the_trainings_read_are_accepted(tmp_path):
+    """Train has features and LiDAR returns; val has no features, which only pictures of predicted features read."""
+    spec = TargetSpec(frames=CAMERAS, teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
+    for split, of_split in (("train", replace(spec, max_points=10)), ("val", replace(spec, teacher=None))):
+        identity = Identity(("a", "b"), ("scene-0061", "scene-0103"), (0, 1))
+        cache = create_cache(tmp_path / f"{split}.zarr", of_split, identity, keyframes_per_shard=2, provenance={})
+        arrays = {array.name: np.zeros((2, *array.shape), array.dtype) for array in of_split.arrays()}
+        if "num_points" in arrays:
+            arrays["num_points"][:] = 1
+        arrays["is_valid"][:] = arrays["camera_valid"][:] = True
+        arrays["image_area"][:] = (0, 0, *of_split.image_size)
+        cache.write_shard(0, arrays, {"cosine": None})
+    settings = full(tmp_path, cache=tmp_path, dataroot=None)
+    trainings = trainings_of([RECIPES["table1"], RECIPES["table3"]])
+    check_caches(settings, trainings, [])
+    drawn = training("table1/simplebev-enb0/occfeat")
+    with pytest.raises(ValueError, match=r"val.zarr.*features(?s:.)*build --cache .* --split val"):
+        check_caches(settings, trainings, [drawn])
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):

@@ -29,7 +29,7 @@ MakeTask = Callable[[int], ShardTask]
 
 # By default Dask makes glibc return freed memory immediately, so that every tensor is mapped anew and the teacher takes
 # 45 % longer (BENCHMARKS.md). Spilling to disk would only slow a shard down.
-_SETTINGS = {
+WORKER_SETTINGS = {
     "distributed.nanny.pre-spawn-environ": {
         "OMP_NUM_THREADS": 1,
         "MALLOC_TRIM_THRESHOLD_": 2**30,
@@ -73,7 +73,7 @@ def run_on_dask(
     import dask
     import distributed  # noqa: F401, its own settings: imported below `set`, they would be gone when that ends
 
-    with dask.config.set(_SETTINGS):
+    with dask.config.set(WORKER_SETTINGS):
         if scheduler is None:
             build = partial(_build_on_worker, devices=devices)
             with _local_client(min(workers, len(shards))) as client:

@@ -42,6 +42,10 @@ def main(name: str, command: tuple[str, ...], out: Path, site: Path | None, prin
     if len(command) < 2 or command[0] not in ("occfeat_targets", "occfeat_train"):
         raise click.UsageError(f"{' '.join(command)!r}: occfeat_targets or occfeat_train and its command are expected")
     step = Step(name, (command,), out / "slurm" / f"{name}.done", KINDS.get(command[1], "cpu"))
+    if step.is_finished:
+        raise click.ClickException(
+            f"{name} has finished, {step.done} exists: pass another NAME, or delete this file to run it again"
+        )
     submit_steps([step], out, site, print_only=print_only)
 
 

@@ -37,24 +37,23 @@ def jobs_of(step: Step, resources: Resources, folder: Path) -> list[Job]:
     """
     if step.kind != "build":
         return [_step_job(step, resources, folder, step.after)]
-    build, tasks = _python(step.commands[0]), resources.shards
+    build, tasks = _python(_without_workers(step.commands[0])), resources.shards
     plan, shards = f"{step.name}-plan", f"{step.name}-shards"
     line = f"{build} --shard $SLURM_ARRAY_TASK_ID/{tasks}"
     return [
-        Job(plan, _script(plan, f"{plan}.%j", [f"{build} --plan-only"], step, resources, folder), step.after),
-        Job(shards, _script(shards, f"{shards}.%A_%a", [line], step, resources, folder, array=f"0-{tasks - 1}"), (plan,)),
+        Job(plan, _script(plan, [f"{build} --plan-only"], step, resources, folder), step.after),
+        Job(shards, _script(shards, [line], step, resources, folder, array=f"0-{tasks - 1}"), (plan,)),
         _step_job(step, resources, folder, (shards,)),
-    ]  # fmt: skip
+    ]
 
 
 def _step_job(step: Step, resources: Resources, folder: Path, after: tuple[str, ...]) -> Job:
     lines = [_training(command, resources) if _is_training(command) else _python(command) for command in step.commands]
-    return Job(step.name, _script(step.name, f"{step.name}.%j", lines, step, resources, folder, done=step.done), after)
+    return Job(step.name, _script(step.name, lines, step, resources, folder, done=step.done), after)
 
 
 def _script(
-    name: str, log: str, commands: Sequence[str], step: Step, resources: Resources, folder: Path, *, array: str = "",
-    done: Path | None = None,
+    name: str, commands: Sequence[str], step: Step, resources: Resources, folder: Path, *, array: str = "", done: Path | None = None
 ) -> str:  # fmt: skip
     # Others that need more than their time would begin again and again.
     stops = step.kind in ("build", "train")
@@ -65,7 +64,7 @@ def _script(
     return environment.get_template("job.sh").render(
         name=name,
         folder=shlex.quote(str(Path.cwd())),
-        log=shlex.quote(str(folder / f"{log}.log")),
+        log=shlex.quote(str(folder / f"{name}.{'%A_%a' if array else '%j'}.log")),
         options=[*["--requeue", "--signal=B:USR1@90"] * stops, *[f"--array={array}"] * bool(array), *resources.options],
         setup=resources.setup,
         stops=stops,
@@ -73,6 +72,14 @@ def _script(
         done="" if done is None else shlex.quote(str(done.absolute())),
         done_folder="" if done is None else shlex.quote(str(done.absolute().parent)),
     )
+
+
+def _without_workers(command: Sequence[str]) -> Sequence[str]:
+    """A build without --workers: the tasks of an array are its workers."""
+    if "--workers" not in command:
+        return command
+    index = command.index("--workers")
+    return [*command[:index], *command[index + 2 :]]
 
 
 def _is_training(command: Sequence[str]) -> bool:

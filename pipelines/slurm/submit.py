@@ -35,8 +35,10 @@ def run_on_slurm(steps: Sequence[Step], site: Mapping[Kind, Resources], out: Pat
     }
     for file, text in scripts.items():
         write_file(file, text.encode())
+    waiting = sum(step.name in queued for step in left)
     echo(
-        f"{count(len(steps), 'step')}, {len(steps) - len(left)} finished; {count(len(jobs), 'job')} to submit; scripts and logs are in {folder}"
+        f"{count(len(steps), 'step')}, {len(steps) - len(left)} finished, {waiting} in the queue; {count(len(jobs), 'job')} to submit; "
+        f"scripts and logs are in {folder}"
     )
     if print_only:
         for file, text in scripts.items():
