@@ -19,7 +19,7 @@ class Step:
     name: unique in the recipe; also that of its log and of its batch job.
     commands: command lines, each a package and its arguments as after `python -m`, run one after the other. The step succeeds if all
     exit with 0. It can be run again at any time, because every command continues what it has begun.
-    done: this file exists exactly if the step has succeeded. Whoever runs the step creates it, with `mark_finished` or `touch`.
+    done: this file exists exactly if the step has succeeded. Whoever runs the step creates it.
     kind: "build" (CPUs, and a GPU for the teacher; its only command is an `occfeat_targets build`, which can be split into shards),
     "train" (GPUs; can be stopped with SIGUSR1 and continued), "evaluate" (one GPU), "cpu".
     after: names of the steps that it needs. samples: keyframes that pass the network, or that are built; for times that are printed.
@@ -35,7 +35,3 @@ class Step:
     @property
     def is_finished(self) -> bool:
         return self.done.exists()
-
-    def mark_finished(self) -> None:
-        self.done.parent.mkdir(parents=True, exist_ok=True)
-        self.done.touch()

@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from occfeat_targets.cache.corruption import CORRUPTIONS
+from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.spec import CAMERAS, TargetSpec, TeacherSpec
+from occfeat_targets.cache.store import Identity
 from occfeat_train.presets import preset
 from pipelines.__main__ import main, run_steps
-from pipelines.recipes.data import Settings, build_options
-from pipelines.recipes.graph import evaluation_file, num_steps, steps_of
+from pipelines.recipes.data import Settings, build_options, check_caches
+from pipelines.recipes.graph import evaluation_file, num_steps, steps_of, trainings_of
 from pipelines.recipes.robustness import check_corrupted_caches
 from pipelines.recipes.tables import LONGER, RECIPES
 from pipelines.recipes.trainings import Training, run_directory, training
@@ -145,8 +149,11 @@ def test_the_recipe_of_table_2_is_the_papers():
     )
 
 
-def test_a_dry_run_of_table_1_at_full_size_needs_no_data(tmp_path):
-    text = called("run", "table1", "--dataroot", tmp_path, "--out", tmp_path / "out", "--dry-run")
+def test_a_dry_run_of_table_1_at_full_size_needs_no_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("NUSCENES_ROOT", "OCCFEAT_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    text = called("run", "table1", "--dry-run")
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines()}
     assert lines["build-train"] == "build to do 28,130 - 5.0 h 134 GB"
     # 50 epochs of 28,130 keyframes at 255 samples/s, 30 of them in steps of 8 x 5, and 100 epochs of 281 keyframes
@@ -154,7 +161,7 @@ def test_a_dry_run_of_table_1_at_full_size_needs_no_data(tmp_path):
     assert lines["table1-bevformer-enb0-map-100-scratch-seed-0"] == "train to do 843,880 21,097 ~3.6 h 414 MB"
     assert lines["table1-simplebev-enb0-vehicles-1-scratch-seed-0"] == "train to do 28,098 4,683 ~2 min 144 MB"
     assert "to do: 129 of 129 steps," in text
-    assert not (tmp_path / "out").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_expected_caches_are_checked_before_the_first_step(tmp_path):
@@ -166,6 +173,26 @@ def test_expected_caches_are_checked_before_the_first_step(tmp_path):
     )
     assert "--image-size 540x960" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_that_have_all_that_the_trainings_read_are_accepted(tmp_path):
+    """Train has features and LiDAR returns; val has no features, which only pictures of predicted features read."""
+    spec = TargetSpec(frames=CAMERAS, teacher=TeacherSpec("facebook/dinov2-small", "", (224, 392), 14, 384))
+    for split, of_split in (("train", replace(spec, max_points=10)), ("val", replace(spec, teacher=None))):
+        identity = Identity(("a", "b"), ("scene-0061", "scene-0103"), (0, 1))
+        cache = create_cache(tmp_path / f"{split}.zarr", of_split, identity, keyframes_per_shard=2, provenance={})
+        arrays = {array.name: np.zeros((2, *array.shape), array.dtype) for array in of_split.arrays()}
+        if "num_points" in arrays:
+            arrays["num_points"][:] = 1
+        arrays["is_valid"][:] = arrays["camera_valid"][:] = True
+        arrays["image_area"][:] = (0, 0, *of_split.image_size)
+        cache.write_shard(0, arrays, {"cosine": None})
+    settings = full(tmp_path, cache=tmp_path, dataroot=None)
+    trainings = trainings_of([RECIPES["table1"], RECIPES["table3"]])
+    check_caches(settings, trainings, [])
+    drawn = training("table1/simplebev-enb0/occfeat")
+    with pytest.raises(ValueError, match=r"val.zarr.*features(?s:.)*build --cache .* --split val"):
+        check_caches(settings, trainings, [drawn])
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):

@@ -127,8 +127,8 @@ def build_bytes(split: str, *, large: bool) -> int:
     return found
 
 
-def check_caches(settings: Settings, trainings: Sequence[Training]) -> None:
-    """Raises ValueError that lists what is missing in caches that are expected to be there."""
+def check_caches(settings: Settings, trainings: Sequence[Training], drawn: Sequence[Training]) -> None:
+    """Raises ValueError that lists what is missing in caches that are expected to be there. drawn: pretrainings that also read val."""
     from occfeat_targets.cache.reader import CacheReader
     from occfeat_train.data.dataset import KeyframeDataset
     from occfeat_train.training.compatibility import require_teacher
@@ -136,13 +136,15 @@ def check_caches(settings: Settings, trainings: Sequence[Training]) -> None:
     problems: dict[str, None] = {}
     builds = []
     for large in sorted({each.large for each in trainings}):
-        configs = [preset(each.preset) for each in trainings if each.large == large]
+        # One of those that read the same, because a check looks for every file of a cache.
+        found = [(preset(each.preset), each in drawn) for each in trainings if each.large == large]
+        distinct = {(c.task, c.network.image_size, c.loss, is_drawn): c for c, is_drawn in found}
         for split in ("train", "val"):
             folder = cache_folder(settings, large=large)
             try:
                 reader = CacheReader(folder / f"{split}.zarr")
-                for config in configs:
-                    if split == "train" or not config.is_pretext:
+                for (*_, is_drawn), config in distinct.items():
+                    if split == "train" or not config.is_pretext or is_drawn:
                         require_teacher(config, KeyframeDataset(reader, config, training=split == "train"))
             except ValueError as err:
                 problems[str(err)] = None

@@ -158,7 +158,7 @@ def csv_of(recipe: Recipe, found: Sequence[Result]) -> str:
     """One line for each cell and seed, and for each cell without any."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["recipe", "row", "column", "paper", "seed", "iou", "simulated", "missing", "run"])
+    writer.writerow(["recipe", "row", "column", "paper", "seed", "value", "simulated", "missing", "run"])
     for result in found:
         cell, paper = result.cell, "" if result.cell.paper is None else result.cell.paper
         for seed in sorted({*result.found, *result.missing}):

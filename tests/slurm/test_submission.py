@@ -50,7 +50,8 @@ def test_jobs_wait_for_those_that_they_need(tmp_path, stand_ins):
 
 def test_finished_steps_and_jobs_in_the_queue_are_not_submitted_again(tmp_path, stand_ins, capsys):
     steps, folder = recipe(tmp_path), tmp_path / "slurm"
-    steps[0].mark_finished()
+    steps[0].done.parent.mkdir(parents=True, exist_ok=True)
+    steps[0].done.touch()
     (stand_ins / "queue").write_text(f"55 {folder}/p.sh\n56 /elsewhere/slurm/e.sh\n")
     run_on_slurm(steps, DEFAULTS, tmp_path)
     assert (stand_ins / "calls").read_text() == (
