@@ -32,7 +32,7 @@ recipes_argument = click.argument(
     "names", nargs=-1, required=True, type=click.Choice(list(RECIPES)), metavar="RECIPE..."
 )
 out_option = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Directory of runs, logs and reports."
+    "--out", type=click.Path(path_type=Path), default=Path("paper"), help="Directory of runs, logs and reports."
 )
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     is_flag=True,
     help="SIMULATED: a small synthetic city, a teacher of random weights and tiny networks.",
 )
-@click.option("--dry-run", is_flag=True, help="Only print the steps with their sizes, times and disk.")
+@click.option("--dry-run", is_flag=True, help="Only print the steps with their sizes, times and disk; needs no data.")
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Steps at a time on this machine.")
 @click.option(
     "--slurm", is_flag=True, help="Submit the steps as batch jobs of Slurm; scripts and logs are in OUT/slurm."
@@ -76,6 +76,8 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
     if not slurm and (site is not None or print_only):
         raise click.UsageError("--site and --print are about batch jobs: add --slurm")
     recipes = [RECIPES[name] for name in names]
+    if dry_run and cache is None and dataroot is None and not miniature:
+        dataroot = Path("nuscenes")  # no file of it is read; the builds of a first run are listed, too
     settings = make_settings(out, cache, dataroot, teacher, seeds, miniature=miniature)
     require_same_settings(settings)
     steps = steps_of(recipes, settings)

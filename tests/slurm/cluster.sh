@@ -6,6 +6,11 @@ folder=$(realpath "$2") host=$(hostname -s)
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
+    scancel --user="$(id -un)" || true
+    for _ in $(seq 150); do  # the end of a job needs the daemons
+        if [ -z "$(squeue --noheader)" ]; then break; fi
+        sleep 0.2
+    done
     for pid in "$folder"/*.pid; do
         if [ -f "$pid" ]; then kill "$(cat "$pid")" || true; fi
     done
