@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
@@ -28,6 +30,7 @@ from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Step
 
 SETTINGS_FILE = "settings.json"
+INTERRUPTED = 130  # exit code after Ctrl-C
 recipes_argument = click.argument(
     "names", nargs=-1, required=True, type=click.Choice(list(RECIPES)), metavar="RECIPE..."
 )
@@ -76,6 +79,8 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
     if not slurm and (site is not None or print_only):
         raise click.UsageError("--site and --print are about batch jobs: add --slurm")
     recipes = [RECIPES[name] for name in names]
+    if miniature:  # variables of the environment name the user's own data
+        cache, dataroot = unless_from_environment("cache", cache), unless_from_environment("dataroot", dataroot)
     if dry_run and cache is None and dataroot is None and not miniature:
         dataroot = Path("nuscenes")  # no file of it is read; the builds of a first run are listed, too
     settings = make_settings(out, cache, dataroot, teacher, seeds, miniature=miniature)
@@ -100,7 +105,11 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
         submit_steps(steps, settings.out, site, print_only=print_only)
         return
     threads = 1 if miniature else max((os.cpu_count() or 1) // jobs, 1)  # tiny networks gain nothing from more
-    run_steps(steps, settings.out, jobs, threads, " ".join(names))
+    try:
+        run_steps(steps, settings.out, jobs, threads, " ".join(names))
+    except KeyboardInterrupt:
+        echo("interrupted: finished steps are kept; the same command continues", err=True)
+        sys.exit(INTERRUPTED)
     echo(
         f"finished: {count(len(steps), 'step')} of {', '.join(names)}; 'python -m pipelines report --out {out}' writes the tables"
     )
@@ -111,9 +120,8 @@ def run_steps(steps: Sequence[Step], out: Path, jobs: int, threads: int, title: 
     left = [step for step in steps if not step.is_finished]
     echo(f"{len(steps) - len(left)} of {count(len(steps), 'step')} finished; logs in {out / 'logs'}")
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    samples = {step.name: max(step.samples, 1) for step in left}
     found = [Job(step.name, step.commands, log_file(out, step), step.after, step.done) for step in left]
-    run_jobs(found, jobs, title=title, unit="keyframe", weight=lambda job: samples[job.name], threads=threads)
+    run_jobs(found, jobs, title=title, unit="step", threads=threads)
 
 
 @main.command()
@@ -138,6 +146,12 @@ def report(out: Path) -> None:
     from pipelines.recipes.report import write_report
 
     write_report(read_settings(out), echo)
+
+
+def unless_from_environment(option: str, value: Path | None) -> Path | None:
+    """The value of an option of the current command, or None if it comes from an environment variable."""
+    source = click.get_current_context().get_parameter_source(option)
+    return None if source is ParameterSource.ENVIRONMENT else value
 
 
 def log_file(out: Path, step: Step) -> Path:

@@ -5,6 +5,7 @@ A recipe is a list of steps, each after those that it needs. It runs on this mac
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,4 +35,11 @@ class Step:
 
     @property
     def is_finished(self) -> bool:
-        return self.done.exists()
+        """A result that cannot be read, because the disk was full or the file was damaged, is made again."""
+        if self.done.suffix != ".json":
+            return self.done.exists()
+        try:
+            json.loads(self.done.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return True

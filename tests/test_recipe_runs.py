@@ -59,6 +59,14 @@ def test_missing_cells_are_named_with_their_reason():
     assert difference_rows(found) == [["difference", "runs"], ["seed: 1 (paper: 0)", "1 of 1 run"]]
 
 
+def test_a_long_list_of_missing_cells_is_cut_short():
+    first, *others = RECIPES["table1"].cells
+    notes = missing_notes(
+        [Result(first, {0: measured(1)}, {}), *(Result(cell, {}, {0: "not begun"}) for cell in others)]
+    )
+    assert len(notes) == 1 and notes[0].count(";") == 6 and notes[0].endswith(f"; and {len(others) - 6} others")
+
+
 def test_runs_of_other_seeds_are_found(tmp_path):
     each = training("table1/simplebev-enb0/vehicles-1", "table1/simplebev-enb0/occfeat")
     for name in (each.run_name(7), f"{each.name}-100ep-seed-3", f"x-{each.run_name(4)}"):

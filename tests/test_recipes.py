@@ -15,7 +15,7 @@ from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.spec import CAMERAS, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Identity
 from occfeat_train.presets import preset
-from pipelines.__main__ import main, run_steps
+from pipelines.__main__ import main, read_settings, run_steps
 from pipelines.recipes.data import Settings, build_options, check_caches
 from pipelines.recipes.graph import evaluation_file, num_steps, steps_of, trainings_of
 from pipelines.recipes.robustness import check_corrupted_caches
@@ -193,6 +193,34 @@ def test_caches_that_have_all_that_the_trainings_read_are_accepted(tmp_path):
     drawn = training("table1/simplebev-enb0/occfeat")
     with pytest.raises(ValueError, match=r"val.zarr.*features(?s:.)*build --cache .* --split val"):
         check_caches(settings, trainings, [drawn])
+
+
+def test_a_miniature_leaves_the_data_that_the_environment_names_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("OCCFEAT_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("NUSCENES_ROOT", str(tmp_path))
+    monkeypatch.setattr("pipelines.__main__.run_steps", lambda *_: None)
+    called("run", "table4", "--miniature", "--out", tmp_path / "out")
+    settings = read_settings(tmp_path / "out")
+    assert (settings.cache, settings.dataroot) == (tmp_path / "out" / "cache", None)
+    called("run", "table4", "--miniature", "--cache", tmp_path / "other", "--out", tmp_path / "out2")
+    assert read_settings(tmp_path / "out2").cache == tmp_path / "other"
+
+
+def test_ctrl_c_says_that_the_same_command_continues(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.__main__.run_steps", stopped)
+    assert "the same command continues" in called("run", "table4", "--miniature", "--out", tmp_path, code=130)
+
+
+def test_a_step_whose_result_cannot_be_read_is_not_finished(tmp_path):
+    step = Step("a", (), tmp_path / "val.json", "evaluate")
+    assert not step.is_finished
+    step.done.write_text('{"iou": 1}')
+    assert step.is_finished
+    step.done.write_text('{"iou": ')
+    assert not step.is_finished
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from occfeat_targets.build.planned import StoredPlan, open_plan, write_plan
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache, require_keyframes, require_options
 from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import CacheError, digest
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, is_whole, open_cache
@@ -122,7 +123,8 @@ def make_plan(
     """
     source = open_source(options.source)
     cache = open_cache(options.path) if options.path.exists() else None
-    make_spec(options, source, None, options.labels or ())  # refuses options that do not fit each other
+    wanted = tuple(LABEL_KINDS) if options.labels is None else options.labels  # at most; the tables are not read yet
+    make_spec(options, source, None, wanted)  # refuses options that do not fit each other
     teacher = _teacher(options, cache, scheduler, print_line)
     if cache is None:
         return _begin(options, source, teacher, print_line)

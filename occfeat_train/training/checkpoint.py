@@ -177,7 +177,7 @@ def _advice(folder: Path) -> str:
         except CheckpointError:
             continue
         return f"{older} is intact; pass that one, or delete {folder} to continue from it"
-    return "no older checkpoint of its run is intact; start a new run"
+    return f"no older checkpoint of its run is intact; delete {folder.parent.parent}, and train again"
 
 
 def _folder_name(step: int) -> str:

@@ -101,9 +101,14 @@ def missing_notes(found: Sequence[Result]) -> list[str]:
         for seed, reason in result.missing.items():
             reasons.setdefault(f"seed {seed}, {reason}", []).append(f"{result.cell.row} / {result.cell.column}")
     return [
-        f"missing: {reason}: " + (f"all {len(found)} cells" if len(cells) == len(found) else "; ".join(cells))
+        f"missing: {reason}: " + (f"all {len(found)} cells" if len(cells) == len(found) else _some_of(cells))
         for reason, cells in reasons.items()
     ]
+
+
+def _some_of(cells: Sequence[str], shown: int = 6) -> str:
+    more = len(cells) - shown
+    return "; ".join(cells[:shown]) + (f"; and {count(more, 'other')}" if more > 0 else "")
 
 
 def bars_by_network(found: Sequence[Result]) -> dict[str, bytes]:

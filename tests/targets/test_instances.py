@@ -160,6 +160,20 @@ def test_a_build_stores_verifies_and_draws_instances_in_every_frame(with_instanc
     np.testing.assert_array_equal(panel.colors, instance_colors(squared[1], offset[1]))
 
 
+def test_instances_are_stored_with_all_labels_that_the_data_set_has(city: Path, tmp_path: Path) -> None:
+    kinds, workers = BUILD.index("--label-kinds"), BUILD.index("--workers")
+    options = [
+        *BUILD[:kinds],
+        *BUILD[kinds + 2 : workers],
+        "--plan-only",
+        "--dataroot",
+        str(city),
+        "--cache",
+        str(tmp_path),
+    ]
+    assert "labels: vehicles, map (simple-bev)" in run(*options, "--instances").stdout
+
+
 def test_instances_change_no_other_array(with_instances: CacheReader, city: Path, tmp_path: Path) -> None:
     build(city, tmp_path)
     plain, found = contents(tmp_path, "mini_val"), contents(with_instances.cache.path.parent, "mini_val")

@@ -35,7 +35,7 @@ def test_a_pretraining_is_evaluated(pretrained, cache):
     assert "SIMULATED: all of it" in output and "5 samples" in output
     results = json.loads((pretrained / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "without_frame", "without_targets", "with_masked_cameras", "simulated", "origin", "samples", "occupancy_iou", "cosine",
+        "checkpoint", "step", "task", "split", "weights", "cache", "corruption", "keyframes", "frames", "enlarged", "skipped", "without_frame", "without_targets", "with_masked_cameras", "simulated", "origin", "samples", "occupancy_iou", "cosine",
     }  # fmt: skip
     assert (results["step"], results["task"], results["split"], results["samples"]) == (2, "occfeat", "val", 5)
     assert results["cache"] == reader(cache, "val").cache.spec.fingerprint
@@ -57,7 +57,7 @@ def test_a_finetuning_starts_from_the_given_weights_and_is_evaluated(cache, pret
     succeed(*evaluate(run, cache))
     results = json.loads((run / "evaluation" / "val.json").read_text())
     assert set(results) == {
-        "checkpoint", "step", "task", "split", "weights", "cache", "keyframes", "frames", "enlarged", "skipped", "without_frame", "without_targets", "with_masked_cameras", "simulated", "origin", "samples", "iou", "iou_best",
+        "checkpoint", "step", "task", "split", "weights", "cache", "corruption", "keyframes", "frames", "enlarged", "skipped", "without_frame", "without_targets", "with_masked_cameras", "simulated", "origin", "samples", "iou", "iou_best",
         "threshold_best", "per_class", "per_class_best", "by_distance",
     }  # fmt: skip
     assert list(results["per_class"]) == (list(MAP_CLASSES) if task == "map" else ["vehicles"])
