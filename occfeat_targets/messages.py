@@ -131,22 +131,24 @@ def describe_outcome(plan: Plan, outcome: Outcome, seconds: float) -> list[str]:
         mean, low = (f(c[i] for c in cosines) for i, f in ((0, lambda v: math.fsum(v) / len(cosines)), (1, min)))
         lines.append(f"  int8 features: cosine to float16 {mean:.6f} on average, {low:.6f} at worst")
     lines += _describe_lacks(plan, outcome)
+    is_corrupted = plan.corruption is not None  # then neither --retry-skipped nor --on-error is accepted
+    again = "" if is_corrupted else "; --retry-skipped tries again"
     if outcome.skipped:
         lines.append(
             f"  skipped {count(len(outcome.skipped), 'keyframe')}, which the cache holds as zeros and masks in is_valid: "
-            "'occfeat-targets status' lists the reasons; --retry-skipped tries again"
+            f"'occfeat-targets status' lists the reasons{again}"
         )
     if outcome.masked:
         lines.append(
             f"  masked {count(sum(map(len, outcome.masked.values())), 'camera')} of {count(len(outcome.masked), 'keyframe')}: "
-            "'occfeat-targets status' lists the reasons; --retry-skipped tries again"
+            f"'occfeat-targets status' lists the reasons{again}"
         )
     pending = cache.num_shards - len(cache.recorded_shards())
     lines += cache.warnings
     if outcome.failed:
         lines.append(
-            f"{count(len(outcome.failed), 'shard')} failed; finished shards are intact. Fix the cause, or pass --on-error mask-camera "
-            "or skip, and run the same command again to continue"
+            f"{count(len(outcome.failed), 'shard')} failed; finished shards are intact. Fix the cause"
+            f"{'' if is_corrupted else ', or pass --on-error mask-camera or skip'}, and run the same command again to continue"
         )
     elif pending:
         lines.append(f"{pending} of {cache.num_shards} shards are left to other tasks of this build")

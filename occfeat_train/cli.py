@@ -139,7 +139,7 @@ main.add_command(finetune)
     "--corruptions",
     type=DIRECTORY,
     metavar="DIR",
-    help="Evaluate on all corrupted caches of the split in DIR, and on the clean one in --cache; written to RUN/corruptions.json. The same command continues.  [default: none]",
+    help="Evaluate on all corrupted caches of the split in DIR, and on the clean one in --cache; written to RUN/corruptions.json, or to RUN/corruptions-network.json and the like for another protocol, seed or masking. The same command continues.  [default: none]",
 )
 @click.option(
     "--baseline",
@@ -167,7 +167,7 @@ def evaluate(
 
         if out is not None:
             raise click.UsageError(
-                "--out: the results of --corruptions are written to RUN/corruptions.json: leave it out"
+                "--out: the results of --corruptions are written to RUN/corruptions.json (of another protocol, seed or masking, to RUN/corruptions-network.json and the like): leave it out"
             )
         given = CorruptionOptions(corruptions, baseline, batch, frame, allow_upsampling)
         with processes(device) as process:

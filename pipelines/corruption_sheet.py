@@ -13,29 +13,34 @@ from PIL import Image, ImageDraw
 
 from occfeat_targets.cache.corruption import CORRUPTIONS, SEVERITIES
 from occfeat_targets.cache.reader import CacheReader
+from occfeat_targets.common.command_line import reports_errors
 
 _TEXT = 16  # [px] height of the line above each image
 
 
-def read_image(cache: Path, keyframe: int, camera: str) -> np.ndarray | None:
-    """(H, W, 3) of a camera; None if there is no such cache."""
-    if not cache.is_dir():
-        return None
-    reader = CacheReader(cache)
-    return reader.read("images", keyframe)[reader.cache.spec.cameras.index(camera)]
+def read_image(cache: Path, keyframe: int, camera: str) -> np.ndarray:
+    """(H, W, 3) of a camera. Raises ValueError if there is no such cache, camera or keyframe."""
+    reader = CacheReader(cache, allow_incomplete=True)
+    cameras = reader.cache.spec.cameras
+    if camera not in cameras:
+        raise ValueError(f"--camera {camera}: {cache} has {', '.join(cameras)}")
+    if not 0 <= keyframe < len(reader):
+        raise ValueError(f"--keyframe {keyframe}: {cache} has keyframes 0 to {len(reader) - 1}")
+    return reader.read("images", keyframe)[cameras.index(camera)]
 
 
 def draw_sheet(cache: Path, split: str, keyframe: int, camera: str, folder: str = "corruptions") -> Image.Image:
     """A row for each corruption: the clean image, then easy, mid, hard. A cache that is missing stays white."""
     clean = read_image(cache / f"{split}.zarr", keyframe, camera)
-    assert clean is not None, cache
     height, width = clean.shape[:2]
     sheet = Image.new("RGB", (width * (len(SEVERITIES) + 1), (height + _TEXT) * len(CORRUPTIONS)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, name in enumerate(CORRUPTIONS):
         columns = {"clean": clean} | {
-            f"{name}, severity {level} ({word})": read_image(
-                cache / folder / f"{name}-{level}" / f"{split}.zarr", keyframe, camera
+            f"{name}, severity {level} ({word})": (
+                read_image(path, keyframe, camera)
+                if (path := cache / folder / f"{name}-{level}" / f"{split}.zarr").is_dir()
+                else None
             )
             for level, word in SEVERITIES.items()
         }
@@ -47,6 +52,7 @@ def draw_sheet(cache: Path, split: str, keyframe: int, camera: str, folder: str 
     return sheet
 
 
+@reports_errors("targets")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="directory of the clean cache")

@@ -54,6 +54,10 @@ def _load(
     view: CameraView, size: tuple[int, int], corruption: CorruptionSpec, folder: Path | None
 ) -> NDArray[np.uint8]:
     path = view.path if folder is None else folder / view.path.parent.name / view.path.name
+    if folder is not None and not path.is_file():
+        raise ValueError(
+            f"image {path} is missing: --nuscenes-c must hold the images of all keyframes; unpack nuScenes-C again"
+        )
     top, left, bottom, right = area = fit(view.source_size, size)
     part = (bottom - top, right - left)
     change = (lambda image: corrupt(image, corruption, path)) if corruption.protocol == "native" else None

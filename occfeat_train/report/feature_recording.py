@@ -92,7 +92,7 @@ def recording(file: Path | None) -> Iterator[Recorder | None]:
         import rerun as rr
     except ImportError as err:
         raise ValueError(
-            f"--rerun {file} needs the package rerun-sdk ({err}): pip install 'occfeat[rerun]', with NumPy 2"
+            f"--rerun {file} needs the package rerun-sdk ({err}): pip install -e '.[train,rerun]', with NumPy 2"
         ) from err
     partial = file.with_name(f".{file.name}.{unique_suffix()}.partial")
     stream = rr.RecordingStream("occfeat-train figures")

@@ -1,6 +1,7 @@
 """occfeat-train evaluate --corruptions: a run on all corrupted caches of a split (paper, Figure 4).
 
-The results of a run are in RUN/corruptions.json, which is written after each cache, so that the same command continues.
+The results of a run are in RUN/corruptions.json, which is written after each cache, so that the same command continues. Those of another
+protocol, seed or treatment of lost views are in a file of their own, such as RUN/corruptions-network.json.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from occfeat_targets.cache.corruption import CORRUPTIONS, SEVERITIES
+from occfeat_targets.cache.corruption import CORRUPTIONS, LOST_VIEWS, SEVERITIES, CorruptionSpec
+from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
@@ -25,7 +27,7 @@ from occfeat_train.training.checkpoint import Checkpoint
 from occfeat_train.training.compatibility import measured, notes_on_data, require_fit
 from occfeat_train.training.evaluate import evaluate
 from occfeat_train.training.saving import saving
-from occfeat_train.training.stages import PACKAGES, RunOptions, open_reader, prepare_evaluation
+from occfeat_train.training.stages import PACKAGES, RunOptions, prepare_evaluation
 
 CLEAN = "clean"
 
@@ -43,7 +45,10 @@ class CorruptionOptions:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run that is to be evaluated. file: of its results. datasets: {"clean" or NAME-SEVERITY: data set}. done: {the same: result}."""
+    """A run that is to be evaluated. file: of its results. datasets: {"clean" or NAME-SEVERITY: data set}. done: {the same: result}.
+
+    unfinished: NAME-SEVERITY of caches whose build is not finished; they are not in `datasets`.
+    """
 
     run: Path
     file: Path
@@ -51,6 +56,12 @@ class _Prepared:
     task: Task
     datasets: dict[str, KeyframeDataset]
     done: dict[str, dict[str, Any]]
+    unfinished: tuple[str, ...]
+
+    @property
+    def absent(self) -> list[str]:
+        """NAME-SEVERITY of all that cannot be evaluated."""
+        return [name for name in _all_names() if name not in self.datasets]
 
     @property
     def missing(self) -> list[str]:
@@ -68,10 +79,15 @@ class _Prepared:
         return found
 
 
-def results_file(run: Path) -> Path:
-    """RUN/corruptions.json; of a checkpoint RUN/evaluation/NAME/corruptions.json."""
+def results_file(run: Path, corruptions: Sequence[CorruptionSpec]) -> Path:
+    """RUN/corruptions.json; of a checkpoint RUN/evaluation/NAME/corruptions.json.
+
+    corruptions: of the caches; their protocol, seed and masking give the file its name, as the build names their directory.
+    """
     is_checkpoint = run.parent.name == "checkpoints"
-    return (run.parent.parent / "evaluation" / run.name if is_checkpoint else run) / "corruptions.json"
+    named_after = next((spec for spec in corruptions if spec.masks_lost), corruptions[0])
+    name = Path(named_after.folder).parent.name
+    return (run.parent.parent / "evaluation" / run.name if is_checkpoint else run) / f"{name}.json"
 
 
 def run_corruptions(path: Path, options: RunOptions, corruption: CorruptionOptions, process: Process) -> dict[str, Any]:
@@ -79,14 +95,14 @@ def run_corruptions(path: Path, options: RunOptions, corruption: CorruptionOptio
 
     options: `cache` is the directory of the clean cache; `out` and training options are not read. Results in a run's file that are of
     the same weights and cache are kept. Returns what is written to the run's file.
-    Raises ValueError if there is no corrupted cache, or one holds other keyframes than the clean one.
+    A cache that is not finished is listed with the missing ones. Raises ValueError if there is no finished corrupted cache, if one holds other
+    keyframes than the clean one or another corruption than its folder says, or if they differ in protocol, seed or masking.
     """
     paths = [path] if corruption.baseline is None else [path, corruption.baseline]
     runs = prepare_together(lambda: [_prepare(each, options, corruption) for each in paths])
-    absent = [name for name in _all_names() if name not in runs[0].datasets]
     process.print(*dict.fromkeys(line for each in runs for line in _notes(each)))
-    if absent:
-        process.print(f"missing in {corruption.directory}: {', '.join(absent)}")
+    if runs[0].absent:
+        process.print(f"missing in {corruption.directory}: {_listed(runs[0].absent, runs[0].unfinished)}")
     samples = sum(-(-len(each.datasets[name]) // process.world) for each in runs for name in each.missing)
     todo = sum(len(each.missing) for each in runs)
     process.print(
@@ -112,8 +128,8 @@ def run_corruptions(path: Path, options: RunOptions, corruption: CorruptionOptio
                     "iou": iou,
                     "samples": metric.num_samples,
                 }
-                _write(each, _summary(each, options.split, absent, None, process), process)
-    summary = _summary(runs[0], options.split, absent, runs[1] if len(runs) > 1 else None, process)
+                _write(each, _summary(each, options.split, None, process), process)
+    summary = _summary(runs[0], options.split, runs[1] if len(runs) > 1 else None, process)
     _write(runs[0], summary, process)
     process.print(*describe(summary), f"written to {runs[0].file}")
     return summary
@@ -132,12 +148,11 @@ def _prepare(run: Path, options: RunOptions, corruption: CorruptionOptions) -> _
         raise ValueError(f"{run} is a pretraining: --corruptions evaluates runs of finetune")
     if clean.reader.cache.spec.corruption is not None:
         raise ValueError(f"{clean.reader.cache.path} holds corrupted images: pass the clean one's directory as --cache")
+    readers = _open_corrupted(corruption.directory, options.split)
+    unfinished = [name for name, reader in readers.items() if len(reader.records) < reader.cache.num_shards]
     datasets = {CLEAN: clean}
-    for name in _all_names():
-        directory = corruption.directory / name
-        if not (directory / f"{options.split}.zarr").is_dir():
-            continue
-        dataset = KeyframeDataset(open_reader(directory, options.split), task.config, training=False)
+    for name in (name for name in readers if name not in unfinished):
+        dataset = KeyframeDataset(readers[name], task.config, training=False)
         require_fit(dataset, info.grid, info.feature_dim, str(checkpoint.path))
         if dataset.digest != clean.digest:
             raise ValueError(
@@ -147,11 +162,43 @@ def _prepare(run: Path, options: RunOptions, corruption: CorruptionOptions) -> _
         datasets[name] = dataset
     if len(datasets) == 1:
         raise ValueError(
-            f"no corrupted cache of {options.split} at {corruption.directory}: expected fog-1/{options.split}.zarr and others, which "
-            f"'occfeat-targets build --split {options.split} --corruption all' makes in CACHE/corruptions"
+            f"no {'finished ' * bool(unfinished)}corrupted cache of {options.split} at {corruption.directory}: expected "
+            f"fog-1/{options.split}.zarr and others, which 'occfeat-targets build --split {options.split} --corruption all' makes in "
+            "CACHE/corruptions" + (f"; not finished: {', '.join(unfinished)}" if unfinished else "")
         )
-    file = results_file(run)
-    return _Prepared(run, file, checkpoint, task, datasets, _read_done(file, checkpoint, datasets))
+    specs = [reader.cache.spec.corruption for reader in readers.values()]
+    file = results_file(run, [spec for spec in specs if spec is not None])
+    done = _read_done(file, checkpoint, datasets)
+    return _Prepared(run, file, checkpoint, task, datasets, done, tuple(unfinished))
+
+
+def _open_corrupted(directory: Path, split: str) -> dict[str, CacheReader]:
+    """{NAME-SEVERITY: its cache, finished or not}. Raises ValueError if a cache is not what its folder says, or they do not belong together."""
+    readers, specs = {}, {}
+    for name in _all_names():
+        path = directory / name / f"{split}.zarr"
+        if not path.is_dir():
+            continue
+        readers[name] = CacheReader(path, allow_incomplete=True)
+        spec = readers[name].cache.spec.corruption
+        held = "clean images" if spec is None else f"{spec.name}-{spec.severity}"
+        if spec is None or held != name:
+            raise ValueError(f"{path} holds {held}, but its folder says {name}: move it, or make it again")
+        specs[path] = spec
+    for field in ("protocol", "seed", "masks_lost"):  # the other six corruptions lose no view that could be masked
+        chosen = {path: spec for path, spec in specs.items() if field != "masks_lost" or spec.name in LOST_VIEWS}
+        found = {getattr(spec, field): path for path, spec in chosen.items()}
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise ValueError(
+                f"{first} has {field} {one}, {second} has {field} {other}: results of the two cannot be compared; keep each in a directory "
+                "of its own, as the build does"
+            )
+    return readers
+
+
+def _listed(names: Sequence[str], unfinished: Sequence[str]) -> str:
+    return ", ".join(f"{name} (not finished)" if name in unfinished else name for name in names)
 
 
 def _read_done(
@@ -180,9 +227,7 @@ def _notes(prepared: _Prepared) -> list[str]:
     ]
 
 
-def _summary(
-    prepared: _Prepared, split: str, absent: Sequence[str], baseline: _Prepared | None, process: Process
-) -> dict[str, Any]:
+def _summary(prepared: _Prepared, split: str, baseline: _Prepared | None, process: Process) -> dict[str, Any]:
     scores, info = prepared.scores(), prepared.checkpoint.info
     clean = prepared.done[CLEAN]["iou"] if CLEAN in prepared.done else None
     rates = resilience_rates(scores, clean or 0.0)
@@ -195,7 +240,8 @@ def _summary(
         "mean": means(scores),
         "resilience_rate": rates,
         "mRR": mean_of_all(rates),
-        "missing": list(absent),
+        "missing": prepared.absent,
+        "not_finished": list(prepared.unfinished),
     }
     if baseline is not None:
         errors = corruption_errors(scores, baseline.scores())
@@ -248,5 +294,5 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         rows[-1] += ["", as_text(summary["mCE"])]
     lines = [f"{row[0]:18}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in [header, *rows]]
     if summary["missing"]:
-        lines.append(f"missing: {', '.join(summary['missing'])}; mRR and mCE need all 24")
+        lines.append(f"missing: {_listed(summary['missing'], summary['not_finished'])}; mRR and mCE need all 24")
     return lines

@@ -22,6 +22,7 @@ from occfeat_targets.cache.store import Cache, open_cache
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.targets.corruptions import corrupt, lost_cameras
 from occfeat_targets.targets.images import load_image
+from pipelines import corruption_sheet
 from pipelines.corruption_sheet import draw_sheet
 from tests.targets.command_line import contents, run
 
@@ -167,6 +168,7 @@ def test_mask_lost_masks_lost_cameras_unless_a_keyframe_has_lost_all(cache):
     found = contents(folder, SPLIT)
     assert (found["camera_valid"] == ~expected).all()
     assert found["is_valid"].all()
+    assert "lists the reasons" in made.stdout and "--retry-skipped" not in made.stdout
     assert not found["images"][lost(seed)].any()
     assert not found["intrinsics"][expected].any() and found["intrinsics"][~expected].any()
     assert run("verify", "--cache", folder, "--split", SPLIT, "--seed", "2", "--samples", "5").returncode == 0
@@ -214,7 +216,9 @@ def test_images_of_a_downloaded_nuscenes_c_are_read_in_both_folder_namings(cache
     lost.unlink()
     failed = make(cache, name, 2, "--nuscenes-c", root, *mask, "--overwrite", check=False)
     assert failed.returncode == 1
-    assert f"image {lost} is missing" in failed.stdout
+    assert f"image {lost} is missing: --nuscenes-c must hold" in failed.stdout
+    assert "failed; finished shards are intact. Fix the cause, and run" in failed.stdout
+    assert "dataroot" not in failed.stdout and "--on-error" not in failed.stdout
 
 
 @pytest.mark.parametrize(
@@ -287,3 +291,22 @@ def test_the_sheet_shows_the_clean_and_the_corrupted_images_and_says_what_is_mis
         shown = sheet[row * height + 16 : (row + 1) * height, column * width : (column + 1) * width]
         assert (shown == contents(folder, SPLIT)["images"][1, camera]).all()
     assert (sheet[16:height, width:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"--cache": "nowhere"}, "no cache at nowhere/mini_val.zarr"),
+        ({"--split": "mini_vla"}, "mini_vla.zarr (splits there: mini_val)"),
+        ({"--camera": "CAM_TOP"}, "--camera CAM_TOP: {cache}/mini_val.zarr has CAM_FRONT_LEFT, "),
+        ({"--keyframe": "5"}, "--keyframe 5: {cache}/mini_val.zarr has keyframes 0 to 4"),
+    ],
+)
+def test_the_sheet_of_nothing_is_an_error_of_one_line(clean, tmp_path, monkeypatch, capsys, change, expected):
+    given = {"--cache": str(clean), "--split": SPLIT, "--out": str(tmp_path / "sheet.png"), **change}
+    monkeypatch.setattr("sys.argv", ["corruption_sheet", *(word for pair in given.items() for word in pair)])
+    with pytest.raises(SystemExit) as end:
+        corruption_sheet.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert expected.format(cache=clean) in error

@@ -82,5 +82,5 @@ def test_without_rerun_the_error_says_what_to_install_before_anything_is_drawn(
 ):
     monkeypatch.setitem(sys.modules, "rerun", None)
     output = refused(cache, tmp_path / "out", pretrained, "--rerun", tmp_path / "x.rrd")
-    assert "needs the package rerun-sdk" in output and "pip install 'occfeat[rerun]'" in output
+    assert "needs the package rerun-sdk" in output and "pip install -e '.[train,rerun]'" in output
     assert not list(tmp_path.glob("*.rrd")) and not list(tmp_path.glob("out/*.png"))

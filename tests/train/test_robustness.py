@@ -48,12 +48,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_corrupted(folder: Path, corruption: CorruptionSpec) -> None:
+def write_corrupted(folder: Path, corruption: CorruptionSpec, shards: int | None = None, to: str | None = None) -> None:
+    """to: its folder, if it is another than the build's."""
+
     def change(arrays):
         arrays["images"] //= 1 + corruption.severity
 
-    options = {"dim": 0, "labels": ("vehicles",), "scenes": VAL_SCENES, "seed": 1, "change": change}
-    write_cache(folder / corruption.folder, "val", corruption=corruption, **options)
+    options = {"dim": 0, "labels": ("vehicles",), "scenes": VAL_SCENES, "seed": 1, "change": change, "shards": shards}
+    write_cache(folder / (to or corruption.folder), "val", corruption=corruption, **options)
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,69 @@ def test_what_cannot_be_compared_is_refused(caches, runs, pretrained, cache, tmp
         tmp_path / "fog-1", "val", corruption=CorruptionSpec("fog", 1), dim=0, labels=("vehicles",), scenes=VAL_SCENES, first=9
     )  # fmt: skip
     assert "has other keyframes than" in refuse(*evaluate(run, caches, "--corruptions", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("corruption", "folder", "expected"),
+    [
+        (CorruptionSpec("fog", 2), "fog-3", "holds fog-2, but its folder says fog-3"),
+        (CorruptionSpec("fog", 2), "snow-2", "holds fog-2, but its folder says snow-2"),
+        (CorruptionSpec("snow", 1, protocol="network"), "snow-1", "has protocol native, * has protocol network"),
+        (CorruptionSpec("snow", 1, seed=3), "snow-1", "has seed 0, * has seed 3"),
+        (
+            CorruptionSpec("frame-lost", 1, masks_lost=True),
+            "frame-lost-1",
+            "has masks_lost False, * has masks_lost True",
+        ),
+    ],
+)
+def test_caches_under_a_wrong_name_or_of_several_kinds_are_refused(
+    caches, runs, tmp_path, corruption, folder, expected
+):
+    for one in (CorruptionSpec("fog", 1), CorruptionSpec("camera-crash", 1)):
+        write_corrupted(tmp_path, one)
+    write_corrupted(tmp_path, corruption, to=f"corruptions/{folder}")
+    output = refuse(*evaluate(runs[0], caches, "--corruptions", tmp_path / "corruptions"))
+    before, _, after = expected.partition("*")
+    assert before in output and after in output.split(before)[1]
+    assert f"{folder}/val.zarr" in output
+
+
+def test_a_clean_cache_among_corrupted_ones_is_refused(caches, runs, tmp_path):
+    write_cache(tmp_path / "fog-1", "val", dim=0, labels=("vehicles",), scenes=VAL_SCENES, seed=1)
+    assert "holds clean images, but its folder says fog-1" in refuse(
+        *evaluate(runs[0], caches, "--corruptions", tmp_path)
+    )
+
+
+def test_another_protocol_seed_or_masking_has_results_of_its_own(caches, runs, tmp_path):
+    run = runs[0]
+    succeed(*evaluate(run, caches, "--corruptions", caches / "corruptions"))
+    first = (run / "corruptions.json").read_bytes()
+    masked = [
+        CorruptionSpec("snow", 1),
+        CorruptionSpec("camera-crash", 1, masks_lost=True),
+    ]  # only lost views are masked
+    for kind, specs in {
+        "corruptions-network": [CorruptionSpec("fog", 1, protocol="network")],
+        "corruptions-seed-3": [CorruptionSpec("fog", 1, seed=3)],
+        "corruptions-masked": masked,
+    }.items():
+        for spec in specs:
+            write_corrupted(tmp_path, spec, to=f"{kind}/{spec.name}-{spec.severity}")
+        assert f"written to {run / kind}.json" in succeed(*evaluate(run, caches, "--corruptions", tmp_path / kind))
+        assert json.loads((run / f"{kind}.json").read_text())["scores"].keys() == {spec.name for spec in specs}
+    assert (run / "corruptions.json").read_bytes() == first
+
+
+def test_a_cache_that_is_not_finished_is_missing_and_the_others_are_evaluated(caches, runs, tmp_path):
+    write_corrupted(tmp_path, CorruptionSpec("fog", 2, seed=5), shards=1)
+    arguments = evaluate(runs[0], caches, "--corruptions", tmp_path / "corruptions-seed-5")
+    output = refuse(*arguments)
+    assert "no finished corrupted cache of val" in output and "not finished: fog-2" in output
+    write_corrupted(tmp_path, CorruptionSpec("fog", 1, seed=5))
+    output = succeed(*arguments)
+    assert output.count("fog-2 (not finished), fog-3,") == 2  # before and below the table
+    results = json.loads((runs[0] / "corruptions-seed-5.json").read_text())
+    assert results["scores"]["fog"].keys() == {"1"} and results["not_finished"] == ["fog-2"]
+    assert "fog-2" in results["missing"] and "fog-1" not in results["missing"]
