@@ -26,7 +26,10 @@ def test_a_command_without_its_extra_says_what_to_install(package, missing, argu
     code = f"import sys; sys.modules[{missing!r}] = None; from {package}.cli import main; main({arguments!r})"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == f"error: the Python package {missing} is missing: pip install 'occfeat[{extra}]'\n"
+    assert (
+        result.stderr
+        == f"error: the Python package {missing} is missing: pip install -e '.[{extra}]' in the repository\n"
+    )
 
 
 @pytest.mark.parametrize("reports_errors", [of_targets, of_train])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from occfeat_targets.cache.corruption import CORRUPTIONS
 from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.spec import CAMERAS, TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Identity
 from occfeat_train.presets import preset
@@ -23,6 +25,7 @@ from pipelines.recipes.tables import LONGER, RECIPES
 from pipelines.recipes.trainings import Training, run_directory, training
 from pipelines.steps import Step
 
+SMALL = TargetSpec(grid=VoxelGrid((2, 4, 4)), image_size=(16, 16))
 TABLES = [recipe for recipe in RECIPES.values() if recipe.cells]
 
 
@@ -133,12 +136,19 @@ def test_runs_are_evaluated_on_corruptions_after_all_24_are_built_and_after_thei
 def test_corrupted_caches_that_are_expected_are_listed_if_they_are_not_there(tmp_path):
     settings = full(tmp_path, dataroot=None)
     assert not [step for step in steps_of([RECIPES["fig4"]], settings) if step.kind == "build"]
+    spec, identity = replace(SMALL, teacher=None, labels=()), Identity(("a",), ("scene-0003",), (1,))
     for name in CORRUPTIONS:
         for severity in (1, 2, 3):
-            (settings.cache / "corruptions" / f"{name}-{severity}" / "val.zarr").mkdir(parents=True)
-    check_corrupted_caches(settings)
-    (settings.cache / "corruptions" / "snow-3" / "val.zarr").rmdir()
-    with pytest.raises(ValueError, match=r"1 corrupted cache not there \(.*snow-3\): .*(?s:.)*--corruption all"):
+            path = settings.cache / "corruptions" / f"{name}-{severity}" / "val.zarr"
+            cache = create_cache(path, spec, identity, keyframes_per_shard=1, provenance={})
+            if (name, severity) != ("fog", 1):
+                arrays = {array.name: np.zeros((1, *array.shape), array.dtype) for array in spec.arrays()}
+                cache.write_shard(0, arrays, {"cosine": None})
+    shutil.rmtree(settings.cache / "corruptions" / "snow-3")
+    with pytest.raises(
+        ValueError,
+        match=r"2 corrupted caches not there or not finished \(.*fog-1, .*snow-3\): .*(?s:.)*--corruption all",
+    ):
         check_corrupted_caches(settings)
 
 

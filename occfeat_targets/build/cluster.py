@@ -127,7 +127,7 @@ def _local_client(workers: int) -> Iterator[Any]:
             )
     except ImportError as err:
         raise ValueError(
-            f"local workers use TLS, which needs the package cryptography ({err}): install it with pip install 'occfeat[targets]', "
+            f"local workers use TLS, which needs the package cryptography ({err}): install it with pip install -e '.[targets]' in the repository, "
             "or use --workers 0"
         ) from err
     except RuntimeError as err:

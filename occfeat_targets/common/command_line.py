@@ -101,5 +101,7 @@ def _describe(err: Exception, extra: str) -> str | None:
     if isinstance(err, ModuleNotFoundError):
         package = (err.name or "").split(".")[0]
         own = package.startswith("occfeat_")
-        return None if own else f"the Python package {package} is missing: pip install 'occfeat[{extra}]'"
+        return (
+            None if own else f"the Python package {package} is missing: pip install -e '.[{extra}]' in the repository"
+        )
     return str(err) if isinstance(err, ValueError | OSError) else None

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from occfeat_targets.cache.corruption import CORRUPTIONS, SEVERITIES, CorruptionSpec
+from occfeat_targets.cache.records import CacheError
+from occfeat_targets.cache.store import open_cache
 from occfeat_targets.common.plural import count
 from pipelines.recipes.data import Settings, build_name, cache_folder, dataroot, sizes
 from pipelines.recipes.trainings import Training, run_directory
@@ -43,14 +45,21 @@ def builds(settings: Settings) -> list[Step]:
 
 
 def check_corrupted_caches(settings: Settings) -> None:
-    """Raises ValueError that lists corrupted caches that are expected and not there."""
-    missing = [str(folder) for _, folder in caches(settings).values() if not (folder / "val.zarr").is_dir()]
+    """Raises ValueError that lists corrupted caches that are expected and not there, or not finished."""
+    missing = [str(folder) for _, folder in caches(settings).values() if not _is_finished(folder / "val.zarr")]
     if missing:
         clean = cache_folder(settings, large=False)
         raise ValueError(
-            f"{count(len(missing), 'corrupted cache')} not there ({', '.join(missing)}): pass --dataroot to build them, or build them with\n"
+            f"{count(len(missing), 'corrupted cache')} not there or not finished ({', '.join(missing)}): pass --dataroot to build them, or build them with\n"
             f"occfeat-targets build --cache {clean} --split val --corruption all"
         )
+
+
+def _is_finished(cache: Path) -> bool:
+    try:
+        return not open_cache(cache).pending_shards()
+    except CacheError:
+        return False
 
 
 def evaluation_steps(trainings: Sequence[Training], seed: int, settings: Settings) -> list[Step]:

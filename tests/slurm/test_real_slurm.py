@@ -155,7 +155,7 @@ def test_a_build_on_a_dask_cluster_inside_one_allocation_has_the_bytes_of_a_loca
     slurm: Slurm, city, tiny_teacher, undisturbed_cache, tmp_path, monkeypatch
 ):
     if find_spec("dask_jobqueue") is None:
-        pytest.skip("needs dask-jobqueue: pip install 'occfeat[cluster]'")
+        pytest.skip("needs dask-jobqueue: pip install -e '.[cluster]'")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     options = build_arguments(city, tmp_path / "cache", tiny_teacher, "--shard-size", "1")[1:]
     build = f"srun {sys.executable} -m pipelines.slurm.allocation {shlex.join(options)}"
