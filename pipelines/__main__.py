@@ -16,6 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from occfeat_targets.build_command import EXIT_INTERRUPTED
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
@@ -30,7 +31,6 @@ from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Step
 
 SETTINGS_FILE = "settings.json"
-INTERRUPTED = 130  # exit code after Ctrl-C
 recipes_argument = click.argument(
     "names", nargs=-1, required=True, type=click.Choice(list(RECIPES)), metavar="RECIPE..."
 )
@@ -109,7 +109,7 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
         run_steps(steps, settings.out, jobs, threads, " ".join(names))
     except KeyboardInterrupt:
         echo("interrupted: finished steps are kept; the same command continues", err=True)
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     echo(
         f"finished: {count(len(steps), 'step')} of {', '.join(names)}; 'python -m pipelines report --out {out}' writes the tables"
     )

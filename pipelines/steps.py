@@ -35,7 +35,7 @@ class Step:
 
     @property
     def is_finished(self) -> bool:
-        """A result that cannot be read, because the disk was full or the file was damaged, is made again."""
+        """A result that cannot be read is made again."""
         if self.done.suffix != ".json":
             return self.done.exists()
         try:

@@ -22,29 +22,8 @@ from occfeat_targets.cache.store import Cache, open_cache
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.targets.corruptions import corrupt, lost_cameras
 from occfeat_targets.targets.images import load_image
-from pipelines import corruption_sheet
-from pipelines.corruption_sheet import draw_sheet
 from tests.targets.command_line import contents, run
-
-SPLIT = "mini_val"
-
-
-def build_clean(city: Path, cache: Path) -> list[object]:
-    where = ["--dataroot", city, "--cache", cache, "--split", SPLIT]
-    grid = ["--grid", "8x24x24", "--range", "-5", "5", "-6", "6", "-6", "6"]  # verify's slow labels visit every cell
-    return [
-        "build",
-        *where,
-        "--teacher",
-        "none",
-        "--workers",
-        "0",
-        *grid,
-        "--image-size",
-        "96x160",
-        "--shard-size",
-        "2",
-    ]
+from tests.targets.corrupted_caches import SPLIT, build_clean, make
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +37,6 @@ def clean(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(clean: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / "cache"))
-
-
-def make(cache: Path, name: str, severity: int, *more: object, check: bool = True):
-    where = ["--cache", cache, "--split", SPLIT, "--workers", "0"]
-    return run("build", *where, "--corruption", name, "--severity", str(severity), *more, check=check)
 
 
 def opened(cache: Path, folder: str) -> Cache:
@@ -278,35 +252,3 @@ def test_a_corrupted_cache_of_another_format_is_refused_with_the_command_that_ma
     downloaded = {**spec, "corruption": asdict(CorruptionSpec("fog", 1, protocol="downloaded"))}
     command = rebuild_command(path, {"spec": downloaded, "provenance": {"split": SPLIT, "nuscenes_c": "/data/c"}})
     assert command.endswith("--corruption fog --severity 1 --nuscenes-c /data/c")
-
-
-def test_the_sheet_shows_the_clean_and_the_corrupted_images_and_says_what_is_missing(cache):
-    make(cache, "color-quant", 3)
-    sheet = np.asarray(draw_sheet(cache, SPLIT, 1, "CAM_BACK"))
-    height, width = 96 + 16, 160
-    assert sheet.shape == (8 * height, 4 * width, 3)
-    camera = open_cache(cache / f"{SPLIT}.zarr").spec.cameras.index("CAM_BACK")
-    row = list(CORRUPTIONS).index("color-quant")
-    for folder, column in ((cache, 0), (cache / "corruptions/color-quant-3", 3)):
-        shown = sheet[row * height + 16 : (row + 1) * height, column * width : (column + 1) * width]
-        assert (shown == contents(folder, SPLIT)["images"][1, camera]).all()
-    assert (sheet[16:height, width:] == 255).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"--cache": "nowhere"}, "no cache at nowhere/mini_val.zarr"),
-        ({"--split": "mini_vla"}, "mini_vla.zarr (splits there: mini_val)"),
-        ({"--camera": "CAM_TOP"}, "--camera CAM_TOP: {cache}/mini_val.zarr has CAM_FRONT_LEFT, "),
-        ({"--keyframe": "5"}, "--keyframe 5: {cache}/mini_val.zarr has keyframes 0 to 4"),
-    ],
-)
-def test_the_sheet_of_nothing_is_an_error_of_one_line(clean, tmp_path, monkeypatch, capsys, change, expected):
-    given = {"--cache": str(clean), "--split": SPLIT, "--out": str(tmp_path / "sheet.png"), **change}
-    monkeypatch.setattr("sys.argv", ["corruption_sheet", *(word for pair in given.items() for word in pair)])
-    with pytest.raises(SystemExit) as end:
-        corruption_sheet.main()
-    error = capsys.readouterr().err
-    assert end.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
-    assert expected.format(cache=clean) in error
