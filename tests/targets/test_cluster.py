@@ -85,7 +85,9 @@ def test_local_workers_without_the_package_of_tls_are_refused_with_the_remedy(mo
         raise ImportError("Using `Security.temporary` requires `cryptography`")
 
     monkeypatch.setattr("distributed.LocalCluster", refuse)
-    with pytest.raises(ValueError, match=r"install it with pip install 'occfeat\[targets\]', or use --workers 0"):
+    with pytest.raises(
+        ValueError, match=r"install it with pip install -e '\.\[targets\]' in the repository, or use --workers 0"
+    ):
         list(run_on_dask((0, 1), int, lambda: True, workers=2))
 
 
