@@ -15,8 +15,7 @@ from occfeat_targets.pictures.colors import height_scale
 from occfeat_train.data.batch import Batch
 from occfeat_train.report import figures
 from occfeat_train.report.figures import OUTCOMES, Prediction, key_of, key_of_heights
-from occfeat_train.tasks.img_also import ImgALSO
-from occfeat_train.tasks.metrics import mean_of_pairs
+from occfeat_train.tasks.img_also import ImgALSO, mean_of_cells
 
 
 def draw(task: ImgALSO, batches: Sequence[Batch], poses: Sequence[Matrix]) -> list[Prediction]:
@@ -25,13 +24,11 @@ def draw(task: ImgALSO, batches: Sequence[Batch], poses: Sequence[Matrix]) -> li
 
 
 def _draw(task: ImgALSO, batch: Batch, pose: Matrix) -> Prediction:
-    grid, metric = task.grid, task.metric()
-    pairs = *task.predict(batch), batch.arrays["query"]
-    occupied = batch.arrays["occupied"]
-    metric.update(*pairs, occupied, batch.arrays["intensity"])
-    predicted, _, is_paired = (values.cpu().numpy() for values in mean_of_pairs(*pairs, occupied.numel()))
-    xyz, true = batch.arrays["queries"][0].cpu().numpy()[is_paired], occupied[0].cpu().numpy()[is_paired]
-    predicted = predicted[is_paired]
+    grid, metric, pairs = task.grid, task.metric(), task.predict(batch)
+    means, queries = mean_of_cells(pairs), pairs.queries
+    metric.update(*means, queries.occupied, queries.intensity)
+    has_cell = means[2][0]
+    xyz, predicted, true = (each[0][has_cell].cpu().numpy() for each in (queries.xyz, means[0], queries.occupied))
     outcomes = np.stack(
         [count(xyz[kind], grid) for kind in (predicted & true, predicted & ~true, ~predicted & true)], axis=-1
     )

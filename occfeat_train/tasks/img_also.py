@@ -7,12 +7,13 @@ query is occupied, and the intensity of the LiDAR return next to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,10 +23,10 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_train.config import Config
 from occfeat_train.data.batch import Batch, Sample
-from occfeat_train.data.queries import NO_INTENSITY, NUM_QUERIES, columns_near, decimate, draw_queries
+from occfeat_train.data.queries import NUM_QUERIES, Queries, cells_near, decimate, draw_queries, scale_intensity, window
 from occfeat_train.networks.network import BEVNetwork
 from occfeat_train.tasks.base import Task
-from occfeat_train.tasks.losses import pair_loss
+from occfeat_train.tasks.losses import exact, mean_over_samples
 from occfeat_train.tasks.metrics import QueryMetric, as_text
 
 LATENT = 128  # channels of a cell's point, and of the decoder's hidden layers
@@ -48,9 +49,13 @@ class ReconstructionHead(nn.Module):
         self.output = nn.Linear(LATENT, 2)
 
     def forward(
-        self, bev: Float[Tensor, "B C H W"], cell: Int64[Tensor, " p"], offset: Float[Tensor, "p 3"]
-    ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-        """bev: F_B. cell: flat indices into (B, H, W). offset: query - (centre of the cell, height 0) [m].
+        self,
+        bev: Float[Tensor, "B C H W"],
+        centers: Float[Tensor, "n 3"],
+        xyz: Float[Tensor, "B q 3"],
+        cell: Int64[Tensor, "B q w"],
+    ) -> tuple[Float[Tensor, "B q w"], Float[Tensor, "B q w"]]:
+        """bev: F_B. centers: points of the n = H W cells [m]. xyz: queries [m]. cell: of a query, indices into n.
 
         Returns occupancy logits and intensities of the pairs.
         """
@@ -58,12 +63,25 @@ class ReconstructionHead(nn.Module):
             of_latent, of_offset = self.first.weight.split([LATENT, 3], dim=1)
             to_hidden = of_latent @ self.latent.weight, of_latent @ self.latent.bias + self.first.bias
             to_output = self.output.weight @ self.third.weight, self.output.weight @ self.third.bias + self.output.bias
-            from_offset = F.linear(offset.to(of_offset), of_offset)
-        rows = F.linear(bev.permute(0, 2, 3, 1).flatten(0, 2), *to_hidden)
+            # of the offset, query - cell, the share of each: not a product for every pair
+            from_query, from_cell = (F.linear(points.to(of_offset), of_offset) for points in (xyz, centers))
+        rows = F.linear(bev.permute(0, 2, 3, 1).flatten(1, 2), *to_hidden).to(of_offset) - from_cell
+        first = torch.arange(len(bev), device=cell.device)[:, None, None] * len(centers)
         # A cell has up to thousands of pairs, whose gradients are summed in the precision of the weights.
-        hidden = F.relu(rows.to(of_offset).index_select(0, cell) + from_offset)
-        logit, intensity = F.linear(F.relu(self.second(hidden)), *to_output).unbind(1)
+        of_pairs = rows.flatten(0, 1).index_select(0, (cell + first).flatten()).unflatten(0, cell.shape)
+        hidden = F.relu(of_pairs + from_query[:, :, None])
+        logit, intensity = F.linear(F.relu(self.second(hidden)), *to_output).unbind(-1)
         return logit, intensity
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Queries with w cells each. near: whether a pair counts. logits: of occupancy."""
+
+    queries: Queries
+    near: Bool[Tensor, "B q w"]
+    logits: Float[Tensor, "B q w"]
+    intensity: Float[Tensor, "B q w"]
 
 
 class ImgALSO(Task):
@@ -71,8 +89,9 @@ class ImgALSO(Task):
 
     head: ReconstructionHead
     centers: Tensor
+    window: Tensor
     pictures: ClassVar = "occfeat_train.report.img_also:draw"
-    ragged: ClassVar = ("cell", "query")
+    ragged: ClassVar = ("returns", "sample")
     without_targets: ClassVar = "their own sweep has no LiDAR return"
     note: ClassVar = (
         "Queries lie on the rays of LiDAR returns: a third just behind a return (occupied), a third just in front of one and a "
@@ -86,6 +105,7 @@ class ImgALSO(Task):
         plane[:, 2] = 0
         # (H W, 3) points of the cells [m]
         self.register_buffer("centers", plane, persistent=False)
+        self.register_buffer("window", window(grid), persistent=False)
 
     @staticmethod
     def arrays(config: Config, spec: TargetSpec) -> list[str]:
@@ -100,48 +120,44 @@ class ImgALSO(Task):
 
     @staticmethod
     def targets(sample: Sample, config: Config) -> dict[str, NDArray[Any]]:
-        """Queries of the keyframe's own sweep, and the pairs of a query and a cell within 1 m of it:
+        """The decimated returns of the keyframe's own sweep, from which the device draws queries, in the grid's frame.
 
-        queries: (q, 3) float32 in the grid [m]. occupied: (q,) bool. intensity: (q,) float32. query, cell: (p,) int64 flat
-        indices into the batch's (B, q) and (B, H, W). A sweep of few returns has fewer queries; zeros without a pair follow.
+        returns: (n, 4) float32 x, y, z [m], intensity (0 to 1, or NO_INTENSITY). sample: (n,) int32 the sample's position in its batch.
+        sensor: (3,) float32 position [m]. seed: () int64 of the queries.
         """
-        grid_from_ego, grid = sample.arrays["grid_from_ego"].astype(np.float64), sample.grid
+        grid_from_ego = sample.arrays["grid_from_ego"].astype(np.float64)
         returns = sample.arrays["points"][: sample.arrays["num_points"][0]]
         kept = returns[decimate(returns[:, :3].astype(np.float64))]
-        sensor = sample.arrays["sweep_origins"][0].astype(np.float64)
-        drawn = draw_queries(kept[:, :3].astype(np.float64), kept[:, 3], sensor, sample.rng, NUM_QUERIES)
-        xyz = transform(grid_from_ego, drawn.xyz)
-        query, cell = columns_near(xyz[:, :2], grid)
-        missing = NUM_QUERIES - len(xyz)
+        xyz, sensor = (
+            transform(grid_from_ego, points.astype(np.float64)).astype(np.float32)
+            for points in (kept[:, :3], sample.arrays["sweep_origins"][:1])
+        )
         return {
-            "queries": np.pad(xyz.astype(np.float32), ((0, missing), (0, 0))),
-            "occupied": np.pad(drawn.occupied, (0, missing)),
-            "intensity": np.pad(drawn.intensity, (0, missing), constant_values=NO_INTENSITY),
-            "query": query + sample.index * NUM_QUERIES,
-            "cell": cell + sample.index * grid.map_shape[0] * grid.map_shape[1],
+            "returns": np.column_stack([xyz, scale_intensity(kept[:, 3])]),
+            "sample": np.full(len(kept), sample.index, np.int32),
+            "sensor": sensor[0],
+            "seed": np.array(sample.rng.integers(2**63)),
         }
 
-    def predict(self, batch: Batch) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-        """Occupancy logits and intensities of the batch's pairs; those of padding are arbitrary."""
-        query, cell = (batch.arrays[name].clamp(min=0) for name in ("query", "cell"))
-        position = batch.arrays["queries"].flatten(0, 1).index_select(0, query)
-        offset = position - self.centers.index_select(0, cell % len(self.centers))
-        logits, intensity = self.head(self.bev(batch), cell, offset)
-        return logits, intensity
+    def predict(self, batch: Batch) -> Pairs:
+        """The batch's queries, with the predictions of the cells around them."""
+        queries = draw_queries(**batch.arrays, number=NUM_QUERIES)
+        cell, near = cells_near(queries.xyz[..., :2], self.window, self.grid)
+        predicted = self.head(self.bev(batch), self.centers, queries.xyz, cell)
+        return Pairs(queries, near & queries.exists[..., None], *predicted)
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """{"loss": their sum, "reconstruction": occupancy loss, "intensity": intensity loss}, scalars."""
-        logits, intensity = self.predict(batch)
-        query, number = batch.arrays["query"], batch.arrays["queries"].shape[1]
+        pairs = self.predict(batch)
+        logits, intensity = exact(pairs.logits), exact(pairs.intensity)
         occupied, target = (
-            batch.arrays[name].flatten().index_select(0, query.clamp(min=0)) for name in ("occupied", "intensity")
+            each[..., None].expand(logits.shape) for each in (pairs.queries.occupied, pairs.queries.intensity)
         )
-        sample = query // number  # -1 for padding
         losses = {
-            "reconstruction": pair_loss(
-                F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none"), sample, len(batch)
+            "reconstruction": mean_over_samples(
+                F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none"), pairs.near
             ),
-            "intensity": pair_loss((intensity - target).abs(), torch.where(target >= 0, sample, -1), len(batch)),
+            "intensity": mean_over_samples((intensity - target).abs(), pairs.near & (target >= 0)),
         }
         return {"loss": losses["reconstruction"] + losses["intensity"], **losses}
 
@@ -149,8 +165,8 @@ class ImgALSO(Task):
         return QueryMetric()
 
     def measure(self, batch: Batch, metric: Any) -> None:
-        arrays = (batch.arrays[name] for name in ("query", "occupied", "intensity"))
-        metric.update(*self.predict(batch), *arrays)
+        pairs = self.predict(batch)
+        metric.update(*mean_of_cells(pairs), pairs.queries.occupied, pairs.queries.intensity)
 
     @staticmethod
     def score(results: Mapping[str, Any]) -> float | None:
@@ -168,3 +184,12 @@ class ImgALSO(Task):
             "accuracy of queries [%]": as_text(results["query_accuracy"]),
             "error of intensities": as_text(results["intensity_error"], 3),
         }
+
+
+def mean_of_cells(pairs: Pairs) -> tuple[Bool[Tensor, "B q"], Float64[Tensor, "B q"], Bool[Tensor, "B q"]]:
+    """Of each query: whether the mean of its cells' logits is above 0, their mean intensity, and whether it has a cell."""
+    logits, intensity = (
+        torch.where(pairs.near, values, 0).sum(2, dtype=torch.float64) for values in (pairs.logits, pairs.intensity)
+    )
+    number = pairs.near.sum(2)
+    return logits > 0, intensity / number.clamp(min=1), number > 0

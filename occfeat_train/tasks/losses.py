@@ -1,4 +1,4 @@
-"""Losses: eq. 2 and 3 of the paper, the mean over Img-ALSO's pairs, and the segmentation loss.
+"""Losses: eq. 2 and 3 of the paper, the segmentation loss, and the mean of losses that are masked.
 
 Each is the mean over samples of a sample's own mean, so that a batch has the same loss and gradient when it is split over
 micro-batches or ranks. They are computed in float32, or in float64 for float64 inputs.
@@ -30,8 +30,7 @@ def occupancy_loss(
     if observed is None:
         return F.binary_cross_entropy_with_logits(logits, occupied.to(logits))
     loss = F.binary_cross_entropy_with_logits(logits, occupied.to(logits), reduction="none")
-    mask = observed.to(loss)
-    return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
+    return mean_over_samples(loss, observed)
 
 
 def feature_loss(
@@ -75,15 +74,6 @@ class _Cosine(torch.autograd.Function):
         return out.to(predicted.dtype), None
 
 
-def pair_loss(values: Float[Tensor, " p"], sample: Int64[Tensor, " p"], num_samples: int) -> Float[Tensor, ""]:
-    """Mean of the values of a sample's pairs, averaged over samples.
-
-    sample: index of each pair's sample; -1 for pairs that do not count. A sample without pairs adds 0 and counts in the mean.
-    """
-    count = (sample == torch.arange(num_samples, device=sample.device)[:, None]).sum(1).clamp(min=1)
-    return torch.where(sample >= 0, exact(values) / (count[sample] * num_samples), 0).sum()
-
-
 def segmentation_loss(
     logits: Float[Tensor, "B K H W"], target: Bool[Tensor, "B K H W"], valid: Bool[Tensor, "B 1 H W"], pos_weight: float
 ) -> Float[Tensor, ""]:
@@ -91,8 +81,13 @@ def segmentation_loss(
     logits = exact(logits)
     weight = logits.new_full((1,), pos_weight)
     loss = F.binary_cross_entropy_with_logits(logits, target.to(logits), pos_weight=weight, reduction="none")
-    mask = valid.to(loss).expand_as(loss)
-    return ((loss * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
+    return mean_over_samples(loss, valid.expand_as(loss))
+
+
+def mean_over_samples(values: Float[Tensor, "B ..."], mask: Bool[Tensor, "B ..."]) -> Float[Tensor, ""]:
+    """Mean of a sample's values where the mask is set, averaged over samples. A sample without such values adds 0 and counts."""
+    weight = mask.to(values).flatten(1)
+    return ((values.flatten(1) * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
 
 def exact(x: Tensor) -> Tensor:

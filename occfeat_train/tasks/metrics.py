@@ -172,7 +172,7 @@ class PretrainingMetric(Metric):
 class QueryMetric(Metric):
     """Img-ALSO's queries: accuracy and IoU of their occupancy at 0.5, and the mean absolute error of their intensity.
 
-    The prediction for a query is the mean of its pairs', of logits and of intensities. Queries without a pair do not count.
+    The prediction for a query is the mean of its cells', of logits and of intensities. Queries without a cell do not count.
     """
 
     def __init__(self) -> None:
@@ -183,18 +183,17 @@ class QueryMetric(Metric):
 
     def update(
         self,
-        logits: Float[Tensor, " p"],
-        intensity: Float[Tensor, " p"],
-        query: Int64[Tensor, " p"],
+        predicted: Bool[Tensor, "B q"],
+        intensity: Float64[Tensor, "B q"],
+        has_cell: Bool[Tensor, "B q"],
         occupied: Bool[Tensor, "B q"],
         target: Float[Tensor, "B q"],
     ) -> None:
-        """query: flat indices of the pairs' queries. target: the queries' intensity, negative if they have none."""
-        predicted, mean, is_paired = mean_of_pairs(logits, intensity, query, occupied.numel())
-        true, wanted = occupied.flatten(), target.flatten()
-        outcomes = (predicted == true, torch.ones_like(true), predicted & true, predicted | true, wanted >= 0)
-        self.counts += torch.stack([(cells & is_paired).sum() for cells in outcomes]).cpu()
-        self.error += torch.where((wanted >= 0) & is_paired, (mean - wanted).abs(), 0).sum().cpu()
+        """has_cell: queries that count. target: the queries' intensity, negative if they have none."""
+        counted = target >= 0
+        outcomes = (predicted == occupied, has_cell, predicted & occupied, predicted | occupied, counted)
+        self.counts += torch.stack([(cells & has_cell).sum() for cells in outcomes]).cpu()
+        self.error += torch.where(counted & has_cell, (intensity - target).abs(), 0).sum().cpu()
         self.num_samples += len(occupied)
 
     def reduce(self) -> None:
@@ -210,16 +209,6 @@ class QueryMetric(Metric):
             "query_accuracy": _iou(self.counts[:2]),
             "intensity_error": float(self.error) / with_intensity if with_intensity else None,
         }
-
-
-def mean_of_pairs(
-    logits: Float[Tensor, " p"], intensity: Float[Tensor, " p"], query: Int64[Tensor, " p"], number: int
-) -> tuple[Bool[Tensor, " n"], Float64[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Of `number` queries: whether the mean of their pairs' logits is above 0, their mean intensity, and whether they have a pair."""
-    sums = torch.zeros(3, number, dtype=torch.float64, device=logits.device)
-    values = torch.stack([logits.double(), intensity.double(), torch.ones_like(logits, dtype=torch.float64)])
-    total, light, pairs = sums.index_add_(1, query, values)
-    return total > 0, light / pairs.clamp(min=1), pairs > 0
 
 
 def _iou(counts: Tensor) -> float | None:

@@ -4,9 +4,6 @@
 
 Default network and sizes, float32. The cache contains random bytes, as many occupied voxels as a nuScenes keyframe, and 25,000
 returns of flat ground. Steps alternate between the tasks, on one batch that is resident. CPU seconds depend little on other load.
-
-Img-ALSO is also measured with pairs in a fixed window of cells around each query, those beyond 1 m masked: this is what a device
-could compute without waiting for the number of pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from _timing import machine
 from loader import SPEC, write
 
@@ -30,13 +26,11 @@ from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.store import Cache
 from occfeat_train.config import Config, NetworkConfig, OptimConfig
 from occfeat_train.data.dataset import KeyframeDataset
-from occfeat_train.data.queries import NUM_QUERIES
 from occfeat_train.distributed import Process
 from occfeat_train.tasks.build import build_task
 from occfeat_train.training.step import Trainer
 
 _SAMPLES = 16  # whose reading is measured
-_WINDOW = 25  # cells of 0.5 m around a query that may be within 1 m of it
 
 
 def cpu_seconds(function: Callable[[], Any]) -> float:
@@ -46,16 +40,12 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def contender(cache: Cache, config: Config, *, fixed_window: bool = False) -> tuple[Callable[[], Any], float]:
+def contender(cache: Cache, config: Config) -> tuple[Callable[[], Any], float]:
     """One optimiser step, and the CPU seconds of reading a sample."""
     dataset = KeyframeDataset(CacheReader(cache), config, training=True)
     dataset.batch([(0, 0)])  # compiles
     reading = [cpu_seconds(lambda i=i: dataset.batch([dataset.stream(i)])) for i in range(_SAMPLES)]
     resident = dataset.batch([dataset.stream(i) for i in range(config.optim.batch)])
-    if fixed_window:
-        missing = config.optim.batch * NUM_QUERIES * _WINDOW - len(resident.arrays["cell"])
-        pairs = {name: F.pad(resident.arrays[name], (0, missing), value=-1) for name in ("cell", "query")}
-        resident = replace(resident, arrays={**resident.arrays, **pairs})
     made = build_task(config, cache.spec.grid, 384)
     trainer = Trainer(made, config, Process(0, 1, torch.device("cpu")), 10_000)
     return lambda: trainer.take_step(itertools.repeat(resident)), statistics.median(reading)
@@ -71,12 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         cache, _ = write(Path(directory), _SAMPLES, replace(SPEC, max_points=40_000))
         base = Config(network=NetworkConfig(weights="none"), optim=OptimConfig(batch=options.batch))
-        also = replace(base, task="img-also")
         contenders = {
             "occfeat": contender(cache, base),
             "occfeat --occlusion zbuffer": contender(cache, base.override(["loss.occlusion=zbuffer"])),
-            "img-also": contender(cache, also),
-            "img-also, pairs in a fixed window": contender(cache, also, fixed_window=True),
+            "img-also": contender(cache, replace(base, task="img-also")),
         }
         for step, _ in contenders.values():
             step()

@@ -88,7 +88,7 @@ def graphs(check: Check) -> None:
             for _ in range(12 if check.is_cuda else 2)
         ]
         for i, batch in enumerate(given):
-            repeats = 1 + 7 * (i % 2)  # of all voxels or pairs, so that there are two padded lengths
+            repeats = 1 + 7 * (i % 2)  # of all voxels or returns, so that there are two padded lengths
             ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
             given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (

@@ -10,34 +10,43 @@ import pytest
 from occfeat_targets.cache.geometry import rigid, transform
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_train.config import NO_AUGMENTATION, PRETEXTS, READS_POINTS, Config
+from occfeat_train.data.batch import collate
 from occfeat_train.data.dataset import KeyframeDataset
-from occfeat_train.data.queries import NO_INTENSITY, NUM_QUERIES
+from occfeat_train.data.queries import Queries, decimate, draw_queries
 from occfeat_train.tasks.img_also import ImgALSO
 from tests.conftest import small_spec
 from tests.train.runs import write_cache
-from tests.train.test_img_also import ALSO, GRID, SENSOR, also_sample
+from tests.train.test_img_also import ALSO, GRID, SENSOR, also_sample, drawn_queries
 
 
-def test_queries_are_moved_to_the_grid_and_pairs_are_numbered_over_the_batch():
+def test_returns_are_decimated_moved_to_the_grid_and_scaled():
+    pose, sample = rigid((1, 0, 0, 0.5), (0.3, -0.2, 0.1)), also_sample(2, 300)
+    points = sample.arrays["points"][:300]
+    points[40:50, :3] = points[60:70, :3]
+    kept = points[decimate(points[:, :3].astype(np.float64))]
+    assert len(kept) == 290
+    arrays = {**sample.arrays, "grid_from_ego": pose.astype(np.float32)}
+    moved = ImgALSO.targets(dataclasses.replace(sample, arrays=arrays), ALSO)
+    np.testing.assert_allclose(moved["returns"][:, :3], transform(pose, kept[:, :3].astype(np.float64)), atol=1e-5)
+    np.testing.assert_allclose(moved["returns"][:, 3], kept[:, 3] / 255, atol=1e-6)
+    np.testing.assert_allclose(moved["sensor"], transform(pose, SENSOR[None].astype(np.float64))[0], atol=1e-6)
+    assert moved["sample"].tolist() == [2] * len(kept)
+    assert {name: array.dtype.name for name, array in moved.items()} == {
+        "returns": "float32", "sample": "int32", "sensor": "float32", "seed": "int64",
+    }  # fmt: skip
+
+
+def test_queries_of_a_moved_grid_are_the_moved_queries():
+    """The device draws in the grid's frame, whose axes and origin change with augmentation."""
     pose = rigid((1, 0, 0, 0.5), (0.3, -0.2, 0.1))
-    plain, moved = (ImgALSO.targets(also_sample(0, 300, pose=p), ALSO) for p in (np.eye(4), pose))
-    expected = transform(pose, plain["queries"].astype(np.float64))
-    number = int((plain["occupied"] | (plain["queries"] != 0).any(1)).sum())
-    assert number > 800
-    np.testing.assert_allclose(moved["queries"][:number], expected[:number], atol=1e-5)
-    np.testing.assert_array_equal(moved["intensity"], plain["intensity"])
-    second = ImgALSO.targets(dataclasses.replace(also_sample(0, 300, pose=pose), index=1), ALSO)
-    np.testing.assert_array_equal(second["query"], moved["query"] + NUM_QUERIES)
-    np.testing.assert_array_equal(second["cell"], moved["cell"] + 120)
 
+    def drawn(pose: np.ndarray) -> Queries:
+        targets = ImgALSO.targets(also_sample(0, 300, pose=pose), ALSO)
+        return draw_queries(**collate([targets], ImgALSO.ragged), number=600)
 
-@pytest.mark.parametrize("returns", [0, 1, 300, 400])
-def test_a_sweep_of_few_returns_has_fewer_queries_and_the_same_shapes(returns):
-    drawn = ImgALSO.targets(also_sample(0, returns), ALSO)
-    shapes = [drawn[name].shape for name in ("queries", "occupied", "intensity")]
-    assert shapes == [(NUM_QUERIES, 3), (NUM_QUERIES,), (NUM_QUERIES,)]
-    assert len(np.unique(drawn["query"])) <= 3 * returns
-    assert (drawn["intensity"][3 * returns :] == NO_INTENSITY).all() and not drawn["occupied"][3 * returns :].any()
+    plain, moved = drawn(np.eye(4)), drawn(pose)
+    np.testing.assert_allclose(moved.xyz[0].numpy(), transform(pose, plain.xyz[0].double().numpy()), atol=1e-5)
+    assert plain.exists.all() and (plain.intensity == moved.intensity).all()
 
 
 def test_only_the_keyframes_own_sweep_is_used():
@@ -74,7 +83,7 @@ def test_queries_depend_on_seed_epoch_and_keyframe_and_in_evaluation_only_on_the
     def queries(seed: int, training: bool, epoch: int, keyframe: int) -> bytes:
         config = dataclasses.replace(ALSO, seed=seed, frame="ego", augment=NO_AUGMENTATION)
         batch = KeyframeDataset(reader, config, training=training).batch([(epoch, keyframe)])
-        return batch.arrays["queries"].numpy().tobytes()
+        return drawn_queries(batch).xyz.numpy().tobytes()
 
     cases = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     assert len({queries(seed, True, *of) for seed, *of in cases}) == 4
