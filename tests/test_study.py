@@ -24,6 +24,7 @@ from pipelines.study.design import (
     LONGER,
     NONE,
     OCCFEAT,
+    OCCFEAT_LONGER,
     OCCUPANCY,
     TASKS,
     Arm,
@@ -60,15 +61,21 @@ def test_every_run_trains_the_declared_steps(size):
 
 def test_arms_of_a_seed_differ_only_in_their_start():
     size = SIZES["gpu"]
-    of_cell = [r for r in runs_of(size, BOTH) if (r.seed, r.task, r.labels) == (1, "map", 10) and r.arm.name != LONGER]
-    assert len(of_cell) == len(ARMS) - 1
+    of_cell = [r for r in runs_of(size, BOTH) if (r.seed, r.task, r.labels) == (1, "map", 10) and r.arm.longer == 1]
+    assert len(of_cell) == len(ARMS) - 2
     assert len({run.options for run in of_cell}) == 1
-    assert {run.after for run in of_cell} == {""} | {f"{slug(a.name)}-1" for a in ARMS if a.pretrain is not None}
+    pretrained = [a for a in ARMS if a.pretrain is not None and a.name != OCCFEAT_LONGER]
+    assert {run.after for run in of_cell} == {""} | {f"{slug(a.name)}-1" for a in pretrained}
 
 
-def test_the_control_is_finetuned_three_times_as_long():
-    steps = {r.arm.name: r.steps for r in runs_of(SIZES["gpu"], BOTH) if (r.seed, r.task, r.labels) == (0, "map", 10)}
-    assert steps[LONGER] == 3 * steps[NONE] == 3 * steps[OCCFEAT]
+def test_controls_are_finetuned_three_times_as_long_from_the_same_pretraining():
+    runs = runs_of(SIZES["gpu"], BOTH)
+    of_cell = {r.arm.name: r for r in runs if (r.seed, r.task, r.labels) == (0, "map", 10)}
+    steps = {name: run.steps for name, run in of_cell.items()}
+    assert steps[LONGER] == steps[OCCFEAT_LONGER] == 3 * steps[NONE] == 3 * steps[OCCFEAT]
+    assert of_cell[OCCFEAT_LONGER].after == of_cell[OCCFEAT].after == "occfeat-0" != of_cell[LONGER].after == ""
+    assert [r.name for r in runs if r.arm.name == OCCFEAT_LONGER and not r.task] == []
+    assert of_cell[LONGER].options == of_cell[OCCFEAT_LONGER].options
 
 
 def test_arms_of_an_absent_teacher_are_left_out():
@@ -130,7 +137,14 @@ def test_claims_are_judged_by_their_cells():
 def test_the_gain_with_few_labels_is_compared_with_that_of_many():
     scores = {(arm, "map", share): {s: base + s for s in range(3)} for (arm, share), base in
               {(OCCFEAT, 1): 9.0, (NONE, 1): 1.0, (OCCFEAT, 10): 9.0, (NONE, 10): 6.0}.items()}  # fmt: skip
-    assert gain_shrinks(scores, OCCFEAT, "map", 1, 10) == Difference(5.0, 3, 0.0)
+    assert gain_shrinks(scores, OCCFEAT, NONE, "map", 1, 10) == Difference(5.0, 3, 0.0)
+    longer = {OCCFEAT: OCCFEAT_LONGER, NONE: LONGER}
+    scores |= {(longer[arm], task, share): {s: 2 * v for s, v in c.items()} for (arm, task, share), c in scores.items()}
+    few = "OccFeat helps more with 1 % of the labels than with 10 %"
+    assert judge(scores, [1, 10])[-2:] == [
+        f"{few} (Table 1): shown for map (+5.0 [+5.0, +5.0]).",
+        f"{few}, after 3 times the steps (Table 1): shown for map (+10.0 [+10.0, +10.0]).",
+    ]
 
 
 def test_every_claim_is_about_arms_that_exist():

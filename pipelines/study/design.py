@@ -13,13 +13,14 @@ NONE, OCCUPANCY, FEATURES, OCCFEAT = "none", "occupancy only", "features only", 
 OCCFEAT_RANDOM = f"{OCCFEAT}, random teacher"
 IMG_ALSO = "Img-ALSO"
 LONGER = "none, 3 times the steps"
+OCCFEAT_LONGER = f"{OCCFEAT}, 3 times the steps"
 
 
 @dataclass(frozen=True)
 class Arm:
     """name: as in the tables. pretrain: options of `occfeat-train pretrain`, None for no pretraining. teacher: whose features it learns.
 
-    longer: how many times the steps of the other arms it is finetuned.
+    longer: how many times the steps of the other arms it is finetuned. Arms of the same options and teacher share their pretraining.
     """
 
     name: str
@@ -35,6 +36,7 @@ ARMS = (
     Arm(OCCUPANCY, ("--occ-only",)),
     Arm(IMG_ALSO, ("--method", "img-also")),
     Arm(OCCFEAT),  # the paper's lambda, 0.01
+    Arm(OCCFEAT_LONGER, longer=3),
     Arm(f"{OCCFEAT}, lambda 0.1", ("--lambda", "0.1")),
     Arm(f"{OCCFEAT}, lambda 1", ("--lambda", "1")),
     Arm(f"{FEATURES}, random teacher", ("--feat-only",), "random"),
@@ -130,7 +132,7 @@ def runs_of(size: Size, teachers: set[str]) -> list[Run]:
         for arm in size.arms:
             if arm.teacher not in teachers and reads_features(arm):
                 continue
-            if arm.pretrain is not None:
+            if arm.pretrain is not None and start_of(size, arm) == arm:
                 runs.append(_pretraining(size, arm, seed))
             runs += [_finetuning(size, arm, seed, task, labels) for labels in size.finetune for task in TASKS]
     return runs
@@ -146,6 +148,11 @@ def reads_features(arm: Arm) -> bool:
     return arm.pretrain is not None and not {"--occ-only", "img-also"} & set(arm.pretrain)
 
 
+def start_of(size: Size, arm: Arm) -> Arm:
+    """The arm whose pretraining an arm starts from: itself, or one before it."""
+    return next(each for each in size.arms if (each.pretrain, each.teacher) == (arm.pretrain, arm.teacher))
+
+
 def _pretraining(size: Size, arm: Arm, seed: int) -> Run:
     assert arm.pretrain is not None
     settings = _settings(size, size.pretrain, 100, seed, size.network)
@@ -154,13 +161,20 @@ def _pretraining(size: Size, arm: Arm, seed: int) -> Run:
 
 
 def _finetuning(size: Size, arm: Arm, seed: int, task: str, labels: float) -> Run:
-    start = f"{slug(arm.name)}-{seed}"
     steps = size.finetune[labels] * arm.longer
     fields = {**size.network, **size.recipe, **size.of_task.get(task, {}), "labels": f"{labels:g}"}
     options = ("--preset", f"small/{task}-100", *_settings(size, steps, labels, seed, fields))
-    after = "" if arm.pretrain is None else start
+    after = "" if arm.pretrain is None else f"{slug(start_of(size, arm).name)}-{seed}"
     return Run(
-        f"{start}-{task}-{labels:g}", arm, seed, steps, size.batch, options, task=task, labels=labels, after=after
+        f"{slug(arm.name)}-{seed}-{task}-{labels:g}",
+        arm,
+        seed,
+        steps,
+        size.batch,
+        options,
+        task=task,
+        labels=labels,
+        after=after,
     )
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from occfeat_train.training.log import read_log
-from pipelines.study.design import FEATURES, IMG_ALSO, LONGER, NONE, OCCFEAT, OCCFEAT_RANDOM, OCCUPANCY, TASKS, Run
+from pipelines.study.design import (
+    FEATURES,
+    IMG_ALSO,
+    LONGER,
+    NONE,
+    OCCFEAT,
+    OCCFEAT_LONGER,
+    OCCFEAT_RANDOM,
+    OCCUPANCY,
+    TASKS,
+    Run,
+)
 
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1 on
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -53,6 +64,7 @@ CLAIMS = (
     Claim("Pretraining with OccFeat helps", OCCFEAT, NONE, "Table 1"),
     Claim("Pretraining with OccFeat helps, also with a random teacher", OCCFEAT_RANDOM, NONE, "not in the paper"),
     Claim("Pretraining with OccFeat helps more than 3 times the steps of finetuning", OCCFEAT, LONGER, "not in the paper"),
+    Claim("Pretraining with OccFeat helps, also after 3 times the steps of finetuning", OCCFEAT_LONGER, LONGER, "not in the paper"),
     Claim("OccFeat is better than Img-ALSO", OCCFEAT, IMG_ALSO, "Table 1"),
     Claim("Occupancy alone helps", OCCUPANCY, NONE, "Table 3"),
     Claim("Features alone help", FEATURES, NONE, "Table 3"),
@@ -77,9 +89,9 @@ def paired(better: dict[int, float], worse: dict[int, float]) -> Difference | No
     return Difference(statistics.fmean(found), len(found), quantile * statistics.stdev(found) / math.sqrt(len(found)))
 
 
-def gain_shrinks(scores: Scores, arm: str, task: str, few: float, many: float) -> Difference | None:
-    """How much more `arm` gains over none with few labels than with many, paired by seed."""
-    cells = [scores.get((name, task, labels), {}) for labels in (few, many) for name in (arm, NONE)]
+def gain_shrinks(scores: Scores, arm: str, base: str, task: str, few: float, many: float) -> Difference | None:
+    """How much more `arm` gains over `base` with few labels than with many, paired by seed."""
+    cells = [scores.get((name, task, labels), {}) for labels in (few, many) for name in (arm, base)]
     seeds = set.intersection(*(set(cell) for cell in cells))
     gains = [{seed: cells[k][seed] - cells[k + 1][seed] for seed in seeds} for k in (0, 2)]
     return paired(*gains)
@@ -166,10 +178,12 @@ def judge(scores: Scores, labels: Sequence[float]) -> list[str]:
         if verdicts:
             parts = [f"{verdict} for {', '.join(verdicts[verdict])}" for verdict in ("shown", "not shown", "contradicted") if verdict in verdicts]  # fmt: skip
             sentences.append(f"{claim.text} ({claim.source}): {'; '.join(parts)}.")
-    for task in TASKS if len(labels) > 1 else ():
-        if (difference := gain_shrinks(scores, OCCFEAT, task, labels[0], labels[-1])) is not None:
-            sentences.append(
-                f"OccFeat helps more with {labels[0]:g} % of the labels than with {labels[-1]:g} % (Table 1): "
-                f"{difference.verdict} for {task} ({difference})."
-            )
+    few, many = labels[0], labels[-1]
+    for arm, base, steps in ((OCCFEAT, NONE, ""), (OCCFEAT_LONGER, LONGER, ", after 3 times the steps")):
+        for task in TASKS if few < many else ():
+            if (difference := gain_shrinks(scores, arm, base, task, few, many)) is not None:
+                sentences.append(
+                    f"OccFeat helps more with {few:g} % of the labels than with {many:g} %{steps} (Table 1): "
+                    f"{difference.verdict} for {task} ({difference})."
+                )
     return sentences

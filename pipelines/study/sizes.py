@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipelines.study.design import ARMS, FEATURES, LONGER, NONE, OCCFEAT, OCCFEAT_RANDOM, City, Size
+from pipelines.study.design import ARMS, FEATURES, LONGER, NONE, OCCFEAT, OCCFEAT_LONGER, OCCFEAT_RANDOM, City, Size
 
 NETWORK = {"network.image_size": "64x112", "network.channels": "32", "network.drop_connect": "0"}
 RECIPE = {"optim.lr": "3e-3"}
 
 # What a study of three hours on two cores leaves to a GPU.
-ONLY_ON_A_GPU = (LONGER, f"{FEATURES}, random teacher", f"{OCCFEAT}, lambda 1, random teacher")
+ONLY_ON_A_GPU = (LONGER, OCCFEAT_LONGER, f"{FEATURES}, random teacher", f"{OCCFEAT}, lambda 1, random teacher")
 
 CPU = Size(
     city=City(),
