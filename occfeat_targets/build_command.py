@@ -146,6 +146,7 @@ def _build_corrupted(
     """
     from occfeat_targets.build.corrupted_plan import make_corrupted_plan, open_clean
     from occfeat_targets.messages import describe_corrupted
+    from occfeat_targets.targets.corrupted_views import downloaded_folder
 
     clean = open_clean(options.path)
     if click.get_current_context().get_parameter_source("dataroot") is ParameterSource.DEFAULT:
@@ -157,6 +158,9 @@ def _build_corrupted(
     ]
     if mask_lost and not any(spec.masks_lost for spec in specs):
         raise click.UsageError(f"--mask-lost is for {' and '.join(LOST_VIEWS)}: leave it out")
+    if nuscenes_c is not None:  # before hours of work
+        for spec in specs:
+            downloaded_folder(nuscenes_c, spec)
     if len(specs) > 1:
         echo(describe_corrupted(clean, options.cache, specs, workers))
     code = 0

@@ -215,6 +215,13 @@ def test_options_that_do_not_fit_are_refused(cache, more, expected):
     assert not (cache / "corruptions").exists()
 
 
+def test_all_downloaded_folders_are_looked_for_before_anything_is_built(cache, tmp_path):
+    (tmp_path / "Brightness" / "mid").mkdir(parents=True)
+    refused = make(cache, "all", 2, "--nuscenes-c", tmp_path, check=False)
+    assert refused.returncode == 1 and "has no folder LowLight/mid: expected" in refused.stderr
+    assert not (cache / "corruptions").exists()
+
+
 def test_only_a_finished_clean_cache_is_corrupted(cache):
     (cache / f"{SPLIT}.zarr" / "progress" / "00001.json").unlink()
     assert "is not finished, 1 shard missing" in make(cache, "fog", 1, check=False).stderr
