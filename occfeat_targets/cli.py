@@ -35,16 +35,14 @@ from occfeat_targets.probe_command import probe
 SOURCE_OPTION = click.option(
     "--dataroot",
     type=DIRECTORY,
-    envvar="NUSCENES_ROOT",
-    show_envvar=True,
-    help="The data set.  [default: the one the cache was built from]",
+    help="The data set, if it was moved.  [default: where the cache was built from]",
 )
 
 
 @click.group(
     cls=WorkOrder,
     context_settings=SETTINGS,
-    epilog=describe_variables({"NUSCENES_ROOT": "default of --dataroot", **VARIABLES}),
+    epilog=describe_variables({"NUSCENES_ROOT": "default of build's --dataroot", **VARIABLES}),
 )
 @click.version_option(package_name="occfeat")
 def main() -> None:

@@ -56,6 +56,8 @@ def probe(
     from occfeat_targets.probe.probe import probe_cache
     from occfeat_targets.probe.table import describe_result
 
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {file.parent}")
     train, *test = (
         CacheReader(cache / f"{name}.zarr", allow_incomplete=True) for name in (split, test_split) if name is not None
     )

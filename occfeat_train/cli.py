@@ -94,7 +94,10 @@ def list_presets() -> None:
 def show(name: str, overrides: tuple[str, ...]) -> None:
     """Print every field of a preset or of a run directory's config, as key=value."""
     file = Path(name) / "config.json"
-    chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
+    try:
+        chosen = Config.from_dict(json.loads(file.read_text())["config"]) if file.is_file() else preset(name)
+    except ValueError as err:
+        raise ValueError(f"{err}; as a run, there is no {file}" if not file.exists() else str(err)) from err
     chosen = chosen.override(overrides)
     for key, value in chosen.flat().items():
         echo(f"{key}={json.dumps(value)}")

@@ -21,13 +21,13 @@ from occfeat_targets.build.options import BuildOptions, make_spec
 from occfeat_targets.build.planned import StoredPlan, open_plan, write_plan
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache, require_keyframes, require_options
-from occfeat_targets.cache.geometry import inverse_rigid
+from occfeat_targets.cache.geometry import fit, inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
 from occfeat_targets.cache.records import CacheError, digest
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, is_whole, open_cache
+from occfeat_targets.cache.store import Cache, is_whole, open_cache, require_folder_of_caches
 from occfeat_targets.common.plural import count
-from occfeat_targets.sources.keyframe import Keyframe
+from occfeat_targets.sources.keyframe import DatasetError, Keyframe
 from occfeat_targets.sources.keyframe_files import keyframes_to_bytes
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.scenes import Files, Problems, note_problem
@@ -123,6 +123,12 @@ def make_plan(
     """
     source = open_source(options.source)
     cache = open_cache(options.path) if options.path.exists() else None
+    if cache is None:  # before a teacher is downloaded
+        require_folder_of_caches(options.cache)
+        if not options.dataroot.exists():
+            raise DatasetError(
+                f"no directory {options.dataroot}: pass --dataroot, or set NUSCENES_ROOT, to where the data set was unpacked"
+            )
     wanted = tuple(LABEL_KINDS) if options.labels is None else options.labels  # at most; the tables are not read yet
     make_spec(options, source, None, wanted)  # refuses options that do not fit each other
     teacher = _teacher(options, cache, scheduler, print_line)
@@ -150,6 +156,8 @@ def _begin(
     """Read the tables, and create the cache with its plan."""
     contents = read_contents(options, source, options.labels, print_line)
     spec = make_spec(options, source, teacher, contents.labels)
+    if (warning := warn_of_letterbox(contents.split.keyframes, spec)) is not None:
+        print_line(warning)
     problems = _check(contents.split.keyframes, options, spec, list_folders=True)
     # Only after the checks, so that a failed command leaves no cache with other keyframes behind.
     check_disk(options.cache, spec, len(contents.split.keyframes))
@@ -164,6 +172,21 @@ def _begin(
     stored = open_plan(cache, options.dataroot)
     assert stored is not None
     return Plan(options, cache, teacher, stored, rows_to_build(cache, options), problems, contents.missing_labels)
+
+
+def warn_of_letterbox(keyframes: Sequence[Keyframe], spec: TargetSpec) -> str | None:
+    """A warning if most of the cached images would be black, as of sizes in the order (width, height)."""
+    size = next((view.source_size for keyframe in keyframes for view in keyframe.cameras if view.source_size), None)
+    if size is None:
+        return None
+    top, left, bottom, right = fit(size, spec.image_size)
+    height, width = spec.image_size
+    if 2 * (bottom - top) * (right - left) >= height * width:
+        return None
+    return (
+        f"warning: images of {size[0]}x{size[1]} (height x width) fill less than half of --image-size {height}x{width}, the rest is black: "
+        "the order is height, then width"
+    )
 
 
 def _plan_again(

@@ -261,10 +261,17 @@ def _require_lengths(path: Path, group: zarr.Group) -> None:
             )
 
 
+def require_folder_of_caches(folder: Path) -> None:
+    """Raises CacheError if the folder is a cache itself, such as CACHE/train.zarr."""
+    if (folder / PROGRESS).is_dir():
+        raise CacheError(f"--cache {folder} is a cache itself: pass the folder above it, {folder.parent}")
+
+
 def open_cache(path: Path) -> Cache:
     """Open a cache, finished or not. Raises CacheError if there is none, its metadata are damaged, or its format is another."""
     path = Path(path)
     if not (path / "zarr.json").is_file():
+        require_folder_of_caches(path.parent)
         if (path / PROGRESS).is_dir():
             raise CacheError(
                 f"{path / 'zarr.json'} is missing: restore it, or pass --overwrite to 'occfeat-targets build' to replace the cache"

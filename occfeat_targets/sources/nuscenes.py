@@ -77,10 +77,17 @@ def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, st
         raise DatasetError(
             f"no directory {root}: pass --dataroot, or set NUSCENES_ROOT, to where nuScenes was unpacked"
         )
+    if (root / "sample.json").is_file():
+        raise DatasetError(f"{root} is the folder of the tables: pass the one above it, {root.parent}, as --dataroot")
     found = {p.name: p.parent for p in [*root.glob("*/v1.0-*"), *root.glob("v1.0-*")] if (p / "sample.json").is_file()}
     if version is None:
         usual = _VERSIONS_OF_SPLIT.get(split, "v1.0-trainval")
         version = usual if usual in found or len(found) != 1 else next(iter(found))
+        if split in ("train", "val") and version == "v1.0-mini":
+            raise DatasetError(
+                f"{root} has only v1.0-mini, which holds few scenes of {split}: pass --split mini_{split}, or --version v1.0-mini to "
+                f"build those scenes as {split}"
+            )
     elif not version.startswith("v1.0-"):
         version = f"v1.0-{version}"
     if version not in found:

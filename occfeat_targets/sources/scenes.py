@@ -28,7 +28,7 @@ def choose_scenes(split: Split, names: Sequence[str]) -> Split:
     if unknown:
         raise DatasetError(
             f"--scenes: {len(unknown)} of {len(names)} are not among the {len(there)} scenes of {split.name} in this data "
-            f"set ({_few(unknown)}; it has {_few(there)}): correct the names, or choose another --split"
+            f"set ({_few(unknown)}; it has {_few(there)}): correct the names or the path of the file with them, or choose another --split"
         )
     keyframes = tuple(keyframe for keyframe in split.keyframes if keyframe.scene in names)
     return replace(

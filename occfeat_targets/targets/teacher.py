@@ -97,9 +97,8 @@ def open_teacher(name: str, layer: str = "post-norm") -> Teacher:
     config = _config(name)
     family = config.get("model_type")
     if family not in TEACHERS:
-        raise TeacherError(
-            f"teacher {name} is a model of type {family!r}: one of {', '.join(TEACHERS)} expected in its config.json"
-        )
+        seen = "has no model_type in a config.json" if family is None else f"is a model of type {family!r}"
+        raise TeacherError(f"teacher {name} {seen}: one of {', '.join(TEACHERS)} expected in its config.json")
     teacher: Teacher = resolve_name(TEACHERS[family])(name, config, layer)
     return teacher
 

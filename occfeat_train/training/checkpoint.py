@@ -244,6 +244,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not folders:
         raise CheckpointError(
             f"no checkpoint in {path}: a run directory of occfeat-train pretrain or finetune is expected"
+            + (f"; only runs with --validate have {BEST}" if path.name == BEST else "")
         )
     try:
         file = _sound_file(folders[0], INFO)

@@ -123,6 +123,11 @@ def test_wrong_options_are_refused_with_the_expected_value(cache, tmp_path, opti
     assert expected in refuse(*pretrain(cache, out, *options), out=out)
 
 
+def test_a_name_that_is_neither_a_preset_nor_a_run_is_refused_as_both():
+    said = refuse("config", "show", "runs/absent")
+    assert "no preset 'runs/absent'" in said and "as a run, there is no runs/absent/config.json" in said
+
+
 def test_presets_exclude_the_options_that_they_set(cache, tmp_path):
     out = tmp_path / "run"
     assert "--preset replaces --task and --labels" in refuse(

@@ -250,6 +250,7 @@ def test_a_directory_that_is_not_a_run_is_refused(cache, tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         assert f"no checkpoint in {path}: " in refuse(*evaluate(path, cache))
         assert f"no checkpoint in {path}: " in refuse(*finetune(cache, tmp_path / "out", "--from", path))
+    assert "; only runs with --validate have best" in refuse(*evaluate(tmp_path / "checkpoints" / "best", cache))
 
 
 def test_a_pretraining_is_not_evaluated_on_features_with_other_channels(trained, tmp_path):
