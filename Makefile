@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/python -m pipelines.study --size demo --out demo $(if $(filter random:%,$(TEACHER)),,--teacher $(TEACHER))
 
 bench: setup
-	for benchmark in voxelizer images corruptions sampling reads loader lifting step growth loop teacher rounding build memory planning; do \
+	for benchmark in voxelizer images corruptions sampling reads loader lifting step growth methods loop teacher rounding build memory planning; do \
 		echo "## $$benchmark"; $(BIN)/python pipelines/benchmarks/$$benchmark.py || exit; \
 	done
 

@@ -29,6 +29,10 @@ def read_image(cache: Path, keyframe: int, camera: str) -> np.ndarray:
     return reader.read("images", keyframe)[cameras.index(camera)]
 
 
+def corrupted_cache(cache: Path, folder: str, name: str, level: int, split: str) -> Path:
+    return cache / folder / f"{name}-{level}" / f"{split}.zarr"
+
+
 def draw_sheet(cache: Path, split: str, keyframe: int, camera: str, folder: str = "corruptions") -> Image.Image:
     """A row for each corruption: the clean image, then easy, mid, hard. A cache that is missing stays white."""
     clean = read_image(cache / f"{split}.zarr", keyframe, camera)
@@ -39,7 +43,7 @@ def draw_sheet(cache: Path, split: str, keyframe: int, camera: str, folder: str 
         columns = {"clean": clean} | {
             f"{name}, severity {level} ({word})": (
                 read_image(path, keyframe, camera)
-                if (path := cache / folder / f"{name}-{level}" / f"{split}.zarr").is_dir()
+                if (path := corrupted_cache(cache, folder, name, level, split)).is_dir()
                 else None
             )
             for level, word in SEVERITIES.items()
@@ -62,8 +66,18 @@ def main() -> None:
     parser.add_argument("--folder", default="corruptions", help="such as corruptions-network")
     parser.add_argument("--out", type=Path, default=Path("corruptions.png"))
     options = parser.parse_args()
+    paths = [
+        corrupted_cache(options.cache, options.folder, name, level, options.split)
+        for name in CORRUPTIONS
+        for level in SEVERITIES
+    ]
+    missing = [path for path in paths if not path.is_dir()]
     draw_sheet(options.cache, options.split, options.keyframe, options.camera, options.folder).save(options.out)
     print(f"written to {options.out}")
+    if missing:
+        print(
+            f"{len(missing)} of {len(paths)} caches are missing, such as {missing[0]}: build them with occfeat-targets build --corruption all"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ are truly occupied. Recall is the share of the truly occupied voxels that can be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from occfeat_targets.build.assemble import grids_from_ego
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.records import write_file
 from occfeat_targets.cache.spec import TargetSpec
+from occfeat_targets.common.command_line import reports_errors
 from occfeat_targets.common.compiled import compiled
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.progress import progress_bar
@@ -99,6 +102,22 @@ def visible(world: World, global_from_lidar: Matrix, global_from_grid: Matrix, g
     return volume > 0
 
 
+def prepare_city(out: Path, *, scenes: int, keyframes: int, sweeps: int, seed: int) -> None:
+    """Write the city, or check that the one in `out` is the same, because the truth is computed from its arguments.
+
+    Raises click.ClickException if it is another one.
+    """
+    arguments, record = {"scenes": scenes, "keyframes": keyframes, "sweeps": sweeps, "seed": seed}, out / "city.json"
+    if not out.exists():
+        write_city(out, scenes=scenes, keyframes=keyframes, seed=seed, image_size=(32, 64), sweeps_per_keyframe=sweeps)
+        write_file(record, json.dumps(arguments).encode())
+    found = json.loads(record.read_text()) if record.exists() else "not one of this command"
+    if found != arguments:
+        raise click.ClickException(
+            f"the city in {out} is {found}, expected {arguments}: choose another --out, or delete it"
+        )
+
+
 def keyframes_with_worlds(
     root: Path, scenes: int, keyframes: int, seed: int, sweeps: int
 ) -> Iterator[tuple[Keyframe, World]]:
@@ -151,9 +170,9 @@ def print_table(specs: list[TargetSpec], counts: NDArray[np.int64], number: int,
 @click.option("--keyframes", default=6, help="Of each scene; the first has no earlier sweeps and is left out.")
 @click.option("--sweeps", default=10, help="Largest number of sweeps.")
 @click.option("--seed", default=0)
+@reports_errors("targets")
 def main(out: Path, scenes: int, keyframes: int, sweeps: int, seed: int) -> None:
-    if not out.exists():
-        write_city(out, scenes=scenes, keyframes=keyframes, seed=seed, image_size=(32, 64), sweeps_per_keyframe=sweeps)
+    prepare_city(out, scenes=scenes, keyframes=keyframes, sweeps=sweeps, seed=seed)
     source, specs = NuScenes(), list(cases(sweeps))
     # {case: [with, without voxels of the ground]} of occupied, right, truly occupied and visible, found
     counts = np.zeros((len(specs), 2, 4), np.int64)

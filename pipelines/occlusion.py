@@ -25,18 +25,18 @@ from occfeat_targets.cache.geometry import Matrix, fit, fit_intrinsics, inverse_
 from occfeat_targets.cache.grid import VoxelGrid
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import STUDENT_SIZE
+from occfeat_targets.common.command_line import reports_errors
 from occfeat_targets.common.compiled import compiled
 from occfeat_targets.common.terminal import echo
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.nuscenes import NuScenes
-from occfeat_targets.synth import write_city
 from occfeat_targets.synth.raycast import trace
 from occfeat_targets.synth.world import World
 from occfeat_targets.targets.lidar import lidar_arrays
 from occfeat_train.ops.occlusion import hidden_voxels
 from occfeat_train.ops.views import Cameras
 from occfeat_train.tasks.ray_iou import first_depths
-from pipelines.moving_objects import cases, keyframes_with_worlds
+from pipelines.moving_objects import cases, keyframes_with_worlds, prepare_city
 
 REACH = 200.0  # [m] of rays from the cameras
 NUM_COUNTS = 6
@@ -122,8 +122,7 @@ def print_table(counts: Mapping[tuple[str, str], NDArray[np.int64]], *, has_trut
 
 
 def measure_city(out: Path, scenes: int, keyframes: int, sweeps: int, seed: int) -> None:
-    if not out.exists():
-        write_city(out, scenes=scenes, keyframes=keyframes, seed=seed, image_size=(32, 64), sweeps_per_keyframe=sweeps)
+    prepare_city(out, scenes=scenes, keyframes=keyframes, sweeps=sweeps, seed=seed)
     counts: dict[tuple[str, str], NDArray[np.int64]] = {}
     number, specs = 0, [spec for spec in cases(sweeps) if spec.dynamic != "boxes"]
     for keyframe, world in keyframes_with_worlds(out, scenes, keyframes, seed, sweeps):
@@ -178,6 +177,7 @@ def measure_cache(path: Path, keyframes: int) -> None:
 )
 @click.option("--sweeps", default=10, help="Largest number of sweeps.")
 @click.option("--seed", default=0)
+@reports_errors("targets,train")
 def main(out: Path | None, cache: Path | None, scenes: int, keyframes: int, sweeps: int, seed: int) -> None:
     if (out is None) == (cache is None):
         raise click.UsageError("pass --out for the city, or --cache")

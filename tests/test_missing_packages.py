@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from occfeat_targets.options import reports_errors as of_targets
 from occfeat_train.options import reports_errors as of_train
+from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,15 @@ def test_a_command_without_its_extra_says_what_to_install(package, missing, argu
         result.stderr
         == f"error: the Python package {missing} is missing: pip install -e '.[{extra}]' in the repository\n"
     )
+
+
+def test_a_build_in_an_allocation_without_its_extra_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['dask_jobqueue'] = None; from pipelines.slurm.allocation import run_task; run_task([])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "the Python package dask_jobqueue is missing: pip install -e '.[targets,cluster]'" in result.stderr
 
 
 @pytest.mark.parametrize("reports_errors", [of_targets, of_train])

@@ -19,6 +19,7 @@ import click
 import numpy as np
 
 from occfeat_targets.cache.geometry import inverse_rigid, transform
+from occfeat_targets.common.command_line import reports_errors
 from occfeat_targets.pictures.birdseye import BODY_HEIGHT
 from occfeat_train.report.correlation import voxels_of
 from pipelines.real_keyframes.fitting import Pair, Settings, build, call, pretrain, settle
@@ -83,6 +84,7 @@ def study(settings: Settings) -> dict[str, Any]:
 @click.option("--teacher", required=True, help="Folder of the teacher.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("real-keyframes"), show_default=True)
 @click.option("--steps", default=500, show_default=True)
+@reports_errors("targets,train")
 def main(dataroot: Path, teacher: str, out: Path, steps: int) -> None:
     study(Settings(dataroot.resolve(), teacher, out.resolve(), steps=steps))
 

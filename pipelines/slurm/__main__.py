@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import click
 
 from occfeat_targets.common.command_line import SETTINGS, examples
+from occfeat_targets.common.suggest import did_you_mean
 from occfeat_targets.options import DIRECTORY
 from pipelines.slurm.options import print_option, site_option, submit_steps
 from pipelines.steps import Kind, Step
@@ -41,6 +43,11 @@ def main(name: str, command: tuple[str, ...], out: Path, site: Path | None, prin
         raise click.UsageError(f"NAME is {name!r}: letters, digits and ._- are expected, because it names files")
     if len(command) < 2 or command[0] not in ("occfeat_targets", "occfeat_train"):
         raise click.UsageError(f"{' '.join(command)!r}: occfeat_targets or occfeat_train and its command are expected")
+    known = resolve_name(f"{command[0]}.cli:main").commands
+    if command[1] not in known:
+        raise click.UsageError(
+            f"{command[0]} has no command {command[1]!r}{did_you_mean(command[1], known) or ':'} one of {', '.join(known)} expected"
+        )
     step = Step(name, (command,), out / "slurm" / f"{name}.done", KINDS.get(command[1], "cpu"))
     if step.is_finished:
         raise click.ClickException(

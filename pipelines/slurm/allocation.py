@@ -18,13 +18,13 @@ from pathlib import Path
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 
 import dask
-from dask_jobqueue.slurm import SLURMRunner
 from distributed import Security
 from distributed.core import rpc
 
 from occfeat_targets.build.cluster import WORKER_SETTINGS
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.cli import main
+from occfeat_targets.common.command_line import reports_errors
 
 # Name in distributed's config -> attribute of Security.
 _TLS = {
@@ -53,8 +53,15 @@ def share_credentials(folder: Path, *, make: bool) -> dict[str, str]:
     return {f"distributed.comm.tls.{key}": value for key, value in json.loads(file.read_text()).items()}
 
 
+@reports_errors("targets,cluster")
 def run_task(arguments: list[str]) -> None:
     """Play the role of this task of srun. Exits as the build does."""
+    from dask_jobqueue.slurm import SLURMRunner
+
+    if "SLURM_PROCID" not in os.environ:
+        raise ValueError(
+            "start it with srun and at least three tasks: srun -n 8 python -m pipelines.slurm.allocation --split train"
+        )
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     folder = Path(".dask-" + "-".join(os.environ.get(name, "0") for name in names))
     security = share_credentials(folder, make=os.environ.get("SLURM_PROCID") == "0")

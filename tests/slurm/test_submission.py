@@ -111,6 +111,7 @@ def test_printed_scripts_are_written_but_not_submitted_and_need_no_slurm(tmp_pat
     [
         (["a/b", "--", *TRAIN], "NAME is 'a/b': letters, digits and ._- are expected"),
         (["p", "--", "ls"], "'ls': occfeat_targets or occfeat_train and its command are expected"),
+        (["p", "--", "occfeat_train", "pretrian"], "occfeat_train has no command 'pretrian': did you mean pretrain?"),
     ],
 )
 def test_a_wrong_command_line_says_what_is_expected(arguments, error):

@@ -35,6 +35,15 @@ def test_the_sheet_shows_the_clean_and_the_corrupted_images_and_leaves_the_place
     assert (sheet[16:height, width:] == 255).all()
 
 
+def test_the_command_says_how_many_caches_are_missing(clean, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv",
+        ["sheet", "--cache", str(clean), "--split", SPLIT, "--out", str(tmp_path / "a.png"), "--folder", "none"],
+    )
+    corruption_sheet.main()
+    assert f"24 of 24 caches are missing, such as {clean}/none/brightness-1/{SPLIT}.zarr" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -8,6 +8,11 @@ from click.testing import CliRunner
 from pipelines.moving_objects import main
 
 
+def test_a_folder_that_is_no_city_of_this_command_is_refused(tmp_path):
+    refused = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert refused.exit_code == 1 and f"the city in {tmp_path} is not one of this command" in refused.output
+
+
 @pytest.mark.slow
 def test_the_table_of_a_small_city(tmp_path):
     """The second run reads the city of the first; another seed or number of scenes could not, because its worlds are another city's."""
@@ -20,6 +25,8 @@ def test_the_table_of_a_small_city(tmp_path):
     assert [line for line in first.splitlines() if line.startswith("| ")] == [
         line for line in second.splitlines() if line.startswith("| ")
     ]
+    other = CliRunner().invoke(main, [*arguments[:-1], "4"])
+    assert other.exit_code == 1 and "'seed': 3}, expected" in other.output and "choose another --out" in other.output
     precision, recall = ({name: row[column] for name, row in rows.items()} for column in (0, 1))
     assert precision["1", "-"] > 95  # the truth contains what one sweep sees
     assert recall["5", "smear"] > recall["5", "carve"] >= recall["1", "-"]

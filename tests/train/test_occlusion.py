@@ -209,6 +209,11 @@ def test_the_table_of_a_cache(cache: Path):
     assert all(0 <= value <= 100 for row in rows.values() for value in row)
 
 
+def test_a_folder_that_is_no_cache_is_an_error_of_one_line(tmp_path: Path):
+    refused = CliRunner().invoke(main, ["--cache", str(tmp_path)])
+    assert refused.exit_code == 1 and refused.output.startswith("error: no cache at")
+
+
 @pytest.mark.slow
 def test_the_depth_test_finds_what_is_hidden_in_a_small_city(tmp_path: Path):
     rows = rows_of("--out", str(tmp_path / "city"), "--scenes", "1", "--keyframes", "2", "--sweeps", "5")
