@@ -20,6 +20,7 @@ from occfeat_targets.build_command import EXIT_INTERRUPTED
 from occfeat_targets.cache.records import write_file
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.terminal import echo
+from occfeat_targets.sources.nuscenes import find_dataroot
 from occfeat_train.config import DEFAULT_TEACHER
 from pipelines.processes import Job, run_jobs
 from pipelines.recipes.data import RANDOM_TEACHER, Settings, check_caches
@@ -93,13 +94,16 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
     if dry_run:
         echo("\n".join(describe(estimates(steps, recipes, settings), miniature=miniature)))
         return
-    if not miniature and settings.dataroot is None:
-        try:
+    try:
+        if settings.dataroot is not None:
+            for split in ("train", "val"):
+                find_dataroot(settings.dataroot, split, None)
+        elif not miniature:
             check_caches(settings, trainings_of(recipes), [each for recipe in recipes for each in recipe.drawn])
             if any(recipe.corrupted for recipe in recipes):
                 check_corrupted_caches(settings)
-        except ValueError as err:
-            raise click.ClickException(str(err)) from err
+    except ValueError as err:
+        raise click.ClickException(str(err)) from err
     save_settings(settings)
     if slurm:
         submit_steps(steps, settings.out, site, print_only=print_only)

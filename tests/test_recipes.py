@@ -233,6 +233,14 @@ def test_a_step_whose_result_cannot_be_read_is_not_finished(tmp_path):
     assert not step.is_finished
 
 
+def test_a_data_set_without_the_large_version_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "data" / "v1.0-mini").mkdir(parents=True)
+    (tmp_path / "data" / "v1.0-mini" / "sample.json").write_text("[]")
+    refused = called("run", "fig5", "--out", tmp_path / "out", "--dataroot", tmp_path / "data", code=1)
+    assert "has only v1.0-mini" in refused
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_that_make_no_sense_are_refused(tmp_path):
     assert "pass --cache DIR" in called("run", "fig5", "--out", tmp_path, code=2)
     assert "leave --dataroot out" in called(
