@@ -1,7 +1,7 @@
 """How true is an occupancy that accumulates several LiDAR sweeps? Precision and recall of occupied voxels at the time of the
 keyframe, against the synthetic city's geometry at that time, for each treatment of moving objects (build --sweeps, --dynamic).
 
-    python pipelines/moving_objects.py --out city
+    python pipelines/moving_objects.py --out moving-city
 
 Truth. A voxel is truly occupied if it contains a surface: rays along both directions of the grid's three axes, 0.25 m apart,
 mark the voxels of all surfaces that they meet, also of those behind others. Precision is the share of occupied voxels that

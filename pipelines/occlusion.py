@@ -1,6 +1,6 @@
 """How often do occupied voxels hide each other from the cameras, and does the depth test of `pretrain --occlusion zbuffer` find it?
 
-    python -m pipelines.occlusion --out city
+    python -m pipelines.occlusion --out hidden-city
     python -m pipelines.occlusion --cache nuscenes/train.zarr
 
 With --out, on the synthetic city, whose geometry is known: a (voxel, camera) pair is truly hidden if the ray from the camera to
