@@ -95,10 +95,9 @@ def run(names: tuple[str, ...], out: Path, cache: Path | None, dataroot: Path | 
         echo("\n".join(describe(estimates(steps, recipes, settings), miniature=miniature)))
         return
     try:
-        if settings.dataroot is not None:
-            for split in ("train", "val"):
-                find_dataroot(settings.dataroot, split, None)
-        elif not miniature:
+        if settings.dataroot is not None and any(step.kind == "build" and not step.is_finished for step in steps):
+            require_large_version(settings.dataroot)
+        if settings.dataroot is None and not miniature:
             check_caches(settings, trainings_of(recipes), [each for recipe in recipes for each in recipe.drawn])
             if any(recipe.corrupted for recipe in recipes):
                 check_corrupted_caches(settings)
@@ -150,6 +149,17 @@ def report(out: Path) -> None:
     from pipelines.recipes.report import write_report
 
     write_report(read_settings(out), echo)
+
+
+def require_large_version(root: Path) -> None:
+    """Raises ValueError if a data set lacks nuScenes' large version, of whose splits the recipes build caches."""
+    try:
+        find_dataroot(root, "train", "v1.0-trainval")
+    except ValueError as err:
+        raise ValueError(
+            f"--dataroot (or NUSCENES_ROOT) {root} holds no v1.0-trainval, of which caches are built: pass another one, or finished "
+            "caches with --cache alone"
+        ) from err
 
 
 def unless_from_environment(option: str, value: Path | None) -> Path | None:

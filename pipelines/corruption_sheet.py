@@ -76,7 +76,7 @@ def main() -> None:
     print(f"written to {options.out}")
     if missing:
         print(
-            f"{len(missing)} of {len(paths)} caches are missing, such as {missing[0]}: build them with occfeat-targets build --corruption all"
+            f"{len(missing)} of {len(paths)} caches are missing, such as {missing[0]}: build them with occfeat-targets build --corruption all, or correct --folder"
         )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from occfeat_targets.build.assemble import grids_from_ego
 from occfeat_targets.cache.geometry import Matrix, inverse_rigid, transform
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.records import write_file
+from occfeat_targets.cache.records import unique_suffix, write_file
 from occfeat_targets.cache.spec import TargetSpec
 from occfeat_targets.common.command_line import reports_errors
 from occfeat_targets.common.compiled import compiled
@@ -105,16 +105,18 @@ def visible(world: World, global_from_lidar: Matrix, global_from_grid: Matrix, g
 def prepare_city(out: Path, *, scenes: int, keyframes: int, sweeps: int, seed: int) -> None:
     """Write the city, or check that the one in `out` is the same, because the truth is computed from its arguments.
 
-    Raises click.ClickException if it is another one.
+    Raises click.ClickException if it is another one, or has fewer sweeps.
     """
-    arguments, record = {"scenes": scenes, "keyframes": keyframes, "sweeps": sweeps, "seed": seed}, out / "city.json"
-    if not out.exists():
-        write_city(out, scenes=scenes, keyframes=keyframes, seed=seed, image_size=(32, 64), sweeps_per_keyframe=sweeps)
-        write_file(record, json.dumps(arguments).encode())
-    found = json.loads(record.read_text()) if record.exists() else "not one of this command"
-    if found != arguments:
+    arguments, record = {"scenes": scenes, "keyframes": keyframes, "sweeps": sweeps, "seed": seed}, "city.json"
+    if not out.exists() or not any(out.iterdir()):
+        made = out.with_name(f".{out.name}.{unique_suffix()}")
+        write_city(made, scenes=scenes, keyframes=keyframes, seed=seed, image_size=(32, 64), sweeps_per_keyframe=sweeps)
+        write_file(made / record, json.dumps(arguments).encode())
+        made.replace(out)
+    found = json.loads((out / record).read_text()) if (out / record).exists() else {}
+    if {**found, "sweeps": sweeps} != arguments or found["sweeps"] < sweeps:
         raise click.ClickException(
-            f"the city in {out} is {found}, expected {arguments}: choose another --out, or delete it"
+            f"the city in {out} is {found or 'not one of this command'}, expected {arguments}: choose another --out, or delete it"
         )
 
 

@@ -7,7 +7,7 @@ another fingerprint, a full disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from occfeat_targets.cache.records import CacheError, digest
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
 from occfeat_targets.cache.store import Cache, is_whole, open_cache, require_folder_of_caches
 from occfeat_targets.common.plural import count
-from occfeat_targets.sources.keyframe import DatasetError, Keyframe
+from occfeat_targets.sources.keyframe import Keyframe, require_dataroot
 from occfeat_targets.sources.keyframe_files import keyframes_to_bytes
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.scenes import Files, Problems, note_problem
@@ -125,10 +125,7 @@ def make_plan(
     cache = open_cache(options.path) if options.path.exists() else None
     if cache is None:  # before a teacher is downloaded
         require_folder_of_caches(options.cache)
-        if not options.dataroot.exists():
-            raise DatasetError(
-                f"no directory {options.dataroot}: pass --dataroot, or set NUSCENES_ROOT, to where the data set was unpacked"
-            )
+        require_dataroot(options.dataroot)
     wanted = tuple(LABEL_KINDS) if options.labels is None else options.labels  # at most; the tables are not read yet
     make_spec(options, source, None, wanted)  # refuses options that do not fit each other
     teacher = _teacher(options, cache, scheduler, print_line)
@@ -175,17 +172,19 @@ def _begin(
 
 
 def warn_of_letterbox(keyframes: Sequence[Keyframe], spec: TargetSpec) -> str | None:
-    """A warning if most of the cached images would be black, as of sizes in the order (width, height)."""
-    size = next((view.source_size for keyframe in keyframes for view in keyframe.cameras if view.source_size), None)
-    if size is None:
-        return None
-    top, left, bottom, right = fit(size, spec.image_size)
+    """A warning if most of the first keyframe's cached images would be black, and less with height and width exchanged."""
+    sizes = [view.source_size for view in keyframes[0].cameras if view.problem is None] if keyframes else []
     height, width = spec.image_size
-    if 2 * (bottom - top) * (right - left) >= height * width:
+
+    def pixels(of: tuple[int, int]) -> int:
+        return sum((bottom - top) * (right - left) for top, left, bottom, right in (fit(size, of) for size in sizes))
+
+    seen = pixels((height, width))
+    if 2 * seen >= len(sizes) * height * width or pixels((width, height)) <= seen:
         return None
     return (
-        f"warning: images of {size[0]}x{size[1]} (height x width) fill less than half of --image-size {height}x{width}, the rest is black: "
-        "the order is height, then width"
+        f"warning: images of {sizes[0][0]}x{sizes[0][1]} (height x width) fill less than half of --image-size {height}x{width}, the rest "
+        "is black: the order is height, then width"
     )
 
 
@@ -196,7 +195,8 @@ def _plan_again(
 
     Raises CacheError if keyframes that are built already would be others.
     """
-    contents = read_contents(options, source, cache.spec.labels, print_line)
+    version = options.version or cache.provenance.get("version")  # that of its first plan, whatever else is there now
+    contents = read_contents(replace(options, version=version), source, cache.spec.labels, print_line)
     require_keyframes(cache, contents.identity)
     _require_unchanged(cache, old, contents)
     write_plan(cache.path, contents, options)

@@ -15,7 +15,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from occfeat_targets.cache.drafts import PROGRESS
 from occfeat_targets.cache.records import CacheError, sync, sync_and_digest, unique_suffix, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.cache.store import CREATED, Cache, Identity, open_cache, require_folder_of_caches
+from occfeat_targets.cache.store import CREATED, Cache, Identity, open_cache
 from occfeat_targets.common.plural import count
 
 KEYFRAME_DIM = "keyframe"
@@ -40,7 +40,6 @@ def create_cache(
         raise ValueError(f"{keyframes_per_shard} keyframes per shard: at least 1 expected")
     if len(identity) == 0:
         raise ValueError("no keyframes to build a cache of")
-    require_folder_of_caches(path.parent)
     wanted = Cache(path, spec, identity, keyframes_per_shard, provenance)
     prefix = f".{path.name}.creating-"
     if not path.exists():

@@ -263,8 +263,8 @@ def _require_lengths(path: Path, group: zarr.Group) -> None:
 
 def require_folder_of_caches(folder: Path) -> None:
     """Raises CacheError if the folder is a cache itself, such as CACHE/train.zarr."""
-    if (folder / PROGRESS).is_dir():
-        raise CacheError(f"--cache {folder} is a cache itself: pass the folder above it, {folder.parent}")
+    if (folder / PROGRESS / f"{CREATED}.json").is_file():
+        raise CacheError(f"{folder} is a cache itself: pass the folder above it, {folder.absolute().parent}")
 
 
 def open_cache(path: Path) -> Cache:

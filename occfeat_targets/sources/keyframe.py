@@ -15,6 +15,14 @@ class DatasetError(ValueError):
     """A dataroot that lacks the requested data. The message says what was found and what to do."""
 
 
+def require_dataroot(root: Path) -> None:
+    """Raises DatasetError if there is no such directory."""
+    if not root.is_dir():
+        raise DatasetError(
+            f"no directory {root}: pass --dataroot, or set NUSCENES_ROOT, to where the data set was unpacked"
+        )
+
+
 @dataclass(frozen=True)
 class CameraView:
     """One image of a keyframe. intrinsics: (3, 3) of the source image; source_size: (height, width) [px].

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.spec import CAMERAS, EGO_BOX
 from occfeat_targets.common.suggest import did_you_mean
-from occfeat_targets.sources.keyframe import DatasetError, Split
+from occfeat_targets.sources.keyframe import DatasetError, Split, require_dataroot
 from occfeat_targets.sources.map_geometry import MapGeometry, map_classes
 from occfeat_targets.sources.nuscenes_keyframes import LIDAR, KeyframeReader
 from occfeat_targets.sources.splits import own_splits, split_scenes
@@ -73,20 +73,17 @@ def find_dataroot(root: Path, split: str, version: str | None) -> tuple[Path, st
 
     Raises DatasetError that names the versions found under `root`.
     """
-    if not root.is_dir():
-        raise DatasetError(
-            f"no directory {root}: pass --dataroot, or set NUSCENES_ROOT, to where nuScenes was unpacked"
-        )
+    require_dataroot(root)
     if (root / "sample.json").is_file():
         raise DatasetError(f"{root} is the folder of the tables: pass the one above it, {root.parent}, as --dataroot")
     found = {p.name: p.parent for p in [*root.glob("*/v1.0-*"), *root.glob("v1.0-*")] if (p / "sample.json").is_file()}
     if version is None:
         usual = _VERSIONS_OF_SPLIT.get(split, "v1.0-trainval")
         version = usual if usual in found or len(found) != 1 else next(iter(found))
-        if split in ("train", "val") and version == "v1.0-mini":
+        if version == "v1.0-mini" != usual and split in split_scenes():
             raise DatasetError(
-                f"{root} has only v1.0-mini, which holds few scenes of {split}: pass --split mini_{split}, or --version v1.0-mini to "
-                f"build those scenes as {split}"
+                f"{root} has only v1.0-mini, which holds few scenes of {split}: pass --split mini_train or mini_val, or --version v1.0-mini "
+                f"to build those scenes as {split}"
             )
     elif not version.startswith("v1.0-"):
         version = f"v1.0-{version}"

@@ -63,8 +63,12 @@ class ReconstructionHead(nn.Module):
             of_latent, of_offset = self.first.weight.split([LATENT, 3], dim=1)
             to_hidden = of_latent @ self.latent.weight, of_latent @ self.latent.bias + self.first.bias
             to_output = self.output.weight @ self.third.weight, self.output.weight @ self.third.bias + self.output.bias
-            # of the offset, query - cell, the share of each: not a product for every pair
-            from_query, from_cell = (F.linear(points.to(of_offset), of_offset) for points in (xyz, centers))
+            # The share of each in the product of the offset, query - cell: not one for every pair. It is not a matrix product, because
+            # those may be rounded to TF32, which is coarse for positions that are subtracted.
+            from_query, from_cell = (
+                sum(points[..., axis, None].to(of_offset) * of_offset[:, axis] for axis in range(3))
+                for points in (xyz, centers)
+            )
         rows = F.linear(bev.permute(0, 2, 3, 1).flatten(1, 2), *to_hidden).to(of_offset) - from_cell
         first = torch.arange(len(bev), device=cell.device)[:, None, None] * len(centers)
         # A cell has up to thousands of pairs, whose gradients are summed in the precision of the weights.

@@ -86,8 +86,7 @@ def segmentation_loss(
 
 def mean_over_samples(values: Float[Tensor, "B ..."], mask: Bool[Tensor, "B ..."]) -> Float[Tensor, ""]:
     """Mean of a sample's values where the mask is set, averaged over samples. A sample without such values adds 0 and counts."""
-    weight = mask.to(values).flatten(1)
-    return ((values.flatten(1) * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
+    return (torch.where(mask, values, 0).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)).mean()
 
 
 def exact(x: Tensor) -> Tensor:

@@ -90,6 +90,9 @@ def graphs(check: Check) -> None:
         for i, batch in enumerate(given):
             repeats = 1 + 7 * (i % 2)  # of all voxels or returns, so that there are two padded lengths
             ragged = {name: torch.cat([batch.arrays[name]] * repeats) for name in config.task_class.ragged}
+            if "sample" in ragged:  # ascending
+                order = ragged["sample"].argsort(stable=True)
+                ragged = {name: array[order] for name, array in ragged.items()}
             given[i] = replace(batch, arrays={**batch.arrays, **ragged})
         graphed, plain, again = (
             [trainer.take_step(iter([batch])).record()["loss"] for batch in given]

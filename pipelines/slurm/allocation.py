@@ -56,12 +56,12 @@ def share_credentials(folder: Path, *, make: bool) -> dict[str, str]:
 @reports_errors("targets,cluster")
 def run_task(arguments: list[str]) -> None:
     """Play the role of this task of srun. Exits as the build does."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "0")) < 3:
+        raise ValueError(
+            "at least three tasks of srun are expected, a scheduler, the build and a worker: srun python -m pipelines.slurm.allocation ..."
+        )
     from dask_jobqueue.slurm import SLURMRunner
 
-    if "SLURM_PROCID" not in os.environ:
-        raise ValueError(
-            "start it with srun and at least three tasks: srun -n 8 python -m pipelines.slurm.allocation --split train"
-        )
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     folder = Path(".dask-" + "-".join(os.environ.get(name, "0") for name in names))
     security = share_credentials(folder, make=os.environ.get("SLURM_PROCID") == "0")

@@ -178,9 +178,9 @@ def judge(scores: Scores, labels: Sequence[float]) -> list[str]:
         if verdicts:
             parts = [f"{verdict} for {', '.join(verdicts[verdict])}" for verdict in ("shown", "not shown", "contradicted") if verdict in verdicts]  # fmt: skip
             sentences.append(f"{claim.text} ({claim.source}): {'; '.join(parts)}.")
-    few, many = labels[0], labels[-1]
     for arm, base, steps in ((OCCFEAT, NONE, ""), (OCCFEAT_LONGER, LONGER, ", after 3 times the steps")):
-        for task in TASKS if few < many else ():
+        for task in TASKS if len(labels) > 1 else ():
+            few, many = labels[0], labels[-1]
             if (difference := gain_shrinks(scores, arm, base, task, few, many)) is not None:
                 sentences.append(
                     f"OccFeat helps more with {few:g} % of the labels than with {many:g} %{steps} (Table 1): "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -25,7 +27,7 @@ def refused(*arguments) -> str:
 def test_a_cache_is_not_built_or_looked_for_in_another_cache(city, cache):
     inner = cache / "mini_train.zarr"
     before = sorted(inner.rglob("*"))
-    expected = f"--cache {inner} is a cache itself: pass the folder above it, {cache}"
+    expected = f"{inner} is a cache itself: pass the folder above it, {cache}"
     assert expected in refused(*build_arguments(city, inner, "none"))
     for command in ("status", "verify", "info"):
         assert expected in refused(command, "--cache", inner, "--split", "mini_train")
@@ -37,7 +39,32 @@ def test_the_folder_of_the_tables_is_not_the_data_set(city, tmp_path):
     assert f"v1.0-mini is the folder of the tables: pass the one above it, {city}, as --dataroot" in said
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_with_another_folder_named_progress_is_no_cache(city, tmp_path):
+    (tmp_path / "progress").mkdir()
+    run(*build_arguments(city, tmp_path, "none", "--plan-only"))
+
+
+def test_a_cache_of_few_scenes_of_a_large_split_is_planned_again_without_naming_the_version(city, tmp_path):
+    data, cache = shutil.copytree(city, tmp_path / "city"), tmp_path / "cache"
+    arguments = [
+        "build",
+        "--dataroot",
+        data,
+        "--cache",
+        cache,
+        "--split",
+        "train",
+        "--teacher",
+        "none",
+        "--image-size",
+        "96x160",
+    ]
+    run(*arguments, "--version", "v1.0-mini", "--plan-only")
+    os.utime(data / "v1.0-mini" / "sample.json")
+    assert "reading the tables" in run(*arguments, "--plan-only").stdout
+
+
+@pytest.mark.parametrize("split", ["train", "val", "train_detect"])
 def test_the_large_splits_are_not_built_from_the_small_version_unless_it_is_named(city, tmp_path, split):
     arguments = [
         "build",
@@ -53,7 +80,7 @@ def test_the_large_splits_are_not_built_from_the_small_version_unless_it_is_name
         "96x160",
         "--plan-only",
     ]
-    assert f"has only v1.0-mini, which holds few scenes of {split}: pass --split mini_{split}, or --version" in refused(
+    assert f"has only v1.0-mini, which holds few scenes of {split}: pass --split mini_train or mini_val, or" in refused(
         *arguments
     )
     assert list(tmp_path.iterdir()) == []

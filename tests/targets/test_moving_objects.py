@@ -9,6 +9,7 @@ from pipelines.moving_objects import main
 
 
 def test_a_folder_that_is_no_city_of_this_command_is_refused(tmp_path):
+    (tmp_path / "v1.0-mini").mkdir()
     refused = CliRunner().invoke(main, ["--out", str(tmp_path)])
     assert refused.exit_code == 1 and f"the city in {tmp_path} is not one of this command" in refused.output
 

@@ -153,13 +153,34 @@ def test_losses_and_gradients_equal_the_slow_reference(returns, monkeypatch):
     for ours, theirs in zip(
         *(torch.autograd.grad(loss, leaves) for loss in (losses["loss"], sum(expected))), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-7)
 
 
 def test_a_mean_over_samples_is_the_mean_of_the_samples_own():
     values, mask = torch.tensor([[1.0, 3, 100], [7, 7, 7], [8, 100, 100]]), torch.zeros(3, 3, dtype=torch.bool)
     mask[0, :2] = mask[2, 0] = True
     assert mean_over_samples(values, mask).item() == pytest.approx((2 + 0 + 8) / 3)
+
+
+def test_what_is_masked_may_be_infinite():
+    values, mask = torch.tensor([[1.0, torch.nan], [torch.inf, 3]], requires_grad=True), torch.eye(2, dtype=torch.bool)
+    loss = mean_over_samples(values, mask)
+    loss.backward()
+    assert loss.item() == 2 and values.grad.tolist() == [[0.5, 0], [0, 0.5]]
+
+
+def test_losses_of_bfloat16_predictions_are_computed_in_float32(monkeypatch):
+    task, batch = task_of(), also_batch(300, 250)
+    pairs = task.predict(batch)
+    rounded = dataclasses.replace(pairs, logits=pairs.logits.bfloat16(), intensity=pairs.intensity.bfloat16())
+    exact = dataclasses.replace(rounded, logits=rounded.logits.double(), intensity=rounded.intensity.double())
+    losses = []
+    for each in (rounded, exact):
+        monkeypatch.setattr(task, "predict", lambda _, found=each: found)
+        losses.append(task(batch))
+    for name, value in losses[0].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), losses[1][name], rtol=1e-6, atol=0)
 
 
 def test_every_parameter_gets_a_gradient():
