@@ -33,13 +33,20 @@ def test_a_command_without_its_extra_says_what_to_install(package, missing, argu
     )
 
 
-def test_a_build_in_an_allocation_without_its_extra_says_what_to_install(tmp_path):
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("3", "the Python package dask_jobqueue is missing: pip install -e '.[targets,cluster]'"),
+        ("2", "at least three tasks of srun are expected, a scheduler, the build and a worker"),
+    ],
+)
+def test_a_build_in_an_allocation_without_its_extra_or_srun_says_what_is_missing(tasks, expected, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     code = (
         "import sys; sys.modules['dask_jobqueue'] = None; from pipelines.slurm.allocation import run_task; run_task([])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "the Python package dask_jobqueue is missing: pip install -e '.[targets,cluster]'" in result.stderr
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {expected}")
 
 
 @pytest.mark.parametrize("reports_errors", [of_targets, of_train])
