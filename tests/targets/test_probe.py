@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -191,13 +192,15 @@ def test_an_unfinished_cache_is_probed_as_far_as_it_is_built(tmp_path):
     assert "fits probes to 3 keyframes of 3 scenes" in out and "tests them on 3 keyframes of 3 scenes" in out
 
 
-def test_the_table_is_printed_even_if_the_json_cannot_be_written(tmp_path):
+def test_the_table_is_printed_even_if_the_json_cannot_be_written(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     cache_of(tmp_path)
-    failed = run(
-        "probe", "--cache", tmp_path, "--split", "train", "--json", tmp_path / "absent" / "x.json", check=False
-    )
+    monkeypatch.setattr("occfeat_targets.cache.records.write_file", fail)
+    failed = run("probe", "--cache", tmp_path, "--split", "train", "--json", tmp_path / "x.json", check=False)
     assert failed.returncode == 1 and "| vehicles" in failed.stdout
-    assert "could not write" in failed.stderr and "absent" in failed.stderr
+    assert "could not write" in failed.stderr and "x.json" in failed.stderr
 
 
 def test_a_half_holds_a_limited_number_of_voxels(tmp_path, monkeypatch):
