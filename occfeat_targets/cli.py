@@ -87,7 +87,7 @@ main.add_command(build)
 
 
 def _open(cache: Path, split: str) -> Any:
-    from occfeat_targets.cache.store import open_cache
+    from occfeat_targets.cache.opening import open_cache
 
     return open_cache(cache / f"{split}.zarr")
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from occfeat_targets.build.assemble import KeyframeError
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.opening import open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.targets.corrupted_views import load_corrupted
 

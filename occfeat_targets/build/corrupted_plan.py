@@ -13,9 +13,10 @@ from occfeat_targets.build.plan import Plan, rows_to_build
 from occfeat_targets.build.planned import StoredPlan, open_plan
 from occfeat_targets.cache.corruption import CorruptionSpec
 from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import EGO_FRAME, TargetSpec
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.common.plural import count
 from occfeat_targets.common.provenance import describe_origin
 from occfeat_targets.targets.corrupted_views import downloaded_folder

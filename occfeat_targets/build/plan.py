@@ -21,18 +21,19 @@ from occfeat_targets.build.options import BuildOptions, make_spec
 from occfeat_targets.build.planned import StoredPlan, open_plan, write_plan
 from occfeat_targets.build.shard import ShardTask
 from occfeat_targets.cache.create import create_cache, require_keyframes, require_options
-from occfeat_targets.cache.geometry import fit, inverse_rigid
+from occfeat_targets.cache.geometry import inverse_rigid
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.opening import open_cache, require_folder_of_caches
 from occfeat_targets.cache.records import CacheError, digest
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, is_whole, open_cache, require_folder_of_caches
+from occfeat_targets.cache.store import Cache, is_whole
 from occfeat_targets.common.plural import count
 from occfeat_targets.sources.keyframe import Keyframe, require_dataroot
 from occfeat_targets.sources.keyframe_files import keyframes_to_bytes
 from occfeat_targets.sources.map_geometry import MapGeometry
 from occfeat_targets.sources.scenes import Files, Problems, note_problem
 from occfeat_targets.sources.source import Source, open_source
-from occfeat_targets.targets.images import require_not_enlarged
+from occfeat_targets.targets.images import black_images, require_not_enlarged
 from occfeat_targets.targets.labels import map_window
 
 _FEW = 100  # keyframes whose files are looked for one by one
@@ -153,7 +154,8 @@ def _begin(
     """Read the tables, and create the cache with its plan."""
     contents = read_contents(options, source, options.labels, print_line)
     spec = make_spec(options, source, teacher, contents.labels)
-    if (warning := warn_of_letterbox(contents.split.keyframes, spec)) is not None:
+    first = [view for keyframe in contents.split.keyframes[:1] for view in keyframe.cameras if view.problem is None]
+    if warning := black_images([view.source_size for view in first], spec.image_size):
         print_line(warning)
     problems = _check(contents.split.keyframes, options, spec, list_folders=True)
     # Only after the checks, so that a failed command leaves no cache with other keyframes behind.
@@ -169,23 +171,6 @@ def _begin(
     stored = open_plan(cache, options.dataroot)
     assert stored is not None
     return Plan(options, cache, teacher, stored, rows_to_build(cache, options), problems, contents.missing_labels)
-
-
-def warn_of_letterbox(keyframes: Sequence[Keyframe], spec: TargetSpec) -> str | None:
-    """A warning if most of the first keyframe's cached images would be black, and less with height and width exchanged."""
-    sizes = [view.source_size for view in keyframes[0].cameras if view.problem is None] if keyframes else []
-    height, width = spec.image_size
-
-    def pixels(of: tuple[int, int]) -> int:
-        return sum((bottom - top) * (right - left) for top, left, bottom, right in (fit(size, of) for size in sizes))
-
-    seen = pixels((height, width))
-    if 2 * seen >= len(sizes) * height * width or pixels((width, height)) <= seen:
-        return None
-    return (
-        f"warning: images of {sizes[0][0]}x{sizes[0][1]} (height x width) fill less than half of --image-size {height}x{width}, the rest "
-        "is black: the order is height, then width"
-    )
 
 
 def _plan_again(

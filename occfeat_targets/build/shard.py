@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from occfeat_targets.build.assemble import KeyframeError, KeyframeTargets, Seconds, build_keyframe, timed
 from occfeat_targets.build.corrupted import CorruptionInput, corrupted_shard
 from occfeat_targets.cache.labels import LABEL_KINDS
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.spec import TargetSpec, TeacherSpec
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.common.memory import describe_shortage
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.sources.map_geometry import MapGeometry

@@ -13,9 +13,10 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from occfeat_targets.cache.drafts import PROGRESS
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import CacheError, sync, sync_and_digest, unique_suffix, write_record, writing
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.cache.store import CREATED, Cache, Identity, open_cache
+from occfeat_targets.cache.store import CREATED, Cache, Identity
 from occfeat_targets.common.plural import count
 
 KEYFRAME_DIM = "keyframe"

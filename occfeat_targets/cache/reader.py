@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from occfeat_targets.cache.arrays import ArraySpec
 from occfeat_targets.cache.labels import LabelKind
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.points import Points
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.shards import ABSENT, shard_file, shard_name
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 
 Check = Literal["first", "always", "never"]
 

@@ -17,7 +17,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from occfeat_targets.cache.geometry import Area
+from occfeat_targets.cache.geometry import Area, fit
 from occfeat_targets.common.compiled import compiled
 from occfeat_targets.common.files import read_file
 
@@ -141,6 +141,27 @@ def require_not_enlarged(
                 f"image {path} is {source[1]}x{source[0]}; {width}x{height} was requested, and images are never "
                 "enlarged: request a smaller size"
             )
+
+
+def black_images(sources: Sequence[tuple[int, int]], size: tuple[int, int]) -> str:
+    """A warning if most pixels of a keyframe's images would be black, and fewer with height and width exchanged; otherwise empty.
+
+    sources: (height, width) of the source images [px]. size: of the images that they are fitted into.
+    """
+    height, width = size
+
+    def pixels(of: tuple[int, int]) -> int:
+        return sum(
+            (bottom - top) * (right - left) for top, left, bottom, right in (fit(source, of) for source in sources)
+        )
+
+    seen = pixels(size)
+    if 2 * seen >= len(sources) * height * width or pixels((width, height)) <= seen:
+        return ""
+    return (
+        f"warning: images of {sources[0][0]}x{sources[0][1]} (height x width) fill less than half of --image-size {height}x{width}, the rest "
+        "is black: the order is height, then width"
+    )
 
 
 def _decoding_scale(source: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from occfeat_targets.cache.corruption import CORRUPTIONS, SEVERITIES, CorruptionSpec
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.common.plural import count
 from pipelines.recipes.data import Settings, build_name, cache_folder, dataroot, sizes
 from pipelines.recipes.trainings import Training, run_directory

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import write_file
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.splits import split_scenes
 from pipelines.processes import Job, run_jobs
 from pipelines.study.design import City

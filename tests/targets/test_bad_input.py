@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.keyframe import DatasetError
 from occfeat_targets.sources.nuscenes import read_split
 from occfeat_targets.verify.slow_nuscenes import read_keyframes

@@ -20,8 +20,8 @@ from distributed import Security
 from occfeat_targets.build.cluster import read_scheduler_file
 from occfeat_targets.build.run import Outcome
 from occfeat_targets.build.shard import ShardReport
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources.nuscenes import read_split
 from occfeat_targets.targets import teacher
 from occfeat_targets.targets.teacher import teacher_spec

@@ -15,10 +15,11 @@ from occfeat_targets.build.corrupted_plan import corrupted_spec
 from occfeat_targets.build.planned import open_plan
 from occfeat_targets.build_command import build
 from occfeat_targets.cache.corruption import CORRUPTIONS, SEVERITIES, CorruptionSpec
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.rebuild import rebuild_command
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import TargetSpec
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.sources.keyframe import Keyframe
 from occfeat_targets.targets.corruptions import corrupt, lost_cameras
 from occfeat_targets.targets.images import load_image

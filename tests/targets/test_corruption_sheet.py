@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from occfeat_targets.cache.corruption import CORRUPTIONS
-from occfeat_targets.cache.store import open_cache
+from occfeat_targets.cache.opening import open_cache
 from pipelines import corruption_sheet
 from pipelines.corruption_sheet import draw_sheet
 from tests.targets.command_line import contents, run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from occfeat_targets.cache.store import open_cache
+from occfeat_targets.cache.opening import open_cache
 from tests.targets.command_line import assert_same_bytes, build_arguments, run, tmpfs
 
 

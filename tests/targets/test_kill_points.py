@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import digest
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.kills import interrupted_at

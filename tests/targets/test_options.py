@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from occfeat_targets.cache.grid import VoxelGrid
-from occfeat_targets.cache.store import open_cache
+from occfeat_targets.cache.opening import open_cache
 from tests.targets.command_line import GRID, build_arguments, contents, run
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.overwrite import replaced
 from occfeat_targets.cache.records import CacheError
-from occfeat_targets.cache.store import open_cache
 from tests.targets.command_line import run
 
 

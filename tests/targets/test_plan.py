@@ -19,9 +19,9 @@ from occfeat_targets.build.options import BuildOptions
 from occfeat_targets.build.plan import make_plan
 from occfeat_targets.build.planned import open_plan
 from occfeat_targets.build.shard import ShardReport, build_shard
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import read_record, write_record
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources import nuscenes
 from occfeat_targets.sources.keyframe_files import (
     keyframes_from_bytes,

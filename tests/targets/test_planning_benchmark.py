@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.spec import CAMERAS
-from occfeat_targets.cache.store import open_cache
 from occfeat_targets.sources import nuscenes
 from tests.conftest import REPOSITORY
 

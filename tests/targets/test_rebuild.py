@@ -11,10 +11,10 @@ import zarr
 from click.testing import CliRunner
 
 from occfeat_targets.build_command import build as build_command
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.rebuild import rebuild_command
 from occfeat_targets.cache.records import CacheError
 from occfeat_targets.cache.spec import LATER, TargetSpec
-from occfeat_targets.cache.store import open_cache
 from occfeat_train.cli import main as train
 from tests.targets.command_line import contents, run
 from tests.targets.toy_source import WHERE, build

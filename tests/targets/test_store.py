@@ -14,9 +14,10 @@ import zarr
 from occfeat_targets.cache import create as create_module
 from occfeat_targets.cache import store as store_module
 from occfeat_targets.cache.create import create_cache
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.records import CacheError, read_record, write_record
 from occfeat_targets.cache.shards import shard_file
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.kills import unflushed_renames
 

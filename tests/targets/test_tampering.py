@@ -13,10 +13,11 @@ import zarr
 
 from occfeat_targets.cache.create import create_cache
 from occfeat_targets.cache.grid import VoxelGrid
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.records import CacheError, digest, read_record, write_record
 from occfeat_targets.cache.shards import shard_file
-from occfeat_targets.cache.store import Cache, open_cache
+from occfeat_targets.cache.store import Cache
 from occfeat_targets.verify.verify import verify_checksums
 from tests.conftest import random_arrays, small_identity, small_spec
 from tests.targets.command_line import Result, run

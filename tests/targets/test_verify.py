@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from occfeat_targets.cache.store import open_cache
+from occfeat_targets.cache.opening import open_cache
 from tests.targets.command_line import build_arguments, run
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.cache.reader import CacheReader
 from occfeat_targets.cache.shards import shard_file
-from occfeat_targets.cache.store import open_cache
 from occfeat_train.cli import main
 from occfeat_train.data.check import check_cache
 from tests.targets.command_line import build_arguments, contents, run

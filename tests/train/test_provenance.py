@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from occfeat_targets.cache.store import open_cache
+from occfeat_targets.cache.opening import open_cache
 from occfeat_targets.common import provenance
 from occfeat_targets.common.provenance import describe_code, describe_origin, find_commit
 from occfeat_train.training.checkpoint import find_checkpoint
